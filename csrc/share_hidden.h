@@ -1,0 +1,42 @@
+// share_hidden: each neuron's output shared out among the sources of a position. Raw pointers in, nothing of torch.
+#pragma once
+#include <cstdint>
+
+namespace depass {
+
+enum class Type : int { f32, f64, bf16, f16 };
+enum class Rule : int { softmax, max, relu, linear, taylor };
+
+struct Matrix {
+  void* data;
+  Type type;
+  int64_t stride;  // elements from one row to the next; columns lie next to each other
+};
+
+struct ShareHidden {
+  Matrix gate;                // [R, F]
+  Matrix hidden;              // [P, F]
+  Matrix gate_total;          // [P, F], taylor only, else data == nullptr
+  Matrix out;                 // [R, F], may be gate itself
+  const int64_t* row_start;   // [P + 1]
+  const int64_t* skipped;     // [P], the source that takes no part, or -1
+  const float* gate_scale;    // [P] or nullptr
+  Rule rule;
+  double temperature;
+  int64_t positions;  // P
+  int64_t columns;    // F
+  int64_t most;       // the largest number of sources at one position
+};
+
+constexpr int64_t kColumns = 64;  // columns of one tile; a tile is all rows of a position
+
+inline int64_t tiles(const ShareHidden& call) {
+  return call.positions * ((call.columns + kColumns - 1) / kColumns);
+}
+
+bool has_half();  // whether this build converts fp16
+
+// Tiles first .. last - 1, on the calling thread.
+void share_hidden_cpu(const ShareHidden& call, int64_t first, int64_t last);
+
+}  // namespace depass

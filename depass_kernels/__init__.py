@@ -1,0 +1,7 @@
+"""Tensors in, tensors out: the ops of a decomposed forward pass over staircases of sources. Knows no model."""
+
+from .errors import BackendError, KernelError, LayoutError
+from .layout import SourceLayout
+from .ops import mix_values, share_hidden
+
+__all__ = ["BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "share_hidden"]

@@ -1,0 +1,122 @@
+"""The two ops as mathematics, in plain torch: the truth every other backend is held against.
+
+Any device and floating dtype. Computes in fp32, or in fp64 where an input is fp64. Inputs are taken as checked; the
+public ops in :mod:`depass_kernels.ops` check them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import SourceLayout
+
+
+def mix_values(
+    pattern: Tensor,  # [B, H, N, N]
+    values: Tensor,  # [R, K·d]
+    layout: SourceLayout,
+    kv_heads: int,
+    key_scale: Tensor | None,  # [P]
+    query_scale: Tensor | None,  # [P]
+    out: Tensor,  # [R, H·d]
+) -> None:
+    """``out[q, m] = query_scale[q] · Σ_k pattern[q, k] · key_scale[k] · values[k, m]``, per head (DePass, section 3.2)."""
+    dtype = _computing_dtype(pattern, values)
+    heads = pattern.shape[1]
+    head_dim = values.shape[1] // kv_heads
+    positions, counts, rows = layout.position_start.tolist(), layout.counts, layout.row_start.tolist()
+    for staircase, prompt in enumerate(layout.prompt.tolist()):
+        begin, end = positions[staircase], positions[staircase + 1]
+        count = counts[begin:end]
+        empty = int((count == 0).sum())  # a block of sources has no rows before its first start
+        n, sources = end - begin - empty, int(count.max())
+        if sources == 0:
+            continue
+        weight = pattern[prompt, :, empty : end - begin, empty : end - begin].to(dtype)  # [H, n, n]
+        if key_scale is not None:
+            weight = weight * key_scale[begin + empty : end].to(dtype)
+        if query_scale is not None:
+            weight = weight * query_scale[begin + empty : end, None].to(dtype)
+        weight = weight.reshape(kv_heads, -1, n)  # [K, G·n, n]: the query heads of one key/value head read its values
+        active = (torch.arange(sources) < count[empty:, None]).to(values.device)  # [n, M]
+        block = slice(rows[begin], rows[end])
+        square = values.new_zeros(n, sources, kv_heads, head_dim, dtype=dtype)
+        square[active] = values[block].view(-1, kv_heads, head_dim).to(dtype)
+        mixed = weight @ square.permute(2, 0, 1, 3).reshape(kv_heads, n, -1)  # [K, G·n, M·d]
+        mixed = mixed.view(heads, n, sources, head_dim).permute(1, 2, 0, 3)  # [n, M, H, d]
+        out[block] = mixed[active].flatten(1).to(out.dtype)
+
+
+def share_hidden(
+    gate: Tensor,  # [R, F]
+    hidden: Tensor,  # [P, F]
+    layout: SourceLayout,
+    gate_scale: Tensor | None,  # [P]
+    rule: str,
+    temperature: float,
+    gate_total: Tensor | None,  # [P, F]
+    out: Tensor,  # [R, F]
+) -> None:
+    """``out[t, m] = α[t, m] · hidden[t]`` with shares ``α`` that sum to one over the sources (DePass, section 3.3)."""
+    dtype = _computing_dtype(gate, hidden)
+    rows, skipped = layout.row_start.tolist(), layout.skipped.tolist()
+    for t in range(layout.positions):
+        if rows[t] == rows[t + 1]:
+            continue
+        block = slice(rows[t], rows[t + 1])
+        g = gate[block].to(dtype)  # [M, F]
+        if gate_scale is not None:
+            g = g * gate_scale[t].to(dtype)
+        if rule == "taylor":
+            assert gate_total is not None
+            share = taylor(g, gate_total[t].to(dtype))
+        else:
+            share = torch.zeros_like(g)
+            part = [m for m in range(len(g)) if m != skipped[t]] if skipped[t] >= 0 else slice(None)
+            share[part] = RULES[rule](g[part], temperature)
+        out[block] = (share * hidden[t].to(dtype)).to(out.dtype)
+
+
+def softmax(g: Tensor, temperature: float) -> Tensor:
+    """``softmax_m(g / τ)``: the paper's rule. ``[M, F] -> [M, F]``, as every rule below."""
+    return torch.softmax(g / temperature, dim=0)
+
+
+def largest(g: Tensor, _: float) -> Tensor:
+    """All to the source with the largest ``g``; ties to the first."""
+    # argmax names no first among equals, so take the smallest index of a maximum; NaN stays NaN
+    top = g.amax(dim=0)
+    index = torch.arange(len(g), device=g.device)[:, None].expand_as(g)
+    first = torch.where(g == top, index, len(g)).amin(dim=0)
+    return torch.where(top.isnan(), top, (index == first).to(g.dtype))
+
+
+def relu(g: Tensor, _: float) -> Tensor:
+    """In proportion to ``max(g, 0)``; equally where no source is positive."""
+    return _in_proportion(g.clamp(min=0))
+
+
+def linear(g: Tensor, _: float) -> Tensor:
+    """In proportion to ``g - min_m g``; equally where all are equal."""
+    return _in_proportion(g - g.amin(dim=0))
+
+
+RULES = {"softmax": softmax, "max": largest, "relu": relu, "linear": linear}
+
+
+def taylor(g: Tensor, total: Tensor) -> Tensor:
+    """``g / g_tot`` with the model's own ``g_tot``, 0 where that is 0: no sharing, linear in the state."""
+    return torch.where(total == 0, 0, g / torch.where(total == 0, 1, total))
+
+
+def _in_proportion(weight: Tensor) -> Tensor:
+    top = weight.amax(dim=0)
+    # dividing by the largest first keeps a sum of large or tiny weights finite and nonzero
+    scaled = weight / torch.where(top == 0, 1, top)
+    total = scaled.sum(dim=0)
+    return torch.where(top == 0, 1 / len(weight), scaled / torch.where(top == 0, 1, total))
+
+
+def _computing_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,0 +1,41 @@
+"""What DePass raises when it is given something it cannot attribute. Every message is one line that says what to do."""
+
+
+class DePassError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class PromptError(DePassError, ValueError):
+    """A prompt that is empty, too long, out of the vocabulary, or not one prompt."""
+
+
+class TargetError(DePassError, ValueError):
+    """A target that is not one token, or a position that the prompt does not have."""
+
+
+class SourceError(DePassError, ValueError):
+    """Spans that overlap or lie outside of the prompt, or sources that the prompt does not have."""
+
+
+class OptionError(DePassError, ValueError):
+    """An option with a value that it does not have: a rule, a temperature, a layer, a backend."""
+
+
+class ModelError(DePassError, ValueError):
+    """A model that cannot be attributed: unknown family, no language-model head, training mode, or not found."""
+
+
+class NonFiniteError(DePassError, ArithmeticError):
+    """The model's logits, or the parts of its state, are not finite."""
+
+
+class ConservationError(DePassError, ArithmeticError):
+    """The parts do not add up to the logit within tolerance (raised when asked to be strict)."""
+
+
+class ConservationWarning(UserWarning):
+    """The parts do not add up to the logit within tolerance."""
+
+
+class OutputError(DePassError, OSError):
+    """A file that cannot be written or read."""

@@ -1,0 +1,148 @@
+"""Running a model once and handing out, layer by layer, what a decomposed pass freezes (design: lock-step).
+
+Hooks only fill a small trace of the layer at hand; when the layer is done its trace is handed on and dropped, so nothing
+of the size of a pattern or a hidden vector outlives its layer. Whatever happens, the hooks are taken out and the attention
+implementation is put back.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from .families import BoundModel, Layer, Norm
+
+ATTENTION = "depass"
+
+
+@dataclass
+class Trace:
+    """What is frozen in one layer. ``P`` positions of one prompt; scales in the state's dtype, the rest in the model's."""
+
+    stream: Tensor  # [P, D], the residual stream at the layer's input
+    pattern: Tensor | None = None  # [1, H, P, P]
+    scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
+    hidden: Tensor | None = None  # [P, F]
+    gate_total: Tensor | None = None  # [P, F], where asked for
+
+
+_traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The family's own eager attention, whose pattern is kept for the layer at hand."""
+    if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's other eager attention
+        output, pattern = module._upcast_and_reordered_attn(query, key, value, mask)
+    else:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        output, pattern = eager(module, query, key, value, mask, **options)
+    if _traces.get(module):
+        _traces[module][-1].pattern = pattern
+    return output, pattern
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+@contextmanager
+def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
+    """Within it the model runs on our attention function, whose outputs are exactly the eager ones."""
+    before = [config._attn_implementation for config in bound.configs]
+    try:
+        for config in bound.configs:
+            config._attn_implementation = ATTENTION
+        yield
+    finally:
+        for config, implementation in zip(bound.configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def run(
+    bound: BoundModel,
+    ids: Tensor,
+    on_layer: Callable[[int, Trace], None],
+    layers: range,
+    with_gate_total: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run the model's backbone on one prompt and call ``on_layer`` after each of ``layers``.
+
+    Args:
+        bound: the model.
+        ids: ``[P]`` token ids.
+        on_layer: given a layer's index and its trace, which it may read only during the call.
+        layers: a run of layers, at least one.
+        with_gate_total: whether the trace holds the model's own pre-activations.
+
+    Returns:
+        The residual stream after the last of ``layers`` ``[P, D]``, and the backbone's output after its final norm.
+    """
+    last: list[Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eager_with_patterns(bound))
+        for index in layers:
+            final = last if index == layers[-1] else None
+            _hook_layer(stack, bound, index, on_layer, with_gate_total, final)
+        device = bound.model.get_input_embeddings().weight.device
+        output = bound.backbone(input_ids=ids.to(device)[None], use_cache=False).last_hidden_state
+    return last[0], output[0]
+
+
+def _hook_layer(
+    stack: ExitStack,
+    bound: BoundModel,
+    index: int,
+    on_layer: Callable[[int, Trace], None],
+    with_gate_total: bool,
+    last: list[Tensor] | None,
+) -> None:
+    layer: Layer = bound.layers[index]
+    open_trace: list[Trace] = []  # empty, or the one trace of the layer at work
+
+    def begin(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        open_trace[:] = [Trace(stream[0])]
+
+    def norm(name: str, norm: Norm) -> Callable[..., None]:
+        def capture(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            open_trace[0].scales[name] = norm.scale(args[0][0], bound.state_dtype)
+
+        return capture
+
+    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        open_trace[0].hidden = args[0].reshape(-1, args[0].shape[-1])
+
+    def gate(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        open_trace[0].gate_total = layer.gate.select_output(output.reshape(-1, output.shape[-1]))
+
+    def end(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        trace = open_trace.pop()
+        on_layer(index, trace)
+        if last is not None:
+            last.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    def forget() -> None:
+        del _traces[layer.attention]
+
+    _traces[layer.attention] = open_trace
+    stack.callback(forget)
+    stack.callback(layer.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    stack.callback(layer.module.register_forward_hook(end).remove)
+    stack.callback(layer.down.module.register_forward_pre_hook(hidden).remove)
+    for name in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
+        bound_norm = getattr(layer, name)
+        if bound_norm is not None:
+            stack.callback(bound_norm.module.register_forward_pre_hook(norm(name, bound_norm)).remove)
+    if with_gate_total:
+        stack.callback(layer.gate.module.register_forward_hook(gate).remove)

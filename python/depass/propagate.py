@@ -1,0 +1,254 @@
+"""The decomposed state and how a layer moves it: the six steps of a layer, with what is frozen taken from its trace.
+
+The state is ``[R, D]`` rows of a staircase, in fp32 (fp64 models: fp64). No other buffer grows with ``R``: the attention
+runs on blocks of sources (it is linear, and each source goes its own way), the MLP on blocks of positions and, where one
+position alone is too large, of neurons (sharing couples the sources of one position and neuron only). Neither changes a
+result beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout, mix_values, share_hidden
+
+from .families import BoundModel, Layer, Norm, Projection
+from .lockstep import Trace
+
+WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # where larger blocks no longer make the GEMMs faster
+
+
+@dataclass(frozen=True)
+class MLPSharing:
+    """How the MLP's output is shared out among the sources, and what does the work."""
+
+    rule: str = "softmax"
+    temperature: float = 0.1
+    backend: str = "auto"
+
+
+def initial_state(stream: Tensor, layout: SourceLayout, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state ``[R, D]`` in which every position's residual stream belongs to one source.
+
+    Args:
+        stream: ``[P, D]``, the residual stream.
+        layout: where the rows lie.
+        owner: ``[P]`` int64, the source that each position's stream belongs to.
+        dtype: the state's.
+    """
+    state = torch.zeros(layout.rows, stream.shape[1], dtype=dtype, device=stream.device)
+    state[(layout.row_start[:-1] + owner).to(stream.device)] = stream.to(dtype)
+    return state
+
+
+class Propagation:
+    """A decomposed state on its way through a model. Call :meth:`step` for each layer in turn.
+
+    Args:
+        bound: the model.
+        layout: one staircase over the prompt's positions; its source 0 is the bias source where the model has one.
+        sharing: how the MLP is shared out.
+        workspace_bytes: the size of a block's buffers; never changes a result beyond rounding.
+    """
+
+    def __init__(
+        self, bound: BoundModel, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None = None
+    ) -> None:
+        self.bound, self.layout, self.sharing = bound, layout, sharing
+        self.workspace_bytes = workspace_bytes
+        self.state = torch.empty(0)
+        self._blocks: list[_SourceBlock] = []
+
+    def begin(self, stream: Tensor, owner: Tensor) -> None:
+        """Start from a residual stream ``[P, D]`` whose positions belong to the sources ``owner`` ``[P]``."""
+        self.state = initial_state(stream, self.layout, owner, self.bound.state_dtype)
+
+    def step(self, index: int, trace: Trace) -> None:
+        """Move the state through layer ``index``, in place."""
+        layer = self.bound.layers[index]
+        if self.state.device != trace.stream.device:
+            self.state = self.state.to(trace.stream.device)
+        attention = _Attention(self, layer, trace)
+        blocks = list(self._source_blocks(layer))
+        if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
+            values = [attention.values(block) for block in blocks]
+            self._mlp(layer, trace)
+            for block, value in zip(blocks, values, strict=True):
+                attention.mix(block, value)
+        else:
+            for block in blocks:
+                attention.mix(block, attention.values(block))
+            attention.add_bias()
+            self._mlp(layer, trace)
+        if self.bound.parallel:
+            attention.add_bias()
+
+    def _mlp(self, layer: Layer, trace: Trace) -> None:
+        assert trace.hidden is not None
+        layout, state, dtype = self.layout, self.state, self.bound.dtype
+        scale = trace.scales.get("mlp_norm")  # [P]
+        post = trace.scales.get("mlp_post_norm")
+        hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # [P, F]
+        gate_weight = _folded_input(layer.gate, layer.mlp_norm, dtype)  # [F, D]
+        down_weight = _folded_output(layer.down, layer.mlp_post_norm, dtype)  # [D, F]
+        constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
+
+        neurons = len(gate_weight)
+        budget = self._workspace() // (state.element_size() * 2)  # numbers: gates, and what a cast of them takes
+        rows_at_once = max(1, budget // (neurons + state.shape[1]))
+        for first, last in layout.position_blocks(rows_at_once):
+            begin, end = int(layout.row_start[first]), int(layout.row_start[last])
+            rows, part = state[begin:end], layout.slice_positions(first, last)
+            neurons_at_once = max(1, min(neurons, budget // (end - begin)))
+            operand = rows.to(dtype, copy=neurons_at_once < neurons)  # later neurons read the state as it was
+            block_scale = None if scale is None else scale[first:last]
+            for f in range(0, neurons, neurons_at_once):
+                n = slice(f, min(f + neurons_at_once, neurons))
+                gate = _matmul(operand, gate_weight[n])  # [rows, n]
+                if constant is not None:
+                    _add_constant(gate, constant[n], part, block_scale)
+                shared = share_hidden(
+                    gate,
+                    hidden[first:last, n],
+                    part,
+                    gate_scale=block_scale,
+                    rule=self.sharing.rule,
+                    temperature=self.sharing.temperature,
+                    gate_total=None if trace.gate_total is None else trace.gate_total[first:last, n],
+                    out=gate if gate.dtype == dtype else gate.new_empty(gate.shape, dtype=dtype),
+                    backend=self.sharing.backend,
+                )
+                _accumulate(rows, shared, down_weight[:, n])
+        self._add_bias(layer.down, layer.mlp_post_norm, post)
+
+    def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
+        """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
+        if projection.bias is None:
+            return
+        bias = projection.bias.to(self.state.dtype)
+        if post_norm is not None:
+            assert post_scale is not None
+            bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
+        self.state[_bias_rows(self.layout, self.state)] += bias
+
+    def _source_blocks(self, layer: Layer) -> Iterator[_SourceBlock]:
+        if not self._blocks:
+            widths = len(layer.value.weight) + layer.output.weight.shape[1] + self.state.shape[1]
+            rows_at_once = self._workspace() // (self.state.element_size() * 2 * widths)
+            sources, positions = int(self.layout.counts.max()), self.layout.positions
+            # an eighth of the sources leaves little of the square above the staircase to be multiplied by zeros
+            at_once = max(1, min(rows_at_once // positions, max(sources // 8, 1024 // positions)))
+            for first in range(0, sources, at_once):
+                part, rows = self.layout.slice_sources(first, min(first + at_once, sources))
+                self._blocks.append(_SourceBlock(part, rows, first == 0))
+        yield from self._blocks
+
+    def _workspace(self) -> int:
+        if self.workspace_bytes is not None:
+            return self.workspace_bytes
+        return WORKSPACE_BYTES.get(self.state.device.type, WORKSPACE_BYTES["cpu"])
+
+
+@dataclass(frozen=True)
+class _SourceBlock:
+    layout: SourceLayout
+    rows: Tensor  # [R_block], their rows in the state
+    has_bias_source: bool
+
+
+class _Attention:
+    """One layer's attention on blocks of sources."""
+
+    def __init__(self, propagation: Propagation, layer: Layer, trace: Trace) -> None:
+        assert trace.pattern is not None
+        self.propagation, self.layer = propagation, layer
+        self.pattern: Tensor = trace.pattern
+        self.key_scale = trace.scales.get("attention_norm")
+        self.query_scale = trace.scales.get("attention_post_norm")
+        dtype = propagation.bound.dtype
+        self.value_weight = _folded_input(layer.value, layer.attention_norm, dtype)  # [K·d, D]
+        self.output_weight = _folded_output(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
+        self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
+
+    def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
+        rows = self.propagation.state.index_select(0, block.rows.to(self.propagation.state.device))
+        values = _matmul(rows.to(self.value_weight.dtype), self.value_weight).to(self.value_weight.dtype)
+        if self.constant is not None and block.has_bias_source:
+            _add_constant(values, self.constant, block.layout, self.key_scale)
+        return values
+
+    def mix(self, block: _SourceBlock, values: Tensor) -> None:
+        state, heads = self.propagation.state, self.propagation.bound.heads
+        mixed = mix_values(
+            self.pattern,
+            values,
+            block.layout,
+            kv_heads=values.shape[1] // (self.output_weight.shape[1] // heads),
+            key_scale=self.key_scale,
+            query_scale=self.query_scale,
+            backend=self.propagation.sharing.backend,
+        )  # [R_block, H·d]
+        index = block.rows.to(state.device)
+        rows = state.index_select(0, index)
+        _accumulate(rows, mixed, self.output_weight)
+        state.index_copy_(0, index, rows)
+
+    def add_bias(self) -> None:
+        self.propagation._add_bias(self.layer.output, self.layer.attention_post_norm, self.query_scale)
+
+
+def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection with the norm before it folded in: ``γ``, and for LayerNorm the centring."""
+    weight = projection.weight
+    return weight if norm is None else norm.fold(weight.to(_at_least_fp32(dtype))).to(dtype)
+
+
+def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection with the ``γ`` of the norm on its output folded in."""
+    weight = projection.weight
+    if norm is None:
+        return weight
+    wide = _at_least_fp32(dtype)
+    return (weight.to(wide) * norm.gamma(wide)[:, None]).to(dtype)
+
+
+def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
+    """What a projection puts out without reading the stream, ``W β + b``, or None: it belongs to the bias source."""
+    beta = None if norm is None else norm.beta()
+    parts = [] if beta is None else [projection.weight.to(dtype) @ beta.to(dtype)]
+    if projection.bias is not None:
+        parts.append(projection.bias.to(dtype))
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def _add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout, scale: Tensor | None) -> None:
+    """Add a constant to the bias source's rows, divided by the frozen scale that the kernel will multiply it by."""
+    added = constant[None] if scale is None else constant / scale[:, None]
+    rows[_bias_rows(layout, rows)] += added.to(rows.dtype)
+
+
+def _bias_rows(layout: SourceLayout, rows: Tensor) -> Tensor:
+    return layout.row_start[:-1].to(rows.device)  # the bias source is source 0 and active everywhere
+
+
+def _matmul(operand: Tensor, weight: Tensor) -> Tensor:
+    """``operand @ weightᵀ``, in fp32 where the library can leave a half-precision GEMM's sums there (CUDA)."""
+    if operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(operand, weight.T, out_dtype=torch.float32)
+    return operand @ weight.T
+
+
+def _accumulate(rows: Tensor, operand: Tensor, weight: Tensor) -> None:
+    """``rows += operand @ weightᵀ`` in place, rows in the state's dtype."""
+    if rows.dtype == operand.dtype:
+        rows.addmm_(operand, weight.T)
+    else:
+        rows += _matmul(operand, weight)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
