@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -89,7 +88,6 @@ def run(
     """
     last: list[Tensor] = []
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         stack.enter_context(eager_with_patterns(bound))
         for index in layers:
             final = last if index == layers[-1] else None

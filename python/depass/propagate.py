@@ -79,13 +79,12 @@ class Propagation:
             self._mlp(layer, trace)
             for block, value in zip(blocks, values, strict=True):
                 attention.mix(block, value)
+            attention.add_bias()
         else:
             for block in blocks:
                 attention.mix(block, attention.values(block))
             attention.add_bias()
             self._mlp(layer, trace)
-        if self.bound.parallel:
-            attention.add_bias()
 
     def _mlp(self, layer: Layer, trace: Trace) -> None:
         assert trace.hidden is not None
@@ -204,14 +203,14 @@ class _Attention:
 def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     """A projection with the norm before it folded in: ``γ``, and for LayerNorm the centring."""
     weight = projection.weight
-    return weight if norm is None else norm.fold(weight.to(_at_least_fp32(dtype))).to(dtype)
+    return (weight if norm is None else norm.fold(weight.to(_at_least_fp32(dtype)))).to(dtype)
 
 
 def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     """A projection with the ``γ`` of the norm on its output folded in."""
     weight = projection.weight
     if norm is None:
-        return weight
+        return weight.to(dtype)
     wide = _at_least_fp32(dtype)
     return (weight.to(wide) * norm.gamma(wide)[:, None]).to(dtype)
 

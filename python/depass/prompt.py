@@ -1,0 +1,173 @@
+"""A prompt: from text, chat messages or ids to token ids, what each token shows as, and where it lies in the text."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import PromptError, SourceError
+from .families import BoundModel
+
+_UNITS = {
+    "word": re.compile(r"\S+"),
+    "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
+}
+_CONTEXT = 8  # tokens before a token that can change how it decodes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``N`` tokens and, where a tokenizer was there, their text.
+
+    Attributes:
+        ids: ``[N]`` token ids.
+        tokens: ``[N]``, each token's own piece of the text; its id where there is no tokenizer.
+        text: the prompt as text, special tokens included, or None.
+        offsets: ``[N]`` half-open character ranges in ``text``, without the space before a word; empty without text.
+        special: positions of special tokens.
+    """
+
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    text: str | None = None
+    offsets: tuple[tuple[int, int], ...] = ()
+    special: frozenset[int] = frozenset()
+
+    def segments(self, unit: str) -> list[tuple[int, int]]:
+        """Half-open token ranges of the prompt's words or sentences; a special token is one of its own.
+
+        Raises:
+            SourceError: an unknown unit, or a prompt without text.
+        """
+        if unit not in _UNITS:
+            raise SourceError(f"unknown unit {unit!r}; there are: token, {', '.join(_UNITS)}")
+        if self.text is None:
+            raise SourceError(f"{unit}s need text: the prompt was given as ids and there is no tokenizer")
+        begins = [match.start() for match in _UNITS[unit].finditer(self.text)]
+        ranges: list[tuple[int, int]] = []
+        previous = None
+        for index, (_, end) in enumerate(self.offsets):
+            # a token belongs to the last word that begins before the token ends
+            key = ("special", index) if index in self.special else ("unit", bisect.bisect_left(begins, end))
+            if key == previous:
+                ranges[-1] = (ranges[-1][0], index + 1)
+            else:
+                ranges.append((index, index + 1))
+            previous = key
+        return ranges
+
+
+def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
+    """Make a :class:`Prompt` of a string, chat messages (a list of dicts) or ids (a list of ints or a 1-D tensor).
+
+    Raises:
+        PromptError: an empty prompt, one longer than the model's positions, ids out of its vocabulary, a batch, or
+            text without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        made = _from_text(prompt, _needed(tokenizer, "a prompt given as text"), special=True)
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, dict) for message in prompt):
+        made = _from_chat(prompt, _needed(tokenizer, "chat messages"))
+    else:
+        made = _from_ids(_ids(prompt), tokenizer)
+    limit = bound.max_positions
+    if not made.ids:
+        raise PromptError("the prompt is empty; give at least one token")
+    if limit is not None and len(made.ids) > limit:
+        raise PromptError(f"the prompt has {len(made.ids)} tokens, {bound.name} has {limit} positions; shorten it")
+    for index, token in enumerate(made.ids):
+        if not 0 <= token < bound.vocabulary:
+            raise PromptError(f"id {token} at position {index} is out of range: the vocabulary has {bound.vocabulary} tokens")
+    return made
+
+
+def _needed(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise PromptError(f"{what} needs a tokenizer: DePass(model, tokenizer); or give token ids")
+    return tokenizer
+
+
+def _ids(prompt: Any) -> list[int]:
+    if hasattr(prompt, "keys"):
+        raise PromptError(
+            f"expected one prompt, got a mapping with {', '.join(map(str, prompt.keys()))}; pass one prompt's ids, "
+            "unpadded: encoding['input_ids'][0][mask]"
+        )
+    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(values, Iterable) or isinstance(values, bytes):
+        raise PromptError(f"expected a string, chat messages or token ids, got {type(prompt).__name__}")
+    values = list(values)
+    if any(isinstance(value, (list, tuple, str, torch.Tensor)) and getattr(value, "ndim", 1) for value in values):
+        shape = f" of shape {list(prompt.shape)}" if hasattr(prompt, "shape") else ""
+        raise PromptError(
+            f"expected one prompt, got a batch{shape} with {len(values)} rows; attribute one row at a time, unpadded"
+        )
+    ids = [int(value) if isinstance(value, torch.Tensor) else value for value in values]
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in ids):
+        raise PromptError(f"token ids must be integers, got {next(v for v in ids if not isinstance(v, int))!r}")
+    return ids
+
+
+def _from_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> Prompt:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's authors and raises what it likes
+        raise PromptError(f"the tokenizer's chat template does not take these messages: {error}") from error
+    return _from_text(text, tokenizer, special=False)
+
+
+def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
+    if not text:
+        raise PromptError("the prompt is empty; give at least one token")
+    if not getattr(tokenizer, "is_fast", False):
+        return _from_ids(tokenizer.encode(text, add_special_tokens=special), tokenizer)
+    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoding["input_ids"]
+    marked = set(tokenizer.all_special_ids)
+    # the tokenizer leaves out the space before a word, or does not: put every character with the token that ends after it
+    tokens, offsets, at = [], [], 0
+    for index, (begin, end) in enumerate(encoding["offset_mapping"]):
+        if end <= at:  # added by the tokenizer, or one more byte of a character that is already there
+            tokens.append(tokenizer.decode([ids[index]]))
+            offsets.append((at, at))
+        else:
+            tokens.append(text[at:end])
+            offsets.append((_skip_space(text, max(begin, at), end), end))
+            at = end
+    return Prompt(tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked))
+
+
+def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
+    if tokenizer is None:
+        return Prompt(tuple(ids), tuple(str(token) for token in ids))
+    tokens: list[str] = []
+    for index in range(len(ids)):
+        before = ids[max(0, index - _CONTEXT) : index]
+        known = _decode(tokenizer, before)
+        piece = _decode(tokenizer, [*before, ids[index]])
+        tokens.append(piece[len(known) :] if piece.startswith(known) else _decode(tokenizer, [ids[index]]))
+    offsets, at, text = [], 0, "".join(tokens)
+    for token in tokens:
+        offsets.append((_skip_space(text, at, at + len(token)), at + len(token)))
+        at += len(token)
+    marked = set(tokenizer.all_special_ids)
+    return Prompt(tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked))
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    try:
+        text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except (OverflowError, TypeError, IndexError):  # an id that the tokenizer lacks; the model's vocabulary is checked later
+        text = "".join(f"<{token}>" for token in ids)
+    return text
+
+
+def _skip_space(text: str, begin: int, end: int) -> int:
+    while begin < end - 1 and text[begin].isspace():
+        begin += 1
+    return begin

@@ -1,0 +1,263 @@
+"""The result of an attribution: scores that add up to logits, with what is needed to read, save and draw them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import DePassError, OutputError, SourceError, TargetError
+from .prompt import Prompt
+from .sources import Source
+from .targets import Target
+
+if TYPE_CHECKING:
+    import pandas
+
+_FORMAT = "depass-attribution-1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an attribution was made.
+
+    Attributes:
+        model: its name or path.
+        dtype: of its weights.
+        rule: how the MLP was shared out.
+        temperature: of the softmax rule, in units of the pre-activation.
+        exclude_bos: whether the first token took no part in later positions' MLPs.
+        start_layer: the layer whose input was decomposed.
+        stop_layer: one past the last layer; before the model's last, scores are read from the stream there through the
+            final norm and head (a logit lens).
+        aggregated: units that the sources were summed up to afterwards, or None.
+    """
+
+    model: str
+    dtype: str
+    rule: str
+    temperature: float
+    exclude_bos: bool
+    start_layer: int
+    stop_layer: int
+    aggregated: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """How much each source contributed to each target's logit.
+
+    Attributes:
+        scores: ``[targets, sources]`` fp32 on the CPU, signed, in logits; a row adds up to its target's logit.
+        sources: what the columns are.
+        targets: what the rows are.
+        target_logits: ``[targets]`` fp32, the model's own logits, before any soft-capping of its head.
+        conservation_error: ``[targets]`` fp32, ``|Σ scores - logit| / max(|logit|, Σ |scores|)``, measured before the
+            scores were rounded to fp32.
+        prompt: the prompt's tokens and text.
+        settings: how it was made.
+    """
+
+    scores: Tensor
+    sources: tuple[Source, ...]
+    targets: tuple[Target, ...]
+    target_logits: Tensor
+    conservation_error: Tensor
+    prompt: Prompt
+    settings: Settings
+
+    def __repr__(self) -> str:
+        return (
+            f"Attribution({len(self.targets)} targets x {len(self.sources)} sources, {self.settings.model}, "
+            f"conservation error {float(self.conservation_error.max()):.1e})"
+        )
+
+    def top(self, k: int = 5, target: int = 0) -> list[tuple[Source, float]]:
+        """The ``k`` sources with the largest scores by absolute value, in logits, largest first."""
+        if k < 1:
+            raise SourceError(f"top({k}): k must be at least 1")
+        row = self.scores[self._row(target)]
+        best = row.abs().argsort(descending=True, stable=True)[:k].tolist()
+        return [(self.sources[i], float(row[i])) for i in best]
+
+    def aggregate(self, unit: str) -> Attribution:
+        """Sum token scores up to words or sentences (``"word"``, ``"sentence"``); rows still add up to their logits.
+
+        This is not the attribution of ``sources=unit``: there the words themselves share the MLPs.
+
+        Raises:
+            SourceError: an unknown unit, a prompt without text, or sources that are no tokens.
+        """
+        if any(source.kind in ("span", "rest") for source in self.sources):
+            raise SourceError(f"aggregate({unit!r}) sums up token scores, these sources are spans already")
+        kept = [i for i, source in enumerate(self.sources) if source.kind == "bias"]
+        groups = [(self.sources[i], [i]) for i in kept]
+        for begin, end in self.prompt.segments(unit):
+            label = "".join(self.prompt.tokens[begin:end])
+            groups.append((Source(label, "span", begin, end), [len(kept) + t for t in range(begin, end)]))
+        scores = torch.stack([self.scores[:, columns].sum(1) for _, columns in groups], dim=1)
+        return replace(
+            self,
+            scores=scores,
+            sources=tuple(source for source, _ in groups),
+            settings=replace(self.settings, aggregated=unit),
+        )
+
+    def show(self, file: TextIO | None = None, width: int | None = None) -> None:
+        """Print the scores of every target over the prompt, in colour where ``file`` (stdout) is a terminal."""
+        from .terminal import show
+
+        show(self, file, width)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The scores as one standalone page; written to ``path`` where given.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        from .page import render
+
+        html = render(self)
+        if path is not None:
+            write_atomically(path, html.encode())
+        return html
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, as ``depass attribute --json`` prints them."""
+        return {
+            "format": _FORMAT,
+            "settings": asdict(self.settings),
+            "prompt": {**asdict(self.prompt), "special": sorted(self.prompt.special)},
+            "sources": [asdict(source) for source in self.sources],
+            "targets": [asdict(target) for target in self.targets],
+            "target_logits": self.target_logits.tolist(),
+            "conservation_error": self.conservation_error.tolist(),
+            "scores": self.scores.tolist(),
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per target and source: labels, positions, score in logits.
+
+        Raises:
+            DePassError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise DePassError("to_dataframe needs pandas: pip install 'depass-kernels[plots]'") from error
+        rows = [
+            {
+                "target": target.label, "position": target.position, "source": source.label, "kind": source.kind,
+                "start": source.start, "end": source.end, "score": score,
+            }
+            for target, row in zip(self.targets, self.scores.tolist(), strict=True)
+            for source, score in zip(self.sources, row, strict=True)
+        ]  # fmt: skip
+        return pandas.DataFrame(rows).astype({"start": "Int64", "end": "Int64"})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write scores and all that belongs to them as safetensors with JSON metadata; :meth:`load` reads it.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        described = self.to_dict()
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        for name in _TENSORS:
+            del described[name]
+        metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+        write_atomically(path, save(tensors, metadata))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Attribution:
+        """Read what :meth:`save` wrote; needs no model.
+
+        Raises:
+            OutputError: the file cannot be read or is no attribution.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise OutputError(f"{os.fspath(path)} is no saved attribution ({_FORMAT})")
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            prompt = json.loads(metadata["prompt"])
+            return Attribution(
+                **tensors,
+                sources=tuple(Source(**one) for one in json.loads(metadata["sources"])),
+                targets=tuple(
+                    Target(**{**one, "token_ids": tuple(one["token_ids"])}) for one in json.loads(metadata["targets"])
+                ),
+                prompt=Prompt(
+                    ids=tuple(prompt["ids"]),
+                    tokens=tuple(prompt["tokens"]),
+                    text=prompt["text"],
+                    offsets=tuple((begin, end) for begin, end in prompt["offsets"]),
+                    special=frozenset(prompt["special"]),
+                ),
+                settings=Settings(**json.loads(metadata["settings"])),
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
+
+    def _row(self, target: int) -> int:
+        if not -len(self.targets) <= target < len(self.targets):
+            raise TargetError(f"target {target} is out of range, there are {len(self.targets)}")
+        return target
+
+
+_TENSORS = ("scores", "target_logits", "conservation_error")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether a file can be written.
+
+    Raises:
+        OutputError: it cannot, and why.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"cannot write {target}: it is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = Path(path)
+    check_writable(target)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,147 @@
+"""What a prompt is decomposed into: tokens, words, sentences or given spans, and where their rows lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout
+
+from .errors import SourceError
+from .prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of the prompt, or of what belongs to no part of it.
+
+    Attributes:
+        label: its text.
+        kind: ``token``, ``span``, ``rest`` (tokens that no span covers) or ``bias`` (the model's own biases).
+        start: first position, None for ``rest`` and ``bias``.
+        end: one past the last position, None likewise.
+    """
+
+    label: str
+    kind: Literal["token", "span", "rest", "bias"]
+    start: int | None = None
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Spans of a prompt as sources, half-open and in any order; what none of them covers is the source ``rest``.
+
+    Args:
+        ranges: ``(begin, end)`` each, ``begin`` included and ``end`` not.
+        unit: whether they count ``"token"``\\ s or characters (``"char"``) of the prompt. A token belongs to the
+            character span that it overlaps.
+        labels: one for each; without it the span's text.
+    """
+
+    ranges: Sequence[tuple[int, int]]
+    unit: Literal["token", "char"] = "token"
+    labels: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The sources of one prompt and the staircase that they form.
+
+    Attributes:
+        sources: ``M`` of them: the bias source (if any), ``rest`` (if any), then by start.
+        layout: one staircase; it also carries the excluded source.
+        owner: ``[N]`` int64, the source that each position's residual stream belongs to at the start.
+        excluded: whether the first token takes no part in later positions' MLPs.
+    """
+
+    sources: tuple[Source, ...]
+    layout: SourceLayout
+    owner: Tensor
+    excluded: bool
+
+
+def decompose(prompt: Prompt, sources: Any, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None) -> Decomposition:
+    """Lay out the sources of a prompt.
+
+    Args:
+        prompt: ``N`` tokens.
+        sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`.
+        has_bias: whether the model has biases, and so a bias source.
+        exclude: whether the first token takes no part in the MLPs of later positions (design: BOS); ``"auto"``: where it
+            is ``bos`` and a source of its own.
+        bos: the tokenizer's BOS id, or None.
+
+    Raises:
+        SourceError: unknown sources; spans that are empty, overlap, or lie outside of the prompt.
+    """
+    length = len(prompt.ids)
+    kind: Literal["token", "span"] = "span"
+    labels: Sequence[str] | None = None
+    if isinstance(sources, Spans):
+        ranges, labels = _token_ranges(prompt, sources), sources.labels
+        if labels is not None and len(labels) != len(ranges):
+            raise SourceError(f"{len(labels)} labels for {len(ranges)} spans; give one for each")
+    elif sources == "token":
+        ranges, kind = [(t, t + 1) for t in range(length)], "token"
+    elif isinstance(sources, str):
+        ranges = prompt.segments(sources)
+    else:
+        raise SourceError(f"sources must be 'token', 'word', 'sentence' or Spans([...]), got {sources!r}")
+
+    order = sorted(range(len(ranges)), key=lambda i: ranges[i])
+    for before, after in zip(order, order[1:], strict=False):
+        if ranges[after][0] < ranges[before][1]:
+            raise SourceError(f"spans {ranges[before]} and {ranges[after]} (tokens) overlap; a token belongs to one source")
+    made = [Source("bias", "bias")] if has_bias else []
+    covered = sum(end - begin for begin, end in ranges)
+    if covered < length:
+        made.append(Source("rest", "rest"))
+    owner = torch.full((length,), len(made) - 1)
+    always = len(made)
+    for index in order:
+        begin, end = ranges[index]
+        owner[begin:end] = len(made)
+        label = "".join(prompt.tokens[begin:end]) if labels is None else labels[index]
+        made.append(Source(label, kind, begin, end))
+
+    own = next((i for i, source in enumerate(made) if (source.start, source.end) == (0, 1)), None)
+    if exclude == "auto":
+        excluded = own is not None and bos is not None and prompt.ids[0] == bos
+    elif exclude and own is None:
+        raise SourceError("exclude_bos=True needs the first token as a source of its own; give it a span (0, 1)")
+    else:
+        excluded = bool(exclude)
+    starts = [0] * always + [source.start or 0 for source in made[always:]]
+    layout = SourceLayout.from_starts(starts, length, own if excluded else None)
+    return Decomposition(tuple(made), layout, owner, excluded)
+
+
+def _token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
+    if spans.unit not in ("token", "char"):
+        raise SourceError(f"unit={spans.unit!r} of Spans; there are: 'token', 'char'")
+    if spans.unit == "char" and prompt.text is None:
+        raise SourceError("character spans need text: the prompt was given as ids and there is no tokenizer")
+    length = len(prompt.ids) if spans.unit == "token" else len(prompt.text or "")
+    found = []
+    for span in spans.ranges:
+        try:
+            begin, end = span
+            inside = 0 <= begin < end <= length
+        except (TypeError, ValueError):
+            raise SourceError(f"a span is a pair (begin, end), got {span!r}") from None
+        if not inside:
+            raise SourceError(f"span ({begin}, {end}) is empty or lies outside of the prompt's {length} {spans.unit}s")
+        if spans.unit == "char":
+            touched = [i for i, (a, b) in enumerate(prompt.offsets) if a < end and begin < b]
+            if not touched:
+                raise SourceError(f"no token lies in the characters ({begin}, {end})")
+            begin, end = touched[0], touched[-1] + 1
+        found.append((int(begin), int(end)))
+    if not found:
+        raise SourceError("Spans([]) names no span; give at least one")
+    return found

@@ -1,0 +1,47 @@
+"""Options and fixtures of all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from depass import DePass, ModelError, smollm2
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where models and tensors lie: cpu (default) or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.config.getoption("--device")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        pytest.exit(f"--device {name}: torch sees no CUDA device", returncode=2)
+    return name
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Outputs of the published implementation, which do not come with the package."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the published implementation's outputs (shared/golden) are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    try:
+        return smollm2.folder()
+    except ModelError as error:
+        pytest.skip(f"the default model cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_dp(smollm2_folder: Path, device: str) -> Any:
+    return DePass.from_pretrained(dtype=torch.float32, device_map=None if device == "cpu" else device)
