@@ -87,7 +87,9 @@ def _values(path: str, parameter: torch.Tensor) -> torch.Tensor:
         return normal
     inner = shape[0] if ".c_" in path else shape[-1]  # GPT-2 keeps [in, out]
     # pre-activations of a few times the temperature, so that a softmax over the sources has something to choose
-    gain = 0.4 if any(part in path for part in ("gate", "c_fc", "dense_h_to_4h")) else 1.5
+    gates = ("gate", "c_fc", "dense_h_to_4h")
+    outputs = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h")
+    gain = 0.4 if any(part in path for part in gates) else 0.8 if any(part in path for part in outputs) else 1.5
     return gain * normal / inner**0.5
 
 

@@ -1,0 +1,164 @@
+"""The command ``depass``. Exit codes: 0, 1 (ran and failed), 2 (wrong use), 130 (interrupted)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+PATIENCE = 2.0  # seconds before a progress bar is worth its lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # imported late: wrong use is found before torch is loaded
+    from .errors import DePassError, OptionError, PromptError, SourceError, TargetError
+
+    try:
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
+        sys.stdout.flush()
+    except (OptionError, PromptError, SourceError, TargetError) as error:
+        return _fail(error, 2)
+    except DePassError as error:
+        return _fail(error, 1)
+    except BrokenPipeError:  # the reader of a pipe left early, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(why: object, code: int) -> int:
+    print(f"depass: {why}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="depass", description="Which part of the input made a language model say what it said."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    attribute = commands.add_parser("attribute", help="attribute a model's next token to the parts of a prompt")
+    attribute.set_defaults(run=_attribute)
+    add = attribute.add_argument
+    add("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    add("-m", "--model", default="smollm2", help="a folder or a hub name (default: the embedded SmolLM2-135M-Instruct)")
+    add(
+        "--target", action="append", metavar="T",
+        help="what to explain, may be repeated: a token (' Europe'), id:1910 or top:5 (default: the model's next token)",
+    )  # fmt: skip
+    add("--sources", default="token", choices=("token", "word", "sentence"), help="the parts of the prompt")
+    add("--mlp-rule", default="softmax", help="how MLPs are shared out: softmax, max, relu, linear, taylor")
+    add("--temperature", type=float, default=0.1, help="of the softmax rule (default: 0.1)")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
+    add("--viz-path", metavar="F.html", help="write a standalone HTML page")
+    add("--json", action="store_true", help="print the result as JSON instead of a picture")
+    backends = commands.add_parser("backends", help="which backend can serve which op on this machine")
+    backends.set_defaults(run=_backends)
+    return parser
+
+
+def _attribute(options: argparse.Namespace) -> None:
+    from .result import check_writable
+
+    for path in (options.save_path, options.viz_path):
+        if path is not None:
+            check_writable(path)
+    targets = [_target(text) for text in options.target] if options.target else None
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+
+    import torch
+    from transformers.utils import logging
+
+    from .api import DePass
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dp = DePass.from_pretrained(
+        options.model,
+        dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype),
+        say=lambda message: print(message, file=sys.stderr),
+        mlp_rule=options.mlp_rule,
+        temperature=options.temperature,
+        device_map=None if options.device == "cpu" else _device(options.device),
+    )
+    with _Progress() as progress:
+        result = dp.attribute(prompt, target=targets, sources=options.sources, progress=progress.update)
+    if options.json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        result.show()
+    if options.save_path is not None:
+        result.save(options.save_path)
+    if options.viz_path is not None:
+        result.to_html(options.viz_path)
+
+
+def _backends(_: argparse.Namespace) -> None:
+    from depass_kernels.backends import table
+
+    for op, backend, reason in table():
+        print(f"{op:<14}{backend:<12}{'can serve' if reason is None else f'cannot: {reason}'}")
+
+
+def _target(text: str) -> Any:
+    from .errors import TargetError
+    from .targets import Token, TopK
+
+    kind, _, number = text.partition(":")
+    if kind not in ("id", "top") or not number:
+        return Token(text)
+    if not number.isdecimal():
+        raise TargetError(f"--target {text}: {number!r} is no number; write id:1910 or top:5")
+    return Token(int(number)) if kind == "id" else TopK(int(number))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from .errors import OptionError
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device {name}: there is no such device; write cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return name
+
+
+class _Progress:
+    """A progress bar on standard error, where that is a terminal and the work takes longer than ``PATIENCE``."""
+
+    def __init__(self) -> None:
+        self.began, self.bar, self.task = time.monotonic(), None, None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, done: int, of: int) -> None:
+        if self.bar is None:
+            if time.monotonic() - self.began < PATIENCE or not sys.stderr.isatty():
+                return
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("layers", total=of)
+        self.bar.update(self.task, completed=done)
