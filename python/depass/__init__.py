@@ -7,27 +7,56 @@
     res.show()
 """
 
-from .api import DePass, States
-from .errors import (
-    ConservationError,
-    ConservationWarning,
-    DePassError,
-    ModelError,
-    NonFiniteError,
-    OptionError,
-    OutputError,
-    PromptError,
-    SourceError,
-    TargetError,
-)
-from .families import FAMILIES, Family
-from .prompt import Prompt
-from .result import Attribution, Settings
-from .sources import Source, Spans
-from .targets import Contrast, Direction, Target, Token, TopK
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import DePass, States
+    from .errors import (
+        ConservationError,
+        ConservationWarning,
+        DePassError,
+        ModelError,
+        NonFiniteError,
+        OptionError,
+        OutputError,
+        PromptError,
+        SourceError,
+        TargetError,
+    )
+    from .families import FAMILIES, Family
+    from .prompt import Prompt
+    from .result import Attribution, Settings
+    from .sources import Source, Spans
+    from .targets import Contrast, Direction, Target, Token, TopK
+
+# Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
+_MODULES = {
+    "api": ("DePass", "States"),
+    "errors": (
+        "ConservationError", "ConservationWarning", "DePassError", "ModelError", "NonFiniteError", "OptionError",
+        "OutputError", "PromptError", "SourceError", "TargetError",
+    ),
+    "families": ("FAMILIES", "Family"),
+    "prompt": ("Prompt",),
+    "result": ("Attribution", "Settings"),
+    "sources": ("Source", "Spans"),
+    "targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "DePass", "DePassError",
     "Direction", "Family", "ModelError", "NonFiniteError", "OptionError", "OutputError", "Prompt", "PromptError",
     "Settings", "Source", "SourceError", "Spans", "States", "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

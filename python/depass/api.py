@@ -86,6 +86,7 @@ class DePass:
         family: Family | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.name: str = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         self.mlp_rule, self.temperature, self.exclude_bos = mlp_rule, temperature, exclude_bos
         self.backend, self.workspace_bytes = backend, workspace_bytes
         self._bound = bind(model, family)
@@ -120,7 +121,9 @@ class DePass:
         if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith((".", "~"))):
             raise ModelError(f"the model path {name!r} is no folder")
         model, tokenizer = _load(name, path, dtype, device_map)
-        return DePass(model, tokenizer, **options)
+        made = DePass(model, tokenizer, **options)
+        made.name = name
+        return made
 
     @torch.no_grad()
     def attribute(
@@ -188,7 +191,7 @@ class DePass:
             conservation_error=error.float(),
             prompt=made,
             settings=Settings(
-                model=bound.name,
+                model=self.name,
                 dtype=_name(bound.dtype),
                 rule=sharing.rule,
                 temperature=sharing.temperature,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from .errors import DePassError, OptionError, PromptError, SourceError, TargetError
+from .files import check_writable
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PATIENCE = 2.0  # seconds before a progress bar is worth its lines
@@ -17,10 +21,6 @@ PATIENCE = 2.0  # seconds before a progress bar is worth its lines
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # imported late: wrong use is found before torch is loaded
-    from .errors import DePassError, OptionError, PromptError, SourceError, TargetError
-
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
@@ -70,19 +70,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _attribute(options: argparse.Namespace) -> None:
-    from .result import check_writable
-
     for path in (options.save_path, options.viz_path):
         if path is not None:
             check_writable(path)
-    targets = [_target(text) for text in options.target] if options.target else None
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
 
+    gc.disable()  # a fifth of a start is spent looking for garbage among what imports leave, and the process is short
     import torch
     from transformers.utils import logging
 
     from .api import DePass
 
+    targets = [_target(text) for text in options.target] if options.target else None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dp = DePass.from_pretrained(
@@ -113,7 +112,6 @@ def _backends(_: argparse.Namespace) -> None:
 
 
 def _target(text: str) -> Any:
-    from .errors import TargetError
     from .targets import Token, TopK
 
     kind, _, number = text.partition(":")
@@ -126,8 +124,6 @@ def _target(text: str) -> Any:
 
 def _device(name: str) -> str:
     import torch
-
-    from .errors import OptionError
 
     try:
         device = torch.device(name)

@@ -21,15 +21,12 @@ def render(res: Attribution) -> str:
     ]  # fmt: skip
     if settings.aggregated:
         facts.append(f"summed up to {settings.aggregated}s")
+    others = [(index, source.kind) for index, source in enumerate(res.sources) if source.kind in ("rest", "bias")]
     filled = {
         "FACTS": escape(" · ".join(facts)),
         "TARGETS": "\n".join(_target(res, row) for row in range(len(res.targets))),
         "PROMPT": _prompt(res),
-        "OTHERS": "".join(
-            f'<span class="source other" data-source="{index}">{source.kind}</span>'
-            for index, source in enumerate(res.sources)
-            if source.kind in ("rest", "bias")
-        ),
+        "OTHERS": "".join(f'<span class="source other" data-source="{index}">{kind}</span>' for index, kind in others),
         "DATA": _data(res),
     }
     # one pass over the template, so that nothing a prompt says is taken for a place in it
