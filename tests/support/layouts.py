@@ -1,0 +1,58 @@
+"""Layouts and tensors that the ops' tests share. Inputs come out of larger NaN-filled buffers, outputs start poisoned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout
+
+LAYOUTS: dict[str, SourceLayout] = {
+    "one": SourceLayout.tokens(1),
+    "tokens2": SourceLayout.tokens(2),
+    "tokens3-excluded": SourceLayout.tokens(3, excluded=0),
+    "tokens17": SourceLayout.tokens(17),
+    "tokens17-bias-excluded": SourceLayout.tokens(17, always=1, excluded=1),
+    "tokens65-excluded": SourceLayout.tokens(65, excluded=0),
+    "dense1": SourceLayout.dense(1, 5),
+    "dense33": SourceLayout.dense(33, 3),
+    "dense257": SourceLayout.dense(257, 2),
+    "spans": SourceLayout.from_starts([0, 0, 0, 4, 9], 12),
+    "excluded-alone": SourceLayout.from_starts([0, 3], 6, excluded=0),
+    "several": SourceLayout.concat(
+        [SourceLayout.tokens(5, excluded=0), SourceLayout.dense(3, 5), SourceLayout.from_starts([0, 0, 2], 4)]
+    ),
+    "two-of-one-prompt": SourceLayout.concat([SourceLayout.tokens(6), SourceLayout.dense(4, 6)], prompt=[0, 0]),
+}
+
+
+def sliced(shape: tuple[int, ...], dtype: torch.dtype, device: str, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Random numbers in the middle of a larger buffer of NaN: rows are strided, neighbours are poison."""
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    larger = torch.full((*(n + 2 for n in shape[:-1]), shape[-1] + 5), float("nan"), dtype=dtype)
+    inner = larger[tuple([slice(1, n + 1) for n in shape[:-1]] + [slice(2, shape[-1] + 2)])]
+    inner.copy_(values)
+    return larger.to(device)[tuple([slice(1, n + 1) for n in shape[:-1]] + [slice(2, shape[-1] + 2)])]
+
+
+def poisoned(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
+    """An output of NaN with strided rows."""
+    return torch.full((rows, columns + 3), float("nan"), dtype=dtype, device=device)[:, :columns]
+
+
+def scale(positions: int, device: str, seed: int = 1) -> Tensor:
+    """``[P]`` fp32, between 0.5 and 1.5."""
+    return (0.5 + torch.rand(positions, generator=torch.Generator().manual_seed(seed))).to(device)
+
+
+def cells(layout: SourceLayout) -> Iterator[tuple[int, int, int, int, int]]:
+    """``(staircase, t in it, position, source, row)`` of every row, by counting."""
+    row = 0
+    for staircase in range(layout.staircases):
+        for position in range(int(layout.position_start[staircase]), int(layout.position_start[staircase + 1])):
+            for source in range(int(layout.counts[position])):
+                yield staircase, position - int(layout.position_start[staircase]), position, source, row
+                row += 1
