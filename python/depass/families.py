@@ -297,19 +297,15 @@ def _weights(layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _refuse_other_kinds(model: Any, kind: str) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{name} ({kind}) is an encoder-decoder model; DePass needs a decoder-only language model")
-    if kind in FAMILIES:
-        if model.get_output_embeddings() is None:
-            raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
-    elif kind in MASKED and not getattr(model.config, "is_decoder", False):
+    if kind not in FAMILIES and kind in MASKED and not getattr(model.config, "is_decoder", False):
         raise ModelError(f"{name} ({kind}) is an encoder-only model; it predicts no next token to attribute")
-    elif kind not in CAUSAL:
-        raise ModelError(f"{name} ({kind}) is no causal language model of this transformers; known: {', '.join(FAMILIES)}")
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
 
 
 def _example_paths(family: Family) -> list[str]:

@@ -14,8 +14,8 @@ from .errors import PromptError, SourceError
 from .families import BoundModel
 
 _UNITS = {
-    "word": re.compile(r"\S+"),
-    "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
+    "word": re.compile(r"\s*\S+"),
+    "sentence": re.compile(r"\s*\S[^.!?。！？\n]*[.!?。！？]*"),
 }
 _CONTEXT = 8  # tokens before a token that can change how it decodes
 
@@ -52,7 +52,7 @@ class Prompt:
         ranges: list[tuple[int, int]] = []
         previous = None
         for index, (_, end) in enumerate(self.offsets):
-            # a token belongs to the last word that begins before the token ends
+            # a token belongs to the last word, counted from the space before it, that begins before the token ends
             key = ("special", index) if index in self.special else ("unit", bisect.bisect_left(begins, end))
             if key == previous:
                 ranges[-1] = (ranges[-1][0], index + 1)
@@ -108,8 +108,9 @@ def _ids(prompt: Any) -> list[int]:
             f"expected one prompt, got a batch{shape} with {len(values)} rows; attribute one row at a time, unpadded"
         )
     ids = [int(value) if isinstance(value, torch.Tensor) else value for value in values]
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in ids):
-        raise PromptError(f"token ids must be integers, got {next(v for v in ids if not isinstance(v, int))!r}")
+    for value in ids:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise PromptError(f"token ids must be integers, got {value!r}")
     return ids
 
 

@@ -1,0 +1,96 @@
+"""Whatever happens, the model is afterwards as it was: hooks gone, attention implementation restored, weights untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import models
+from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, api, lockstep
+
+
+def hooks(model: Any) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_backward_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request: pytest.FixtureRequest, device: str) -> Any:
+    made = models.make("llama", device=device)
+    made.config._attn_implementation = request.param
+    before = {name: weight.clone() for name, weight in made.named_parameters()}
+    yield made
+    assert hooks(made) == 0
+    assert not lockstep._traces
+    assert made.config._attn_implementation == request.param
+    for name, weight in made.named_parameters():
+        assert torch.equal(weight, before[name])
+    assert torch.is_grad_enabled()
+
+
+def test_after_a_run(model: Any) -> None:
+    res = DePass(model).attribute(models.prompt(9))
+    assert not res.scores.requires_grad
+    with torch.no_grad():
+        own = model(torch.tensor([models.prompt(9)], device=model.device)).logits[0, -1].max()
+    assert res.target_logits[0].item() == pytest.approx(own.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_after_an_exception_in_any_layer(model: Any, interruption: type[BaseException], layer: int) -> None:
+    def stop(done: int, of: int) -> None:
+        if done == layer:
+            raise interruption
+
+    with pytest.raises(interruption):
+        DePass(model).attribute(models.prompt(9), progress=stop)
+
+
+def test_after_an_exception_in_the_models_own_code(model: Any) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    whole, model.model.layers[1].mlp.act_fn = model.model.layers[1].mlp.act_fn, Broken()
+    with pytest.raises(KeyboardInterrupt):
+        DePass(model).attribute(models.prompt(9))
+    model.model.layers[1].mlp.act_fn = whole
+
+
+def test_a_model_in_training_mode_with_dropout_is_refused(device: str) -> None:
+    made = models.make("gpt2", device=device).train()
+    with pytest.raises(ModelError, match=r"training mode with dropout.*call model.eval\(\)"):
+        DePass(made).attribute(models.prompt(4))
+    without = models.make("llama", device=device).train()
+    assert DePass(without).attribute(models.prompt(4)).conservation_error.max() < 1e-5
+    without.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ModelError, match="training mode"):
+        DePass(without).attribute(models.prompt(4))
+
+
+def test_logits_that_are_not_finite_are_refused(model: Any) -> None:
+    broken = models.make("llama", device=str(model.device))
+    broken.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(NonFiniteError, match="the model's own logits are not finite"):
+        DePass(broken).attribute(models.prompt(4), target=7)
+    broken.model.layers[1].mlp.down_proj.weight.data[:] = float("inf")
+    with pytest.raises(NonFiniteError):
+        DePass(broken).attribute(models.prompt(4), target=5)
+
+
+def test_parts_that_do_not_add_up_warn_or_raise(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(api.TOLERANCE, torch.float32, 1e-12)
+    dp = DePass(model)
+    with pytest.warns(ConservationWarning, match="miss the logit by"):
+        dp.attribute(models.prompt(30), target=list(range(20)))
+    with pytest.raises(ConservationError, match="miss the logit by"):
+        dp.attribute(models.prompt(30), target=list(range(20)), strict=True)
+
+
+def test_the_progress_counts_layers(model: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    DePass(model).attribute(models.prompt(4), start_layer=1, progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 2), (2, 2)]

@@ -1,0 +1,271 @@
+"""Prompts as text, chat and ids; what they are decomposed into; and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import models
+import tokens
+from depass import DePass, ModelError, OptionError, PromptError, SourceError, Spans, TargetError, Token, TopK
+from depass.families import bind
+
+
+@pytest.fixture(scope="module")
+def dp(device: str) -> DePass:
+    return DePass(models.make("llama", device=device), tokens.make())
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(device: str) -> DePass:
+    return DePass(models.make("llama", device=device))
+
+
+def test_text_chat_and_ids_are_the_same_prompt(dp: DePass) -> None:
+    text = dp.attribute("the cat sat at the cat.")
+    assert "".join(text.prompt.tokens) == text.prompt.text == "the cat sat at the cat."
+    for ids in (list(text.prompt.ids), torch.tensor(text.prompt.ids), torch.tensor(text.prompt.ids).numpy()):
+        again = dp.attribute(ids)
+        assert again.prompt == text.prompt
+        assert torch.equal(again.scores, text.scores)
+    chat = dp.attribute([{"role": "user", "content": "the cat"}])
+    assert chat.prompt.text == "<bos>user the cat<eos><bos>"
+    assert chat.prompt.tokens[0] == "<bos>"
+    assert chat.prompt.special == {0, len(chat.prompt.ids) - 2, len(chat.prompt.ids) - 1}
+
+
+def test_the_bos_token_is_excluded_where_it_is_one(dp: DePass) -> None:
+    bos, other = [1, *models.prompt(5)], models.prompt(6)
+    assert dp.attribute(bos).settings.exclude_bos
+    assert not dp.attribute(other).settings.exclude_bos
+    assert dp.attribute(other, exclude_bos=True).settings.exclude_bos
+    assert not dp.attribute(bos, exclude_bos=False).settings.exclude_bos
+    assert not dp.attribute(bos, sources=Spans([(0, 2)])).settings.exclude_bos
+    assert dp.attribute(bos, sources=Spans([(0, 1)])).settings.exclude_bos
+
+
+def test_words_and_sentences_follow_the_text(dp: DePass) -> None:
+    words = dp.attribute("<bos>the cat sat. A cat\nsat", sources="word")
+    assert [s.label for s in words.sources] == ["<bos>", "the", " cat", " sat.", " A", " cat", "\nsat"]
+    assert all(s.kind == "span" for s in words.sources)
+    sentences = dp.attribute("<bos>the cat sat. A cat\nsat", sources="sentence")
+    assert [s.label for s in sentences.sources] == ["<bos>", "the cat sat.", " A cat", "\nsat"]
+    assert words.sources[-1].end == len(words.prompt.ids)
+
+
+def test_character_spans_take_the_tokens_that_they_touch(dp: DePass) -> None:
+    text = "the cat sat at the cat"
+    res = dp.attribute(text, sources=Spans([(15, 22), (4, 7)], unit="char", labels=["second", "first"]))
+    assert [s.label for s in res.sources] == ["rest", "first", "second"]
+    for source, expected in zip(res.sources[1:], (" cat", " the cat"), strict=True):
+        assert "".join(res.prompt.tokens[source.start : source.end]) == expected
+    assert torch.allclose(res.scores.sum(1), res.target_logits, rtol=1e-5)
+
+
+def test_token_spans_are_half_open_and_rest_is_the_rest(dp: DePass) -> None:
+    res = dp.attribute(models.prompt(6), sources=Spans([(4, 6), (0, 1)]))
+    assert [(s.kind, s.start, s.end) for s in res.sources] == [("rest", None, None), ("span", 0, 1), ("span", 4, 6)]
+    whole = dp.attribute(models.prompt(6), sources=Spans([(0, 6)]))
+    assert [s.kind for s in whole.sources] == ["span"]
+    assert whole.scores[0, 0].item() == pytest.approx(whole.target_logits[0].item(), rel=1e-5)
+
+
+def test_biases_have_a_source_of_their_own_exactly_where_the_weights_have_them(device: str) -> None:
+    for name, has in (("llama", False), ("llama-biased", True), ("qwen2", True), ("gpt2", True), ("olmo2", False)):
+        res = DePass(models.make(name, device=device)).attribute(models.prompt(4))
+        assert (res.sources[0].kind == "bias") == has
+        assert len(res.sources) == 4 + has
+
+
+ONE_PROMPT = "expected one prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("", "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (torch.tensor([], dtype=torch.int64), "the prompt is empty"),
+        (torch.zeros(2, 4, dtype=torch.int64), rf"{ONE_PROMPT}, got a batch of shape \[2, 4\]"),
+        ([[1, 2], [3, 0]], f"{ONE_PROMPT}, got a batch with 2 rows"),
+        (["one", "two"], f"{ONE_PROMPT}, got a batch with 2 rows"),
+        ({"input_ids": torch.zeros(1, 3), "attention_mask": torch.ones(1, 3)}, f"{ONE_PROMPT}, got a mapping with input_ids"),
+        ([5, 101], "id 101 at position 1 is out of range: the vocabulary has 101 tokens"),
+        ([-1], "id -1 at position 0"),
+        ([1.5, 2.0], "token ids must be integers, got 1.5"),
+        ([True], "integers, got True"),
+        (None, "expected a string, chat messages or token ids, got NoneType"),
+        (7, "got int"),
+        (torch.tensor(7), "got Tensor"),
+        ([1] * 321, "the prompt has 321 tokens, .* has 320 positions"),
+        ([{"role": "user"}, {"rôle": 1}], None),
+    ],
+)
+def test_what_is_no_prompt_is_refused(dp: DePass, prompt: Any, says: str | None) -> None:
+    if says is None:  # templates forgive missing keys; a broken one must not
+        broken = tokens.make()
+        broken.chat_template = "{{ raise_exception('roles must alternate') }}"
+        dp, says = DePass(dp.model, broken), "chat template does not take these messages: .*roles must alternate"
+    with pytest.raises(PromptError, match=says) as error:
+        dp.attribute(prompt)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_need_no_tokenizer_and_text_does(without_tokenizer: DePass) -> None:
+    res = without_tokenizer.attribute([5, 6, 7], target=9)
+    assert res.prompt.tokens == ("5", "6", "7")
+    with pytest.raises(PromptError, match="needs a tokenizer"):
+        without_tokenizer.attribute("the cat")
+    with pytest.raises(PromptError, match="chat messages needs a tokenizer"):
+        without_tokenizer.attribute([{"role": "user", "content": "hi"}])
+    with pytest.raises(TargetError, match="target ' cat' needs a tokenizer"):
+        without_tokenizer.attribute([5, 6], target=" cat")
+    with pytest.raises(SourceError, match="words need text"):
+        without_tokenizer.attribute([5, 6], sources="word")
+    with pytest.raises(SourceError, match="character spans need text"):
+        without_tokenizer.attribute([5, 6], sources=Spans([(0, 1)], unit="char"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "says"),
+    [
+        (Spans([(0, 3), (2, 4)]), r"spans \(0, 3\) and \(2, 4\) \(tokens\) overlap"),
+        (Spans([(3, 4), (0, 4)]), "overlap"),
+        (Spans([(0, 10)]), "outside of the prompt's 9 tokens"),
+        (Spans([(-1, 2)]), "outside"),
+        (Spans([(2, 2)]), "is empty or lies outside"),
+        (Spans([(5, 3)]), "is empty or lies outside"),
+        (Spans([(0, 23)], unit="char"), "outside of the prompt's 22 chars"),
+        (Spans([(0, 1)], unit="byte"), "unit='byte'"),  # type: ignore[arg-type]
+        (Spans([(0, 1, 2)]), r"a span is a pair \(begin, end\), got \(0, 1, 2\)"),  # type: ignore[list-item]
+        (Spans([("a", "b")]), "a span is a pair"),  # type: ignore[list-item]
+        (Spans([]), r"Spans\(\[\]\) names no span"),
+        (Spans([(0, 1)], labels=["a", "b"]), "2 labels for 1 spans"),
+        ("paragraph", "unknown unit 'paragraph'; there are: token, word, sentence"),
+        (5, "sources must be 'token'"),
+    ],
+)
+def test_spans_that_are_none_are_refused(dp: DePass, sources: Any, says: str) -> None:
+    with pytest.raises(SourceError, match=says):
+        dp.attribute("the cat sat at the cat", sources=sources)
+
+
+def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> None:
+    with pytest.raises(SourceError, match=r"give it a span \(0, 1\)"):
+        dp.attribute(models.prompt(5), sources=Spans([(0, 2)]), exclude_bos=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (" cat sat", r"target ' cat sat' is 4 tokens, not one: ' cat' \(\d+\)"),
+        ("", "is 0 tokens, not one: none"),
+        (101, "target id 101 is out of range: the vocabulary has 101 tokens"),
+        (-1, "target id -1"),
+        (True, "got bool"),
+        (1.5, "got float"),
+        (Token(5, position=9), "position 9 is outside of the prompt's 9 tokens"),
+        (Token(5, position=-10), "position -10"),
+        (TopK(0), r"TopK\(0\): k must be from 1"),
+        (TopK(102), "vocabulary's 101"),
+        ([], r"target=\[\] names no target"),
+    ],
+)
+def test_targets_that_are_none_are_refused(dp: DePass, target: Any, says: str) -> None:
+    with pytest.raises(TargetError, match=says):
+        dp.attribute("the cat sat at the cat", target=target)
+
+
+def test_a_direction_must_have_the_models_width(dp: DePass) -> None:
+    from depass import Direction
+
+    for w in (torch.zeros(31), torch.zeros(2, 32), torch.full((32,), float("nan")), torch.zeros(32, dtype=torch.int64), "x"):
+        with pytest.raises(TargetError, match="must be 32 finite floats"):
+            dp.attribute([5, 6], target=Direction(w))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mlp_rule": "mean"}, "unknown mlp_rule 'mean'; there are: softmax, max, relu, linear, taylor"),
+        ({"temperature": 0}, "temperature must be a positive number, got 0"),
+        ({"temperature": "hot"}, "got 'hot'"),
+        ({"exclude_bos": "yes"}, "exclude_bos must be 'auto', True or False, got 'yes'"),
+        ({"start_layer": 3}, "need 0 <= start < stop <= 3"),
+        ({"start_layer": 2, "stop_layer": 2}, "start_layer=2, stop_layer=2"),
+        ({"stop_layer": 4}, "stop_layer=4"),
+        ({"start_layer": -1}, "start_layer=-1"),
+    ],
+)
+def test_options_that_are_none_are_refused(dp: DePass, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        dp.attribute([5, 6], **options)
+
+
+def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
+    for options in ({"mlp_rule": "mean"}, {"temperature": -1}, {"exclude_bos": 3}, {"backend": "metal"}, {"workspace_bytes": 0}):
+        with pytest.raises(OptionError):
+            DePass(dp.model, **options)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="layers: 9 is outside of 0 to 3"):
+        dp.states([5, 6], 9)
+
+
+SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)), "is an encoder-only model"),
+        (lambda: transformers.BertModel(transformers.BertConfig(**SMALL)), "is an encoder-only model"),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            ),
+            "is an encoder-decoder model",
+        ),
+        (lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), "has no language-model head"),
+        (
+            lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)),
+            r"unknown model family 'bloom'.*known: llama, .*lacks \(-\).*-model.layers.0.self_attn.v_proj",
+        ),
+        (
+            lambda: transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, add_cross_attention=True)
+            ),
+            "has cross-attention",
+        ),
+        (lambda: torch.nn.Linear(2, 2), "expected a HuggingFace causal language model, got Linear"),
+        (lambda: None, "got NoneType"),
+    ],
+)
+def test_models_that_cannot_be_attributed_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says) as error:
+        DePass(make())
+    assert "\n" not in str(error.value)
+
+
+def test_a_family_can_be_described_by_the_caller(device: str) -> None:
+    from depass import FAMILIES, Family
+
+    its = models.make("qwen3", device=device)
+    its.config.model_type = "a-new-one"
+    with pytest.raises(ModelError, match="unknown model family 'a-new-one'"):
+        DePass(its)
+    res = DePass(its, family=FAMILIES["qwen3"]).attribute([5, 6, 7])
+    assert res.conservation_error.max() < 1e-5
+    with pytest.raises(ModelError, match=r"lacks what its family was looked up by: model.layers.0.mlp.up\b"):
+        DePass(its, family=Family(gate="mlp.up"))
+
+
+def test_offloaded_and_quantised_weights_are_refused() -> None:
+    meta = models.make("llama").to("meta")
+    with pytest.raises(ModelError, match="offloaded"):
+        bind(meta)
+    packed = models.make("llama")
+    packed.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match="down projection of layer 1 .*uint8 .*unquantised"):
+        bind(packed)
