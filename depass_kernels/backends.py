@@ -55,9 +55,11 @@ def choose(op: str, backend: str, arguments: dict[str, Any]) -> Backend:
 def csrc_missing() -> str | None:
     """None where the compiled library is loaded, else why it is not."""
     if not _LIBRARY.exists():
-        return "csrc was not built; reinstall with a C++ compiler and torch present (DEPASS_BUILD_CPU=1 shows what fails)"
+        return (
+            "csrc was not built; reinstall with a C++ compiler and torch present (DEPASS_BUILD_CPU=1 shows what fails)"
+        )
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"csrc does not load: {error}"
     return None

@@ -74,7 +74,9 @@ class SourceLayout:
             if not 0 <= excluded < len(start):
                 raise LayoutError(f"excluded={excluded} is no source, there are {len(start)} (0 to {len(start) - 1})")
             skipped[(where > start[excluded]) & (counts > 1)] = excluded
-        return SourceLayout(_cumulative(counts), torch.tensor([0, positions]), torch.zeros(1, dtype=torch.int64), skipped)
+        return SourceLayout(
+            _cumulative(counts), torch.tensor([0, positions]), torch.zeros(1, dtype=torch.int64), skipped
+        )
 
     @staticmethod
     def tokens(positions: int, always: int = 0, excluded: int | None = None) -> SourceLayout:
@@ -132,8 +134,12 @@ class SourceLayout:
         if device == self.row_start.device:
             return self
         if device not in self._moved:
-            offsets = (self.row_start, self.position_start, self.prompt, self.skipped)
-            self._moved[device] = SourceLayout(*(tensor.to(device) for tensor in offsets))
+            self._moved[device] = SourceLayout(
+                self.row_start.to(device),
+                self.position_start.to(device),
+                self.prompt.to(device),
+                self.skipped.to(device),
+            )
         return self._moved[device]
 
     def slice_positions(self, first: int, last: int) -> SourceLayout:

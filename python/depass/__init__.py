@@ -1,10 +1,10 @@
 """Which part of the input made a language model say what it said: exact additive attribution by DePass.
 
-    from depass import DePass
+from depass import DePass
 
-    dp = DePass.from_pretrained()
-    res = dp.attribute("Catalonia belongs to the continent of", target=" Europe")
-    res.show()
+dp = DePass.from_pretrained()
+res = dp.attribute("Catalonia belongs to the continent of", target=" Europe")
+res.show()
 """
 
 from importlib import import_module

@@ -265,7 +265,9 @@ class DePass:
         exclude = _check_exclude(self.exclude_bos if exclude_bos is None else exclude_bos)
         depth = len(bound.layers)
         stop_layer = depth if stop_layer is None else stop_layer
-        if not (isinstance(start_layer, int) and isinstance(stop_layer, int) and 0 <= start_layer < stop_layer <= depth):
+        if not (
+            isinstance(start_layer, int) and isinstance(stop_layer, int) and 0 <= start_layer < stop_layer <= depth
+        ):
             raise OptionError(
                 f"start_layer={start_layer}, stop_layer={stop_layer}: need 0 <= start < stop <= {depth}, the layers of "
                 f"{bound.name}"
@@ -308,7 +310,9 @@ class DePass:
         if not number or temperature <= 0:
             raise OptionError(f"temperature must be a positive number, got {temperature!r}")
         if self.backend != "auto" and self.backend not in [backend.name for backend in BACKENDS]:
-            raise OptionError(f"unknown backend {self.backend!r}; there are: auto, {', '.join(b.name for b in BACKENDS)}")
+            raise OptionError(
+                f"unknown backend {self.backend!r}; there are: auto, {', '.join(b.name for b in BACKENDS)}"
+            )
         return MLPSharing(rule, float(temperature), self.backend)
 
     def _judge(self, error: float, strict: bool) -> None:
@@ -363,7 +367,9 @@ def _refuse_dropout(bound: BoundModel) -> None:
         rates = [module.p for module in bound.model.modules() if isinstance(module, torch.nn.Dropout)]
         rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers]
         if any(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
-            raise ModelError(f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()")
+            raise ModelError(
+                f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()"
+            )
 
 
 def _check_exclude(exclude: Any) -> bool | Literal["auto"]:

@@ -138,7 +138,9 @@ class _Progress:
     """A progress bar on standard error, where that is a terminal and the work takes longer than ``PATIENCE``."""
 
     def __init__(self) -> None:
-        self.began, self.bar, self.task = time.monotonic(), None, None
+        self.began = time.monotonic()
+        self.bar: Any = None
+        self.task: Any = None
 
     def __enter__(self) -> _Progress:
         return self

@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {  # by the config's model_type
 class Norm:
     """A norm as the decomposition sees it: ``γ``, ``β`` and the frozen scale of a captured input."""
 
-    module: nn.Module
+    module: Any  # its attributes are the family's
     kind: str
 
     def gamma(self, dtype: torch.dtype) -> Tensor:  # [D]
@@ -124,7 +124,7 @@ class Norm:
 class Projection:
     """Some output rows of a linear layer, as ``[out, in]``."""
 
-    module: nn.Module
+    module: Any
     rows: str = "all"
     heads: int = 1
 
@@ -149,7 +149,7 @@ class Projection:
         if self.rows == "first_half":
             return rows[: len(rows) // 2]
         if self.rows == "last_of_head":
-            return rows.unflatten(0, (self.heads, 3, -1))[:, 2].flatten(0, 1)
+            return rows.reshape(self.heads, 3, -1, *rows.shape[1:])[:, 2].flatten(0, 1)
         if self.rows.startswith("last:"):
             return rows[-int(self.rows[5:]) :]
         return rows
@@ -181,12 +181,12 @@ class Layer:
 class BoundModel:
     """A model with its family's paths resolved."""
 
-    model: nn.Module
+    model: Any
     name: str
-    backbone: nn.Module
+    backbone: Any
     layers: tuple[Layer, ...]
     final_norm: Norm
-    head: nn.Module
+    head: Any
     heads: int
     parallel: bool
     has_bias: bool
@@ -216,13 +216,16 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
     Raises:
         ModelError: no decoder-only language model, an unknown family, or a path that the model does not have.
     """
-    config = getattr(model, "config", None)
-    if config is None or not isinstance(model, nn.Module):
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
         raise ModelError(f"expected a HuggingFace causal language model, got {type(model).__name__}")
-    kind, name = getattr(config, "model_type", "?"), type(model).__name__
-    if family is None:
-        _refuse_other_kinds(model, kind)
-        family = FAMILIES.get(kind)
+    config, name = model.config, type(model).__name__
+    kind, head = config.model_type, model.get_output_embeddings()
+    _refuse_other_kinds(config, name)
+    if head is None:
+        raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    family = FAMILIES.get(kind) if family is None else family
     if family is None:
         looked = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
         raise ModelError(
@@ -232,9 +235,6 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
     missing = [path for path in _example_paths(family) if not _has(model, path)]
     if missing:
         raise ModelError(f"{name} ({kind}) lacks what its family was looked up by: {', '.join(missing)}")
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
     if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
         raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -243,12 +243,14 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
     if getattr(text, "add_cross_attention", False):
         raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
     heads: int = text.num_attention_heads
-    backbone = model.get_submodule(family.backbone)
+    backbone: Any = model.get_submodule(family.backbone)
     layers = tuple(_bind_layer(layer, family, heads) for layer in backbone.get_submodule(family.layers))
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
     for path, weight in _weights(layers):
         if weight.dim() != 2 or not weight.is_floating_point():
-            raise ModelError(f"{path} of {name} holds {weight.dtype} weights of shape {list(weight.shape)}; load it unquantised")
+            raise ModelError(
+                f"{path} of {name} holds {weight.dtype} weights of shape {list(weight.shape)}; load it unquantised"
+            )
     biased = any(layer.has_bias() for layer in layers)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return BoundModel(
@@ -267,7 +269,7 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
     )
 
 
-def _bind_layer(layer: nn.Module, family: Family, heads: int) -> Layer:
+def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
     def norm(path: str | None) -> Norm | None:
         return None if path is None else Norm(layer.get_submodule(path), family.norm)
 
@@ -296,23 +298,21 @@ def _weights(layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
             yield f"the {part} projection of layer {index}", getattr(layer, part).module.weight
 
 
-def _refuse_other_kinds(model: Any, kind: str) -> None:
+def _refuse_other_kinds(config: Any, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} ({kind}) is an encoder-decoder model; DePass needs a decoder-only language model")
-    if kind not in FAMILIES and kind in MASKED and not getattr(model.config, "is_decoder", False):
+    if kind not in FAMILIES and kind in MASKED and not getattr(config, "is_decoder", False):
         raise ModelError(f"{name} ({kind}) is an encoder-only model; it predicts no next token to attribute")
-    if model.get_output_embeddings() is None:
-        raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
 
 
 def _example_paths(family: Family) -> list[str]:
     """The paths of a family on a model's first layer."""
     first = f"{family.backbone}.{family.layers}.0"
-    names = ("attention", "value", "output", "gate", "down")
-    names += tuple(f.name for f in fields(family) if f.name.endswith("_norm") and f.name != "final_norm")
+    names = ["attention", "value", "output", "gate", "down"]
+    names += [f.name for f in fields(family) if f.name.endswith("_norm") and f.name != "final_norm"]
     inner = [getattr(family, name) for name in names]
     return [f"{family.backbone}.{family.final_norm}", *(f"{first}.{path}" for path in inner if path is not None)]
 

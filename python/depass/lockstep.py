@@ -41,7 +41,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The family's own eager attention, whose pattern is kept for the layer at hand."""
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's other eager attention
-        output, pattern = module._upcast_and_reordered_attn(query, key, value, mask)
+        upcast: Any = module._upcast_and_reordered_attn
+        output, pattern = upcast(query, key, value, mask)
     else:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         output, pattern = eager(module, query, key, value, mask, **options)

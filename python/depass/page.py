@@ -45,8 +45,8 @@ def _target(res: Attribution, row: int) -> str:
 
 def _prompt(res: Attribution) -> str:
     """The prompt's tokens, runs of one source together, coloured for the first target."""
-    owner: list[int | None] = [None] * len(res.prompt.tokens)
-    rest = next((index for index, source in enumerate(res.sources) if source.kind == "rest"), None)
+    rest = next((index for index, source in enumerate(res.sources) if source.kind == "rest"), -1)
+    owner = [rest] * len(res.prompt.tokens)  # where there is no rest, the sources cover every token
     for index, source in enumerate(res.sources):
         if source.start is not None and source.end is not None:
             owner[source.start : source.end] = [index] * (source.end - source.start)
@@ -57,11 +57,9 @@ def _prompt(res: Attribution) -> str:
         end = at
         while end < len(owner) and owner[end] == owner[at]:
             end += 1
-        index = rest if owner[at] is None else owner[at]
-        text = escape("".join(res.prompt.tokens[at:end]))
-        score = 0.0 if index is None else scores[index]
+        score, text = scores[owner[at]], escape("".join(res.prompt.tokens[at:end]))
         pieces.append(
-            f'<span class="source" data-source="{index}" title="{score:+.3f}" '
+            f'<span class="source" data-source="{owner[at]}" title="{score:+.3f}" '
             f'style="background:{_paper(score / largest)}">{text}</span>'
         )
         at = end

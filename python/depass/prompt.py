@@ -82,7 +82,9 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
         raise PromptError(f"the prompt has {len(made.ids)} tokens, {bound.name} has {limit} positions; shorten it")
     for index, token in enumerate(made.ids):
         if not 0 <= token < bound.vocabulary:
-            raise PromptError(f"id {token} at position {index} is out of range: the vocabulary has {bound.vocabulary} tokens")
+            raise PromptError(
+                f"id {token} at position {index} is out of range: the vocabulary has {bound.vocabulary} tokens"
+            )
     return made
 
 
@@ -140,7 +142,9 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
             tokens.append(text[at:end])
             offsets.append((_skip_space(text, max(begin, at), end), end))
             at = end
-    return Prompt(tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked))
+    return Prompt(
+        tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked)
+    )
 
 
 def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
@@ -157,13 +161,19 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
         offsets.append((_skip_space(text, at, at + len(token)), at + len(token)))
         at += len(token)
     marked = set(tokenizer.all_special_ids)
-    return Prompt(tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked))
+    return Prompt(
+        tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked)
+    )
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     try:
         text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    except (OverflowError, TypeError, IndexError):  # an id that the tokenizer lacks; the model's vocabulary is checked later
+    except (
+        OverflowError,
+        TypeError,
+        IndexError,
+    ):  # an id that the tokenizer lacks; the model's vocabulary is checked later
         text = "".join(f"<{token}>" for token in ids)
     return text
 

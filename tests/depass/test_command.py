@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 import models
+import pytest
 import tokens
+import torch
 from depass import Attribution, ModelError, cli, smollm2
 
 
@@ -36,7 +35,10 @@ def run(*arguments: str) -> int:
 def test_it_shows_saves_and_draws(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, drawn = tmp_path / "res.safetensors", tmp_path / "page.html"
     arguments = ["--target", " cat", "--target", "id:9", "--target", "top:2", "--sources", "word"]
-    assert run("attribute", "the cat sat", "-m", folder, *arguments, "--save-path", str(saved), "--viz-path", str(drawn)) == 0
+    assert (
+        run("attribute", "the cat sat", "-m", folder, *arguments, "--save-path", str(saved), "--viz-path", str(drawn))
+        == 0
+    )
     out, err = capsys.readouterr()
     assert "' cat' after token" in out
     assert err == ""
@@ -87,7 +89,9 @@ def test_failures_are_one_line_and_a_code(
         assert err.count("\n") == 1
 
 
-def test_a_hub_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_name_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run("attribute", "x", "-m", "nobody/no-such-model") == 1
     assert capsys.readouterr().err.startswith("depass: cannot load the model 'nobody/no-such-model'")
@@ -132,12 +136,14 @@ def test_a_default_model_with_another_checksum_is_refused(monkeypatch: pytest.Mo
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(smollm2.subprocess, "run", fetch)
-    with pytest.raises(ModelError, match="has checksum .*, expected b179c9"):
+    with pytest.raises(ModelError, match=r"has checksum .*, expected b179c9"):
         smollm2.folder()
     assert not list((tmp_path / "depass").iterdir())
 
 
-def test_an_interruption_is_one_line(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_is_one_line(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -163,7 +169,9 @@ SLOW = (
 def test_a_progress_bar_shows_on_a_terminal_once_it_takes_long(folder: str, patience: float, bar: bool) -> None:
     master, slave = pty.openpty()
     command = [sys.executable, "-c", SLOW.format(patience=patience), folder]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "xterm"}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    ) as process:
         os.close(slave)
         seen = b""
         while True:

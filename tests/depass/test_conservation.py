@@ -6,10 +6,9 @@ import copy
 from functools import cache
 from typing import Any
 
+import models
 import pytest
 import torch
-
-import models
 from depass import Contrast, DePass, Direction, Spans, TopK, lockstep
 from depass.families import bind
 

@@ -1,13 +1,12 @@
-"""Whatever happens, the model is afterwards as it was: hooks gone, attention implementation restored, weights untouched."""
+"""Whatever happens, the model is afterwards as it was: no hooks, its own attention implementation, the same weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
 import torch
-
-import models
 from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, api, lockstep
 
 

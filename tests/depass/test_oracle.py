@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
 import torch
-from torch import Tensor
-
-import models
 from depass import DePass, Spans
+from torch import Tensor
 
 LENGTH = 7
 FAMILIES = ("llama", "llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "olmo2", "gemma2", "phi3")
@@ -32,11 +31,13 @@ class Oracle:
     def _capture(self) -> None:
         handles = []
         for path, module in self.model.named_modules():
+
             def keep(module: Any, args: Any, output: Any, path: str = path) -> None:
                 if args and isinstance(args[0], Tensor):
                     self.captured[path + ":in"] = args[0][0]
                 if isinstance(output, Tensor):
                     self.captured[path + ":out"] = output[0]
+
             handles.append(module.register_forward_hook(keep))
         with torch.no_grad():
             out = self.model(torch.tensor([self.ids]), output_attentions=True, output_hidden_states=True)
@@ -60,24 +61,54 @@ class Oracle:
     def paths(self, layer: int) -> dict[str, str | None]:
         if self.name.startswith("gpt2"):
             at = f"transformer.h.{layer}."
-            return {"an": at + "ln_1", "mn": at + "ln_2", "ap": None, "mp": None, "o": at + "attn.c_proj",
-                    "g": at + "mlp.c_fc", "d": at + "mlp.c_proj", "v": at + "attn.c_attn"}
+            return {
+                "an": at + "ln_1",
+                "mn": at + "ln_2",
+                "ap": None,
+                "mp": None,
+                "o": at + "attn.c_proj",
+                "g": at + "mlp.c_fc",
+                "d": at + "mlp.c_proj",
+                "v": at + "attn.c_attn",
+            }
         if self.name.startswith("gpt-neox"):
             at = f"gpt_neox.layers.{layer}."
-            return {"an": at + "input_layernorm", "mn": at + "post_attention_layernorm", "ap": None, "mp": None,
-                    "o": at + "attention.dense", "g": at + "mlp.dense_h_to_4h", "d": at + "mlp.dense_4h_to_h",
-                    "v": at + "attention.query_key_value"}
+            return {
+                "an": at + "input_layernorm",
+                "mn": at + "post_attention_layernorm",
+                "ap": None,
+                "mp": None,
+                "o": at + "attention.dense",
+                "g": at + "mlp.dense_h_to_4h",
+                "d": at + "mlp.dense_4h_to_h",
+                "v": at + "attention.query_key_value",
+            }
         at = f"model.layers.{layer}."
-        found = {"an": at + "input_layernorm", "mn": at + "post_attention_layernorm", "ap": None, "mp": None,
-                 "o": at + "self_attn.o_proj", "g": at + "mlp.gate_proj", "d": at + "mlp.down_proj",
-                 "v": at + "self_attn.v_proj"}
+        found = {
+            "an": at + "input_layernorm",
+            "mn": at + "post_attention_layernorm",
+            "ap": None,
+            "mp": None,
+            "o": at + "self_attn.o_proj",
+            "g": at + "mlp.gate_proj",
+            "d": at + "mlp.down_proj",
+            "v": at + "self_attn.v_proj",
+        }
         if self.name == "phi3":
             found |= {"v": at + "self_attn.qkv_proj", "g": at + "mlp.gate_up_proj"}
         if self.name == "olmo2":
-            found |= {"an": None, "mn": None, "ap": at + "post_attention_layernorm", "mp": at + "post_feedforward_layernorm"}
+            found |= {
+                "an": None,
+                "mn": None,
+                "ap": at + "post_attention_layernorm",
+                "mp": at + "post_feedforward_layernorm",
+            }
         if self.name == "gemma2":
-            found |= {"mn": at + "pre_feedforward_layernorm", "ap": at + "post_attention_layernorm",
-                      "mp": at + "post_feedforward_layernorm"}
+            found |= {
+                "mn": at + "pre_feedforward_layernorm",
+                "ap": at + "post_attention_layernorm",
+                "mp": at + "post_feedforward_layernorm",
+            }
         return found
 
     def linear(self, path: str, x: Tensor, bias_source: bool) -> Tensor:
@@ -105,8 +136,10 @@ class Oracle:
 
     def run(self, rule: str, tau: float, excluded: int | None) -> list[list[list[Tensor]]]:
         zero = torch.zeros_like(self.streams[0][0, 0])
-        x = [[self.streams[0][0, t] if self.owner[t] == m else zero for t in range(len(self.ids))]
-             for m in range(len(self.starts))]
+        x = [
+            [self.streams[0][0, t] if self.owner[t] == m else zero for t in range(len(self.ids))]
+            for m in range(len(self.starts))
+        ]
         states = [x]
         for layer in range(models.LAYERS):
             with torch.no_grad():
@@ -114,7 +147,9 @@ class Oracle:
             states.append(x)
         return states
 
-    def layer(self, x: list[list[Tensor]], layer: int, rule: str, tau: float, excluded: int | None) -> list[list[Tensor]]:
+    def layer(
+        self, x: list[list[Tensor]], layer: int, rule: str, tau: float, excluded: int | None
+    ) -> list[list[Tensor]]:
         p = self.paths(layer)
         after = [row[:] for row in x]
         for m in range(len(x)):
@@ -227,5 +262,3 @@ def test_the_excluded_token_takes_part_at_its_own_position_only() -> None:
         rows[exclude] = states.dense(1)
     assert torch.equal(rows[True][:, 0], rows[False][:, 0])
     assert not torch.equal(rows[True][0, 1:], rows[False][0, 1:])
-
-

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
+import tokens
 import torch
 import transformers
-
-import models
-import tokens
 from depass import DePass, ModelError, OptionError, PromptError, SourceError, Spans, TargetError, Token, TopK
 from depass.families import bind
 
@@ -92,7 +91,10 @@ ONE_PROMPT = "expected one prompt"
         (torch.zeros(2, 4, dtype=torch.int64), rf"{ONE_PROMPT}, got a batch of shape \[2, 4\]"),
         ([[1, 2], [3, 0]], f"{ONE_PROMPT}, got a batch with 2 rows"),
         (["one", "two"], f"{ONE_PROMPT}, got a batch with 2 rows"),
-        ({"input_ids": torch.zeros(1, 3), "attention_mask": torch.ones(1, 3)}, f"{ONE_PROMPT}, got a mapping with input_ids"),
+        (
+            {"input_ids": torch.zeros(1, 3), "attention_mask": torch.ones(1, 3)},
+            f"{ONE_PROMPT}, got a mapping with input_ids",
+        ),
         ([5, 101], "id 101 at position 1 is out of range: the vocabulary has 101 tokens"),
         ([-1], "id -1 at position 0"),
         ([1.5, 2.0], "token ids must be integers, got 1.5"),
@@ -182,7 +184,13 @@ def test_targets_that_are_none_are_refused(dp: DePass, target: Any, says: str) -
 def test_a_direction_must_have_the_models_width(dp: DePass) -> None:
     from depass import Direction
 
-    for w in (torch.zeros(31), torch.zeros(2, 32), torch.full((32,), float("nan")), torch.zeros(32, dtype=torch.int64), "x"):
+    for w in (
+        torch.zeros(31),
+        torch.zeros(2, 32),
+        torch.full((32,), float("nan")),
+        torch.zeros(32, dtype=torch.int64),
+        "x",
+    ):
         with pytest.raises(TargetError, match="must be 32 finite floats"):
             dp.attribute([5, 6], target=Direction(w))  # type: ignore[arg-type]
 
@@ -206,7 +214,13 @@ def test_options_that_are_none_are_refused(dp: DePass, options: dict[str, Any], 
 
 
 def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
-    for options in ({"mlp_rule": "mean"}, {"temperature": -1}, {"exclude_bos": 3}, {"backend": "metal"}, {"workspace_bytes": 0}):
+    for options in (
+        {"mlp_rule": "mean"},
+        {"temperature": -1},
+        {"exclude_bos": 3},
+        {"backend": "metal"},
+        {"workspace_bytes": 0},
+    ):
         with pytest.raises(OptionError):
             DePass(dp.model, **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="layers: 9 is outside of 0 to 3"):
@@ -229,7 +243,9 @@ SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden
         ),
         (lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), "has no language-model head"),
         (
-            lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)),
+            lambda: transformers.BloomForCausalLM(
+                transformers.BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)
+            ),
             r"unknown model family 'bloom'.*known: llama, .*lacks \(-\).*-model.layers.0.self_attn.v_proj",
         ),
         (
@@ -266,6 +282,8 @@ def test_offloaded_and_quantised_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="offloaded"):
         bind(meta)
     packed = models.make("llama")
-    packed.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match="down projection of layer 1 .*uint8 .*unquantised"):
+    packed.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(
+        torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(ModelError, match=r"down projection of layer 1 .*uint8 .*unquantised"):
         bind(packed)

@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 import models
+import pytest
 import tokens
+import torch
 from depass import Attribution, Contrast, DePass, DePassError, OutputError, SourceError, Spans, TargetError, TopK
 
-TEXT = "<bos>the cat sat. A <b>cat</b>\nsat & \"sat\""
+TEXT = '<bos>the cat sat. A <b>cat</b>\nsat & "sat"'
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,9 @@ def test_loading_needs_neither_model_nor_transformers(res: Attribution, tmp_path
         "import sys; from depass import Attribution; r = Attribution.load(sys.argv[1]); r.show(); r.to_html(); "
         "sys.exit(1 if 'depass.lockstep' in sys.modules else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "res.safetensors")], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "res.safetensors")], capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -112,7 +113,9 @@ def test_a_data_frame_has_a_row_per_score(res: Attribution, monkeypatch: pytest.
     pytest.importorskip("pandas")
     frame = res.to_dataframe()
     assert len(frame) == res.scores.numel()
-    assert frame.groupby("target", sort=False)["score"].sum().iloc[0] == pytest.approx(res.target_logits[0].item(), rel=1e-4)
+    assert frame.groupby("target", sort=False)["score"].sum().iloc[0] == pytest.approx(
+        res.target_logits[0].item(), rel=1e-4
+    )
     assert frame["start"].isna().sum() == len(res.targets)  # the bias source lies nowhere
 
     whole = builtins.__import__
@@ -149,7 +152,7 @@ def test_the_strip_reads_without_colour(res: Attribution) -> None:
     assert all(len(line) <= 80 for line in text.splitlines() if "logit" not in line)
     for upper, lower in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if "[bias]" in upper:  # every score starts under its source
-            assert [m.start() for m in re.finditer(r"[+-]\d", lower)][0] == upper.index("[bias]")
+            assert next(re.finditer(r"[+-]\d", lower)).start() == upper.index("[bias]")
 
 
 def test_the_strip_shows_no_control_characters(device: str) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from depass import DePass
 
 MEMORY = """

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from layouts import LAYOUTS, cells
 
 from depass_kernels import LayoutError, SourceLayout
-from layouts import LAYOUTS, cells
 
 
 def test_tokens_store_half_of_the_square() -> None:

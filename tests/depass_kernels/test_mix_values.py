@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layouts import LAYOUTS, cells, poisoned, scale, sliced
 from torch import Tensor
 
 from depass_kernels import BackendError, KernelError, SourceLayout, mix_values
-from layouts import LAYOUTS, cells, poisoned, scale, sliced
 
 HEADS = {"mha": (2, 2, 8), "gqa": (4, 2, 5), "one": (1, 1, 1)}  # H, K, d
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +26,9 @@ def truth(pattern: Tensor, values: Tensor, layout: SourceLayout, kv: int, key: T
             for h in range(heads):
                 weight = pattern[prompt, h, q, k].double() * key[where].double() * query[position].double()
                 kv_head = h * kv // heads
-                out[row, h * dim : (h + 1) * dim] += weight * values[value_row, kv_head * dim : (kv_head + 1) * dim].double()
+                out[row, h * dim : (h + 1) * dim] += (
+                    weight * values[value_row, kv_head * dim : (kv_head + 1) * dim].double()
+                )
     return out
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, cells, poisoned, scale, sliced
 from torch import Tensor
 
 from depass_kernels import BackendError, KernelError, SourceLayout, backends, share_hidden
-from layouts import LAYOUTS, cells, poisoned, scale, sliced
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -29,7 +29,9 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     return name
 
 
-def truth(gate: Tensor, hidden: Tensor, layout: SourceLayout, scaled: Tensor, rule: str, tau: float, total: Tensor) -> Tensor:
+def truth(
+    gate: Tensor, hidden: Tensor, layout: SourceLayout, scaled: Tensor, rule: str, tau: float, total: Tensor
+) -> Tensor:
     """α ⊙ h, one number at a time."""
     out = torch.zeros(gate.shape, dtype=torch.float64)
     rows: dict[int, list[tuple[int, int]]] = {}

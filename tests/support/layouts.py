@@ -1,4 +1,4 @@
-"""Layouts and tensors that the ops' tests share. Inputs come out of larger NaN-filled buffers, outputs start poisoned."""
+"""Layouts and tensors that the ops' tests share: inputs out of larger NaN-filled buffers, poisoned outputs."""
 
 from __future__ import annotations
 

@@ -7,7 +7,25 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PIECES = ["<pad>", "<bos>", "<eos>", "<x>", "Ġthe", "Ġcat", "ĠDr", "Ġsat", "at", "ca", "the", ".", "Ġ", "Ċ", "<", "b", ">"]
+PIECES = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<x>",
+    "Ġthe",
+    "Ġcat",
+    "ĠDr",
+    "Ġsat",
+    "at",
+    "ca",
+    "the",
+    ".",
+    "Ġ",
+    "Ċ",
+    "<",
+    "b",
+    ">",
+]
 
 
 def make(vocabulary: int = 101) -> Any:

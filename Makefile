@@ -1,0 +1,35 @@
+# The environment of both commands is .venv; nothing outside of it changes but the cache of the demo's model.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint test-cuda clean
+
+demo: $(VENV)/ready
+	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target top:3 \
+		--viz-path depass-demo.html
+	@echo "The same as a page: depass-demo.html"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# On a machine that has torch, transformers and pytest already, and perhaps no network: builds in place, installs nothing.
+test-cuda:
+	DEPASS_BUILD_CPU=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=python:. $(PYTHON) -m pytest --device cuda
+
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	DEPASS_BUILD_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build depass_kernels/_csrc.so *.egg-info
