@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from depass import DePass, ModelError, smollm2
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -14,6 +14,7 @@ import models
 import pytest
 import tokens
 import torch
+
 from depass import Attribution, ModelError, cli, smollm2
 
 

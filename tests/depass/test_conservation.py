@@ -9,6 +9,8 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers
+
 from depass import Contrast, DePass, Direction, Spans, TopK, lockstep
 from depass.families import bind
 
@@ -174,11 +176,13 @@ def test_a_direction_is_scored_after_the_final_norm(device: str) -> None:
 
 
 def test_gpt2_with_its_other_eager_attention_is_exact_and_conserves(device: str) -> None:
+    if transformers.__version__.startswith("4.53."):
+        pytest.skip("transformers 4.53 cannot run this attention itself: its mask has one key too many")
     its, ids = models.make("gpt2-upcast", device=device), models.prompt(17)
     with torch.no_grad():
-        eager = its(torch.tensor([ids], device=device)).logits[0, -1]
+        eager = its(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
         with lockstep.eager_with_patterns(bind(its)):
-            assert torch.equal(its(torch.tensor([ids], device=device)).logits[0, -1], eager)
+            assert torch.equal(its(torch.tensor([ids], device=device), use_cache=False).logits[0, -1], eager)
     res = DePass(its).attribute(ids, target=IDS)
     assert res.conservation_error.max() <= 1e-5
 

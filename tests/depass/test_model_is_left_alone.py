@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+
 from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, api, lockstep
 
 

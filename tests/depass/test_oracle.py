@@ -12,8 +12,9 @@ from typing import Any
 import models
 import pytest
 import torch
-from depass import DePass, Spans
 from torch import Tensor
+
+from depass import DePass, Spans
 
 LENGTH = 7
 FAMILIES = ("llama", "llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "olmo2", "gemma2", "phi3")

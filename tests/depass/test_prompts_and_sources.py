@@ -9,6 +9,7 @@ import pytest
 import tokens
 import torch
 import transformers
+
 from depass import DePass, ModelError, OptionError, PromptError, SourceError, Spans, TargetError, Token, TopK
 from depass.families import bind
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from depass import DePass
 from safetensors import safe_open
 from torch import Tensor
+
+from depass import DePass
 
 SOFTMAX = {"mlp_rule": "softmax", "temperature": 0.1, "exclude_bos": True}
 CALLS: dict[str, dict[str, Any]] = {

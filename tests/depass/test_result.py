@@ -17,6 +17,7 @@ import models
 import pytest
 import tokens
 import torch
+
 from depass import Attribution, Contrast, DePass, DePassError, OutputError, SourceError, Spans, TargetError, TopK
 
 TEXT = '<bos>the cat sat. A <b>cat</b>\nsat & "sat"'
