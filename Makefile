@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint test-cuda clean
 
 demo: $(VENV)/ready
-	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target top:3 \
+	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
 		--viz-path depass-demo.html
 	@echo "The same as a page: depass-demo.html"
 
@@ -28,7 +28,8 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	DEPASS_BUILD_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	PYTHONWARNINGS=ignore DEPASS_BUILD_CPU=1 \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:

@@ -168,7 +168,8 @@ class DePass:
         asked = targets.check(target, len(made.ids), self.tokenizer, bound)
         propagation, stream, normed = self._run(made, parts, layers, sharing, progress=progress)
         if layers.stop < len(bound.layers):
-            normed = bound.final_norm.module(stream[None])[0]
+            norm = bound.final_norm.module
+            normed = norm(stream[None].to(norm.weight.device))[0]
         readouts = targets.fill(asked, normed, bound, self.tokenizer)
 
         logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -31,6 +32,12 @@ class Trace:
     scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
     hidden: Tensor | None = None  # [P, F]
     gate_total: Tensor | None = None  # [P, F], where asked for
+
+    def to(self, device: torch.device) -> Trace:
+        """The same trace with everything on ``device``."""
+        moved = [None if t is None else t.to(device) for t in (self.pattern, self.hidden, self.gate_total)]
+        scales = {name: scale.to(device) for name, scale in self.scales.items()}
+        return Trace(self.stream.to(device), moved[0], scales, moved[1], moved[2])
 
 
 _traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs

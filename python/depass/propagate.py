@@ -70,8 +70,8 @@ class Propagation:
     def step(self, index: int, trace: Trace) -> None:
         """Move the state through layer ``index``, in place."""
         layer = self.bound.layers[index]
-        if self.state.device != trace.stream.device:
-            self.state = self.state.to(trace.stream.device)
+        device = layer.down.module.weight.device  # a model may be spread over several
+        self.state, trace = self.state.to(device), trace.to(device)
         attention = _Attention(self, layer, trace)
         blocks = list(self._source_blocks(layer))
         if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it

@@ -17,6 +17,8 @@ import torch
 
 from depass import Attribution, ModelError, cli, smollm2
 
+pytest.importorskip("rich", reason="rich is not installed, though the package depends on it")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:

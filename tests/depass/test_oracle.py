@@ -23,28 +23,29 @@ FAMILIES = ("llama", "llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequ
 class Oracle:
     """X[m][t] as D-vectors in Python lists; one method per sentence of the definition."""
 
-    def __init__(self, name: str, ids: list[int], starts: list[int], owner: list[int], bias: bool) -> None:
-        self.name, self.model, self.ids = name, models.make(name, torch.float64), ids
+    def __init__(self, name: str, run: Any, ids: list[int], starts: list[int], owner: list[int], bias: bool) -> None:
+        self.name, self.model, self.ids = name, models.make(name, torch.float64), ids  # the loop itself runs on the CPU
         self.starts, self.owner, self.bias = starts, owner, bias
         self.captured: dict[str, Tensor] = {}
-        self._capture()
+        self._capture(run)
 
-    def _capture(self) -> None:
+    def _capture(self, run: Any) -> None:
         handles = []
-        for path, module in self.model.named_modules():
+        for path, module in run.named_modules():
 
             def keep(module: Any, args: Any, output: Any, path: str = path) -> None:
                 if args and isinstance(args[0], Tensor):
-                    self.captured[path + ":in"] = args[0][0]
+                    self.captured[path + ":in"] = args[0][0].cpu()
                 if isinstance(output, Tensor):
-                    self.captured[path + ":out"] = output[0]
+                    self.captured[path + ":out"] = output[0].cpu()
 
             handles.append(module.register_forward_hook(keep))
         with torch.no_grad():
-            out = self.model(torch.tensor([self.ids]), output_attentions=True, output_hidden_states=True)
+            out = run(torch.tensor([self.ids], device=run.device), output_attentions=True, output_hidden_states=True)
         for handle in handles:
             handle.remove()
-        self.patterns, self.streams = out.attentions, out.hidden_states
+        self.patterns = [pattern.cpu() for pattern in out.attentions]
+        self.streams = [stream.cpu() for stream in out.hidden_states]
 
     def module(self, path: str) -> Any:
         return self.model.get_submodule(path)
@@ -212,17 +213,18 @@ class Oracle:
         return alpha
 
 
-def check(name: str, rule: str, tau: float, exclude: bool, sources: Any, starts: list[int], owner: list[int]) -> None:
+def check(
+    device: str, name: str, rule: str, tau: float, exclude: bool, sources: Any, starts: list[int], owner: list[int]
+) -> None:
     ids = models.prompt(LENGTH)
     bias = name not in ("llama", "olmo2", "gemma2", "phi3")
     if bias:
         starts, owner = [0, *starts], [o + 1 for o in owner]
-    oracle = Oracle(name, ids, starts, owner, bias)
+    its = models.make(name, torch.float64, device)
+    oracle = Oracle(name, its, ids, starts, owner, bias)
     excluded = (1 if bias else 0) if exclude else None
     expected = oracle.run(rule, tau, excluded)
-    states = DePass(models.make(name, torch.float64), mlp_rule=rule, temperature=tau).states(
-        ids, sources=sources, exclude_bos=exclude
-    )
+    states = DePass(its, mlp_rule=rule, temperature=tau).states(ids, sources=sources, exclude_bos=exclude)
     assert (states.sources[0].kind == "bias") == bias
     for layer in range(models.LAYERS + 1):
         truth = torch.stack([torch.stack(row) for row in expected[layer]])
@@ -239,27 +241,27 @@ CASES: list[tuple[str, float, bool]] = [
 
 @pytest.mark.parametrize(("rule", "tau", "exclude"), CASES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_agree_with_the_definition(name: str, rule: str, tau: float, exclude: bool) -> None:
-    check(name, rule, tau, exclude, "token", list(range(LENGTH)), list(range(LENGTH)))
+def test_tokens_agree_with_the_definition(name: str, rule: str, tau: float, exclude: bool, device: str) -> None:
+    check(device, name, rule, tau, exclude, "token", list(range(LENGTH)), list(range(LENGTH)))
 
 
 @pytest.mark.parametrize("rule", ["softmax", "linear"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_spans_and_rest_agree_with_the_definition(name: str, rule: str) -> None:
+def test_spans_and_rest_agree_with_the_definition(name: str, rule: str, device: str) -> None:
     spans = Spans([(5, 6), (1, 3)])  # given out of order; tokens 0, 3, 4 and 6 are rest
-    check(name, rule, 0.1, False, spans, [0, 1, 5], [0, 1, 1, 0, 0, 2, 0])
+    check(device, name, rule, 0.1, False, spans, [0, 1, 5], [0, 1, 1, 0, 0, 2, 0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_bos_span_of_its_own_is_excluded(name: str) -> None:
+def test_a_bos_span_of_its_own_is_excluded(name: str, device: str) -> None:
     spans = Spans([(0, 1), (1, 4), (4, 7)])
-    check(name, "softmax", 0.1, True, spans, [0, 1, 4], [0, 1, 1, 1, 2, 2, 2])
+    check(device, name, "softmax", 0.1, True, spans, [0, 1, 4], [0, 1, 1, 1, 2, 2, 2])
 
 
-def test_the_excluded_token_takes_part_at_its_own_position_only() -> None:
+def test_the_excluded_token_takes_part_at_its_own_position_only(device: str) -> None:
     ids, rows = models.prompt(4), {}
     for exclude in (True, False):
-        states = DePass(models.make("llama", torch.float64)).states(ids, 1, exclude_bos=exclude)
+        states = DePass(models.make("llama", torch.float64, device)).states(ids, 1, exclude_bos=exclude)
         rows[exclude] = states.dense(1)
     assert torch.equal(rows[True][:, 0], rows[False][:, 0])
     assert not torch.equal(rows[True][0, 1:], rows[False][0, 1:])

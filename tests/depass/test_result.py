@@ -81,6 +81,7 @@ def test_saved_and_loaded_it_is_the_same(res: Attribution, tmp_path: Path) -> No
 
 
 def test_loading_needs_neither_model_nor_transformers(res: Attribution, tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="rich is not installed, though the package depends on it")
     res.save(tmp_path / "res.safetensors")
     code = (
         "import sys; from depass import Attribution; r = Attribution.load(sys.argv[1]); r.show(); r.to_html(); "
@@ -138,6 +139,7 @@ def test_the_dictionary_is_json(res: Attribution) -> None:
 
 
 def shown(res: Attribution, width: int = 80) -> str:
+    pytest.importorskip("rich", reason="rich is not installed, though the package depends on it")
     out = io.StringIO()
     res.show(file=out, width=width)
     return out.getvalue()
