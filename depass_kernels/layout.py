@@ -44,6 +44,11 @@ class SourceLayout:
     skipped: Tensor
     _moved: dict[torch.device, SourceLayout] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        offsets = (self.row_start, self.position_start, self.prompt, self.skipped)
+        if any(offset.dtype != torch.int64 or offset.dim() != 1 for offset in offsets):
+            raise LayoutError(f"offsets must be int64 vectors, got {[(o.dtype, list(o.shape)) for o in offsets]}")
+
     @staticmethod
     def from_starts(starts: Sequence[int], positions: int, excluded: int | None = None) -> SourceLayout:
         """One staircase over ``positions`` positions.
@@ -165,7 +170,7 @@ class SourceLayout:
         counts = (self.counts - first).clamp(0, last - first)  # [P]
         row_start = _cumulative(counts)
         offset = self.row_start[:-1] + first - row_start[:-1]  # [P]
-        rows = torch.arange(int(row_start[-1])) + offset.repeat_interleave(counts)
+        rows = torch.arange(int(row_start[-1]), device=offset.device) + offset.repeat_interleave(counts)
         return SourceLayout(row_start, self.position_start, self.prompt, torch.full_like(counts, -1)), rows
 
     def position_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:

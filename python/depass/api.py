@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout
+from depass_kernels import BackendError, SourceLayout
 from depass_kernels.backends import BACKENDS, RULES
 
 from . import lockstep, prompt, smollm2, sources, targets
@@ -109,7 +109,7 @@ class DePass:
         Args:
             name_or_path: a folder, a name on the hub, or ``"smollm2"``, the embedded default.
             dtype: of the weights; ``"auto"``: as saved.
-            device_map: as transformers takes it, or one device.
+            device_map: one device, or a map over several as transformers takes it (which needs accelerate).
             say: told in a line what takes long.
             options: of :class:`DePass`.
 
@@ -173,11 +173,12 @@ class DePass:
         readouts = targets.fill(asked, normed, bound, self.tokenizer)
 
         logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
-        if not bool(logits.isfinite().all()):
-            raise NonFiniteError(
-                f"the model's own logits are not finite ({logits.tolist()[0]} for {readouts[0].target.label!r}); "
-                f"its weights or its dtype ({_name(bound.dtype)}) do not carry this prompt"
-            )
+        for readout in readouts:
+            if not math.isfinite(readout.logit):
+                raise NonFiniteError(
+                    f"the model's own logits are not finite ({readout.logit} for {readout.target.label!r}); "
+                    f"its weights or its dtype ({_name(bound.dtype)}) do not carry this prompt"
+                )
         scores = _score(propagation, stream, readouts, len(parts.sources), bound)  # [T, M] in the state's dtype
         if not bool(scores.isfinite().all()):
             raise NonFiniteError(f"scores are not finite in {_name(bound.dtype)}; try bfloat16 or float32")
@@ -233,10 +234,11 @@ class DePass:
         made, parts, run, sharing = self._prepare(
             prompt, sources, start_layer, stop_layer, mlp_rule, temperature, exclude_bos
         )
-        wanted = range(run.start, run.stop + 1) if layers is None else [layers] if isinstance(layers, int) else layers
+        given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+        wanted = range(run.start, run.stop + 1) if layers is None else tuple(given)
         for layer in wanted:
-            if not run.start <= layer <= run.stop:
-                raise OptionError(f"layers: {layer} is outside of {run.start} to {run.stop}")
+            if not isinstance(layer, int) or not run.start <= layer <= run.stop:
+                raise OptionError(f"layers: {layer!r} is none of the layers {run.start} to {run.stop}")
         rows: dict[int, Tensor] = {}
         residual: dict[int, Tensor] = {}
 
@@ -247,6 +249,9 @@ class DePass:
 
         propagation, stream, _ = self._run(made, parts, run, sharing, keep=keep)
         keep(run.stop, propagation.state, stream)
+        for layer, kept in rows.items():
+            if not bool(kept.isfinite().all()):
+                raise NonFiniteError(f"the state entering layer {layer} is not finite in {_name(self._bound.dtype)}")
         return States(rows, residual, parts.layout, parts.sources)
 
     def _prepare(
@@ -301,7 +306,10 @@ class DePass:
                 progress(index - layers.start + 1, len(layers))
 
         ids = torch.tensor(made.ids)
-        stream, normed = lockstep.run(self._bound, ids, on_layer, layers, with_gate_total=sharing.rule == "taylor")
+        try:
+            stream, normed = lockstep.run(self._bound, ids, on_layer, layers, with_gate_total=sharing.rule == "taylor")
+        except BackendError as error:
+            raise OptionError(str(error)) from error
         return propagation, stream, normed
 
     def _sharing(self, rule: str, temperature: float) -> MLPSharing:
@@ -325,7 +333,7 @@ class DePass:
             )
             if strict:
                 raise ConservationError(message)
-            warnings.warn(message, ConservationWarning, stacklevel=3)
+            warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
 
 
 def _score(
@@ -352,25 +360,27 @@ def _load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tu
 
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
-    if device_map is not None:
+    # one device needs no device_map, which transformers leaves to accelerate
+    spread = isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if spread:
         options["device_map"] = device_map
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if device_map is not None and not spread:
+            model = model.to(device_map)
+    except Exception as error:  # loading runs transformers' and the model's own code, which raise what they like
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot load the model {name!r}: {lines[0]}") from error
     return model, tokenizer
 
 
 def _refuse_dropout(bound: BoundModel) -> None:
-    if bound.model.training:
-        rates = [module.p for module in bound.model.modules() if isinstance(module, torch.nn.Dropout)]
-        rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers]
-        if any(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
-            raise ModelError(
-                f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()"
-            )
+    modules = bound.model.modules()
+    rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.training]
+    rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers if layer.attention.training]
+    if any(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
+        raise ModelError(f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()")
 
 
 def _check_exclude(exclude: Any) -> bool | Literal["auto"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from .errors import DePassError, OptionError, PromptError, SourceError, TargetError
 from .files import check_writable
 
+RULES = ("softmax", "max", "relu", "linear", "taylor")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PATIENCE = 2.0  # seconds before a progress bar is worth its lines
 
@@ -21,6 +23,9 @@ PATIENCE = 2.0  # seconds before a progress bar is worth its lines
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets escapes, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
@@ -57,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what to explain, may be repeated: a token (' Europe'), id:1910 or top:5 (default: the model's next token)",
     )  # fmt: skip
     add("--sources", default="token", choices=("token", "word", "sentence"), help="the parts of the prompt")
-    add("--mlp-rule", default="softmax", help="how MLPs are shared out: softmax, max, relu, linear, taylor")
+    add("--mlp-rule", default="softmax", choices=RULES, help="how MLPs are shared out among the sources")
     add("--temperature", type=float, default=0.1, help="of the softmax rule (default: 0.1)")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
@@ -73,7 +78,9 @@ def _attribute(options: argparse.Namespace) -> None:
     for path in (options.save_path, options.viz_path):
         if path is not None:
             check_writable(path)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one token")
 
     gc.disable()  # a fifth of a start is spent looking for garbage among what imports leave, and the process is short
     import torch

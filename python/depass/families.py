@@ -55,6 +55,11 @@ class Family:
     parallel: str | None = None
 
 
+_CHOICES = {
+    "norm": ("rms", "rms_plus_one", "layer"),
+    "value_rows": ("all", "last", "last_of_head"),
+    "gate_rows": ("all", "first_half"),
+}
 LLAMA = Family()
 GEMMA = Family(
     mlp_norm="pre_feedforward_layernorm",
@@ -186,13 +191,22 @@ class BoundModel:
     backbone: Any
     layers: tuple[Layer, ...]
     final_norm: Norm
-    head: Any
     heads: int
     parallel: bool
     has_bias: bool
     max_positions: int | None
-    vocabulary: int
     configs: tuple[Any, ...] = field(repr=False)
+
+    @property
+    def head(self) -> Any:
+        """The unembedding, looked up anew: it is another module after ``resize_token_embeddings``."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the head scores."""
+        rows: int = self.head.weight.shape[0]
+        return rows
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,6 +246,11 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
             f"unknown model family {kind!r} ({name}); known: {', '.join(FAMILIES)}. Of the Llama family's paths it has (+) "
             f"and lacks (-): {looked}. Describe it with depass.Family and pass family=..."
         )
+    if not isinstance(family, Family):
+        raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
+    for field_name, choices in _CHOICES.items():
+        if getattr(family, field_name) not in choices:
+            raise ModelError(f"Family({field_name}={getattr(family, field_name)!r}): there are {', '.join(choices)}")
     missing = [path for path in _example_paths(family) if not _has(model, path)]
     if missing:
         raise ModelError(f"{name} ({kind}) lacks what its family was looked up by: {', '.join(missing)}")
@@ -240,6 +259,11 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"some weights of {name} are offloaded; load it onto real devices (device_map without 'disk')")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
+        if getattr(text, factor, None) not in (None, 1, 1.0):
+            raise ModelError(f"{name} scales by {factor}={getattr(text, factor)}, which no family here describes")
+    if family.parallel is not None and not hasattr(text, family.parallel):
+        raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
     if getattr(text, "add_cross_attention", False):
         raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
     heads: int = text.num_attention_heads
@@ -259,12 +283,10 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
         backbone=backbone,
         layers=layers,
         final_norm=final_norm,
-        head=head,
         heads=heads,
         parallel=bool(family.parallel and getattr(text, family.parallel)),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         max_positions=getattr(text, "max_position_embeddings", None),
-        vocabulary=head.weight.shape[0],
         configs=tuple(configs.values()),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import OutputError
@@ -15,26 +16,35 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: it cannot, and why.
     """
-    target = Path(path)
+    target = _resolved(path)
     if target.is_dir():
         raise OutputError(f"cannot write {target}: it is a folder")
     try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
+        if _is_special(target):
+            writable = os.access(target, os.W_OK)
+        else:
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".depass-"):
+                writable = not target.exists() or os.access(target, os.W_OK)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    if not writable:
+        raise OutputError(f"cannot write {target}: permission denied")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all. Links are followed; a pipe or device is written to as it is.
 
     Raises:
         OutputError: it cannot be written.
     """
-    target = Path(path)
-    check_writable(target)
+    check_writable(path)
+    target = _resolved(path)
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if _is_special(target):
+            with target.open("wb") as file:
+                file.write(content)
+            return
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".depass-")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -45,6 +55,20 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             raise
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    try:
+        resolved = Path(path).resolve()
+        with suppress(FileNotFoundError):
+            os.stat(resolved)  # refuses a name that no file can have
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {os.fspath(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+    return resolved
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 def _umask() -> int:

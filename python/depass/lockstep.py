@@ -8,6 +8,7 @@ implementation is put back.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from .errors import ModelError
 from .families import BoundModel, Layer, Norm
 
 ATTENTION = "depass"
@@ -41,6 +43,7 @@ class Trace:
 
 
 _traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs
+_running = threading.RLock()
 
 
 def _attention(
@@ -91,17 +94,23 @@ def run(
         layers: a run of layers, at least one.
         with_gate_total: whether the trace holds the model's own pre-activations.
 
+    Raises:
+        ModelError: an attribution is already at work in this thread, or the model does not call transformers' attention
+            interface.
+
     Returns:
         The residual stream after the last of ``layers`` ``[P, D]``, and the backbone's output after its final norm.
     """
     last: list[Tensor] = []
-    with ExitStack() as stack:
+    with _running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model
+        if _traces:
+            raise ModelError("an attribution is already at work in this thread; start another one after it")
         stack.enter_context(eager_with_patterns(bound))
         for index in layers:
             final = last if index == layers[-1] else None
             _hook_layer(stack, bound, index, on_layer, with_gate_total, final)
         device = bound.model.get_input_embeddings().weight.device
-        output = bound.backbone(input_ids=ids.to(device)[None], use_cache=False).last_hidden_state
+        output = bound.backbone(input_ids=ids.to(device)[None], use_cache=False, return_dict=True).last_hidden_state
     return last[0], output[0]
 
 
@@ -134,6 +143,12 @@ def _hook_layer(
 
     def end(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         trace = open_trace.pop()
+        if trace.pattern is None:
+            raise ModelError(
+                f"{bound.name}: the attention of layer {index} does not call transformers' AttentionInterface"
+            )
+        if trace.hidden is None:
+            raise ModelError(f"{bound.name}: the down projection of layer {index} did not run")
         on_layer(index, trace)
         if last is not None:
             last.append((output[0] if isinstance(output, tuple) else output)[0])

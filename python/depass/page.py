@@ -57,7 +57,7 @@ def _prompt(res: Attribution) -> str:
         end = at
         while end < len(owner) and owner[end] == owner[at]:
             end += 1
-        score, text = scores[owner[at]], escape("".join(res.prompt.tokens[at:end]))
+        score, text = scores[owner[at]], escape("".join(res.prompt.tokens[at:end])) or "·"
         pieces.append(
             f'<span class="source" data-source="{owner[at]}" title="{score:+.3f}" '
             f'style="background:{_paper(score / largest)}">{text}</span>'

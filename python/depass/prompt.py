@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import itertools
+import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,8 @@ class Prompt:
 
     Attributes:
         ids: ``[N]`` token ids.
-        tokens: ``[N]``, each token's own piece of the text; its id where there is no tokenizer.
+        tokens: ``[N]``, each token's own piece of the text, empty for the further bytes of a character that is split over
+            several tokens; its id where there is no tokenizer.
         text: the prompt as text, special tokens included, or None.
         offsets: ``[N]`` half-open character ranges in ``text``, without the space before a word; empty without text.
         special: positions of special tokens.
@@ -101,24 +104,31 @@ def _ids(prompt: Any) -> list[int]:
             "unpadded: encoding['input_ids'][0][mask]"
         )
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Iterable) or isinstance(values, bytes):
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
         raise PromptError(f"expected a string, chat messages or token ids, got {type(prompt).__name__}")
-    values = list(values)
     if any(isinstance(value, (list, tuple, str, torch.Tensor)) and getattr(value, "ndim", 1) for value in values):
         shape = f" of shape {list(prompt.shape)}" if hasattr(prompt, "shape") else ""
         raise PromptError(
             f"expected one prompt, got a batch{shape} with {len(values)} rows; attribute one row at a time, unpadded"
         )
-    ids = [int(value) if isinstance(value, torch.Tensor) else value for value in values]
-    for value in ids:
-        if not isinstance(value, int) or isinstance(value, bool):
+    ids = []
+    for value in values:
+        try:
+            ids.append(operator.index(value))
+        except TypeError:
+            raise PromptError(f"token ids must be integers, got {value!r}") from None
+        if isinstance(value, bool):
             raise PromptError(f"token ids must be integers, got {value!r}")
     return ids
 
 
 def _from_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> Prompt:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # the model's turn begins, or the one that it began is continued
+        begun = messages[-1].get("role") == "assistant"
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
     except Exception as error:  # a template is a program of the model's authors and raises what it likes
         raise PromptError(f"the tokenizer's chat template does not take these messages: {error}") from error
     return _from_text(text, tokenizer, special=False)
@@ -127,6 +137,8 @@ def _from_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> Prompt:
 def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
     if not text:
         raise PromptError("the prompt is empty; give at least one token")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError("the prompt is not text: it holds bytes that are no UTF-8")
     if not getattr(tokenizer, "is_fast", False):
         return _from_ids(tokenizer.encode(text, add_special_tokens=special), tokenizer)
     encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
@@ -135,9 +147,12 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
     # the tokenizer leaves out the space before a word, or does not: put every character with the token that ends after it
     tokens, offsets, at = [], [], 0
     for index, (begin, end) in enumerate(encoding["offset_mapping"]):
-        if end <= at:  # added by the tokenizer, or one more byte of a character that is already there
+        if begin == end:  # added by the tokenizer
             tokens.append(tokenizer.decode([ids[index]]))
             offsets.append((at, at))
+        elif end <= at:  # one more byte of a character that stands with its first one
+            tokens.append("")
+            offsets.append((begin, end))
         else:
             tokens.append(text[at:end])
             offsets.append((_skip_space(text, max(begin, at), end), end))
@@ -150,16 +165,21 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
 def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
     if tokenizer is None:
         return Prompt(tuple(ids), tuple(str(token) for token in ids))
-    tokens: list[str] = []
+    tokens, unfinished = [], []
     for index in range(len(ids)):
         before = ids[max(0, index - _CONTEXT) : index]
-        known = _decode(tokenizer, before)
-        piece = _decode(tokenizer, [*before, ids[index]])
+        known, piece = _decode(tokenizer, before), _decode(tokenizer, [*before, ids[index]])
+        # bytes of an unfinished character decode to U+FFFD; the token that finishes it gets it
+        unfinished.append(piece.endswith("\ufffd"))
+        known, piece = known.rstrip("\ufffd"), piece.rstrip("\ufffd")
         tokens.append(piece[len(known) :] if piece.startswith(known) else _decode(tokenizer, [ids[index]]))
-    offsets, at, text = [], 0, "".join(tokens)
-    for token in tokens:
-        offsets.append((_skip_space(text, at, at + len(token)), at + len(token)))
-        at += len(token)
+    text = "".join(tokens)
+    ends = list(itertools.accumulate(len(token) for token in tokens))
+    begins = [0, *ends[:-1]]
+    for index in reversed(range(len(ids) - 1)):  # ... and the tokens that began it lie over it as well
+        if unfinished[index]:
+            ends[index] = ends[index + 1]
+    offsets = [(_skip_space(text, begin, end), end) for begin, end in zip(begins, ends, strict=True)]
     marked = set(tokenizer.all_special_ids)
     return Prompt(
         tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked)

@@ -3,7 +3,8 @@
 The state is ``[R, D]`` rows of a staircase, in fp32 (fp64 models: fp64). No other buffer grows with ``R``: the attention
 runs on blocks of sources (it is linear, and each source goes its own way), the MLP on blocks of positions and, where one
 position alone is too large, of neurons (sharing couples the sources of one position and neuron only). Neither changes a
-result beyond rounding.
+result beyond rounding. The exception is a layer whose attention and MLP stand side by side (GPT-NeoX): there the layer's
+values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the state that they are made of.
 """
 
 from __future__ import annotations

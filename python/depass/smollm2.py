@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def folder(say: Callable[[str], None] = lambda message: None) -> Path:
     target = cache / f"smollm2-135m-instruct-{_SHA256[:8]}"
     if (target / "config.json").exists():
         return target
+    if find_spec("gguf") is None:
+        raise ModelError(f"converting the default model needs gguf: pip install 'depass-kernels[demo]', or {_ELSE}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work:

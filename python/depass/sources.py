@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -36,6 +37,8 @@ class Source:
 @dataclass(frozen=True)
 class Spans:
     """Spans of a prompt as sources, half-open and in any order; what none of them covers is the source ``rest``.
+
+    ``rest`` is active everywhere: like the bias source it takes a part in every MLP, also before its first token.
 
     Args:
         ranges: ``(begin, end)`` each, ``begin`` included and ``end`` not.
@@ -87,8 +90,8 @@ def decompose(
     labels: Sequence[str] | None = None
     if isinstance(sources, Spans):
         ranges, labels = _token_ranges(prompt, sources), sources.labels
-        if labels is not None and len(labels) != len(ranges):
-            raise SourceError(f"{len(labels)} labels for {len(ranges)} spans; give one for each")
+        if labels is not None and (len(labels) != len(ranges) or not all(isinstance(label, str) for label in labels)):
+            raise SourceError(f"{len(labels)} labels for {len(ranges)} spans; give one string for each")
     elif sources == "token":
         ranges, kind = [(t, t + 1) for t in range(length)], "token"
     elif isinstance(sources, str):
@@ -132,13 +135,15 @@ def _token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
     if spans.unit == "char" and prompt.text is None:
         raise SourceError("character spans need text: the prompt was given as ids and there is no tokenizer")
     length = len(prompt.ids) if spans.unit == "token" else len(prompt.text or "")
+    if not isinstance(spans.ranges, Iterable):
+        raise SourceError(f"Spans takes a list of pairs (begin, end), got {spans.ranges!r}")
     found = []
     for span in spans.ranges:
         try:
-            begin, end = span
-            inside = 0 <= begin < end <= length
+            begin, end = (operator.index(edge) for edge in span)
         except (TypeError, ValueError):
-            raise SourceError(f"a span is a pair (begin, end), got {span!r}") from None
+            raise SourceError(f"a span is a pair of integers (begin, end), got {span!r}") from None
+        inside = 0 <= begin < end <= length
         if not inside:
             raise SourceError(f"span ({begin}, {end}) is empty or lies outside of the prompt's {length} {spans.unit}s")
         if spans.unit == "char":
@@ -146,7 +151,7 @@ def _token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
             if not touched:
                 raise SourceError(f"no token lies in the characters ({begin}, {end})")
             begin, end = touched[0], touched[-1] + 1
-        found.append((int(begin), int(end)))
+        found.append((begin, end))
     if not found:
         raise SourceError("Spans([]) names no span; give at least one")
     return found

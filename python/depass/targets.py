@@ -97,12 +97,14 @@ def _check(target: Any, length: int, tokenizer: Any, bound: BoundModel) -> Asked
             f"a target is None, a string, an id, TopK, Token, Contrast or Direction, got {type(target).__name__}"
         )
     position = target.position
+    if not isinstance(position, int) or isinstance(position, bool):
+        raise TargetError(f"a position is an integer, got {position!r}")
     if not -length <= position < length:
         raise TargetError(f"position {position} is outside of the prompt's {length} tokens ({-length} to {length - 1})")
     position %= length
     if isinstance(target, TopK):
-        if not 1 <= target.k <= bound.vocabulary:
-            raise TargetError(f"TopK({target.k}): k must be from 1 to the vocabulary's {bound.vocabulary}")
+        if not isinstance(target.k, int) or isinstance(target.k, bool) or not 1 <= target.k <= bound.vocabulary:
+            raise TargetError(f"TopK({target.k!r}): k must be an integer from 1 to the vocabulary's {bound.vocabulary}")
         return Asked("token", position, None, target.k)
     if isinstance(target, Token):
         return Asked("token", position, (token_id(target.token, tokenizer, bound),))
@@ -116,7 +118,7 @@ def _check(target: Any, length: int, tokenizer: Any, bound: BoundModel) -> Asked
         raise TargetError(f"Direction's w must be {width} finite floats, got {type(target.w).__name__}") from None
     if w.shape != (width,) or not w.is_floating_point() or not bool(w.isfinite().all()):
         raise TargetError(f"Direction's w must be {width} finite floats, got {w.dtype} of shape {list(w.shape)}")
-    return Asked("direction", position, (), 0, w.detach(), target.label)
+    return Asked("direction", position, (), 0, w.detach(), str(target.label))
 
 
 def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
@@ -135,7 +137,7 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
                 f"target {token!r} is {len(ids)} tokens, not one: {parts or 'none'}; pass one of them as a string or an id"
             )
         return int(ids[0])
-    if not isinstance(token, int) or not 0 <= token < bound.vocabulary:
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < bound.vocabulary:
         raise TargetError(f"target id {token!r} is out of range: the vocabulary has {bound.vocabulary} tokens")
     return token
 

@@ -39,7 +39,7 @@ def strip(res: Attribution, row: int, width: int) -> list[Text]:
     labels = [source.label if source.kind in ("token", "span") else f"[{source.kind}]" for source in res.sources]
     lines, upper, lower = [head], Text(), Text()
     for label, score in zip(labels, scores, strict=True):
-        shown = _cut(printable(label.strip() or label))
+        shown = _cut(printable(label.strip() or label)) or "·"
         number = f"{score:+.2f}"
         size = max(cell_len(shown), cell_len(number))
         if upper.cell_len and upper.cell_len + 1 + size > width:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -70,8 +71,9 @@ def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[
         (["attribute", "x", "--target", "id:many"], 2, "'many' is no number"),
         (["attribute", "x", "--target", " cat cat"], 2, "is 2 tokens, not one"),
         (["attribute", ""], 2, "the prompt is empty"),
+        (["attribute", "bad \udcff"], 2, "bytes that are no UTF-8"),
         (["attribute", "x", "--temperature", "0"], 2, "temperature must be a positive number"),
-        (["attribute", "x", "--mlp-rule", "mean"], 2, "unknown mlp_rule 'mean'"),
+        (["attribute", "x", "--mlp-rule", "mean"], 2, "invalid choice: 'mean'"),
         (["attribute", "x", "--device", "toaster"], 2, "there is no such device"),
         (["attribute", "x", "--device", "cuda:99"], 2, "CUDA devices here"),
         (["attribute", "x", "-m", "/no/such/folder"], 1, "the model path '/no/such/folder' is no folder"),
@@ -100,6 +102,29 @@ def test_a_hub_name_that_is_not_there_is_one_line(
     assert capsys.readouterr().err.startswith("depass: cannot load the model 'nobody/no-such-model'")
 
 
+def test_a_broken_weights_file_is_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert run("attribute", "x", "-m", str(broken)) == 1
+    assert capsys.readouterr().err.startswith(f"depass: cannot load the model '{broken}'")
+
+
+def test_a_terminal_without_unicode_gets_escapes(folder: str) -> None:
+    command = [sys.executable, "-m", "depass", "attribute", "the\ncat", "-m", folder]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "\\u21b5" in done.stdout
+
+
+def test_one_device_needs_no_accelerate(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from depass import DePass
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    dp = DePass.from_pretrained(folder, device_map="cpu")
+    assert dp.model.device.type == "cpu"
+
+
 def test_an_unwritable_path_is_found_before_the_work(tmp_path: Path) -> None:
     begin = time.monotonic()
     command = [sys.executable, "-m", "depass", "attribute", "x", "--viz-path", str(tmp_path / "none" / "x.html")]
@@ -110,7 +135,7 @@ def test_an_unwritable_path_is_found_before_the_work(tmp_path: Path) -> None:
 
 def test_the_prompt_may_come_from_standard_input(folder: str) -> None:
     command = [sys.executable, "-m", "depass", "attribute", "-", "-m", folder, "--json"]
-    done = subprocess.run(command, input="the cat", capture_output=True, text=True, check=True)
+    done = subprocess.run(command, input="the cat\n", capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["prompt"]["text"] == "the cat"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import models
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, api, lockstep
+from depass.propagate import Propagation
 
 
 def hooks(model: Any) -> int:
@@ -60,6 +63,34 @@ def test_after_an_exception_in_the_models_own_code(model: Any) -> None:
     model.model.layers[1].mlp.act_fn = whole
 
 
+def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, kept = Propagation.step, []
+
+    def step(self: Propagation, index: int, trace: lockstep.Trace) -> None:
+        assert not [ref for ref in kept if ref() is not None]
+        kept.extend(weakref.ref(tensor) for tensor in (trace.pattern, trace.hidden, *trace.scales.values()))
+        whole(self, index, trace)
+
+    monkeypatch.setattr(Propagation, "step", step)
+    DePass(model, mlp_rule="taylor").attribute(models.prompt(9))
+    assert len(kept) == 4 * models.LAYERS
+    assert not [ref for ref in kept if ref() is not None]
+
+
+def test_threads_take_turns(model: Any) -> None:
+    dp = DePass(model)
+    expected = dp.attribute(models.prompt(9)).scores
+    with ThreadPoolExecutor(3) as pool:
+        for res in pool.map(lambda _: dp.attribute(models.prompt(9)), range(12)):
+            assert torch.equal(res.scores, expected)
+
+
+def test_an_attribution_inside_of_another_is_refused(model: Any) -> None:
+    dp = DePass(model)
+    with pytest.raises(ModelError, match="already at work in this thread"):
+        dp.attribute(models.prompt(9), progress=lambda *_: dp.attribute(models.prompt(9)) and None)
+
+
 def test_a_model_in_training_mode_with_dropout_is_refused(device: str) -> None:
     made = models.make("gpt2", device=device).train()
     with pytest.raises(ModelError, match=r"training mode with dropout.*call model.eval\(\)"):
@@ -69,16 +100,21 @@ def test_a_model_in_training_mode_with_dropout_is_refused(device: str) -> None:
     without.model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(ModelError, match="training mode"):
         DePass(without).attribute(models.prompt(4))
+    without.training = False  # the layers still drop
+    with pytest.raises(ModelError, match="training mode"):
+        DePass(without).attribute(models.prompt(4))
 
 
 def test_logits_that_are_not_finite_are_refused(model: Any) -> None:
     broken = models.make("llama", device=str(model.device))
     broken.lm_head.weight.data[7] = float("nan")
-    with pytest.raises(NonFiniteError, match="the model's own logits are not finite"):
-        DePass(broken).attribute(models.prompt(4), target=7)
+    with pytest.raises(NonFiniteError, match=r"the model's own logits are not finite \(nan for '7'\)"):
+        DePass(broken).attribute(models.prompt(4), target=[5, 7])
     broken.model.layers[1].mlp.down_proj.weight.data[:] = float("inf")
     with pytest.raises(NonFiniteError):
         DePass(broken).attribute(models.prompt(4), target=5)
+    with pytest.raises(NonFiniteError, match="the state entering layer 2 is not finite"):
+        DePass(broken).states(models.prompt(4), 2)
 
 
 def test_parts_that_do_not_add_up_warn_or_raise(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

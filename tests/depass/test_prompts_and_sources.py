@@ -73,6 +73,21 @@ def test_token_spans_are_half_open_and_rest_is_the_rest(dp: DePass) -> None:
     assert whole.scores[0, 0].item() == pytest.approx(whole.target_logits[0].item(), rel=1e-5)
 
 
+def test_a_character_of_several_tokens_is_one_part(smollm2_dp: DePass) -> None:
+    text = "a 🦜 says 世界"
+    for given in (text, smollm2_dp.tokenizer(text)["input_ids"]):
+        res = smollm2_dp.attribute(given, sources=Spans([(0, 1), (2, 3), (9, 11)], unit="char"))
+        assert [s.label.strip() for s in res.sources] == ["rest", "a", "🦜", "世界"]
+        assert "".join(res.prompt.tokens) == text
+        assert [(s.start, s.end) for s in res.sources[1:]] == [(0, 1), (1, 4), (6, 11)]
+        assert [s.label for s in smollm2_dp.attribute(given, sources="word").sources] == ["a", " 🦜", " says", " 世界"]
+
+
+def test_a_begun_answer_is_continued(dp: DePass) -> None:
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a cat"}]
+    assert dp.attribute(messages).prompt.text == "<bos>user the<eos><bos>assistant a cat"
+
+
 def test_biases_have_a_source_of_their_own_exactly_where_the_weights_have_them(device: str) -> None:
     for name, has in (("llama", False), ("llama-biased", True), ("qwen2", True), ("gpt2", True), ("olmo2", False)):
         res = DePass(models.make(name, device=device)).attribute(models.prompt(4))
@@ -100,6 +115,9 @@ ONE_PROMPT = "expected one prompt"
         ([-1], "id -1 at position 0"),
         ([1.5, 2.0], "token ids must be integers, got 1.5"),
         ([True], "integers, got True"),
+        ([torch.tensor(5.7)], "token ids must be integers"),
+        ({5, 6}, "got set"),
+        ("bad \udcff", "bytes that are no UTF-8"),
         (None, "expected a string, chat messages or token ids, got NoneType"),
         (7, "got int"),
         (torch.tensor(7), "got Tensor"),
@@ -143,8 +161,11 @@ def test_ids_need_no_tokenizer_and_text_does(without_tokenizer: DePass) -> None:
         (Spans([(5, 3)]), "is empty or lies outside"),
         (Spans([(0, 23)], unit="char"), "outside of the prompt's 22 chars"),
         (Spans([(0, 1)], unit="byte"), "unit='byte'"),  # type: ignore[arg-type]
-        (Spans([(0, 1, 2)]), r"a span is a pair \(begin, end\), got \(0, 1, 2\)"),  # type: ignore[list-item]
+        (Spans([(0, 1, 2)]), r"a span is a pair of integers \(begin, end\), got \(0, 1, 2\)"),  # type: ignore[list-item]
         (Spans([("a", "b")]), "a span is a pair"),  # type: ignore[list-item]
+        (Spans([(0.5, 2.7)]), "a pair of integers"),  # type: ignore[list-item]
+        (Spans(5), "a list of pairs"),  # type: ignore[arg-type]
+        (Spans([(0, 1)], labels=[1]), "one string for each"),  # type: ignore[list-item]
         (Spans([]), r"Spans\(\[\]\) names no span"),
         (Spans([(0, 1)], labels=["a", "b"]), "2 labels for 1 spans"),
         ("paragraph", "unknown unit 'paragraph'; there are: token, word, sentence"),
@@ -172,7 +193,12 @@ def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> 
         (1.5, "got float"),
         (Token(5, position=9), "position 9 is outside of the prompt's 9 tokens"),
         (Token(5, position=-10), "position -10"),
-        (TopK(0), r"TopK\(0\): k must be from 1"),
+        (Token(5, position="last"), "a position is an integer, got 'last'"),  # type: ignore[arg-type]
+        (Token(5, position=1.0), "a position is an integer, got 1.0"),  # type: ignore[arg-type]
+        (Token(True), "target id True"),
+        (TopK(2.5), "k must be an integer"),  # type: ignore[arg-type]
+        (TopK(True), "k must be an integer"),
+        (TopK(0), r"TopK\(0\): k must be an integer from 1"),
         (TopK(102), "vocabulary's 101"),
         ([], r"target=\[\] names no target"),
     ],
@@ -224,8 +250,19 @@ def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
     ):
         with pytest.raises(OptionError):
             DePass(dp.model, **options)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="layers: 9 is outside of 0 to 3"):
+    with pytest.raises(OptionError, match="layers: 9 is none of the layers 0 to 3"):
         dp.states([5, 6], 9)
+    with pytest.raises(OptionError, match="layers: 'all' is none of"):
+        dp.states([5, 6], "all")  # type: ignore[arg-type]
+    assert sorted(dp.states([5, 6], (layer for layer in (1, 2))).rows) == [1, 2]  # type: ignore[arg-type]
+
+
+def test_a_backend_that_lacks_an_op_is_refused_with_its_reason(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="'cpu' cannot serve this mix_values: it has no mix_values"):
+        DePass(dp.model, backend="cpu").attribute([5, 6])
+    monkeypatch.setenv("DEPASS_BACKEND", "metal")
+    with pytest.raises(OptionError, match="unknown backend 'metal'"):
+        dp.attribute([5, 6])
 
 
 SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -276,6 +313,39 @@ def test_a_family_can_be_described_by_the_caller(device: str) -> None:
     assert res.conservation_error.max() < 1e-5
     with pytest.raises(ModelError, match=r"lacks what its family was looked up by: model.layers.0.mlp.up\b"):
         DePass(its, family=Family(gate="mlp.up"))
+
+
+def test_a_family_that_does_not_fit_is_refused(device: str) -> None:
+    from depass import Family
+
+    its = models.make("llama", device=device)
+    for family, says in (
+        ("llama", "family must be a depass.Family, got str"),
+        (Family(norm="foo"), r"Family\(norm='foo'\): there are rms"),  # type: ignore[arg-type]
+        (Family(parallel="nope"), "has no such flag"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            DePass(its, family=family)  # type: ignore[arg-type]
+
+
+def test_an_attention_outside_of_the_interface_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from depass import lockstep
+
+    its = models.make("llama", device=device)
+    monkeypatch.setattr(lockstep, "ATTENTION", "eager")  # the model's layers then never meet our attention function
+    with pytest.raises(ModelError, match="attention of layer 0 does not call transformers' AttentionInterface"):
+        DePass(its).attribute([5, 6])
+
+
+def test_a_resized_head_is_noticed(device: str) -> None:
+    its = models.make("llama", device=device)
+    dp = DePass(its)
+    its.resize_token_embeddings(110, mean_resizing=False)
+    res = dp.attribute([5, 105], target=104)
+    with torch.no_grad():
+        assert res.target_logits[0].item() == pytest.approx(
+            its(torch.tensor([[5, 105]], device=device)).logits[0, -1, 104].item(), abs=1e-5
+        )
 
 
 def test_offloaded_and_quantised_weights_are_refused() -> None:

@@ -111,6 +111,29 @@ def test_it_cannot_be_saved_where_nothing_can_be_written(res: Attribution, tmp_p
         res.to_html(tmp_path / "none" / "page.html")
 
 
+def test_links_are_followed_and_pipes_stay_pipes(res: Attribution, tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real.html", tmp_path / "link.html", tmp_path / "pipe"
+    real.write_text("old")
+    link.symlink_to(real)
+    res.to_html(link)
+    assert link.is_symlink()
+    assert real.read_text() == res.to_html()
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    res.to_html(pipe)
+    assert reader.communicate(timeout=20)[0].decode() == res.to_html()
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_can_have_are_found_beforehand(res: Attribution, name: str, tmp_path: Path) -> None:
+    from depass.files import check_writable
+
+    with pytest.raises(OutputError, match="cannot write"):
+        check_writable(tmp_path / name)
+    check_writable(tmp_path / ("x" * 250))
+
+
 def test_a_data_frame_has_a_row_per_score(res: Attribution, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     frame = res.to_dataframe()

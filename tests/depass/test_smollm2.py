@@ -19,7 +19,7 @@ ids = torch.randint(100, 40_000, (512,), generator=torch.Generator().manual_seed
 with torch.no_grad():
     dp.model(ids[None])
 plain = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-error = float(dp.attribute(ids, target=5).conservation_error.max())
+error = float(dp.attribute(ids, target=5, start_layer=24).conservation_error.max())
 print(plain, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, error)
 """
 
@@ -48,7 +48,10 @@ def test_bf16_agrees_with_fp32(smollm2_folder: Path, smollm2_dp: DePass) -> None
 
 
 def test_memory_stays_near_the_states_own_size(smollm2_folder: Path) -> None:
-    """512 tokens on the CPU in fp32: beyond a plain run, at most 1.5 times the state plus 200 MB."""
+    """512 tokens on the CPU in fp32: beyond a plain run, at most 1.5 times the state plus 200 MB.
+
+    Six layers show it, since no layer leaves anything behind (test_model_is_left_alone); benchmarks/memory.py runs all.
+    """
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     plain, peak, error = (float(number) for number in done.stdout.split())
     state = 512 * 513 // 2 * 576 * 4
