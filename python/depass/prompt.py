@@ -175,7 +175,7 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
         tokens.append(piece[len(known) :] if piece.startswith(known) else _decode(tokenizer, [ids[index]]))
     text = "".join(tokens)
     ends = list(itertools.accumulate(len(token) for token in tokens))
-    begins = [0, *ends[:-1]]
+    begins = [end - len(token) for token, end in zip(tokens, ends, strict=True)]
     for index in reversed(range(len(ids) - 1)):  # ... and the tokens that began it lie over it as well
         if unfinished[index]:
             ends[index] = ends[index + 1]
