@@ -46,8 +46,8 @@ setup(
     ext_modules=[
         Extension(
             "depass_kernels._csrc",
-            sources=["csrc/register.cpp", "csrc/share_hidden_cpu.cpp"],
-            depends=["csrc/share_hidden.h"],
+            sources=["csrc/register.cpp", "csrc/share_hidden_cpu.cpp", "csrc/mix_values_cpu.cpp"],
+            depends=["csrc/types.h", "csrc/share_hidden.h", "csrc/mix_values.h"],
             # the oldest torch that the library may be loaded into: 2.10
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"],

@@ -4,49 +4,103 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 
+#include "mix_values.h"
 #include "share_hidden.h"
 
 namespace {
 
 using torch::stable::Tensor;
 
-depass::Matrix matrix(const Tensor& tensor) {
+depass::Type type_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
-  depass::Type type;
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: type = depass::Type::f32; break;
-    case ScalarType::Double: type = depass::Type::f64; break;
-    case ScalarType::BFloat16: type = depass::Type::bf16; break;
-    case ScalarType::Half: type = depass::Type::f16; break;
-    default: throw std::runtime_error("share_hidden: dtype without a CPU kernel");
+    case ScalarType::Float: return depass::Type::f32;
+    case ScalarType::Double: return depass::Type::f64;
+    case ScalarType::BFloat16: return depass::Type::bf16;
+    case ScalarType::Half: return depass::Type::f16;
+    default: throw std::runtime_error("depass_kernels: a dtype without a compiled kernel");
   }
-  return {tensor.data_ptr(), type, tensor.stride(0)};
 }
 
-void share_hidden(const Tensor& gate, const Tensor& hidden, const Tensor& row_start, const Tensor& skipped,
-                  const std::optional<Tensor>& gate_scale, int64_t rule, double temperature,
-                  const std::optional<Tensor>& gate_total, const Tensor& out) {
+depass::Matrix matrix(const Tensor& tensor) { return {tensor.data_ptr(), type_of(tensor), tensor.stride(0)}; }
+
+template <typename T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+const float* scale(const std::optional<Tensor>& tensor) { return tensor ? pointer<float>(*tensor) : nullptr; }
+
+depass::ShareHidden share_call(const Tensor& gate, const Tensor& hidden, const Tensor& row_start,
+                               const Tensor& skipped, const std::optional<Tensor>& gate_scale, int64_t most,
+                               int64_t rule, double temperature, const std::optional<Tensor>& gate_total,
+                               const Tensor& out) {
   depass::ShareHidden call{};
   call.gate = matrix(gate);
   call.hidden = matrix(hidden);
   if (gate_total) call.gate_total = matrix(*gate_total);
   call.out = matrix(out);
-  call.row_start = static_cast<const int64_t*>(row_start.data_ptr());
-  call.skipped = static_cast<const int64_t*>(skipped.data_ptr());
-  call.gate_scale = gate_scale ? static_cast<const float*>(gate_scale->data_ptr()) : nullptr;
+  call.row_start = pointer<int64_t>(row_start);
+  call.skipped = pointer<int64_t>(skipped);
+  call.gate_scale = scale(gate_scale);
   call.rule = static_cast<depass::Rule>(rule);
   call.temperature = temperature;
   call.positions = skipped.size(0);
   call.columns = gate.size(1);
-  for (int64_t t = 0; t < call.positions; ++t) {
-    const int64_t rows = call.row_start[t + 1] - call.row_start[t];
-    if (rows > call.most) call.most = rows;
-  }
+  call.most = most;
+  return call;
+}
+
+depass::MixValues mix_call(const Tensor& pattern, const Tensor& values, const Tensor& row_start,
+                           const Tensor& position_start, const Tensor& prompt, const Tensor& tiles,
+                           const std::optional<Tensor>& key_scale, const std::optional<Tensor>& query_scale,
+                           int64_t kv_heads, const Tensor& out) {
+  depass::MixValues call{};
+  call.pattern = pattern.data_ptr();
+  call.pattern_type = type_of(pattern);
+  call.prompt_stride = pattern.stride(0);
+  call.head_stride = pattern.stride(1);
+  call.query_stride = pattern.stride(2);
+  call.values = matrix(values);
+  call.out = matrix(out);
+  call.row_start = pointer<int64_t>(row_start);
+  call.position_start = pointer<int64_t>(position_start);
+  call.prompt = pointer<int64_t>(prompt);
+  call.key_scale = scale(key_scale);
+  call.query_scale = scale(query_scale);
+  call.tiles = pointer<depass::MixTile>(tiles);
+  call.tile_count = tiles.size(0);
+  call.heads = pattern.size(1);
+  call.kv_heads = kv_heads;
+  call.head_dim = values.size(1) / kv_heads;
+  return call;
+}
+
+void share_hidden_cpu(const Tensor& gate, const Tensor& hidden, const Tensor& row_start, const Tensor& skipped,
+                      const std::optional<Tensor>& gate_scale, int64_t most, int64_t rule, double temperature,
+                      const std::optional<Tensor>& gate_total, const Tensor& out) {
+  const depass::ShareHidden call =
+      share_call(gate, hidden, row_start, skipped, gate_scale, most, rule, temperature, gate_total, out);
   torch::stable::parallel_for(0, depass::tiles(call), 1, [&](int64_t first, int64_t last) {
     depass::share_hidden_cpu(call, first, last);
+  });
+}
+
+void mix_values_cpu(const Tensor& pattern, const Tensor& values, const Tensor& row_start,
+                    const Tensor& position_start, const Tensor& prompt, const Tensor& tiles,
+                    const std::optional<Tensor>& key_scale, const std::optional<Tensor>& query_scale,
+                    int64_t kv_heads, const Tensor& out) {
+  const depass::MixValues call = mix_call(pattern, values, row_start, position_start, prompt, tiles, key_scale,
+                                          query_scale, kv_heads, out);
+  const int64_t pieces = call.tile_count * call.kv_heads;
+  std::atomic<int64_t> next{0};  // pieces differ in size, the longest first: whoever is free takes the next
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t, int64_t) {
+    for (int64_t piece; (piece = next++) < pieces;)
+      depass::mix_values_cpu(call, piece / call.kv_heads, piece % call.kv_heads);
   });
 }
 
@@ -56,11 +110,17 @@ bool has_half() { return depass::has_half(); }
 
 STABLE_TORCH_LIBRARY(depass_kernels, m) {
   m.def(
-      "share_hidden(Tensor gate, Tensor hidden, Tensor row_start, Tensor skipped, Tensor? gate_scale, int rule, "
-      "float temperature, Tensor? gate_total, Tensor(a!) out) -> ()");
+      "share_hidden(Tensor gate, Tensor hidden, Tensor row_start, Tensor skipped, Tensor? gate_scale, int most, "
+      "int rule, float temperature, Tensor? gate_total, Tensor(a!) out) -> ()");
+  m.def(
+      "mix_values(Tensor pattern, Tensor values, Tensor row_start, Tensor position_start, Tensor prompt, "
+      "Tensor tiles, Tensor? key_scale, Tensor? query_scale, int kv_heads, Tensor(a!) out) -> ()");
   m.def("has_half() -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CPU, m) { m.impl("share_hidden", TORCH_BOX(&share_hidden)); }
+STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CPU, m) {
+  m.impl("share_hidden", TORCH_BOX(&share_hidden_cpu));
+  m.impl("mix_values", TORCH_BOX(&mix_values_cpu));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CompositeExplicitAutograd, m) { m.impl("has_half", TORCH_BOX(&has_half)); }

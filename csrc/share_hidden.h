@@ -1,17 +1,10 @@
 // share_hidden: each neuron's output shared out among the sources of a position. Raw pointers in, nothing of torch.
 #pragma once
-#include <cstdint>
+#include "types.h"
 
 namespace depass {
 
-enum class Type : int { f32, f64, bf16, f16 };
 enum class Rule : int { softmax, max, relu, linear, taylor };
-
-struct Matrix {
-  void* data;
-  Type type;
-  int64_t stride;  // elements from one row to the next; columns lie next to each other
-};
 
 struct ShareHidden {
   Matrix gate;                // [R, F]
@@ -34,9 +27,12 @@ inline int64_t tiles(const ShareHidden& call) {
   return call.positions * ((call.columns + kColumns - 1) / kColumns);
 }
 
-bool has_half();  // whether this build converts fp16
+bool has_half();  // whether this build converts fp16 on the CPU
 
 // Tiles first .. last - 1, on the calling thread.
 void share_hidden_cpu(const ShareHidden& call, int64_t first, int64_t last);
+
+// On a CUDA stream of the current device. Returns a cudaError_t.
+int share_hidden_cuda(const ShareHidden& call, void* stream);
 
 }  // namespace depass

@@ -111,8 +111,8 @@ def _cpu_share_hidden(
 ) -> None:
     # contiguous() copies offsets only where a layout is a slice with strides; they are a few bytes a position
     torch.ops.depass_kernels.share_hidden(
-        gate, hidden, layout.row_start.contiguous(), layout.skipped.contiguous(), gate_scale, RULES.index(rule),
-        temperature, gate_total, out,
+        gate, hidden, layout.row_start.contiguous(), layout.skipped.contiguous(), gate_scale, layout.most,
+        RULES.index(rule), temperature, gate_total, out,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class SourceLayout:
     prompt: Tensor
     skipped: Tensor
     _moved: dict[torch.device, SourceLayout] = field(default_factory=dict, repr=False)
+    _tiles: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         offsets = (self.row_start, self.position_start, self.prompt, self.skipped)
@@ -132,6 +134,45 @@ class SourceLayout:
     def counts(self) -> Tensor:
         """``[P]``, the number of sources active at each position."""
         return self.row_start.diff()
+
+    @cached_property
+    def most(self) -> int:
+        """The largest number of sources at one position."""
+        return int(self.counts.max())
+
+    @property
+    def longest(self) -> int:
+        """The largest number of positions in one staircase."""
+        return int(self.position_start.diff().max())
+
+    def mix_tiles(self, queries: int, sources: int, device: torch.device) -> Tensor:
+        """The pieces that mixing falls into, without those that are zero by structure.
+
+        A piece is ``queries`` query positions by ``sources`` sources of one staircase. Sources that have not started by
+        the piece's last query are left out with it, and no key before the piece's first source starts is named.
+
+        Returns:
+            ``[T, 4]`` int32 on ``device``, made once and kept: staircase, first source, first query, first key,
+            each counted from the staircase's own beginning; the pieces with the most work first.
+        """
+        key = (queries, sources, device)
+        if key not in self._tiles:
+            self._tiles[key] = self._mix_tiles(queries, sources).to(device)
+        return self._tiles[key]
+
+    def _mix_tiles(self, queries: int, sources: int) -> Tensor:
+        found, position_start, counts = [], self.position_start.tolist(), self.counts.cpu()
+        for staircase in range(self.staircases):
+            count = counts[position_start[staircase] : position_start[staircase + 1]]  # [N]
+            source = torch.arange(0, int(count.max()), sources)
+            start = torch.searchsorted(count, source, right=True)  # the first position with more sources than that
+            query = torch.arange(0, len(count), queries)
+            s, q = (index.flatten() for index in torch.meshgrid(torch.arange(len(source)), query, indexing="ij"))
+            last = (q + queries).clamp(max=len(count))
+            tile = torch.stack([torch.full_like(q, staircase), source[s], q, start[s], last - start[s]], dim=1)
+            found.append(tile[last > start[s]])
+        tiles = torch.cat(found)
+        return tiles[tiles[:, 4].argsort(descending=True, stable=True), :4].to(torch.int32)
 
     def to(self, device: torch.device | str) -> SourceLayout:
         """The same layout with its offsets on ``device``, copied once and kept."""
