@@ -26,11 +26,11 @@ test-cuda:
 
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	PYTHONWARNINGS=ignore DEPASS_BUILD_CPU=1 \
 		$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build depass_kernels/_csrc.so *.egg-info
+	rm -rf $(VENV) build depass_kernels/*.so *.egg-info

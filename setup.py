@@ -1,24 +1,45 @@
-"""Builds csrc into one library that torch loads; everything else about the package is in pyproject.toml.
+"""Builds csrc through ninja; everything else about the package is in pyproject.toml.
 
-The library needs the headers of the torch it will run with, and nothing of torch at build time but those, so an isolated
-build looks them up in the environment that it installs into instead of downloading a torch of its own. Where there is no
-torch yet, or no compiler, the library is left out: the package then runs on plain torch, more slowly, and says so in
-``depass_kernels.backends.table()``. ``DEPASS_BUILD_CPU=1`` makes that an error.
+``depass_kernels/_csrc.so`` holds the CPU and the CUDA kernels, and torch loads it. It needs the headers of the torch it
+will run with, and nothing of torch at build time but those, so an isolated build looks them up in the environment that
+it installs into instead of downloading a torch of its own. ``depass_kernels._build_info`` says what it was built with, and
+needs no torch. Objects are kept in ``build/csrc``: a second build does nothing.
+
+Where torch, a compiler or ninja is missing, the library is left out: the package then runs on plain torch, more slowly,
+and says so in ``depass_kernels.backends.table()``. ``DEPASS_BUILD_CPU=1`` makes that an error. Without nvcc the CUDA
+kernels are left out; ``DEPASS_BUILD_CUDA=1`` makes that an error, ``DEPASS_BUILD_CUDA=0`` leaves them out on purpose.
 """
 
+import importlib.util
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+ROOT = Path(__file__).parent.absolute()
+BUILD = ROOT / "build" / "csrc"
+LIBRARY, INFO = "depass_kernels._csrc", "depass_kernels._build_info"
+CPP = ["register.cpp", "share_hidden_cpu.cpp", "mix_values_cpu.cpp"]
+CUDA = ["share_hidden.cu", "mix_values.cu"]
+ARCHITECTURES = ["80", "86", "89", "90"]  # the last one's PTX serves what is newer
+# the oldest torch that the library may be loaded into: 2.10
+TORCH_TARGET = "TORCH_TARGET_VERSION=0x020a000000000000"
+FLAGS = ["-O3", "-DNDEBUG", "-std=c++17", "-Wall", "-fPIC", "-fvisibility=hidden"]
+CPU_FLAGS = ["-fno-trapping-math", "-fno-math-errno"]
+MACOS = sys.platform == "darwin"
+
 WHERE_IS_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
 
 
-def torch_folder() -> Path | None:
+def torch_folder() -> Path:
     """The folder of the environment's torch, seen past pip's build isolation (which works through PYTHONPATH)."""
     for isolated in ([], ["-I"]):
         found = subprocess.run(
@@ -26,35 +47,169 @@ def torch_folder() -> Path | None:
         ).stdout.strip()
         if found:
             return Path(found).parent
-    return None
+    raise CompileError("no torch in this environment; install torch first to have csrc built against it")
 
 
-class BuildLibrary(build_ext):
+def ninja() -> str:
+    if importlib.util.find_spec("ninja"):
+        import ninja as package
+
+        return str(Path(package.BIN_DIR) / "ninja")
+    found = shutil.which("ninja")
+    if found is None:
+        raise CompileError("csrc is compiled through ninja, which is not installed; pip install ninja")
+    return found
+
+
+def cxx() -> str:
+    names = [os.environ.get("CXX"), (sysconfig.get_config_var("CXX") or "").split(" ")[0], "g++", "c++"]
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        raise CompileError("no C++ compiler: neither $CXX nor g++ nor c++ is on PATH")
+    return found
+
+
+def nvcc() -> tuple[str | None, str]:
+    """The CUDA compiler and its version, or None and why the CUDA kernels are left out."""
+    if os.environ.get("DEPASS_BUILD_CUDA") == "0":
+        return None, "DEPASS_BUILD_CUDA=0"
+    home, usual = os.environ.get("CUDA_HOME"), "/usr/local/cuda"
+    folders = [f"{home}/bin" if home else "", os.environ.get("PATH", ""), f"{usual}/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(folder for folder in folders if folder))
+    reason = "no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda"
+    if found is not None:
+        says, knows = (
+            subprocess.run([found, flag], capture_output=True, text=True, check=False).stdout
+            for flag in ("--version", "--list-gpu-arch")
+        )
+        version = re.search(r"release [\d.]+, V([\d.]+)", says)
+        unknown = [f"sm_{a}" for a in ARCHITECTURES if f"compute_{a}" not in knows]
+        if not unknown:
+            return found, version[1] if version else "unknown"
+        reason = f"{found} does not know {', '.join(unknown)}"
+    if os.environ.get("DEPASS_BUILD_CUDA") == "1":
+        raise CompileError(reason)
+    return None, reason
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def quoted(arguments: list[str]) -> str:
+    """For the shell, through ninja."""
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def escaped(path: Path) -> str:
+    """For ninja alone, which quotes what it hands to the shell."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+class Graph:
+    """One library's build.ninja in the making. ``compiled`` and ``linked`` return the path of what they add."""
+
+    def __init__(self, folder: Path, compiler: str) -> None:
+        self.folder, self.compiler = folder, compiler
+        self.text = ""
+        for rule in ("cxx", "nvcc"):  # both write the headers that they met beside the object
+            self.text += f"rule {rule}\n  command = $run -MMD -MF $out.d -c $in -o $out\n"
+            self.text += f"  depfile = $out.d\n  deps = gcc\n  description = {rule} $in\n"
+        self.text += "rule link\n  command = $run $in -o $out $libraries\n  description = link $out\n"
+
+    def compiled(self, rule: str, source: str, run: list[str]) -> Path:
+        path = self.folder / f"{source}.o"
+        self.text += f"build {escaped(path)}: {rule} {escaped(ROOT / 'csrc' / source)}\n  run = {quoted(run)}\n"
+        return path
+
+    def linked(self, name: str, objects: list[Path], run: list[str], libraries: list[str]) -> Path:
+        path = self.folder / name
+        self.text += f"build {escaped(path)}: link {' '.join(map(escaped, objects))}\n"
+        self.text += f"  run = {quoted(run)}\n  libraries = {quoted(libraries)}\n"
+        return path
+
+    def build(self, ninja: str) -> None:
+        write_if_changed(self.folder / "build.ninja", self.text)
+        try:
+            subprocess.run([ninja, "--quiet", "-C", str(self.folder)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"csrc does not compile: {error}") from error
+
+
+def library(graph: Graph, cuda: str | None) -> Path:
+    """What is loaded into torch. Linked by nvcc where there is one, which knows its own static runtime."""
+    torch = torch_folder()
+    defines = [f"-D{TORCH_TARGET}", *(["-DDEPASS_CUDA"] if cuda else [])]
+    run = [graph.compiler, *FLAGS, *CPU_FLAGS, *defines, f"-I{torch / 'include'}"]
+    objects = [graph.compiled("cxx", source, run) for source in CPP]
+    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if cuda is None:
+        return graph.linked("_csrc.so", objects, [graph.compiler, "-shared"], libraries)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+    run = [cuda, "-O3", "-std=c++17", "-ccbin", graph.compiler, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    objects += [graph.compiled("nvcc", source, run) for source in CUDA]
+    # The static runtime's names stay inside, apart from those of torch's own. libtorch.so is named as needed though
+    # nothing of it is used: through it the loader finds the CUDA stream's name in libtorch_cuda.so, where there is one.
+    linker = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-as-needed"]
+    link = [cuda, "-shared", "-cudart=static", "--no-device-link", "-ccbin", graph.compiler]
+    return graph.linked("_csrc.so", objects, link, linker + libraries)
+
+
+def info(graph: Graph, cuda: str | None, about_cuda: str) -> Path:
+    if not importlib.util.find_spec("pybind11"):
+        raise CompileError("depass_kernels._build_info needs pybind11, which is not installed; pip install pybind11")
+    import pybind11
+
+    lines = [f'#define DEPASS_NVCC "{about_cuda if cuda else ""}"']
+    lines += [f'#define DEPASS_NO_CUDA "{"" if cuda else about_cuda}"']
+    lines += [f'#define DEPASS_ARCHITECTURES "{" ".join(f"sm_{a}" for a in ARCHITECTURES) if cuda else ""}"']
+    write_if_changed(graph.folder / "build_config.h", "\n".join(lines) + "\n")
+    include = [sysconfig.get_path("include"), pybind11.get_include(), str(graph.folder)]
+    run = [graph.compiler, *FLAGS, *(f"-I{folder}" for folder in include)]
+    objects = [graph.compiled("cxx", "build_info.cpp", run)]
+    undefined = ["-undefined", "dynamic_lookup"] if MACOS else []
+    return graph.linked(f"_build_info{suffix()}", objects, [graph.compiler, "-shared", *undefined], [])
+
+
+def suffix() -> str:
+    return str(sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+class BuildThroughNinja(build_ext):
+    cuda_fails: str | None = None
+
     def build_extension(self, ext: Extension) -> None:
-        torch = torch_folder()
-        if torch is None:
-            raise CompileError("no torch in this environment; install torch first to have csrc built against it")
-        ext.include_dirs = [str(torch / "include")]
-        ext.library_dirs = [str(torch / "lib")]
-        super().build_extension(ext)
+        runner, graph = ninja(), Graph(BUILD / ext.name.rpartition(".")[2], cxx())
+        cuda, about_cuda = nvcc() if self.cuda_fails is None else (None, self.cuda_fails)
+        if ext.name == LIBRARY:
+            if cuda is None:
+                print(f"depass_kernels: CUDA kernels left out: {about_cuda}")
+            built = library(graph, cuda)
+        else:
+            built = info(graph, cuda, about_cuda)
+        try:
+            graph.build(runner)
+        except CompileError:
+            if cuda is None or os.environ.get("DEPASS_BUILD_CUDA") == "1":
+                raise
+            # a CUDA compiler that does not get on with this host compiler must not cost the CPU kernels
+            self.cuda_fails = f"they do not compile with {cuda}; DEPASS_BUILD_CUDA=1 shows why"
+            self.build_extension(ext)
+            return
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(built), str(target))
 
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", os.sep) + ".so"  # a library for torch.ops.load_library, not a Python module
+        # the library is for torch.ops.load_library, not a Python module: it serves every Python
+        return fullname.replace(".", os.sep) + (".so" if fullname.endswith("_csrc") else suffix())
 
 
+OPTIONAL = "1" not in (os.environ.get("DEPASS_BUILD_CPU"), os.environ.get("DEPASS_BUILD_CUDA"))
 setup(
-    ext_modules=[
-        Extension(
-            "depass_kernels._csrc",
-            sources=["csrc/register.cpp", "csrc/share_hidden_cpu.cpp", "csrc/mix_values_cpu.cpp"],
-            depends=["csrc/types.h", "csrc/share_hidden.h", "csrc/mix_values.h"],
-            # the oldest torch that the library may be loaded into: 2.10
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"],
-            libraries=["torch", "torch_cpu", "c10"],
-            language="c++",
-            optional=os.environ.get("DEPASS_BUILD_CPU") != "1",
-        )
-    ],
-    cmdclass={"build_ext": BuildLibrary},
+    ext_modules=[Extension(name, sources=[], optional=OPTIONAL) for name in (LIBRARY, INFO)],
+    cmdclass={"build_ext": BuildThroughNinja},
 )

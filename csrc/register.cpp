@@ -1,5 +1,6 @@
 // Makes the kernels known to torch, through its stable ABI: one binary serves every torch from 2.10 on.
 // Arguments arrive checked (depass_kernels/ops.py); here they only change from tensors to pointers.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,9 +8,15 @@
 #include <atomic>
 #include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "mix_values.h"
 #include "share_hidden.h"
+
+#ifdef DEPASS_CUDA
+// The one name that a torch without CUDA lacks. Weak, so that this library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace {
 
@@ -104,6 +111,37 @@ void mix_values_cpu(const Tensor& pattern, const Tensor& values, const Tensor& r
   });
 }
 
+#ifdef DEPASS_CUDA
+// Launches on the current stream of the tensor's device.
+template <typename Call>
+void on_device(const Tensor& tensor, const char* op, const Call& call, int (*kernel)(const Call&, void*)) {
+  if (!aoti_torch_get_current_cuda_stream)
+    throw std::runtime_error("depass_kernels: tensors on a CUDA device, but this torch names no CUDA stream");
+  const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  if (const int error = kernel(call, stream))
+    throw std::runtime_error(std::string("depass_kernels: ") + op + " on CUDA: " + depass::cuda_error(error));
+}
+
+void share_hidden_cuda(const Tensor& gate, const Tensor& hidden, const Tensor& row_start, const Tensor& skipped,
+                       const std::optional<Tensor>& gate_scale, int64_t most, int64_t rule, double temperature,
+                       const std::optional<Tensor>& gate_total, const Tensor& out) {
+  on_device(gate, "share_hidden",
+            share_call(gate, hidden, row_start, skipped, gate_scale, most, rule, temperature, gate_total, out),
+            &depass::share_hidden_cuda);
+}
+
+void mix_values_cuda(const Tensor& pattern, const Tensor& values, const Tensor& row_start,
+                     const Tensor& position_start, const Tensor& prompt, const Tensor& tiles,
+                     const std::optional<Tensor>& key_scale, const std::optional<Tensor>& query_scale,
+                     int64_t kv_heads, const Tensor& out) {
+  on_device(values, "mix_values",
+            mix_call(pattern, values, row_start, position_start, prompt, tiles, key_scale, query_scale, kv_heads, out),
+            &depass::mix_values_cuda);
+}
+#endif
+
 bool has_half() { return depass::has_half(); }
 
 }  // namespace
@@ -122,5 +160,12 @@ STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CPU, m) {
   m.impl("share_hidden", TORCH_BOX(&share_hidden_cpu));
   m.impl("mix_values", TORCH_BOX(&mix_values_cpu));
 }
+
+#ifdef DEPASS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CUDA, m) {
+  m.impl("share_hidden", TORCH_BOX(&share_hidden_cuda));
+  m.impl("mix_values", TORCH_BOX(&mix_values_cuda));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CompositeExplicitAutograd, m) { m.impl("has_half", TORCH_BOX(&has_half)); }

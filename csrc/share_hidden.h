@@ -21,7 +21,7 @@ struct ShareHidden {
   int64_t most;       // the largest number of sources at one position
 };
 
-constexpr int64_t kColumns = 64;  // columns of one tile; a tile is all rows of a position
+constexpr int64_t kColumns = 32;  // columns of one tile; a tile is all rows of a position
 
 inline int64_t tiles(const ShareHidden& call) {
   return call.positions * ((call.columns + kColumns - 1) / kColumns);

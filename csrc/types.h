@@ -12,4 +12,6 @@ struct Matrix {
   int64_t stride;  // elements from one row to the next; columns lie next to each other
 };
 
+const char* cuda_error(int error);  // what a CUDA launcher's code means
+
 }  // namespace depass

@@ -2,6 +2,9 @@
 
 from .errors import BackendError, KernelError, LayoutError
 from .layout import SourceLayout
-from .ops import mix_values, share_hidden
+from .ops import gate_share, mix_values, residual_update, share_hidden
 
-__all__ = ["BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "share_hidden"]
+__all__ = [
+    "BackendError", "KernelError", "LayoutError", "SourceLayout", "gate_share", "mix_values", "residual_update",
+    "share_hidden",
+]  # fmt: skip

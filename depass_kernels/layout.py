@@ -140,7 +140,12 @@ class SourceLayout:
         """The largest number of sources at one position."""
         return int(self.counts.max())
 
-    @property
+    @cached_property
+    def prompts(self) -> int:
+        """How many attention patterns the staircases mix with."""
+        return int(self.prompt.max()) + 1
+
+    @cached_property
     def longest(self) -> int:
         """The largest number of positions in one staircase."""
         return int(self.position_start.diff().max())
@@ -213,6 +218,15 @@ class SourceLayout:
         offset = self.row_start[:-1] + first - row_start[:-1]  # [P]
         rows = torch.arange(int(row_start[-1]), device=offset.device) + offset.repeat_interleave(counts)
         return SourceLayout(row_start, self.position_start, self.prompt, torch.full_like(counts, -1)), rows
+
+    def source_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
+        """Cut the sources into runs ``(first, last)`` of at most ``max_rows`` rows over all positions, or of one source."""
+        rows = (self.counts[:, None] > torch.arange(self.most)).sum(0).tolist()  # of each source
+        first = 0
+        for last in range(1, self.most + 1):
+            if last == self.most or sum(rows[first : last + 1]) > max_rows:
+                yield first, last
+                first = last
 
     def position_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
         """Cut the positions into runs ``(first, last)`` of at most ``max_rows`` rows, or of one position."""

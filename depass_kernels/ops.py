@@ -1,6 +1,8 @@
 """The public ops: they check what they are given, choose a backend and return the result.
 
-``P`` positions over all staircases, ``R`` rows, ``H`` query heads, ``K`` key/value heads, ``d`` head dim, ``F`` MLP width.
+``P`` positions over all staircases, ``R`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
+dim, ``F`` MLP width. ``backend`` is ``"auto"`` or one of :data:`depass_kernels.backends.NAMES`; ``depass backends`` tells
+which of them serve on this machine.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 from .errors import KernelError
 from .layout import SourceLayout
 
@@ -42,7 +44,7 @@ def mix_values(
         key_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the attention.
         query_scale: ``[P]``, the same of a norm on the attention's output.
         out: ``[R, H·d]`` to write to, of any floating dtype; made in the dtype of ``values`` without it.
-        backend: ``"auto"`` or the name of one of :data:`depass_kernels.backends.BACKENDS`.
+        backend: who does it.
 
     Returns:
         ``[R, H·d]``, ``out`` where given.
@@ -54,7 +56,7 @@ def mix_values(
     _matrix("values", values, layout.rows, None)
     if pattern.dim() != 4 or pattern.shape[2] != pattern.shape[3] or pattern.dtype not in FLOATS:
         raise KernelError(f"pattern must be floating [B, H, N, N], got {_says(pattern)}")
-    prompts, heads, longest = int(layout.prompt.max()) + 1, pattern.shape[1], int(layout.position_start.diff().max())
+    prompts, heads, longest = layout.prompts, pattern.shape[1], layout.longest
     if len(pattern) < prompts or pattern.shape[2] < longest:
         raise KernelError(f"pattern must be [>={prompts}, H, >={longest}, ...] for this layout, got {_says(pattern)}")
     kv_heads = heads if kv_heads is None else kv_heads
@@ -69,11 +71,10 @@ def mix_values(
     _scale("key_scale", key_scale, layout)
     _scale("query_scale", query_scale, layout)
     _same_device(pattern=pattern, values=values, key_scale=key_scale, query_scale=query_scale, out=out)
-    arguments = {
-        "pattern": pattern, "values": values, "layout": layout, "kv_heads": kv_heads, "key_scale": key_scale,
-        "query_scale": query_scale, "out": out,
-    }  # fmt: skip
-    backends.choose("mix_values", backend, arguments).run["mix_values"](**arguments)
+    backends.run(
+        "mix_values", backend, pattern=pattern, values=values, layout=layout, kv_heads=kv_heads, key_scale=key_scale,
+        query_scale=query_scale, out=out,
+    )  # fmt: skip
     return out
 
 
@@ -110,7 +111,7 @@ def share_hidden(
         temperature: ``τ`` of ``softmax``, in units of the pre-activation; positive.
         gate_total: ``[P, F]``, the model's own pre-activation; needed by ``taylor`` and refused by the others.
         out: ``[R, F]`` to write to, of any floating dtype, and may be ``gate`` itself; made in ``gate``'s dtype without it.
-        backend: ``"auto"`` or the name of one of :data:`depass_kernels.backends.BACKENDS`.
+        backend: who does it.
 
     Returns:
         ``[R, F]``, ``out`` where given.
@@ -121,10 +122,7 @@ def share_hidden(
     """
     _matrix("gate", gate, layout.rows, None)
     _matrix("hidden", hidden, layout.positions, gate.shape[1])
-    if rule not in backends.RULES:
-        raise KernelError(f"unknown rule {rule!r}; there are: {', '.join(backends.RULES)}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise KernelError(f"temperature must be a positive number, got {temperature!r}")
+    _rule(rule, temperature, backends.RULES)
     if (gate_total is not None) != (rule == "taylor"):
         raise KernelError(f"gate_total goes with rule='taylor' and with no other, got rule={rule!r}")
     if gate_total is not None:
@@ -134,18 +132,115 @@ def share_hidden(
     _matrix("out", out, layout.rows, gate.shape[1])
     _scale("gate_scale", gate_scale, layout)
     _same_device(gate=gate, hidden=hidden, gate_scale=gate_scale, gate_total=gate_total, out=out)
-    arguments = {
-        "gate": gate, "hidden": hidden, "layout": layout, "gate_scale": gate_scale, "rule": rule,
-        "temperature": temperature, "gate_total": gate_total, "out": out,
-    }  # fmt: skip
-    backends.choose("share_hidden", backend, arguments).run["share_hidden"](**arguments)
+    backends.run(
+        "share_hidden", backend, gate=gate, hidden=hidden, layout=layout, gate_scale=gate_scale, rule=rule,
+        temperature=temperature, gate_total=gate_total, out=out,
+    )  # fmt: skip
     return out
+
+
+def residual_update(
+    state: Tensor,
+    operand: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    cast: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Add a projection's output to the state, ``state[rows] += operand · weightᵀ`` (DePass sections 3.2 and 3.3).
+
+    Args:
+        state: ``[R, D]``, fp32 or wider than the operand; changed in place.
+        operand: ``[n, E]`` in the model's dtype.
+        weight: ``[D, E]`` in the operand's dtype.
+        rows: ``[n]`` int64, the rows of the state to add to, none of them twice; all ``R`` in order without it.
+        cast: ``[n, D]`` of any floating dtype, to be left holding the rows as they then are: the next GEMM's operand.
+        backend: who does it.
+
+    Returns:
+        ``state``.
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit together.
+        BackendError: the named backend cannot serve this call.
+    """
+    if state.dim() != 2 or state.dtype not in (torch.float32, torch.float64):
+        raise KernelError(f"state must be fp32 or fp64 [R, D], got {_says(state)}")
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise KernelError(f"rows must be an int64 vector, got {_says(rows)}")
+    n = len(state if rows is None else rows)
+    _matrix("operand", operand, n, None)
+    _matrix("weight", weight, state.shape[1], operand.shape[1])
+    if weight.dtype != operand.dtype:
+        raise KernelError(f"operand and weight must have one dtype, got {_says(operand)} and {_says(weight)}")
+    if cast is not None:
+        _matrix("cast", cast, n, state.shape[1])
+    _same_device(state=state, operand=operand, weight=weight, rows=rows, cast=cast)
+    backends.run("residual_update", backend, state=state, operand=operand, weight=weight, rows=rows, cast=cast)
+    return state
+
+
+def gate_share(
+    operand: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    layout: SourceLayout,
+    *,
+    gate_scale: Tensor | None = None,
+    rule: str = "softmax",
+    temperature: float = 0.1,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`share_hidden` of the gates ``operand · weightᵀ``, which need not be written down (DePass section 3.3).
+
+    Args:
+        operand: ``[R, D]``, the state's rows in the model's dtype.
+        weight: ``[F, D]`` in the operand's dtype, the gate projection with the norm's ``γ`` folded in.
+        hidden: ``[P, F]``, the input of the model's down projection, one row a position.
+        layout: where the rows lie.
+        gate_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the MLP.
+        rule: ``softmax``, ``max``, ``relu`` or ``linear``; see :func:`share_hidden`.
+        temperature: ``τ`` of ``softmax``, in units of the pre-activation; positive.
+        out: ``[R, F]`` to write to, of any floating dtype; made in the operand's dtype without it.
+        backend: who does it.
+
+    Returns:
+        ``[R, F]``, ``out`` where given.
+
+    Raises:
+        KernelError: shapes, dtypes, devices or options that do not fit together.
+        BackendError: the named backend cannot serve this call.
+    """
+    _matrix("operand", operand, layout.rows, None)
+    if weight.dim() != 2 or weight.shape[1] != operand.shape[1] or weight.dtype != operand.dtype:
+        raise KernelError(f"weight must be [F, {operand.shape[1]}] in the operand's dtype, got {_says(weight)}")
+    _matrix("hidden", hidden, layout.positions, len(weight))
+    _rule(rule, temperature, tuple(reference.RULES))
+    if out is None:
+        out = operand.new_empty(layout.rows, len(weight))
+    _matrix("out", out, layout.rows, len(weight))
+    _scale("gate_scale", gate_scale, layout)
+    _same_device(operand=operand, weight=weight, hidden=hidden, gate_scale=gate_scale, out=out)
+    backends.run(
+        "gate_share", backend, operand=operand, weight=weight, hidden=hidden, layout=layout, gate_scale=gate_scale,
+        rule=rule, temperature=temperature, out=out,
+    )  # fmt: skip
+    return out
+
+
+def _rule(rule: str, temperature: float, rules: tuple[str, ...]) -> None:
+    if rule not in rules:
+        raise KernelError(f"unknown rule {rule!r}; there are: {', '.join(rules)}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise KernelError(f"temperature must be a positive number, got {temperature!r}")
 
 
 def _matrix(name: str, tensor: Tensor, rows: int, columns: int | None) -> None:
     fits = tensor.dim() == 2 and tensor.shape[0] == rows and columns in (None, tensor.shape[-1])
     if not fits or tensor.dtype not in FLOATS:
-        raise KernelError(f"{name} must be floating [{rows}, {columns or 'any'}] for this layout, got {_says(tensor)}")
+        raise KernelError(f"{name} must be floating [{rows}, {columns or 'any'}], got {_says(tensor)}")
 
 
 def _scale(name: str, tensor: Tensor | None, layout: SourceLayout) -> None:

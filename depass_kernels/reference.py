@@ -1,10 +1,13 @@
-"""The two ops as mathematics, in plain torch: the truth every other backend is held against.
+"""The ops as mathematics, in plain torch: the truth every other backend is held against.
 
-Any device and floating dtype. Computes in fp32, or in fp64 where an input is fp64. Inputs are taken as checked; the
+Any device and floating dtype. Computes in fp32, or in fp64 where an input is fp64; the matrix products of
+``residual_update`` and ``gate_share`` are the library's own, in their operands' dtype. Inputs are taken as checked; the
 public ops in :mod:`depass_kernels.ops` check them.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,6 +79,59 @@ def share_hidden(
             part = [m for m in range(len(g)) if m != skipped[t]] if skipped[t] >= 0 else slice(None)
             share[part] = RULES[rule](g[part], temperature)
         out[block] = (share * hidden[t].to(dtype)).to(out.dtype)
+
+
+def residual_update(
+    state: Tensor,  # [R, D]
+    operand: Tensor,  # [n, E]
+    weight: Tensor,  # [D, E]
+    rows: Tensor | None,  # [n]
+    cast: Tensor | None,  # [n, D]
+) -> None:
+    """``state[rows] += operand · weightᵀ``, and what then stands there in ``cast`` (DePass, equations of a residual block)."""
+    target = state if rows is None else state.index_select(0, rows)
+    if target.dtype == operand.dtype:
+        target.addmm_(operand, weight.T)
+    elif operand.is_cuda and _library_adds_to_fp32(operand.device):
+        torch.addmm(target, operand, weight.T, out_dtype=target.dtype, out=target)
+    else:
+        target += matmul(operand, weight)
+    if rows is not None:
+        state.index_copy_(0, rows, target)
+    if cast is not None:
+        cast.copy_(target)
+
+
+def gate_share(
+    operand: Tensor,  # [R, D]
+    weight: Tensor,  # [F, D]
+    hidden: Tensor,  # [P, F]
+    layout: SourceLayout,
+    gate_scale: Tensor | None,  # [P]
+    rule: str,
+    temperature: float,
+    out: Tensor,  # [R, F]
+) -> None:
+    """:func:`share_hidden` of the gates ``operand · weightᵀ``."""
+    share_hidden(matmul(operand, weight), hidden, layout, gate_scale, rule, temperature, None, out)
+
+
+def matmul(operand: Tensor, weight: Tensor) -> Tensor:
+    """``operand · weightᵀ``, in fp32 where the library can leave a half-precision product's sums there (CUDA)."""
+    if operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(operand, weight.T, out_dtype=torch.float32)
+    return operand @ weight.T
+
+
+@cache
+def _library_adds_to_fp32(device: torch.device) -> bool:
+    """Whether this torch's GEMM of bf16 operands can end in an fp32 matrix that it adds to (not all from 2.10 on can)."""
+    total, operand = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(total, operand, operand, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 17).all())
 
 
 def softmax(g: Tensor, temperature: float) -> Tensor:

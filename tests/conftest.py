@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from depass import DePass, ModelError, smollm2
+from depass_kernels import backends
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -23,6 +25,27 @@ def device(request: pytest.FixtureRequest) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         pytest.exit(f"--device {name}: torch sees no CUDA device", returncode=2)
     return name
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``backend`` runs on every backend that works on the device's tensors."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("--device") != "cpu":
+        names = ["reference", "triton", "cuda"]
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        names = ["triton"]
+    else:
+        names = ["reference", "cpu"]
+    ops = getattr(metafunc.module, "OP", "share_hidden")
+    table = {(op, name): reason for op, name, reason in backends.table()}
+    marked = []
+    for name in names:
+        reason = table[ops, name]
+        if reason is None or not reason.startswith("it has no"):
+            marks = () if reason is None else (pytest.mark.skip(reason=reason),)
+            marked.append(pytest.param(name, marks=marks))
+    metafunc.parametrize("backend", marked)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, mix_values, share_hidden
+from depass_kernels import SourceLayout, backends, mix_values, residual_update, share_hidden
+from depass_kernels.reference import matmul
 
 from .families import BoundModel, Layer, Norm, Projection
 from .lockstep import Trace
@@ -62,7 +62,8 @@ class Propagation:
         self.bound, self.layout, self.sharing = bound, layout, sharing
         self.workspace_bytes = workspace_bytes
         self.state = torch.empty(0)
-        self._blocks: list[_SourceBlock] = []
+        self._source_blocks: list[_SourceBlock] = []
+        self._position_blocks: list[_PositionBlock] = []
 
     def begin(self, stream: Tensor, owner: Tensor) -> None:
         """Start from a residual stream ``[P, D]`` whose positions belong to the sources ``owner`` ``[P]``."""
@@ -74,7 +75,7 @@ class Propagation:
         device = layer.down.module.weight.device  # a model may be spread over several
         self.state, trace = self.state.to(device), trace.to(device)
         attention = _Attention(self, layer, trace)
-        blocks = list(self._source_blocks(layer))
+        blocks = self._blocks_of_sources(layer)
         if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
             values = [attention.values(block) for block in blocks]
             self._mlp(layer, trace)
@@ -98,32 +99,34 @@ class Propagation:
         constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
 
         neurons = len(gate_weight)
-        budget = self._workspace() // (state.element_size() * 2)  # numbers: gates, and what a cast of them takes
-        rows_at_once = max(1, budget // (neurons + state.shape[1]))
-        for first, last in layout.position_blocks(rows_at_once):
-            begin, end = int(layout.row_start[first]), int(layout.row_start[last])
-            rows, part = state[begin:end], layout.slice_positions(first, last)
-            neurons_at_once = max(1, min(neurons, budget // (end - begin)))
-            operand = rows.to(dtype, copy=neurons_at_once < neurons)  # later neurons read the state as it was
-            block_scale = None if scale is None else scale[first:last]
-            for f in range(0, neurons, neurons_at_once):
-                n = slice(f, min(f + neurons_at_once, neurons))
-                gate = _matmul(operand, gate_weight[n])  # [rows, n]
+        for block in self._blocks_of_positions(neurons):
+            here = slice(block.first, block.last)
+            rows = state[block.begin : block.end]
+            # where neurons come in turn, the later ones read the state as it was
+            operand = rows.to(dtype, copy=block.neurons < neurons)
+            block_scale = None if scale is None else scale[here]
+            for f in range(0, neurons, block.neurons):
+                n = slice(f, min(f + block.neurons, neurons))
+                gate = matmul(operand, gate_weight[n])  # [rows, n]
                 if constant is not None:
-                    _add_constant(gate, constant[n], part, block_scale)
+                    _add_constant(gate, constant[n], block.layout, block_scale)
                 shared = share_hidden(
                     gate,
-                    hidden[first:last, n],
-                    part,
+                    hidden[here, n],
+                    block.layout,
                     gate_scale=block_scale,
                     rule=self.sharing.rule,
                     temperature=self.sharing.temperature,
-                    gate_total=None if trace.gate_total is None else trace.gate_total[first:last, n],
+                    gate_total=None if trace.gate_total is None else trace.gate_total[here, n],
                     out=gate if gate.dtype == dtype else gate.new_empty(gate.shape, dtype=dtype),
                     backend=self.sharing.backend,
                 )
-                _accumulate(rows, shared, down_weight[:, n])
+                self._add(shared, down_weight[:, n], state=rows)
         self._add_bias(layer.down, layer.mlp_post_norm, post)
+
+    def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
+        backend = backends.named_for("residual_update", self.sharing.backend)
+        residual_update(state, operand, weight, rows=rows, backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
@@ -135,17 +138,27 @@ class Propagation:
             bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
         self.state[_bias_rows(self.layout, self.state)] += bias
 
-    def _source_blocks(self, layer: Layer) -> Iterator[_SourceBlock]:
-        if not self._blocks:
+    def _blocks_of_sources(self, layer: Layer) -> list[_SourceBlock]:
+        if not self._source_blocks:
             widths = len(layer.value.weight) + layer.output.weight.shape[1] + self.state.shape[1]
-            rows_at_once = self._workspace() // (self.state.element_size() * 2 * widths)
-            sources, positions = int(self.layout.counts.max()), self.layout.positions
-            # an eighth of the sources leaves little of the square above the staircase to be multiplied by zeros
-            at_once = max(1, min(rows_at_once // positions, max(sources // 8, 1024 // positions)))
-            for first in range(0, sources, at_once):
-                part, rows = self.layout.slice_sources(first, min(first + at_once, sources))
-                self._blocks.append(_SourceBlock(part, rows, first == 0))
-        yield from self._blocks
+            blocks = list(self.layout.source_blocks(self._workspace() // (self.state.element_size() * 2 * widths)))
+            for first, last in blocks:
+                part, rows = self.layout.slice_sources(first, last)
+                self._source_blocks.append(_SourceBlock(part, rows if len(blocks) > 1 else None, first == 0))
+        return self._source_blocks
+
+    def _blocks_of_positions(self, neurons: int) -> list[_PositionBlock]:
+        if not self._position_blocks:
+            budget = self._workspace() // (
+                self.state.element_size() * 2
+            )  # numbers: gates, and what a cast of them takes
+            rows_at_once = max(1, budget // (neurons + self.state.shape[1]))
+            for first, last in self.layout.position_blocks(rows_at_once):
+                begin, end = int(self.layout.row_start[first]), int(self.layout.row_start[last])
+                at_once = max(1, min(neurons, budget // (end - begin)))
+                part = self.layout.slice_positions(first, last)
+                self._position_blocks.append(_PositionBlock(part, first, last, begin, end, at_once))
+        return self._position_blocks
 
     def _workspace(self) -> int:
         if self.workspace_bytes is not None:
@@ -156,8 +169,18 @@ class Propagation:
 @dataclass(frozen=True)
 class _SourceBlock:
     layout: SourceLayout
-    rows: Tensor  # [R_block], their rows in the state
+    rows: Tensor | None  # [R_block], their rows in the state; None: all of them
     has_bias_source: bool
+
+
+@dataclass(frozen=True)
+class _PositionBlock:
+    layout: SourceLayout
+    first: int  # positions
+    last: int
+    begin: int  # rows
+    end: int
+    neurons: int  # how many at once
 
 
 class _Attention:
@@ -175,8 +198,9 @@ class _Attention:
         self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
-        rows = self.propagation.state.index_select(0, block.rows.to(self.propagation.state.device))
-        values = _matmul(rows.to(self.value_weight.dtype), self.value_weight).to(self.value_weight.dtype)
+        state = self.propagation.state
+        rows = state if block.rows is None else state.index_select(0, block.rows.to(state.device))
+        values = rows.to(self.value_weight.dtype) @ self.value_weight.T
         if self.constant is not None and block.has_bias_source:
             _add_constant(values, self.constant, block.layout, self.key_scale)
         return values
@@ -192,10 +216,8 @@ class _Attention:
             query_scale=self.query_scale,
             backend=self.propagation.sharing.backend,
         )  # [R_block, H·d]
-        index = block.rows.to(state.device)
-        rows = state.index_select(0, index)
-        _accumulate(rows, mixed, self.output_weight)
-        state.index_copy_(0, index, rows)
+        rows = None if block.rows is None else block.rows.to(state.device)
+        self.propagation._add(mixed, self.output_weight, state, rows)
 
     def add_bias(self) -> None:
         self.propagation._add_bias(self.layer.output, self.layer.attention_post_norm, self.query_scale)
@@ -232,22 +254,7 @@ def _add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout, scale: T
 
 
 def _bias_rows(layout: SourceLayout, rows: Tensor) -> Tensor:
-    return layout.row_start[:-1].to(rows.device)  # the bias source is source 0 and active everywhere
-
-
-def _matmul(operand: Tensor, weight: Tensor) -> Tensor:
-    """``operand @ weightᵀ``, in fp32 where the library can leave a half-precision GEMM's sums there (CUDA)."""
-    if operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(operand, weight.T, out_dtype=torch.float32)
-    return operand @ weight.T
-
-
-def _accumulate(rows: Tensor, operand: Tensor, weight: Tensor) -> None:
-    """``rows += operand @ weightᵀ`` in place, rows in the state's dtype."""
-    if rows.dtype == operand.dtype:
-        rows.addmm_(operand, weight.T)
-    else:
-        rows += _matmul(operand, weight)
+    return layout.to(rows.device).row_start[:-1]  # the bias source is source 0 and active everywhere
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

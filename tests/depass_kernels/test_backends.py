@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 import depass_kernels
-from depass_kernels import BackendError, SourceLayout, backends, share_hidden
+from depass_kernels import BackendError, SourceLayout, backends, mix_values, share_hidden
 
-CALL = {
+SHARE: dict[str, Any] = {
     "gate": torch.zeros(3, 4), "hidden": torch.zeros(2, 4), "layout": SourceLayout.tokens(2), "gate_scale": None,
     "rule": "softmax", "temperature": 0.1, "gate_total": None, "out": torch.zeros(3, 4),
 }  # fmt: skip
+MIX: dict[str, Any] = {
+    "pattern": torch.eye(2).expand(1, 2, 2, 2).contiguous(), "values": torch.ones(3, 4),
+    "layout": SourceLayout.tokens(2), "kv_heads": 2, "key_scale": None, "query_scale": None, "out": torch.zeros(3, 4),
+}  # fmt: skip
+CALLS = {"share_hidden": SHARE, "mix_values": MIX}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def test_this_checkout_has_its_library_built() -> None:
@@ -24,36 +31,84 @@ def test_this_checkout_has_its_library_built() -> None:
     assert (missing is not None) == (os.environ.get("DEPASS_TEST_WITHOUT_CSRC") == "1"), missing
 
 
-def test_auto_takes_the_compiled_kernel_where_it_can_serve() -> None:
-    expected = "reference" if backends.csrc_missing() else "cpu"
-    assert backends.choose("share_hidden", "auto", CALL).name == expected
+@pytest.mark.parametrize("op", CALLS)
+def test_auto_takes_the_compiled_kernel_where_it_can_serve(op: str) -> None:
+    expected = "cpu" if backends.csrc_missing() is None else "triton" if INTERPRETED else "reference"
+    assert backends.choose(op, "auto", CALLS[op]).name == expected
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any strides")
 def test_auto_takes_the_reference_where_the_kernel_cannot_serve() -> None:
-    transposed = {**CALL, "gate": torch.zeros(4, 3).T}
+    transposed = {**SHARE, "gate": torch.zeros(4, 3).T}
     assert backends.choose("share_hidden", "auto", transposed).name == "reference"
 
 
-def test_the_environment_names_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_a_default_for_the_ops_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPASS_BACKEND", "reference")
-    assert backends.choose("share_hidden", "auto", CALL).name == "reference"
+    assert backends.choose("share_hidden", "auto", SHARE).name == "reference"
+    if backends.csrc_missing() is None:
+        monkeypatch.setenv("DEPASS_BACKEND", "cpu")
+        update = {"state": torch.zeros(1, 1), "operand": torch.zeros(1, 1), "weight": torch.zeros(1, 1)}
+        assert backends.choose("residual_update", "auto", {**update, "rows": None, "cast": None}).name == "reference"
     monkeypatch.setenv("DEPASS_BACKEND", "nonsense")
     with pytest.raises(BackendError, match="unknown backend 'nonsense'"):
-        backends.choose("share_hidden", "auto", CALL)
+        backends.choose("share_hidden", "auto", SHARE)
 
 
-def test_a_missing_library_is_a_reason_and_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_missing_library_is_a_reason_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "csrc_missing", lambda: "csrc was not built")
-    assert backends.choose("share_hidden", "auto", CALL).name == "reference"
+    assert backends.choose("share_hidden", "auto", SHARE).name == ("triton" if INTERPRETED else "reference")
     with pytest.raises(BackendError, match="cannot serve this share_hidden: csrc was not built"):
-        share_hidden(CALL["gate"], CALL["hidden"], CALL["layout"], backend="cpu")  # type: ignore[arg-type]
+        share_hidden(SHARE["gate"], SHARE["hidden"], SHARE["layout"], backend="cpu")
     assert ("share_hidden", "cpu", "csrc was not built") in backends.table()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="they serve here")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_gpus_backends_say_why_they_do_not_serve_here(name: str) -> None:
+    for call in (lambda: share_hidden(torch.zeros(3, 4), torch.zeros(2, 4), SourceLayout.tokens(2), backend=name),
+                 lambda: mix_values(torch.eye(2)[None, None], torch.zeros(3, 4), SourceLayout.tokens(2), backend=name)):  # fmt: skip
+        with pytest.raises(BackendError, match="torch sees no CUDA device|csrc was"):
+            call()
 
 
 def test_the_table_names_every_op_and_backend() -> None:
     rows = backends.table()
-    assert {op for op, _, _ in rows} == {"mix_values", "share_hidden"}
+    assert {op for op, _, _ in rows} == set(backends.OPS)
+    assert {name for _, name, _ in rows} == {"cpu", "triton", "cuda", "reference"}
     assert ("mix_values", "reference", None) in rows
+    assert ("residual_update", "cuda", "it has no residual_update") in rows
+
+
+def test_a_record_tells_who_served() -> None:
+    with backends.record() as served:
+        share_hidden(torch.zeros(3, 4), torch.zeros(2, 4), SourceLayout.tokens(2), backend="reference")
+        mix_values(MIX["pattern"], MIX["values"], MIX["layout"])
+    assert served["share_hidden"] == {"reference"}
+    assert served["mix_values"] == {backends.choose("mix_values", "auto", MIX).name}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_torch_accepts_the_registered_op(op: str, device: str) -> None:
+    """Schema, fake kernel, mutation and autograd registration, by torch's own check of custom ops."""
+    name = "cuda" if device != "cpu" else "cpu"
+    reason = next(reason for o, n, reason in backends.table() if (o, n) == (op, name))
+    if reason is not None:
+        pytest.skip(reason)
+    layout = SourceLayout.from_starts([0, 0, 1], 2, excluded=1)
+    offsets = layout.to(device)
+    if op == "share_hidden":
+        arguments: tuple[Any, ...] = (
+            torch.randn(5, 8, device=device), torch.randn(2, 8, device=device), offsets.row_start, offsets.skipped,
+            torch.ones(2, device=device), layout.most, 0, 0.1, None, torch.empty(5, 8, device=device),
+        )  # fmt: skip
+    else:
+        tiles = layout.mix_tiles(64, 1, torch.device(device))
+        arguments = (
+            torch.rand(1, 2, 2, 2, device=device).tril(), torch.randn(5, 8, device=device), offsets.row_start,
+            offsets.position_start, offsets.prompt, tiles, None, None, 2, torch.empty(5, 8, device=device),
+        )  # fmt: skip
+    torch.library.opcheck(getattr(torch.ops.depass_kernels, op).default, arguments)
 
 
 def test_the_kernels_know_no_model() -> None:

@@ -9,24 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, cells, poisoned, scale, sliced
+from layouts import EXAMPLES, LARGE, LAYOUTS, cells, far_into, poisoned, scale, sliced
 from torch import Tensor
 
 from depass_kernels import BackendError, KernelError, SourceLayout, backends, share_hidden
 
+OP = "share_hidden"
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest, device: str) -> str:
-    name: str = request.param
-    if name == "cpu":
-        if device != "cpu":
-            pytest.skip("the cpu backend takes tensors on the CPU")
-        if backends.csrc_missing() is not None:
-            pytest.skip(str(backends.csrc_missing()))
-    return name
 
 
 def truth(
@@ -77,27 +67,53 @@ def arguments(layout: SourceLayout, columns: int, dtype: torch.dtype, device: st
     }
 
 
+def check(call: dict[str, Any], out: Tensor) -> None:
+    gate, hidden = call["gate"].cpu().double(), call["hidden"].cpu().double()
+    total = hidden if call["gate_total"] is None else call["gate_total"].cpu().double()
+    expected = truth(gate, hidden, call["layout"], call["gate_scale"].cpu().double(), call["rule"], 0.1, total)
+    eager = share_hidden(**call, out=torch.empty_like(out), backend="reference").cpu().double()
+    error = (out.cpu().double() - expected).abs()
+    # twice eager's own error, a rounding of the result, and of exponents of up to some tens
+    eps = torch.finfo(out.dtype).eps
+    wide = 1e-12 if call["gate"].dtype == torch.float64 else 4e-6
+    assert (error <= 2 * (eager - expected).abs() + (eps + wide) * expected.abs() + wide * eps).all()
+    # eager itself: computed in fp32 or better from these very inputs, rounded once
+    assert ((eager - expected).abs() <= (eps + wide) * expected.abs() + wide).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_agrees_with_a_loop_over_its_definition(
     name: str, rule: str, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    layout, columns = LAYOUTS[name], 3 if LAYOUTS[name].rows > 200 else 67
+    if dtype == torch.float64 and device != "cpu" and backend != "reference":
+        pytest.skip("it computes in fp32")
+    layout, columns = LAYOUTS[name], 67
     call = arguments(layout, columns, dtype, device, rule)
     out = poisoned(layout.rows, columns, dtype, device)
     assert share_hidden(**call, out=out, backend=backend) is out
-    gate, hidden = call["gate"].cpu().double(), call["hidden"].cpu().double()
-    total = hidden if call["gate_total"] is None else call["gate_total"].cpu().double()
-    expected = truth(gate, hidden, layout, call["gate_scale"].cpu().double(), rule, 0.1, total)
-    eager = share_hidden(**call, backend="reference").cpu().double()
-    error = (out.cpu().double() - expected).abs()
-    # twice eager's own error, and a rounding of the result
-    eps = torch.finfo(dtype).eps
-    assert (error <= 2 * (eager - expected).abs() + eps * expected.abs() + 4 * eps).all()
-    # eager itself: computed in fp32 or better from these very inputs, rounded once
-    wide = 1e-12 if dtype == torch.float64 else 4e-6
-    assert ((eager - expected).abs() <= (eps + wide) * expected.abs() + wide).all()
+    check(call, out)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", LARGE)
+def test_agrees_with_a_loop_over_its_definition_on_large_layouts(
+    name: str, rule: str, backend: str, device: str
+) -> None:
+    call = arguments(LARGE[name], 3, torch.float32, device, rule)
+    out = poisoned(LARGE[name].rows, 3, torch.bfloat16, device)
+    check(call, share_hidden(**call, out=out, backend=backend))
+
+
+@pytest.mark.parametrize("columns", [1, 16, 63, 128, 257, 1024])
+def test_takes_any_number_of_columns(columns: int, backend: str, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = arguments(LAYOUTS["excluded-alone"], columns, dtype, device, "softmax")
+        check(
+            call,
+            share_hidden(**call, out=poisoned(LAYOUTS["excluded-alone"].rows, columns, dtype, device), backend=backend),
+        )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -140,7 +156,40 @@ def test_max_gives_ties_to_the_first(backend: str, device: str) -> None:
     assert out[:, 0].tolist() == [0, 1, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("rule", RULES[:-1])
+def test_minus_infinity_in_a_whole_block_of_sources_takes_nothing(rule: str, backend: str, device: str) -> None:
+    if rule == "linear":
+        pytest.skip("g - min g is infinite there")
+    gate = torch.full((300, 2), -math.inf, device=device)
+    gate[[5, 290]] = 1.0
+    out = share_hidden(gate, torch.ones(1, 2, device=device), SourceLayout.dense(300, 1), rule=rule, backend=backend)
+    assert out[5].tolist() == ([1, 1] if rule == "max" else [0.5, 0.5])
+    assert (out.sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("rule", RULES[:-1])
+def test_two_thousand_sources_share_as_the_reference_does(rule: str, backend: str, device: str) -> None:
+    layout = SourceLayout.from_starts([0] * 2000, 1)
+    gate = 0.3 * sliced((2000, 5), torch.float32, device)
+    out = share_hidden(gate, torch.ones(1, 5, device=device), layout, rule=rule, backend=backend)
+    expected = share_hidden(
+        gate.double(), torch.ones(1, 5, device=device).double(), layout, rule=rule, backend="reference"
+    )
+    assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_finds_rows_beyond_two_to_the_31_numbers(backend: str, device: str) -> None:
+    layout, rows = far_into(SourceLayout.tokens(3), columns=1 << 16)
+    near = sliced((rows, 40), torch.bfloat16, device)
+    gate = torch.empty(layout.rows, 1 << 16, dtype=torch.bfloat16, device=device)[:, :40]
+    gate[-rows:] = near
+    hidden = torch.ones(3, 40, device=device)
+    share_hidden(gate, hidden, layout, out=gate, backend=backend)
+    expected = share_hidden(near, hidden, SourceLayout.tokens(3), backend=backend)
+    assert torch.equal(gate[-rows:], expected)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     starts=st.lists(st.integers(0, 11), max_size=12),
     positions=st.integers(1, 12),
@@ -148,16 +197,14 @@ def test_max_gives_ties_to_the_first(backend: str, device: str) -> None:
     rule=st.sampled_from(RULES[:-1]),
     exclude=st.booleans(),
 )
-def test_the_cpu_backend_agrees_on_random_layouts(
-    starts: list[int], positions: int, columns: int, rule: str, exclude: bool
+def test_agrees_on_random_layouts(
+    starts: list[int], positions: int, columns: int, rule: str, exclude: bool, backend: str, device: str
 ) -> None:
-    if backends.csrc_missing() is not None:
-        pytest.skip(str(backends.csrc_missing()))
     sources = sorted([0, *(start % positions for start in starts)])
     layout = SourceLayout.from_starts(sources, positions, excluded=len(sources) // 2 if exclude else None)
-    call = arguments(layout, columns, torch.float32, "cpu", rule)
+    call = arguments(layout, columns, torch.float32, device, rule)
     assert torch.allclose(
-        share_hidden(**call, backend="cpu"), share_hidden(**call, backend="reference"), rtol=1e-4, atol=1e-6
+        share_hidden(**call, backend=backend), share_hidden(**call, backend="reference"), rtol=1e-4, atol=1e-6
     )
 
 
@@ -173,7 +220,7 @@ def test_the_cpu_backend_agrees_on_random_layouts(
         ({"gate_total": torch.zeros(4, 4)}, "gate_total goes with rule='taylor'"),
         ({"gate_scale": torch.zeros(5)}, r"gate_scale must be floating \[4\]"),
         ({"out": torch.zeros(10, 3)}, r"out must be floating \[10, 4\]"),
-        ({"backend": "metal"}, "unknown backend 'metal'; there are: auto, cpu, reference"),
+        ({"backend": "metal"}, "unknown backend 'metal'; there are: auto, cpu, triton, cuda, reference"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:

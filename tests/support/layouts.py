@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -9,22 +10,32 @@ from torch import Tensor
 
 from depass_kernels import SourceLayout
 
+EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 60  # of a random test; the interpreter is slow
+
 LAYOUTS: dict[str, SourceLayout] = {
-    "one": SourceLayout.tokens(1),
+    "tokens1": SourceLayout.tokens(1),
     "tokens2": SourceLayout.tokens(2),
     "tokens3-excluded": SourceLayout.tokens(3, excluded=0),
     "tokens17": SourceLayout.tokens(17),
     "tokens17-bias-excluded": SourceLayout.tokens(17, always=1, excluded=1),
-    "tokens65-excluded": SourceLayout.tokens(65, excluded=0),
     "dense1": SourceLayout.dense(1, 5),
+    "dense2": SourceLayout.dense(2, 4),
     "dense33": SourceLayout.dense(33, 3),
-    "dense257": SourceLayout.dense(257, 2),
     "spans": SourceLayout.from_starts([0, 0, 0, 4, 9], 12),
     "excluded-alone": SourceLayout.from_starts([0, 3], 6, excluded=0),
     "several": SourceLayout.concat(
         [SourceLayout.tokens(5, excluded=0), SourceLayout.dense(3, 5), SourceLayout.from_starts([0, 0, 2], 4)]
     ),
     "two-of-one-prompt": SourceLayout.concat([SourceLayout.tokens(6), SourceLayout.dense(4, 6)], prompt=[0, 0]),
+}
+LARGE: dict[str, SourceLayout] = {
+    "tokens63": SourceLayout.tokens(63),
+    "tokens64": SourceLayout.tokens(64),
+    "tokens65-excluded": SourceLayout.tokens(65, excluded=0),
+    "tokens129": SourceLayout.tokens(129),
+    "dense100": SourceLayout.dense(100, 2),
+    "dense257": SourceLayout.dense(257, 2),
+    "mixed": SourceLayout.concat([SourceLayout.dense(70, 3), SourceLayout.from_starts([0] * 30 + [2, 40, 66], 70)]),
 }
 
 
@@ -56,3 +67,10 @@ def cells(layout: SourceLayout) -> Iterator[tuple[int, int, int, int, int]]:
             for source in range(int(layout.counts[position])):
                 yield staircase, position - int(layout.position_start[staircase]), position, source, row
                 row += 1
+
+
+def far_into(layout: SourceLayout, columns: int) -> tuple[SourceLayout, int]:
+    """The same rows at the end of a buffer of more than 2**31 numbers, of which nothing else is touched; how many."""
+    first = (1 << 31) // columns + 1
+    moved = SourceLayout(layout.row_start + first, layout.position_start, layout.prompt, layout.skipped)
+    return moved, layout.rows

@@ -1,0 +1,71 @@
+"""residual_update: a projection's GEMM that ends in the state, ``state[rows] += operand · weightᵀ``.
+
+The sums never leave registers: they are added to the fp32 state, and what the next GEMM reads is written beside it in its
+own dtype, where a library GEMM would need a pass to gather the rows, one to scatter them and one to cast them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED, Launch, power_of_two
+
+_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+GROUP = 8  # row tiles that share a column tile of the weight while it is in the cache
+
+
+def launch(
+    state: torch.Tensor,  # [R, D]
+    operand: torch.Tensor,  # [n, E]
+    weight: torch.Tensor,  # [D, E]
+    rows: torch.Tensor | None,  # [n]
+    cast: torch.Tensor | None,  # [n, D]
+) -> Launch:
+    """How :func:`depass_kernels.residual_update` is launched for these (checked) arguments."""
+    n, inner = operand.shape
+    narrow = operand.dtype != torch.float32
+    block_n, block_d = power_of_two(n, 16, 128), power_of_two(len(weight), 16, 128)
+    return Launch(
+        _residual_update,
+        triton.cdiv(n, block_n) * triton.cdiv(len(weight), block_d),
+        (state, operand, weight, rows, cast, n, len(weight), inner, state.stride(0), operand.stride(0),
+         weight.stride(0), 0 if cast is None else cast.stride(0)),
+        {
+            "DOT": tl.float32 if INTERPRETED else _TL[operand.dtype], "BLOCK_N": block_n, "BLOCK_D": block_d,
+            "BLOCK_E": power_of_two(inner, 16, 64 if narrow else 16), "GROUP": GROUP, "num_warps": 8,
+            "num_stages": 3 if narrow else 2,
+        },
+    )  # fmt: skip
+
+
+@triton.jit
+def _residual_update(
+    state, operand, weight, rows, cast, n, columns, inner, state_stride, operand_stride, weight_stride, cast_stride,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_tiles, column_tiles = tl.cdiv(n, BLOCK_N), tl.cdiv(columns, BLOCK_D)
+    group = tl.program_id(0) // (GROUP * column_tiles)
+    tall = min(row_tiles - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * column_tiles)
+    i = ((group * GROUP + within % tall) * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    d = (within // tall * BLOCK_D).to(tl.int64) + tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    operand += i[:, None] * operand_stride + e[None, :]
+    weight += d[None, :] * weight_stride + e[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, inner, BLOCK_E):
+        inside = first + e < inner
+        a = tl.load(operand + first, mask=(i < n)[:, None] & inside[None, :], other=0).to(DOT)
+        b = tl.load(weight + first, mask=(d < columns)[None, :] & inside[:, None], other=0).to(DOT)
+        total = tl.dot(a, b, total, input_precision="tf32x3")
+    inside = (i < n)[:, None] & (d < columns)[None, :]
+    row = i
+    if rows is not None:
+        row = tl.load(rows + i, mask=i < n, other=0)
+    place = state + row[:, None] * state_stride + d[None, :]
+    total += tl.load(place, mask=inside, other=0)
+    tl.store(place, total, mask=inside)
+    if cast is not None:
+        tl.store(cast + i[:, None] * cast_stride + d[None, :], total.to(cast.dtype.element_ty), mask=inside)

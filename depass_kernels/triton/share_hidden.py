@@ -1,0 +1,197 @@
+"""share_hidden: each neuron's output shared out among the sources of a position, in one pass over the gates.
+
+A program takes one position and ``BLOCK_F`` neurons. Where the position's sources fit one tile they are read once, shared
+in registers and written once; where they do not, a first pass over blocks of sources measures them (the running maximum
+and the sum in units of it, as in an online softmax) and a second shares them out. A program reads all that it writes
+over before it writes, so ``out`` may be ``gate``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import SourceLayout
+from .launch import Launch, computing_type, power_of_two
+
+WIDEST = 256  # sources of one tile that holds all of a position's
+BLOCK = 128  # sources of one of several
+BYTES = 32768  # of one tile: with 8 warps 32 numbers a thread in fp32, so that two tiles are at work per multiprocessor
+RULES = ("softmax", "max", "relu", "linear")
+
+
+def launch(
+    gate: torch.Tensor,  # [R, F]
+    hidden: torch.Tensor,  # [P, F]
+    layout: SourceLayout,
+    gate_scale: torch.Tensor | None,  # [P]
+    rule: str,
+    temperature: float,
+    out: torch.Tensor,  # [R, F]
+) -> Launch:
+    """How :func:`depass_kernels.share_hidden` is launched for these (checked) arguments."""
+    columns = gate.shape[1]
+    accumulator = computing_type(gate, hidden)
+    online = layout.most > WIDEST
+    sources = BLOCK if online else power_of_two(layout.most, 16, WIDEST)
+    numbers = BYTES * 8 // accumulator.primitive_bitwidth // (2 if online else 1)
+    block = power_of_two(columns, 16, min(128, numbers // sources))
+    offsets = layout.to(gate.device)
+    return Launch(
+        _share_hidden,
+        layout.positions * triton.cdiv(columns, block),
+        (gate, hidden, out, gate_scale, offsets.row_start, offsets.skipped, columns, gate.stride(0), hidden.stride(0),
+         out.stride(0), 1 / temperature),
+        {
+            "RULE": rule, "ACC": accumulator, "SOURCES": sources, "FEW": max(16, sources // 4),
+            "ONLINE": online, "BLOCK_F": block, "num_warps": 8 if sources * block > numbers // 2 else 4,
+            "maxnreg": 168,  # without a bound the assembler spills a few registers to fit one more block
+        },
+    )  # fmt: skip
+
+
+@triton.jit
+def _share_hidden(
+    gate, hidden, out, gate_scale, row_start, skipped, columns, gate_stride, hidden_stride, out_stride,
+    per_temperature: tl.float64, RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr, FEW: tl.constexpr,
+    ONLINE: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    per_temperature = tl.full((), per_temperature, ACC)
+    blocks = tl.cdiv(columns, BLOCK_F)
+    t = (tl.program_id(0) // blocks).to(tl.int64)
+    f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    begin = tl.load(row_start + t)
+    count = (tl.load(row_start + t + 1) - begin).to(tl.int32)
+    skip = tl.load(skipped + t).to(tl.int32)
+    h = tl.load(hidden + t * hidden_stride + f, mask=f < columns, other=0).to(ACC)
+    scale = tl.full((), 1, ACC)
+    if gate_scale is not None:
+        scale = tl.load(gate_scale + t).to(ACC)
+    gate += begin * gate_stride
+    out += begin * out_stride
+    if count <= FEW:
+        _share_tile(gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+                    RULE, ACC, FEW)  # fmt: skip
+    elif count <= SOURCES:
+        _share_tile(gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+                    RULE, ACC, SOURCES)  # fmt: skip
+    elif ONLINE:
+        _share_online(gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+                      RULE, ACC, SOURCES, BLOCK_F)  # fmt: skip
+
+
+@triton.jit
+def _share_tile(
+    gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+    RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, SOURCES)
+    inside = (m < count)[:, None] & (f < columns)[None, :]
+    part = ((m < count) & (m != skip))[:, None]
+    x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+    shared = share(x, part, m, h, per_temperature, RULE)
+    tl.store(out + m.to(tl.int64)[:, None] * out_stride + f[None, :], shared.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def share(x, part, m, h, per_temperature, RULE: tl.constexpr):
+    """What each of a position's sources gets of ``h`` ``[F]``: ``x`` ``[M, F]`` gates, ``part`` ``[M, 1]`` who takes part."""
+    high, low, total, broken = _measure(x, part, m, per_temperature, RULE)
+    weight = _weight(x, m, high, low, total, per_temperature, RULE)
+    return tl.where(part, weight * _per_weight(h, total, broken, RULE)[None, :], 0)
+
+
+@triton.jit
+def _share_online(
+    gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+    RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    high = tl.full((BLOCK_F,), float("-inf"), ACC)
+    low = tl.full((BLOCK_F,), float("inf"), ACC)
+    total = tl.zeros((BLOCK_F,), ACC)
+    broken = tl.zeros((BLOCK_F,), ACC)
+    seen = tl.zeros((), ACC)  # how many have been measured
+    for first in range(0, count, SOURCES):
+        m = first + tl.arange(0, SOURCES)
+        inside = (m < count)[:, None] & (f < columns)[None, :]
+        part = ((m < count) & (m != skip))[:, None]
+        x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+        high2, low2, total2, broken2 = _measure(x, part, m, per_temperature, RULE)
+        more = tl.sum(part.to(ACC))
+        high, low, total = _join(high, low, total, seen, high2, low2, total2, more, per_temperature, RULE)
+        broken += broken2
+        seen += more
+    unit = _per_weight(h, total, broken, RULE)[None, :]
+    for first in range(0, count, SOURCES):
+        m = first + tl.arange(0, SOURCES)
+        inside = (m < count)[:, None] & (f < columns)[None, :]
+        part = ((m < count) & (m != skip))[:, None]
+        x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+        shared = tl.where(part, _weight(x, m, high, low, total, per_temperature, RULE) * unit, 0)
+        tl.store(out + m.to(tl.int64)[:, None] * out_stride + f[None, :], shared.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
+    """The largest and smallest gate, the sum of the weights (``max``: who is first) and NaN where a gate is. ``[F]`` each."""
+    high = tl.max(tl.where(part, x, float("-inf")), 0)
+    low = tl.min(tl.where(part, x, float("inf")), 0)
+    if RULE == "max":
+        at_top = tl.where(part & (x == high[None, :]), m[:, None].to(x.dtype), float("inf"))
+        total = tl.min(at_top, 0)
+    else:
+        total = tl.sum(tl.where(part, _weight(x, m, high, low, low, per_temperature, RULE), 0), 0)
+    broken = tl.sum(tl.where(part & (x != x), x, 0), 0)
+    return high, low, total, broken
+
+
+@triton.jit
+def _weight(x, m, high, low, total, per_temperature, RULE: tl.constexpr):
+    """Each source's weight, in units that keep their sum finite and nonzero. ``[M, F]``."""
+    if RULE == "softmax":
+        weight = tl.exp((x - high[None, :]) * per_temperature)
+    elif RULE == "max":
+        weight = (m[:, None].to(x.dtype) == total[None, :]).to(x.dtype)
+    elif RULE == "relu":
+        top = tl.where(high > 0, high, 1)[None, :]
+        weight = tl.where(high[None, :] > 0, tl.where(x > 0, x, 0) / top, 1)
+    else:
+        span = (high - low)[None, :]
+        weight = tl.where(span != 0, (x - low[None, :]) / tl.where(span != 0, span, 1), 1)
+    return weight
+
+
+@triton.jit
+def _per_weight(h, total, broken, RULE: tl.constexpr):
+    """How much of ``h`` a weight of one gets."""
+    if RULE == "max":
+        unit = h + broken
+    else:
+        unit = (h + broken) / total
+    return unit
+
+
+@triton.jit
+def _join(high1, low1, total1, n1, high2, low2, total2, n2, per_temperature, RULE: tl.constexpr):
+    """What :func:`_measure` says of two blocks of ``n1`` and ``n2`` sources together."""
+    high = tl.maximum(high1, high2)
+    low = tl.minimum(low1, low2)
+    if RULE == "softmax":
+        # a block whose gates are all -inf weighs nothing beside another; its own sum is NaN
+        nothing = float("-inf")
+        total = tl.where(high1 == nothing, 0, total1 * tl.exp((high1 - high) * per_temperature))
+        total += tl.where(high2 == nothing, 0, total2 * tl.exp((high2 - high) * per_temperature))
+    elif RULE == "max":
+        total = tl.where(high2 > high1, total2, tl.minimum(total1, tl.where(high2 == high1, total2, float("inf"))))
+        total = tl.where(n1 == 0, total2, total)
+    elif RULE == "relu":
+        top = tl.where(high > 0, high, 1)
+        total = total1 * (tl.where(high1 > 0, high1, 0) / top) + total2 * (tl.where(high2 > 0, high2, 0) / top)
+        total = tl.where(high > 0, total, n1 + n2)
+    else:
+        span = tl.where(high != low, high - low, 1)
+        first = tl.where(n1 == 0, 0, total1 * ((high1 - low1) / span) + n1 * ((low1 - low) / span))
+        second = tl.where(n2 == 0, 0, total2 * ((high2 - low2) / span) + n2 * ((low2 - low) / span))
+        total = tl.where(high != low, first + second, n1 + n2)
+    return high, low, total

@@ -1,0 +1,115 @@
+"""Every Triton kernel, in every configuration that its launcher names, compiled for GPUs that need not be there: it fits
+the shared memory of a block and spills no register. (The CUDA kernels' check stands in test_csrc_build.py.)"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from depass_kernels import SourceLayout
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip(
+        "the GPU at hand compiles them; a stand-in for its driver would keep them from running", allow_module_level=True
+    )
+
+from ahead_of_time import SHARED_LIMIT, compile_for  # noqa: E402
+
+from depass_kernels.triton import gate_share, mix_values, residual_update, share_hidden, taylor  # noqa: E402
+
+RULES = ("softmax", "max", "relu", "linear")
+LAYOUTS = {
+    "9 sources": SourceLayout.dense(9, 4),
+    "33 sources": SourceLayout.dense(33, 4),
+    "tokens 96": SourceLayout.tokens(96),
+    "tokens 256": SourceLayout.tokens(256),
+    "300 sources": SourceLayout.dense(300, 64),
+}
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def empty(*shape: int, dtype: torch.dtype = FULL) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def share(name: str, rule: str, dtype: torch.dtype) -> Any:
+    layout, hidden = LAYOUTS[name], empty(LAYOUTS[name].positions, 1536, dtype=dtype)
+    out = empty(layout.rows, 1536, dtype=dtype)
+    scale = empty(layout.positions)
+    if rule == "taylor":
+        return taylor.launch(empty(layout.rows, 1536), hidden, layout, scale, hidden, out)
+    return share_hidden.launch(empty(layout.rows, 1536), hidden, layout, scale, rule, 0.1, out)
+
+
+def mix(name: str, head_dim: int, dtype: torch.dtype) -> Any:
+    layout, heads, kv_heads = LAYOUTS[name], 8, 2
+    pattern = empty(1, heads, layout.longest, layout.longest, dtype=dtype)
+    values, out = (
+        empty(layout.rows, kv_heads * head_dim, dtype=dtype),
+        empty(layout.rows, heads * head_dim, dtype=dtype),
+    )
+    scale = empty(layout.positions)
+    return mix_values.launch(pattern, values, layout, kv_heads, scale, scale, out)
+
+
+def update(scattered: bool, dtype: torch.dtype) -> Any:
+    rows, cast = torch.arange(4096) if scattered else None, empty(4096, 2048, dtype=dtype)
+    return residual_update.launch(
+        empty(4096, 2048), empty(4096, 4096, dtype=dtype), empty(2048, 4096, dtype=dtype), rows, cast
+    )
+
+
+def gates(name: str, rule: str, dtype: torch.dtype) -> Any:
+    layout, width, neurons = LAYOUTS[name], 2048, 5632
+    return gate_share.launch(
+        empty(layout.rows, width, dtype=dtype), empty(neurons, width, dtype=dtype),
+        empty(layout.positions, neurons, dtype=dtype), layout, empty(layout.positions), rule, 0.1,
+        empty(layout.rows, neurons, dtype=dtype),
+    )  # fmt: skip
+
+
+def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype in (HALF, FULL):
+        short = str(dtype).removeprefix("torch.")
+        for name in LAYOUTS:
+            for rule in (*RULES, "taylor"):
+                yield f"share_hidden {rule} {name} {short}", lambda n=name, r=rule, d=dtype: share(n, r, d)  # type: ignore[misc]
+        for name in ("9 sources", "tokens 96"):
+            for head_dim in (32, 64, 80, 128, 256):
+                yield f"mix_values {head_dim} {name} {short}", lambda n=name, h=head_dim, d=dtype: mix(n, h, d)  # type: ignore[misc]
+        for scattered in (False, True):
+            yield f"residual_update {scattered} {short}", lambda s=scattered, d=dtype: update(s, d)  # type: ignore[misc]
+        for name in ("9 sources", "33 sources", "tokens 96", "tokens 256"):
+            for rule in ("softmax", "linear"):
+                yield f"gate_share {rule} {name} {short}", lambda n=name, r=rule, d=dtype: gates(n, r, d)  # type: ignore[misc]
+
+
+LAUNCHES = dict(launches())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+        yield
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: Path) -> None:
+    usage = compile_for(LAUNCHES[name](), capability, tmp_path)
+    assert usage.shared <= SHARED_LIMIT[capability]
+    assert usage.stack == 0
+    if name.startswith(("mix_values", "residual_update", "gate_share")):  # fp32 too, as three tf32 products
+        assert usage.count("HMMA") + usage.count("HGMMA") > 0
+    if name.startswith("share_hidden"):
+        assert "LDG.E.128" in usage.sass or "LDG.E.EF.128" in usage.sass  # 16 bytes an access
