@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-cuda clean
+.PHONY: demo test lint test-kernels gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -19,10 +19,15 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# On a machine that has torch, transformers and pytest already, and perhaps no network: builds in place, installs nothing.
-test-cuda:
-	DEPASS_BUILD_CPU=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=python:. $(PYTHON) -m pytest --device cuda
+# The Triton kernels without a GPU: their logic in Triton's interpreter, and compiled for GPUs that are not here.
+test-kernels: $(VENV)/ready
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels -k "triton or auto" & \
+	$(BIN)/python -m pytest tests/depass_kernels/test_ahead_of_time.py --ahead-of-time && wait $$!
+
+# On a machine with a GPU that has torch, transformers and pytest already, and perhaps no network: builds in place, tests,
+# sanitizes and measures, and installs nothing.
+gpu:
+	PYTHONPATH=python:. $(PYTHON) benchmarks/gpu.py benchmarks/results/gpu.json
 
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -16,11 +16,6 @@ py::dict build_info() {
 #else
   info["cxx"] = "g++ " __VERSION__;
 #endif
-#ifdef __FLT16_MAX__
-  info["cpu_fp16"] = true;
-#else
-  info["cpu_fp16"] = false;
-#endif
   const std::string nvcc = DEPASS_NVCC, missing = DEPASS_NO_CUDA;
   info["nvcc"] = nvcc.empty() ? py::object(py::none()) : py::str(nvcc);
   info["cuda_architectures"] = py::str(DEPASS_ARCHITECTURES).attr("split")();
@@ -33,7 +28,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_build_info, m) {
   m.doc() = "What csrc was built with.";
   m.def("build_info", &build_info,
-        "cxx: the C++ compiler; cpu_fp16: whether it converts fp16 on the CPU; nvcc: the CUDA compiler's version, or "
+        "cxx: the C++ compiler; nvcc: the CUDA compiler's version, or "
         "None; cuda_architectures: what the CUDA kernels were compiled for; cuda_missing: why they were left out, or "
         "None.");
 }

@@ -142,8 +142,6 @@ void mix_values_cuda(const Tensor& pattern, const Tensor& values, const Tensor& 
 }
 #endif
 
-bool has_half() { return depass::has_half(); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(depass_kernels, m) {
@@ -153,7 +151,6 @@ STABLE_TORCH_LIBRARY(depass_kernels, m) {
   m.def(
       "mix_values(Tensor pattern, Tensor values, Tensor row_start, Tensor position_start, Tensor prompt, "
       "Tensor tiles, Tensor? key_scale, Tensor? query_scale, int kv_heads, Tensor(a!) out) -> ()");
-  m.def("has_half() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CPU, m) {
@@ -167,5 +164,3 @@ STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CUDA, m) {
   m.impl("mix_values", TORCH_BOX(&mix_values_cuda));
 }
 #endif
-
-STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CompositeExplicitAutograd, m) { m.impl("has_half", TORCH_BOX(&has_half)); }

@@ -27,8 +27,6 @@ inline int64_t tiles(const ShareHidden& call) {
   return call.positions * ((call.columns + kColumns - 1) / kColumns);
 }
 
-bool has_half();  // whether this build converts fp16 on the CPU
-
 // Tiles first .. last - 1, on the calling thread.
 void share_hidden_cpu(const ShareHidden& call, int64_t first, int64_t last);
 

@@ -188,8 +188,6 @@ DEPASS_CLONES void share_in_double(const ShareHidden& call, int64_t first, int64
 
 }  // namespace
 
-bool has_half() { return true; }
-
 void share_hidden_cpu(const ShareHidden& call, int64_t first, int64_t last) {
   if (call.gate.type == Type::f64 || call.hidden.type == Type::f64)
     share_in_double(call, first, last);

@@ -88,7 +88,7 @@ def residual_update(
     rows: Tensor | None,  # [n]
     cast: Tensor | None,  # [n, D]
 ) -> None:
-    """``state[rows] += operand · weightᵀ``, and what then stands there in ``cast`` (DePass, equations of a residual block)."""
+    """``state[rows] += operand · weightᵀ``, and what then stands there in ``cast`` (DePass, sections 3.2 and 3.3)."""
     target = state if rows is None else state.index_select(0, rows)
     if target.dtype == operand.dtype:
         target.addmm_(operand, weight.T)

@@ -16,6 +16,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ahead-of-time", action="store_true", help="compile the Triton kernels for GPUs that are not here"
+    )
     parser.addoption("--device", default="cpu", help="where models and tensors lie: cpu (default) or cuda")
 
 

@@ -96,7 +96,7 @@ def _share_tile(
 
 @triton.jit
 def share(x, part, m, h, per_temperature, RULE: tl.constexpr):
-    """What each of a position's sources gets of ``h`` ``[F]``: ``x`` ``[M, F]`` gates, ``part`` ``[M, 1]`` who takes part."""
+    """What each source gets of ``h`` ``[F]``, from the gates ``x`` ``[M, F]`` of those in ``part`` ``[M, 1]``."""
     high, low, total, broken = _measure(x, part, m, per_temperature, RULE)
     weight = _weight(x, m, high, low, total, per_temperature, RULE)
     return tl.where(part, weight * _per_weight(h, total, broken, RULE)[None, :], 0)
@@ -134,7 +134,7 @@ def _share_online(
 
 @triton.jit
 def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
-    """The largest and smallest gate, the sum of the weights (``max``: who is first) and NaN where a gate is. ``[F]`` each."""
+    """The largest and smallest gate, the weights' sum (``max``: who is first), and NaN where a gate is. ``[F]`` each."""
     high = tl.max(tl.where(part, x, float("-inf")), 0)
     low = tl.min(tl.where(part, x, float("inf")), 0)
     if RULE == "max":
@@ -165,11 +165,7 @@ def _weight(x, m, high, low, total, per_temperature, RULE: tl.constexpr):
 @triton.jit
 def _per_weight(h, total, broken, RULE: tl.constexpr):
     """How much of ``h`` a weight of one gets."""
-    if RULE == "max":
-        unit = h + broken
-    else:
-        unit = (h + broken) / total
-    return unit
+    return h + broken if RULE == "max" else (h + broken) / total
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from depass_kernels import BackendError, SourceLayout
-from depass_kernels.backends import BACKENDS, RULES
+from depass_kernels.backends import NAMES, RULES
 
 from . import lockstep, prompt, smollm2, sources, targets
 from .errors import ConservationError, ConservationWarning, ModelError, NonFiniteError, OptionError
@@ -64,7 +64,8 @@ class DePass:
         temperature: of the softmax rule, in units of the pre-activation.
         exclude_bos: whether the first token takes no part in later positions' MLPs; ``"auto"``: where it is the
             tokenizer's BOS token.
-        backend: of the ops; ``"auto"`` or a name in ``depass_kernels.backends``.
+        backend: of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; what ``depass backends``
+            says cannot serve here is refused, never replaced. Results say who served in ``settings.backends``.
         workspace_bytes: size of the block buffers, by device without it; changes no result beyond rounding.
         family: where the model's modules are, for families that are not known.
 
@@ -200,6 +201,7 @@ class DePass:
                 exclude_bos=parts.excluded,
                 start_layer=layers.start,
                 stop_layer=layers.stop,
+                backends={op: "+".join(sorted(names)) for op, names in sorted(propagation.served.items())},
             ),
         )
 
@@ -318,10 +320,8 @@ class DePass:
         number = isinstance(temperature, (int, float)) and math.isfinite(temperature)
         if not number or temperature <= 0:
             raise OptionError(f"temperature must be a positive number, got {temperature!r}")
-        if self.backend != "auto" and self.backend not in [backend.name for backend in BACKENDS]:
-            raise OptionError(
-                f"unknown backend {self.backend!r}; there are: auto, {', '.join(b.name for b in BACKENDS)}"
-            )
+        if self.backend not in NAMES:
+            raise OptionError(f"unknown backend {self.backend!r}; there are: {', '.join(NAMES)}")
         return MLPSharing(rule, float(temperature), self.backend)
 
     def _judge(self, error: float, strict: bool) -> None:

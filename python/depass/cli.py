@@ -16,6 +16,7 @@ from .errors import DePassError, OptionError, PromptError, SourceError, TargetEr
 from .files import check_writable
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PATIENCE = 2.0  # seconds before a progress bar is worth its lines
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.1, help="of the softmax rule (default: 0.1)")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--backend", default="auto", choices=BACKENDS, help="what computes (default: the first that can)")
     add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
     add("--viz-path", metavar="F.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of a picture")
@@ -97,6 +99,7 @@ def _attribute(options: argparse.Namespace) -> None:
         say=lambda message: print(message, file=sys.stderr),
         mlp_rule=options.mlp_rule,
         temperature=options.temperature,
+        backend=options.backend,
         device_map=None if options.device == "cpu" else _device(options.device),
     )
     with _Progress() as progress:
@@ -112,10 +115,14 @@ def _attribute(options: argparse.Namespace) -> None:
 
 
 def _backends(_: argparse.Namespace) -> None:
-    from depass_kernels.backends import table
+    from depass_kernels.backends import build_info, table
 
     for op, backend, reason in table():
-        print(f"{op:<14}{backend:<12}{'can serve' if reason is None else f'cannot: {reason}'}")
+        print(f"{op:<17}{backend:<12}{'can serve' if reason is None else f'cannot: {reason}'}")
+    info = build_info()
+    if info:
+        cuda = f"nvcc {info['nvcc']} for {', '.join(info['cuda_architectures'])}" if info["nvcc"] else "no CUDA kernels"
+        print(f"\ncompiled by {info['cxx']}; {cuda}")
 
 
 def _target(text: str) -> Any:

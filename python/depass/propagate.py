@@ -62,6 +62,7 @@ class Propagation:
         self.bound, self.layout, self.sharing = bound, layout, sharing
         self.workspace_bytes = workspace_bytes
         self.state = torch.empty(0)
+        self.served: dict[str, set[str]] = {}  # which backends did each op
         self._source_blocks: list[_SourceBlock] = []
         self._position_blocks: list[_PositionBlock] = []
 
@@ -71,6 +72,10 @@ class Propagation:
 
     def step(self, index: int, trace: Trace) -> None:
         """Move the state through layer ``index``, in place."""
+        with backends.record(self.served):
+            self._step(index, trace)
+
+    def _step(self, index: int, trace: Trace) -> None:
         layer = self.bound.layers[index]
         device = layer.down.module.weight.device  # a model may be spread over several
         self.state, trace = self.state.to(device), trace.to(device)
@@ -90,7 +95,7 @@ class Propagation:
 
     def _mlp(self, layer: Layer, trace: Trace) -> None:
         assert trace.hidden is not None
-        layout, state, dtype = self.layout, self.state, self.bound.dtype
+        state, dtype = self.state, self.bound.dtype
         scale = trace.scales.get("mlp_norm")  # [P]
         post = trace.scales.get("mlp_post_norm")
         hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # [P, F]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
@@ -38,6 +38,7 @@ class Settings:
         stop_layer: one past the last layer; before the model's last, scores are read from the stream there through the
             final norm and head (a logit lens).
         aggregated: units that the sources were summed up to afterwards, or None.
+        backends: by op of ``depass_kernels``, which backend did it (``"cpu+reference"`` where two did parts of it).
     """
 
     model: str
@@ -48,6 +49,7 @@ class Settings:
     start_layer: int
     stop_layer: int
     aggregated: str | None = None
+    backends: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -257,12 +257,21 @@ def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
     assert sorted(dp.states([5, 6], (layer for layer in (1, 2))).rows) == [1, 2]  # type: ignore[arg-type]
 
 
-def test_a_backend_that_lacks_an_op_is_refused_with_its_reason(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="'cpu' cannot serve this mix_values: it has no mix_values"):
-        DePass(dp.model, backend="cpu").attribute([5, 6])
+def test_a_backend_that_cannot_serve_is_refused_with_its_reason(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match=r"'cuda' cannot serve this mix_values: (torch sees no CUDA|csrc was)"):
+            DePass(dp.model, backend="cuda").attribute([5, 6])
     monkeypatch.setenv("DEPASS_BACKEND", "metal")
     with pytest.raises(OptionError, match="unknown backend 'metal'"):
         dp.attribute([5, 6])
+
+
+def test_a_result_says_which_backends_made_it(dp: DePass) -> None:
+    forced = DePass(dp.model, backend="reference").attribute([5, 6, 7])
+    assert forced.settings.backends == dict.fromkeys(("mix_values", "residual_update", "share_hidden"), "reference")
+    chosen = dp.attribute([5, 6, 7])
+    assert chosen.settings.backends["residual_update"] == "reference"  # the library's own GEMM
+    assert torch.allclose(chosen.scores, forced.scores, rtol=1e-4, atol=1e-5)
 
 
 SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
