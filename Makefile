@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-kernels gpu clean
+.PHONY: demo test lint test-kernels test-interpreted gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -21,8 +21,13 @@ lint: $(VENV)/ready
 
 # The Triton kernels without a GPU: their logic in Triton's interpreter, and compiled for GPUs that are not here.
 test-kernels: $(VENV)/ready
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels -k "triton or auto" & \
-	$(BIN)/python -m pytest tests/depass_kernels/test_ahead_of_time.py --ahead-of-time && wait $$!
+	$(MAKE) --jobs=2 compile-for-sm_80 compile-for-sm_86 compile-for-sm_89 compile-for-sm_90 test-interpreted
+
+compile-for-%:
+	$(BIN)/python -m pytest tests/depass_kernels/test_ahead_of_time.py --ahead-of-time -k $*
+
+test-interpreted:
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels -k "triton or auto"
 
 # On a machine with a GPU that has torch, transformers and pytest already, and perhaps no network: builds in place, tests,
 # sanitizes and measures, and installs nothing.

@@ -110,7 +110,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
         yield
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("capability", SHARED_LIMIT, ids=lambda capability: f"sm_{capability}")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: Path) -> None:
     usage = compile_for(LAUNCHES[name](), capability, tmp_path)
