@@ -77,14 +77,17 @@ def _mix_values(
         k = first + tl.arange(0, KEYS)
         seen = (k[None, :] <= q[:, None]) & (q < length)[:, None]
         weight = tl.load(pattern + q.to(tl.int64)[:, None] * query_stride + k[None, :], mask=seen, other=0).to(DOT)
-        if key_scale is not None:
-            scale = tl.load(key_scale + position + k, mask=k < length, other=0)
-            weight = (weight.to(ACC) * scale.to(ACC)[None, :]).to(DOT)
         row = tl.load(row_start + k, mask=k < length, other=0)
         stop = tl.load(row_start + k + 1, mask=k < length, other=0)
         here = row[:, None] + m[None, :]
         active = (here < stop[:, None]) & (e < HEAD_DIM)[None, :]
         value = tl.load(values + here * values_stride + e[None, :], mask=active, other=0).to(DOT)
+        if key_scale is not None:
+            scale = tl.load(key_scale + position + k, mask=k < length, other=0).to(ACC)
+            if values.dtype.element_ty == tl.float16:  # a pattern times 1/rms leaves fp16's range, values then do not
+                value = (value.to(ACC) * scale[:, None]).to(DOT)
+            else:
+                weight = (weight.to(ACC) * scale[None, :]).to(DOT)
         mixed = tl.dot(weight, value, mixed, input_precision="tf32x3", out_dtype=ACC)
     if query_scale is not None:
         scale = tl.load(query_scale + position + q, mask=q < length, other=0)

@@ -95,6 +95,8 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         for name in ("9 sources", "33 sources", "tokens 96", "tokens 256"):
             for rule in ("softmax", "linear") if dtype == HALF else ("softmax",):
                 yield f"gate_share {rule} {name} {short}", partial(gates, name, rule, dtype)
+    for head_dim in (64, 128, 256):  # fp16 scales the values instead of the pattern
+        yield f"mix_values {head_dim} tokens 96 float16", partial(mix, "tokens 96", head_dim, torch.float16)
 
 
 LAUNCHES = dict(launches())

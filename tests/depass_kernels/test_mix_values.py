@@ -95,6 +95,17 @@ def test_takes_any_head_dim(head_dim: int, backend: str, device: str) -> None:
         check(call, mix_values(**call, backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_scale_that_a_massive_activation_leaves_small_costs_no_precision(
+    dtype: torch.dtype, backend: str, device: str
+) -> None:
+    call = inputs(LAYOUTS["tokens17"], (2, 1, 16), dtype, device)
+    call["values"] *= 2.0**13
+    call["key_scale"] *= 2.0**-26
+    out = poisoned(LAYOUTS["tokens17"].rows, 32, torch.float32, device)
+    check(call, mix_values(**call, out=out, backend=backend))
+
+
 @pytest.mark.parametrize("pattern_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_takes_a_pattern_of_another_dtype_than_the_values(
     pattern_dtype: torch.dtype, backend: str, device: str
