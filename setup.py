@@ -149,7 +149,17 @@ def library(graph: Graph, cuda: str | None) -> Path:
         return graph.linked("_csrc.so", objects, [graph.compiler, "-shared"], libraries)
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
-    run = [cuda, "-O3", "-std=c++17", "-ccbin", graph.compiler, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    run = [
+        cuda,
+        "-O3",
+        "-std=c++17",
+        "--threads=0",
+        "-ccbin",
+        graph.compiler,
+        *codes,
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+    ]
     objects += [graph.compiled("nvcc", source, run) for source in CUDA]
     # The static runtime's names stay inside, apart from those of torch's own. libtorch.so is named as needed though
     # nothing of it is used: through it the loader finds the CUDA stream's name in libtorch_cuda.so, where there is one.
@@ -196,7 +206,7 @@ class BuildThroughNinja(build_ext):
             if cuda is None or os.environ.get("DEPASS_BUILD_CUDA") == "1":
                 raise
             # a CUDA compiler that does not get on with this host compiler must not cost the CPU kernels
-            self.cuda_fails = f"they do not compile with {cuda}; DEPASS_BUILD_CUDA=1 shows why"
+            self.cuda_fails = f"csrc does not compile together with them ({cuda}); DEPASS_BUILD_CUDA=1 shows why"
             self.build_extension(ext)
             return
         target = Path(self.get_ext_fullpath(ext.name))

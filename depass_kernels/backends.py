@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -70,7 +70,7 @@ def choose(op: str, backend: str, arguments: dict[str, Any]) -> Backend:
         BackendError: ``backend`` is no backend, or cannot serve the call; the message says why.
     """
     if backend == "auto":
-        backend = named_for(op, os.environ.get("DEPASS_BACKEND", "auto"))
+        backend = named_for(op, os.environ.get("DEPASS_BACKEND") or "auto")
     if backend == "auto":
         return next(
             b for b in BACKENDS if op in b.run and op not in b.on_request and _refuses(b, op, arguments) is None
@@ -116,8 +116,10 @@ def _spread(**matrices: Tensor | None) -> str | None:
 
 def _wide_scale(**scales: Tensor | None) -> str | None:
     for name, scale in scales.items():
-        if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
-            return f"{name} must be contiguous fp32, it is {scale.dtype}"
+        if scale is not None and scale.dtype != torch.float32:
+            return f"{name} must be fp32, it is {str(scale.dtype).removeprefix('torch.')}"
+        if scale is not None and not scale.is_contiguous():
+            return f"{name} must be contiguous, its stride is {scale.stride(0)}"
     return None
 
 
@@ -222,30 +224,22 @@ def _csrc_mix_values(
 ) -> None:  # fmt: skip
     queries = 64 if values.is_cuda else layout.longest  # csrc/mix_values.h
     tiles = layout.mix_tiles(queries, 1, values.device)
-    layout = layout.to(values.device)
-    with _on_device(values):
-        torch.ops.depass_kernels.mix_values(
-            pattern, values, layout.row_start.contiguous(), layout.position_start, layout.prompt, tiles, key_scale,
-            query_scale, kv_heads, out,
-        )  # fmt: skip
+    offsets = layout.to(values.device)
+    torch.ops.depass_kernels.mix_values(
+        pattern, values, offsets.row_start, offsets.position_start, offsets.prompt, tiles, key_scale, query_scale,
+        kv_heads, out,
+    )  # fmt: skip
 
 
 def _csrc_share_hidden(
     gate: Tensor, hidden: Tensor, layout: SourceLayout, gate_scale: Tensor | None, rule: str, temperature: float,
     gate_total: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    most = layout.most
-    layout = layout.to(gate.device)
-    with _on_device(gate):
-        # contiguous() copies offsets only where a layout is a slice with strides; they are a few bytes a position
-        torch.ops.depass_kernels.share_hidden(
-            gate, hidden, layout.row_start.contiguous(), layout.skipped.contiguous(), gate_scale, most,
-            RULES.index(rule), temperature, gate_total, out,
-        )  # fmt: skip
-
-
-def _on_device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    offsets = layout.to(gate.device)
+    torch.ops.depass_kernels.share_hidden(
+        gate, hidden, offsets.row_start, offsets.skipped, gate_scale, layout.most, RULES.index(rule), temperature,
+        gate_total, out,
+    )  # fmt: skip
 
 
 # Triton.
@@ -259,9 +253,9 @@ def _triton_missing() -> str | None:
         return "triton is not installed"
     try:
         import_module("depass_kernels.triton.launch")
-    except ImportError as error:
-        return f"triton does not load: {error}"
-    return None
+    except Exception as error:  # another version of triton may lack anything
+        return f"triton does not load: {type(error).__name__}: {error}"
+    return None if torch.version.hip is None else "its launch options are those of NVIDIA GPUs"
 
 
 def _triton_refuses(*tensors: Tensor | None) -> str | None:

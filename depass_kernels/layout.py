@@ -221,12 +221,15 @@ class SourceLayout:
 
     def source_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
         """Cut the sources into runs ``(first, last)`` of at most ``max_rows`` rows over all positions, or of one source."""
-        rows = (self.counts[:, None] > torch.arange(self.most)).sum(0).tolist()  # of each source
-        first = 0
+        rows = (
+            (self.counts[:, None] > torch.arange(self.most, device=self.row_start.device)).sum(0).tolist()
+        )  # of each source
+        first = held = 0
         for last in range(1, self.most + 1):
-            if last == self.most or sum(rows[first : last + 1]) > max_rows:
+            held += rows[last - 1]
+            if last == self.most or held + rows[last] > max_rows:
                 yield first, last
-                first = last
+                first, held = last, 0
 
     def position_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
         """Cut the positions into runs ``(first, last)`` of at most ``max_rows`` rows, or of one position."""

@@ -126,10 +126,13 @@ def matmul(operand: Tensor, weight: Tensor) -> Tensor:
 @cache
 def _library_adds_to_fp32(device: torch.device) -> bool:
     """Whether this torch's GEMM of bf16 operands can end in an fp32 matrix that it adds to (not all from 2.10 on can)."""
-    total, operand = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    total = torch.ones(16, 16, device=device, dtype=torch.float32)
+    operand = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     try:
         torch.addmm(total, operand, operand, out_dtype=torch.float32, out=total)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
         return False
     return bool((total == 17).all())
 

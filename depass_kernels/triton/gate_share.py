@@ -37,7 +37,7 @@ def launch(
         _gate_share,
         layout.positions * triton.cdiv(columns, block),
         (operand, weight, hidden, out, gate_scale, offsets.row_start, offsets.skipped, layout.positions, columns, inner,
-         operand.stride(0), weight.stride(0), hidden.stride(0), out.stride(0), 1 / temperature),
+         operand.stride(0), weight.stride(0), hidden.stride(0), out.stride(0), min(1 / temperature, 3e38)),
         {
             "RULE": rule, "DOT": tl.float32 if INTERPRETED else _TL[operand.dtype], "SOURCES": sources,
             "FEW": max(16, sources // 4), "BLOCK_F": block,

@@ -42,7 +42,7 @@ def launch(
         _share_hidden,
         layout.positions * triton.cdiv(columns, block),
         (gate, hidden, out, gate_scale, offsets.row_start, offsets.skipped, columns, gate.stride(0), hidden.stride(0),
-         out.stride(0), 1 / temperature),
+         out.stride(0), min(1 / temperature, 3e38)),
         {
             "RULE": rule, "ACC": accumulator, "SOURCES": sources, "FEW": max(16, sources // 4),
             "ONLINE": online, "BLOCK_F": block, "num_warps": 8 if sources * block > numbers // 2 else 4,

@@ -9,7 +9,7 @@ values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -176,6 +176,13 @@ class _SourceBlock:
     layout: SourceLayout
     rows: Tensor | None  # [R_block], their rows in the state; None: all of them
     has_bias_source: bool
+    _moved: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """:attr:`rows` on a device, copied there once: a copy stops the host until the device has caught up."""
+        if self.rows is not None and device not in self._moved:
+            self._moved[device] = self.rows.to(device)
+        return self._moved.get(device)
 
 
 @dataclass(frozen=True)
@@ -204,8 +211,9 @@ class _Attention:
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
         state = self.propagation.state
-        rows = state if block.rows is None else state.index_select(0, block.rows.to(state.device))
-        values = rows.to(self.value_weight.dtype) @ self.value_weight.T
+        rows = block.rows_on(state.device)
+        operand = state if rows is None else state.index_select(0, rows)
+        values = operand.to(self.value_weight.dtype) @ self.value_weight.T
         if self.constant is not None and block.has_bias_source:
             _add_constant(values, self.constant, block.layout, self.key_scale)
         return values
@@ -221,8 +229,7 @@ class _Attention:
             query_scale=self.query_scale,
             backend=self.propagation.sharing.backend,
         )  # [R_block, H·d]
-        rows = None if block.rows is None else block.rows.to(state.device)
-        self.propagation._add(mixed, self.output_weight, state, rows)
+        self.propagation._add(mixed, self.output_weight, state, block.rows_on(state.device))
 
     def add_bias(self) -> None:
         self.propagation._add_bias(self.layer.output, self.layer.attention_post_norm, self.query_scale)
@@ -237,10 +244,10 @@ def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype)
 def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     """A projection with the ``γ`` of the norm on its output folded in."""
     weight = projection.weight
-    if norm is None:
-        return weight.to(dtype)
-    wide = _at_least_fp32(dtype)
-    return (weight.to(wide) * norm.gamma(wide)[:, None]).to(dtype)
+    if norm is not None:
+        wide = _at_least_fp32(dtype)
+        weight = weight.to(wide) * norm.gamma(wide)[:, None]
+    return weight.to(dtype).contiguous()  # GPT-2 stores its projections transposed
 
 
 def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
