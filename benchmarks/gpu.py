@@ -360,7 +360,7 @@ def main() -> None:
         )
         step(report, "measure", [python, __file__, str(report.path.with_suffix(".measured.json")), "measure"], 180)
         step(
-            report, "kernel tests", [python, "-m", "pytest", "tests/depass_kernels", "--device", "cuda", *parallel], 150
+            report, "kernel tests", [python, "-m", "pytest", "tests/depass_kernels", "--device", "cuda", *parallel], 100
         )
         step(report, "wrapper tests", [python, "-m", "pytest", "tests/depass", "--device", "cuda", *parallel], 80)
         if shutil.which("compute-sanitizer"):
