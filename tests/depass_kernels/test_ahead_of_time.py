@@ -14,7 +14,7 @@ import torch
 
 from depass_kernels import SourceLayout
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", exc_type=ImportError)
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 if torch.cuda.is_available():
