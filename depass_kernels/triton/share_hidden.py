@@ -18,7 +18,6 @@ from .launch import Launch, computing_type, power_of_two
 WIDEST = 256  # sources of one tile that holds all of a position's
 BLOCK = 128  # sources of one of several
 BYTES = 32768  # of one tile: with 8 warps 32 numbers a thread in fp32, so that two tiles are at work per multiprocessor
-RULES = ("softmax", "max", "relu", "linear")
 
 
 def launch(
