@@ -18,6 +18,7 @@ from depass_kernels.backends import NAMES, RULES
 from . import lockstep, prompt, smollm2, sources, targets
 from .errors import ConservationError, ConservationWarning, ModelError, NonFiniteError, OptionError
 from .families import BoundModel, Family, bind
+from .graphs import Recordings
 from .propagate import MLPSharing, Propagation
 from .result import Attribution, Settings
 from .sources import Decomposition, Source
@@ -67,6 +68,8 @@ class DePass:
         backend: of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; what ``depass backends``
             says cannot serve here is refused, never replaced. Results say who served in ``settings.backends``.
         workspace_bytes: size of the block buffers, by device without it; changes no result beyond rounding.
+        cuda_graphs: replay the layers of short prompts of which a like one came before (as many tokens or the same spans)
+            as CUDA graphs; for many short prompts one by one on one GPU.
         family: where the model's modules are, for families that are not known.
 
     Raises:
@@ -84,6 +87,7 @@ class DePass:
         exclude_bos: bool | Literal["auto"] = "auto",
         backend: str = "auto",
         workspace_bytes: int | None = None,
+        cuda_graphs: bool = False,
         family: Family | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -95,6 +99,12 @@ class DePass:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
         self._sharing(mlp_rule, temperature)
         _check_exclude(exclude_bos)
+        devices = {parameter.device for parameter in model.parameters()}
+        if cuda_graphs and (len(devices) > 1 or next(iter(devices)).type != "cuda"):
+            raise OptionError(
+                f"cuda_graphs=True needs a model on one CUDA device, this one lies on {', '.join(map(str, devices))}"
+            )
+        self._recordings = Recordings(self._bound) if cuda_graphs else None
 
     @staticmethod
     def from_pretrained(
@@ -181,6 +191,8 @@ class DePass:
                     f"its weights or its dtype ({_name(bound.dtype)}) do not carry this prompt"
                 )
         scores = _score(propagation, stream, readouts, len(parts.sources), bound)  # [T, M] in the state's dtype
+        if self._recordings is not None:
+            self._recordings.give_back(propagation)
         if not bool(scores.isfinite().all()):
             raise NonFiniteError(f"scores are not finite in {_name(bound.dtype)}; try bfloat16 or float32")
         total, spread = scores.double().sum(1), scores.double().abs().sum(1)
@@ -296,7 +308,10 @@ class DePass:
         progress: Progress | None = None,
         keep: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> tuple[Propagation, Tensor, Tensor]:
-        propagation = Propagation(self._bound, parts.layout, sharing, self.workspace_bytes)
+        if self._recordings is None:
+            propagation = Propagation(self._bound, parts.layout, sharing, self.workspace_bytes)
+        else:
+            propagation = self._recordings.lend(parts.layout, sharing, self.workspace_bytes)
 
         def on_layer(index: int, trace: lockstep.Trace) -> None:
             if index == layers.start:

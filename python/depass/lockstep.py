@@ -41,6 +41,21 @@ class Trace:
         scales = {name: scale.to(device) for name, scale in self.scales.items()}
         return Trace(self.stream.to(device), moved[0], scales, moved[1], moved[2])
 
+    def copy(self) -> Trace:
+        """The same numbers in memory of their own."""
+        copied = [None if t is None else t.clone() for t in (self.pattern, self.hidden, self.gate_total)]
+        scales = {name: scale.clone() for name, scale in self.scales.items()}
+        return Trace(self.stream.clone(), copied[0], scales, copied[1], copied[2])
+
+    def copy_from(self, other: Trace) -> None:
+        """Overwrite every tensor with that of a trace of the same layer and length."""
+        self.stream.copy_(other.stream)
+        for mine, its in ((self.pattern, other.pattern), (self.hidden, other.hidden), (self.gate_total, other.gate_total)):
+            if mine is not None and its is not None:
+                mine.copy_(its)
+        for name, scale in self.scales.items():
+            scale.copy_(other.scales[name])
+
 
 _traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs
 _running = threading.RLock()

@@ -68,7 +68,11 @@ class Propagation:
 
     def begin(self, stream: Tensor, owner: Tensor) -> None:
         """Start from a residual stream ``[P, D]`` whose positions belong to the sources ``owner`` ``[P]``."""
-        self.state = initial_state(stream, self.layout, owner, self.bound.state_dtype)
+        started = initial_state(stream, self.layout, owner, self.bound.state_dtype)
+        if self.state.shape == started.shape and self.state.device == started.device:
+            self.state.copy_(started)  # a recorded step knows the state by its place
+        else:
+            self.state = started
 
     def step(self, index: int, trace: Trace) -> None:
         """Move the state through layer ``index``, in place."""
