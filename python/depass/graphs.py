@@ -30,7 +30,7 @@ Record = Callable[[Callable[[], None], Any], Callable[[], None]]
 
 def record_cuda_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Record the kernels that ``work`` launches, without running them; the result runs them on the current stream."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -71,6 +71,7 @@ class RecordedPropagation(Propagation):
         self._recordings: dict[int, _Recording] = {}
 
     def step(self, index: int, trace: Trace) -> None:
+        """Move the state through layer ``index``, in place: by its recording where there is one."""
         weights = _places(self.bound.layers[index])
         recording = self._recordings.get(index)
         if recording is not None and recording.weights == weights:

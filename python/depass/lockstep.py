@@ -50,7 +50,11 @@ class Trace:
     def copy_from(self, other: Trace) -> None:
         """Overwrite every tensor with that of a trace of the same layer and length."""
         self.stream.copy_(other.stream)
-        for mine, its in ((self.pattern, other.pattern), (self.hidden, other.hidden), (self.gate_total, other.gate_total)):
+        for mine, its in (
+            (self.pattern, other.pattern),
+            (self.hidden, other.hidden),
+            (self.gate_total, other.gate_total),
+        ):
             if mine is not None and its is not None:
                 mine.copy_(its)
         for name, scale in self.scales.items():

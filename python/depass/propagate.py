@@ -63,6 +63,7 @@ class Propagation:
         self.workspace_bytes = workspace_bytes
         self.state = torch.empty(0)
         self.served: dict[str, set[str]] = {}  # which backends did each op
+        self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
         self._source_blocks: list[_SourceBlock] = []
         self._position_blocks: list[_PositionBlock] = []
 
@@ -73,6 +74,18 @@ class Propagation:
             self.state.copy_(started)  # a recorded step knows the state by its place
         else:
             self.state = started
+            self._operand = self._room_for_operand()
+        if self._operand is not None:
+            self._operand.copy_(started)
+
+    def _room_for_operand(self) -> Tensor | None:
+        """Memory for the state in the GEMMs' dtype, which every update then leaves there: no pass to cast it is needed."""
+        layer = self.bound.layers[0]
+        one_block = len(self._blocks_of_sources(layer)) == 1 and len(self._blocks_of_positions(layer)) == 1
+        whole = one_block and self._position_blocks[0].neurons == len(layer.gate.weight)
+        if not whole or self.bound.dtype == self.state.dtype or self.bound.parallel:
+            return None
+        return torch.empty_like(self.state, dtype=self.bound.dtype)
 
     def step(self, index: int, trace: Trace) -> None:
         """Move the state through layer ``index``, in place."""
@@ -83,6 +96,7 @@ class Propagation:
         layer = self.bound.layers[index]
         device = layer.down.module.weight.device  # a model may be spread over several
         self.state, trace = self.state.to(device), trace.to(device)
+        self._operand = None if self._operand is None else self._operand.to(device)
         attention = _Attention(self, layer, trace)
         blocks = self._blocks_of_sources(layer)
         if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
@@ -108,11 +122,12 @@ class Propagation:
         constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
 
         neurons = len(gate_weight)
-        for block in self._blocks_of_positions(neurons):
+        for block in self._blocks_of_positions(layer):
             here = slice(block.first, block.last)
             rows = state[block.begin : block.end]
-            # where neurons come in turn, the later ones read the state as it was
-            operand = rows.to(dtype, copy=block.neurons < neurons)
+            operand = self._operand
+            if operand is None:  # where neurons come in turn, the later ones read the state as it was
+                operand = rows.to(dtype, copy=block.neurons < neurons)
             block_scale = None if scale is None else scale[here]
             for f in range(0, neurons, block.neurons):
                 n = slice(f, min(f + block.neurons, neurons))
@@ -135,7 +150,7 @@ class Propagation:
 
     def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
         backend = backends.named_for("residual_update", self.sharing.backend)
-        residual_update(state, operand, weight, rows=rows, backend=backend)
+        residual_update(state, operand, weight, rows=rows, cast=self._operand, backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
@@ -145,7 +160,10 @@ class Propagation:
         if post_norm is not None:
             assert post_scale is not None
             bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
-        self.state[_bias_rows(self.layout, self.state)] += bias
+        rows = _bias_rows(self.layout, self.state)
+        self.state[rows] += bias
+        if self._operand is not None:
+            self._operand[rows] = self.state[rows].to(self._operand.dtype)
 
     def _blocks_of_sources(self, layer: Layer) -> list[_SourceBlock]:
         if not self._source_blocks:
@@ -156,8 +174,9 @@ class Propagation:
                 self._source_blocks.append(_SourceBlock(part, rows if len(blocks) > 1 else None, first == 0))
         return self._source_blocks
 
-    def _blocks_of_positions(self, neurons: int) -> list[_PositionBlock]:
+    def _blocks_of_positions(self, layer: Layer) -> list[_PositionBlock]:
         if not self._position_blocks:
+            neurons = len(layer.gate.weight)
             budget = self._workspace() // (
                 self.state.element_size() * 2
             )  # numbers: gates, and what a cast of them takes
@@ -217,6 +236,8 @@ class _Attention:
         state = self.propagation.state
         rows = block.rows_on(state.device)
         operand = state if rows is None else state.index_select(0, rows)
+        if self.propagation._operand is not None:
+            operand = self.propagation._operand
         values = operand.to(self.value_weight.dtype) @ self.value_weight.T
         if self.constant is not None and block.has_bias_source:
             _add_constant(values, self.constant, block.layout, self.key_scale)

@@ -28,7 +28,8 @@ class _Tape(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = function._schema.name.split("::")[-1]
         masked = name.startswith("index") and any(t.dtype == torch.bool for t in tensors)
-        assert name not in WAITING and not masked, f"{name} waits for the device, which no CUDA graph can record"
+        waits = masked or name in WAITING
+        assert not waits, f"{name} waits for the device, which no CUDA graph can record"
         if function._schema.is_mutable:
             for tensor in tensors:
                 memory = tensor.untyped_storage()
