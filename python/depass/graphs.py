@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from depass_kernels import SourceLayout
 from .families import BoundModel, Layer
 from .lockstep import Trace
 from .propagate import MLPSharing, Propagation
+from .sources import Decomposition
 
 ROWS = 1024  # with more, a step's work outlasts its launches (by count of bytes; not measured)
 LAYOUTS = 4  # of which recordings are kept; each holds its state and one layer's buffers
@@ -59,29 +60,38 @@ class RecordedPropagation(Propagation):
     def __init__(
         self,
         bound: BoundModel,
-        layout: SourceLayout,
         sharing: MLPSharing,
         workspace_bytes: int | None,
+        layout: SourceLayout,
+        key: Any,
         record: Record,
         pool: Any,
     ) -> None:
-        super().__init__(bound, layout, sharing, workspace_bytes)
-        self.replayed = 0
+        super().__init__(bound, sharing, workspace_bytes, [layout.positions], layout.rows)
+        self.key = key
         self._record, self._pool = record, pool
         self._recordings: dict[int, _Recording] = {}
 
-    def step(self, index: int, trace: Trace) -> None:
+    def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
+        """Begin with the one decomposition of a prompt, in the memory of the prompt before."""
+        if self.layout is None:
+            super().join(joining, trace)
+            return
+        joining[0][0].fill(self.state.zero_(), trace)
+        if self._operand is not None:
+            self._operand.copy_(self.state)
+
+    def step(self, index: int, trace: Trace, between: Callable[[], None] = lambda: None) -> None:
         """Move the state through layer ``index``, in place: by its recording where there is one."""
         weights = _places(self.bound.layers[index])
         recording = self._recordings.get(index)
         if recording is not None and recording.weights == weights:
             recording.trace.copy_from(trace)
             recording.replay()
-            self.replayed += 1
             return
         super().step(index, trace)  # compiles kernels and fills caches, which a recording cannot do
         if "reference" not in self.served["mix_values"] | self.served["share_hidden"]:
-            buffers = trace.copy()
+            buffers = replace(trace, mixed=None, after=None).map(torch.clone)
             replay = self._record(lambda: self._step(index, buffers), self._pool)
             self._recordings[index] = _Recording(buffers, weights, replay)
 
@@ -94,10 +104,12 @@ class Recordings:
         self._idle: OrderedDict[Any, RecordedPropagation | None] = OrderedDict()  # None: came once, or is lent
         self._lock = threading.Lock()
 
-    def lend(self, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None) -> Propagation:
-        """A propagation for ``layout``; a recorded one where the layout is small and came before."""
+    def lend(
+        self, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None
+    ) -> RecordedPropagation | None:
+        """A propagation for one decomposition at the start of a layer, where its layout is small and came before."""
         if layout.rows > ROWS:
-            return Propagation(self._bound, layout, sharing, workspace_bytes)
+            return None
         key = _key(layout, sharing)
         with self._lock:
             came_before = key in self._idle
@@ -108,17 +120,16 @@ class Recordings:
         if idle is not None:
             return idle
         if not came_before:
-            return Propagation(self._bound, layout, sharing, workspace_bytes)
+            return None
         pool = torch.cuda.graph_pool_handle() if self._record is record_cuda_graph else None
-        return RecordedPropagation(self._bound, layout, sharing, workspace_bytes, self._record, pool)
+        return RecordedPropagation(self._bound, sharing, workspace_bytes, layout, key, self._record, pool)
 
     def give_back(self, propagation: Propagation) -> None:
         """Keep a lent propagation for the next prompt of its layout. Its state is read by then."""
         if isinstance(propagation, RecordedPropagation):
             with self._lock:
-                key = _key(propagation.layout, propagation.sharing)
-                if key in self._idle:
-                    self._idle[key] = propagation
+                if propagation.key in self._idle:
+                    self._idle[propagation.key] = propagation
 
 
 def _key(layout: SourceLayout, sharing: MLPSharing) -> tuple[Any, ...]:

@@ -81,7 +81,8 @@ def test_weights_that_change_are_seen() -> None:
 def test_a_lent_propagation_is_nobody_elses() -> None:
     model = make("llama")
     dp = recorded(model)
-    _, parts, _, sharing = dp._prepare(prompts(5, 1)[0], "token", 0, None, None, None, None)
+    run = dp._options(0, None, None, None, None)
+    parts, sharing = dp._case(prompts(5, 1)[0], None, "token", run).parts, run.sharing
     assert dp._recordings is not None
     lent = [dp._recordings.lend(parts.layout, sharing, None) for _ in range(3)]
     assert len(set(map(id, lent))) == 3
