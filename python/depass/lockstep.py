@@ -27,7 +27,7 @@ ATTENTION = "depass"
 
 @dataclass
 class Trace:
-    """What is frozen in one layer, at ``P`` positions of ``B`` prompts; scales in the state's dtype, others in the model's."""
+    """What one layer freezes at ``P`` positions of ``B`` prompts; scales in the state's dtype, others in the model's."""
 
     stream: Tensor  # [P, D], the residual stream at the layer's input
     pattern: Tensor | None = None  # [B, H, T, T], T the longest prompt's length
