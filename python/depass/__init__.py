@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .prompt import Prompt
     from .result import Attribution, Settings
     from .sources import Source, Spans
+    from .sweep import Sweep
     from .targets import Contrast, Direction, Target, Token, TopK
 
 # Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
@@ -43,6 +44,7 @@ _MODULES = {
     "prompt": ("Prompt",),
     "result": ("Attribution", "Settings"),
     "sources": ("Source", "Spans"),
+    "sweep": ("Sweep",),
     "targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -50,8 +52,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
     "Direction", "Family", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError", "OutputError",
-    "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Target", "TargetError",
-    "Token", "TopK",
+    "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep", "Target",
+    "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 
