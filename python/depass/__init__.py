@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TargetError,
     )
     from .families import FAMILIES, Family
+    from .generation import Generation
     from .prompt import Prompt
     from .result import Attribution, Settings
     from .sources import Source, Spans
@@ -41,6 +42,7 @@ _MODULES = {
         "OutputError", "PromptError", "SourceError", "TargetError",
     ),
     "families": ("FAMILIES", "Family"),
+    "generation": ("Generation",),
     "prompt": ("Prompt",),
     "result": ("Attribution", "Settings"),
     "sources": ("Source", "Spans"),
@@ -51,9 +53,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
-    "Direction", "Family", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError", "OutputError",
-    "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep", "Target",
-    "TargetError", "Token", "TopK",
+    "Direction", "Family", "Generation", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError",
+    "OutputError", "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep",
+    "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 

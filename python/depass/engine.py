@@ -224,6 +224,7 @@ class Engine:
                 rows.append(torch.stack([self._score(done, index, 0, readout) for readout in readouts]))
             for op, names in done.propagation.served.items():
                 served.setdefault(op, set()).update(names)
+            del done  # its state makes room for the next group's
         parts = [one for group in groups for layer in group for one in layer]
         always = [len([s for s in one.sources if s.kind in ("bias", "rest")]) for one in parts]
         per_layer = len(groups[0][0])
