@@ -23,8 +23,8 @@ from torch import Tensor
 
 from depass_kernels.backends import RULES
 
-from ..api import DePass
-from ..errors import OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
+from ..api import DePass, _refuse_dropout
+from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
 from ..lockstep import Trace, _running, run
 from ..prompt import encode
@@ -79,18 +79,14 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         mlp_decomposed_function: str = "softmax",
         reproduce_published: bool = False,
     ) -> None:
-        _check_options(mlp_softmax_temp, ignore_special_token, mlp_decomposed_function, reproduce_published)
         self.model, self.tokenizer = model, tokenizer
         self.mlp_softmax_temp, self.ignore_special_token = mlp_softmax_temp, ignore_special_token
         self.mlp_decomposed_function, self.reproduce_published = mlp_decomposed_function, reproduce_published
         self.states: list[Tensor] = []
-        self._bound = bind(model)
         self._ids: tuple[int, ...] = ()
-        self._engine: _Engine
-        if reproduce_published:
-            self._engine = Published(self._bound, mlp_decomposed_function, mlp_softmax_temp, ignore_special_token)
-        else:
-            self._engine = _Exact(model, mlp_decomposed_function, mlp_softmax_temp, ignore_special_token)
+        self._bound = bind(model)
+        self._engine()
+        if not reproduce_published:
             _tell_once()
 
     def get_states(self, prompt: Any) -> list[Tensor]:
@@ -98,10 +94,15 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
 
         Raises:
             PromptError: a prompt that is empty, too long, out of the vocabulary or not one prompt.
+            ModelError: a model in training mode with dropout.
+            NonFiniteError: a residual stream that is not finite.
         """
-        self._ids = self._encode(prompt)
-        self.states = _residual_streams(self._bound, self._ids)
-        return self.states
+        ids = self._encode(prompt)
+        states = _residual_streams(self._bound, ids)
+        if not bool(states[-1].isfinite().all()):
+            raise NonFiniteError(f"the model's residual stream is not finite in {self._bound.dtype}; use a wider dtype")
+        self._ids, self.states = ids, states
+        return states
 
     def compute_decomposed_state(self, start_layer_idx: int = 0, single_compute_token: int | None = None) -> Tensor:
         """``[N, M=N, D]``: the tokens as sources, from a layer's input on, of the prompt last given to a method.
@@ -112,9 +113,8 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         """
         if not self._ids:
             raise PromptError("there is no prompt yet; call get_states(prompt) first")
-        depth = len(self._bound.layers)
-        start = _integer("start_layer_idx", start_layer_idx, 0, depth - 1)
-        return self._normed(self._token_states(range(start, depth), single_compute_token)[0])
+        layers = range(self._start(start_layer_idx), len(self._bound.layers))
+        return self._normed(self._token_states(layers, single_compute_token)[0])
 
     def get_last_layer_decomposed_state(
         self, prompt: Any, single_compute_token: int | None = None
@@ -134,9 +134,8 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         self, prompt: Any, start_layer_idx: int, end_layer_idx: int, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """``[N, M=N, D]`` entering ``end_layer_idx``, from the positions of a layer's input; unnormed; and ``states``."""
-        depth = len(self._bound.layers)
-        start = _integer("start_layer_idx", start_layer_idx, 0, depth - 1)
-        end = _integer("end_layer_idx", end_layer_idx, start + 1, depth)
+        start = self._start(start_layer_idx)
+        end = _integer("end_layer_idx", end_layer_idx, start + 1, len(self._bound.layers))
         states = self.get_states(prompt)
         return _by_position(self._token_states(range(start, end), single_compute_token)[0]), states
 
@@ -155,7 +154,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         start = self._start(start_layer_idx)
         blocks = None if compute_num is None else _integer("compute_num", compute_num, 1)
         self.get_states(prompt)
-        return self._normed(self._engine.neuron_states(self._ids, start, blocks))
+        return self._normed(self._engine().neuron_states(self._ids, start, blocks))
 
     def get_layer_module_decomposed_state(
         self, prompt: Any, start_layer_idx: int, single_compute_token: int | None = None, type: str | None = None
@@ -170,7 +169,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
                 "known, and with so few sources there is nothing to cut; leave it out"
             )
         self.get_states(prompt)
-        return self._normed(self._engine.module_states(self._ids, start, type))
+        return self._normed(self._engine().module_states(self._ids, start, type))
 
     def get_subspace_decomposed_state(self, prompt: Any, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
         """``[N, M, D]`` of the last layer, from given parts of the stream *after* a layer.
@@ -244,7 +243,16 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         new: str = self.tokenizer.decode(text[len(given) :], skip_special_tokens=True)
         return new, scores, state, states
 
+    def _engine(self) -> _Engine:
+        """What does the work, made anew for each call: the options are attributes that may have been set since."""
+        options = self.mlp_decomposed_function, self.mlp_softmax_temp, self.ignore_special_token
+        _check_options(*options, self.reproduce_published)
+        return Published(self._bound, *options) if self.reproduce_published else _Exact(self.model, *options)
+
     def _encode(self, prompt: Any) -> tuple[int, ...]:
+        _refuse_dropout(self._bound)
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise PromptError("a prompt given as text needs a tokenizer; give one to the manager, or token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return encode(ids, None, self._bound).ids
 
@@ -253,13 +261,13 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
 
     def _token_states(self, layers: range, block: int | None, keep_all: bool = False) -> list[Tensor]:
         block = None if block is None else _integer("single_compute_token", block, 1)
-        return self._engine.token_states(self._ids, layers, keep_all, block)
+        return self._engine().token_states(self._ids, layers, keep_all, block)
 
     def _subspace_states(self, prompt: Any, layer: Any, parts: Tensor, keep_all: bool) -> list[Tensor]:
         start = self._start(layer)
         self.get_states(prompt)
         _check_state(parts, (None, *self.states[0].shape[1:]), "[M, N, D]")
-        return self._engine.subspace_states(self._ids, start, parts, keep_all)
+        return self._engine().subspace_states(self._ids, start, parts, keep_all)
 
     @torch.no_grad()
     def _normed(self, state: Tensor) -> Tensor:
@@ -378,7 +386,7 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return operator.index(value)
 
 
-def _check_options(temperature: Any, ignore: Any, rule: Any, reproduce: Any) -> None:
+def _check_options(rule: Any, temperature: Any, ignore: Any, reproduce: Any) -> None:
     number = isinstance(temperature, (int, float)) and math.isfinite(temperature)
     if not number or temperature <= 0:
         raise OptionError(f"mlp_softmax_temp={temperature!r}: need a positive number")
