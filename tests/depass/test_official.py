@@ -92,6 +92,9 @@ def test_the_published_numbers(name: str, call: str, recorded: Any) -> None:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_published_head_scores_of_smollm2(which: int, golden: Path, smollm2_dp: DePass) -> None:
+    """Every fourth layer. Where nothing is near the threshold of quirk 2 the scores agree to 2e-5; a pre-activation of the
+    last head that rounding puts on its other side moves them by up to 1e-3 (layer 0 of the second prompt by 2.7e-3).
+    """
     cases = [case for case in json.loads((golden / "smollm2.json").read_text()) if "head_scores" in case]
     case, made = cases[which], decomposed_state_manager(smollm2_dp.model, None, reproduce_published=True)
     for layer in range(which, 30, 4):
