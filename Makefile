@@ -27,7 +27,7 @@ compile-for-%:
 	$(BIN)/python -m pytest tests/depass_kernels/test_ahead_of_time.py --ahead-of-time -k $*
 
 test-interpreted:
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels -k "triton or auto"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels tests/depass/test_served.py -k "triton or auto"
 
 # On a machine with a GPU that has torch, transformers and pytest already, and perhaps no network: builds in place, tests,
 # sanitizes and measures, and installs nothing.

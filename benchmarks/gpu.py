@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -294,6 +295,35 @@ def end_to_end(report: Report, machine: Machine, tiny: bool) -> None:
             served=result.settings.backends, seconds=took, floor_seconds=floor, share_of_floor=floor / took,
             conservation_error=float(result.conservation_error.max()), peak_bytes=peak,
         )  # fmt: skip
+    short_prompts(report, machine, model, "Llama-2-7B, random weights")
+    if tiny:
+        return
+    del model
+    small = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                        num_key_value_heads=3, vocab_size=49152)  # fmt: skip
+    short_prompts(report, machine, LlamaForCausalLM(small).bfloat16().to(machine.device).eval(), "SmolLM2-135M's shape")
+
+
+def short_prompts(report: Report, machine: Machine, model: Any, name: str) -> None:
+    """One prompt at a time, its layers launched kernel by kernel and replayed as CUDA graphs."""
+    for positions in (8, 16, 32, 44):
+        generator = torch.Generator().manual_seed(positions)
+        ids = torch.randint(3, model.config.vocab_size, (positions,), generator=generator)
+        expected = DePass(model).attribute(ids, target=5, exclude_bos=True).scores
+        for graphs in (False, True):
+            row = {"what": "short prompt", "model": name, "positions": positions, "cuda_graphs": graphs}
+            if graphs and machine.device != "cuda":
+                continue
+            try:
+                dp = DePass(model, cuda_graphs=graphs)
+                work = lambda d=dp, i=ids: d.attribute(i, target=5, exclude_bos=True).scores  # noqa: E731
+                work(), work()
+                if agrees(work(), expected):
+                    report.add(**row, seconds=machine.seconds(work))
+                else:
+                    report.add(**row, failed="differs from the steps without graphs")
+            except Exception as error:
+                report.add(**row, failed=f"{type(error).__name__}: {error}"[:2000])
 
 
 def sanitized() -> None:
@@ -323,15 +353,18 @@ def sanitized() -> None:
 
 def step(report: Report, name: str, command: list[str], limit: int, **environment: str) -> None:
     begin = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False,
-            env={**os.environ, "PYTHONPATH": "python:.", **environment},
-        )  # fmt: skip
-        code, said = done.returncode, done.stdout[-3000:] + done.stderr[-1500:]
-    except subprocess.TimeoutExpired as error:
-        code, said = "timeout", str(error.stdout or b"")[-3000:]
-    report.add(what="step", name=name, code=code, seconds=round(time.monotonic() - begin, 1), said=said)
+    environment = {**os.environ, "PYTHONPATH": "python:.", **environment}
+    code: int | str
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as running:  # fmt: skip
+        try:
+            said, code = running.communicate(timeout=limit)[0], running.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # workers and watched programs with it
+            said, code = running.communicate()[0], "timeout"
+    report.add(what="step", name=name, code=code, seconds=round(time.monotonic() - begin, 1), said=said[-4000:])
 
 
 def main() -> None:
@@ -354,15 +387,15 @@ def main() -> None:
             report,
             "build",
             [python, "setup.py", "-q", "build_ext", "--inplace"],
-            150,
+            110,
             DEPASS_BUILD_CPU="1",
             DEPASS_BUILD_CUDA="1",
         )
-        step(report, "measure", [python, __file__, str(report.path.with_suffix(".measured.json")), "measure"], 180)
+        step(report, "measure", [python, __file__, str(report.path.with_suffix(".measured.json")), "measure"], 190)
         step(
-            report, "kernel tests", [python, "-m", "pytest", "tests/depass_kernels", "--device", "cuda", *parallel], 100
+            report, "kernel tests", [python, "-m", "pytest", "tests/depass_kernels", "--device", "cuda", *parallel], 80
         )
-        step(report, "wrapper tests", [python, "-m", "pytest", "tests/depass", "--device", "cuda", *parallel], 80)
+        step(report, "wrapper tests", [python, "-m", "pytest", "tests/depass", "--device", "cuda", *parallel], 60)
         if shutil.which("compute-sanitizer"):
             for tool in ("memcheck", "racecheck"):
                 watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]

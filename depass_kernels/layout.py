@@ -115,7 +115,7 @@ class SourceLayout:
         skipped = torch.cat([layout.skipped for layout in layouts])
         return SourceLayout(_cumulative(counts), _cumulative(lengths), torch.tensor(list(prompt)), skipped)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """``R``, the number of rows."""
         return int(self.row_start[-1])

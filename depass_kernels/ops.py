@@ -53,6 +53,7 @@ def mix_values(
         KernelError: shapes, dtypes or devices that do not fit together.
         BackendError: the named backend cannot serve this call.
     """
+    _on_cpu(layout)
     _matrix("values", values, layout.rows, None)
     if pattern.dim() != 4 or pattern.shape[2] != pattern.shape[3] or pattern.dtype not in FLOATS:
         raise KernelError(f"pattern must be floating [B, H, N, N], got {_says(pattern)}")
@@ -120,6 +121,7 @@ def share_hidden(
         KernelError: shapes, dtypes, devices or options that do not fit together.
         BackendError: the named backend cannot serve this call.
     """
+    _on_cpu(layout)
     _matrix("gate", gate, layout.rows, None)
     _matrix("hidden", hidden, layout.positions, gate.shape[1])
     _rule(rule, temperature, backends.RULES)
@@ -213,6 +215,7 @@ def gate_share(
         KernelError: shapes, dtypes, devices or options that do not fit together.
         BackendError: the named backend cannot serve this call.
     """
+    _on_cpu(layout)
     _matrix("operand", operand, layout.rows, None)
     if weight.dim() != 2 or weight.shape[1] != operand.shape[1] or weight.dtype != operand.dtype:
         raise KernelError(f"weight must be [F, {operand.shape[1]}] in the operand's dtype, got {_says(weight)}")
@@ -228,6 +231,14 @@ def gate_share(
         rule=rule, temperature=temperature, out=out,
     )  # fmt: skip
     return out
+
+
+def _on_cpu(layout: SourceLayout) -> None:
+    if layout.row_start.device.type != "cpu":
+        raise KernelError(
+            f"layout's offsets lie on {layout.row_start.device}; give the layout itself, not what its to() made: the op "
+            "moves and keeps what it needs"
+        )
 
 
 def _rule(rule: str, temperature: float, rules: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import DePass, States
+    from .components import Custom, Heads, Modules, Neurons, Subspace
     from .errors import (
         ConservationError,
         ConservationWarning,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
 _MODULES = {
     "api": ("DePass", "States"),
+    "components": ("Custom", "Heads", "Modules", "Neurons", "Subspace"),
     "errors": (
         "ConservationError", "ConservationWarning", "DePassError", "ModelError", "NonFiniteError", "OptionError",
         "OutputError", "PromptError", "SourceError", "TargetError",
@@ -46,9 +48,10 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "DePass", "DePassError",
-    "Direction", "Family", "ModelError", "NonFiniteError", "OptionError", "OutputError", "Prompt", "PromptError",
-    "Settings", "Source", "SourceError", "Spans", "States", "Target", "TargetError", "Token", "TopK",
+    "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
+    "Direction", "Family", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError", "OutputError",
+    "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Target", "TargetError",
+    "Token", "TopK",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +16,14 @@ from depass_kernels import BackendError, SourceLayout
 from depass_kernels.backends import NAMES, RULES
 
 from . import lockstep, prompt, smollm2, sources, targets
-from .errors import ConservationError, ConservationWarning, ModelError, NonFiniteError, OptionError
+from .components import COMPONENTS, decompose_components
+from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
 from .families import BoundModel, Family, bind
+from .graphs import Recordings
 from .propagate import MLPSharing, Propagation
 from .result import Attribution, Settings
-from .sources import Decomposition, Source
-
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+from .sources import Decomposition, Moment, Source
+from .targets import Target
 
 Progress = Callable[[int, int], None]
 
@@ -67,6 +68,8 @@ class DePass:
         backend: of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; what ``depass backends``
             says cannot serve here is refused, never replaced. Results say who served in ``settings.backends``.
         workspace_bytes: size of the block buffers, by device without it; changes no result beyond rounding.
+        cuda_graphs: replay the layers of short prompts of which a like one came before (as many tokens or the same spans)
+            as CUDA graphs; for many short prompts one by one on one GPU.
         family: where the model's modules are, for families that are not known.
 
     Raises:
@@ -84,6 +87,7 @@ class DePass:
         exclude_bos: bool | Literal["auto"] = "auto",
         backend: str = "auto",
         workspace_bytes: int | None = None,
+        cuda_graphs: bool = False,
         family: Family | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -95,6 +99,12 @@ class DePass:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
         self._sharing(mlp_rule, temperature)
         _check_exclude(exclude_bos)
+        devices = {parameter.device for parameter in model.parameters()}
+        if cuda_graphs and (len(devices) > 1 or next(iter(devices)).type != "cuda"):
+            raise OptionError(
+                f"cuda_graphs=True needs a model on one CUDA device, this one lies on {', '.join(map(str, devices))}"
+            )
+        self._recordings = Recordings(self._bound) if cuda_graphs else None
 
     @staticmethod
     def from_pretrained(
@@ -147,7 +157,8 @@ class DePass:
             prompt: one prompt: a string, chat messages (a list of dicts), or ids (a list of ints or a 1-D tensor).
             target: None (the model's own next token), a string or id, :class:`TopK`, :class:`Token`, :class:`Contrast`,
                 :class:`Direction`, or a list of these.
-            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`.
+            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`; or what the model's own parts put into the
+                stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`, :class:`Subspace`, :class:`Custom`.
             start_layer: the layer whose input stream is decomposed, from 0.
             stop_layer: one past the last layer, the model's last without it; before that, scores are read from the
                 stream there through the final norm and head (a logit lens).
@@ -162,48 +173,12 @@ class DePass:
             NonFiniteError: the model's logits or the parts are not finite.
             ConservationError: with ``strict``, scores that do not add up.
         """
-        bound = self._bound
-        made, parts, layers, sharing = self._prepare(
-            prompt, sources, start_layer, stop_layer, mlp_rule, temperature, exclude_bos
-        )
-        asked = targets.check(target, len(made.ids), self.tokenizer, bound)
-        propagation, stream, normed = self._run(made, parts, layers, sharing, progress=progress)
-        if layers.stop < len(bound.layers):
-            norm = bound.final_norm.module
-            normed = norm(stream[None].to(norm.weight.device))[0]
-        readouts = targets.fill(asked, normed, bound, self.tokenizer)
-
-        logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
-        for readout in readouts:
-            if not math.isfinite(readout.logit):
-                raise NonFiniteError(
-                    f"the model's own logits are not finite ({readout.logit} for {readout.target.label!r}); "
-                    f"its weights or its dtype ({_name(bound.dtype)}) do not carry this prompt"
-                )
-        scores = _score(propagation, stream, readouts, len(parts.sources), bound)  # [T, M] in the state's dtype
-        if not bool(scores.isfinite().all()):
-            raise NonFiniteError(f"scores are not finite in {_name(bound.dtype)}; try bfloat16 or float32")
-        total, spread = scores.double().sum(1), scores.double().abs().sum(1)
-        error = (total - logits).abs() / torch.maximum(logits.abs(), spread).clamp(min=torch.finfo(torch.float64).tiny)
-        self._judge(float(error.max()), strict)
-        return Attribution(
-            scores=scores.float(),
-            sources=parts.sources,
-            targets=tuple(readout.target for readout in readouts),
-            target_logits=logits.float(),
-            conservation_error=error.float(),
-            prompt=made,
-            settings=Settings(
-                model=self.name,
-                dtype=_name(bound.dtype),
-                rule=sharing.rule,
-                temperature=sharing.temperature,
-                exclude_bos=parts.excluded,
-                start_layer=layers.start,
-                stop_layer=layers.stop,
-                backends={op: "+".join(sorted(names)) for op, names in sorted(propagation.served.items())},
-            ),
-        )
+        run = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        found = self._attribute([self._case(prompt, target, sources, run)], run, progress)[0]
+        if isinstance(found, DePassError):
+            raise found
+        self._judge(found, strict)
+        return found
 
     @torch.no_grad()
     def states(
@@ -217,6 +192,7 @@ class DePass:
         mlp_rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
+        on_state: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> States:
         """The decomposed state as it enters layers: ``Σ_m X[m, t] = x[t]`` at each (design section 1).
 
@@ -229,90 +205,228 @@ class DePass:
             mlp_rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
+            on_state: given each layer, its state ``[R, D]`` and stream ``[N, D]`` on the model's device, which it may read
+                only during the call; then nothing is kept.
 
         Raises:
             PromptError, SourceError, OptionError, ModelError: something that cannot be decomposed.
+            NonFiniteError: a state is not finite.
         """
-        made, parts, run, sharing = self._prepare(
-            prompt, sources, start_layer, stop_layer, mlp_rule, temperature, exclude_bos
-        )
+        run = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        case = self._case(prompt, None, sources, run)
+        there = case.layers(run)
         given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-        wanted = range(run.start, run.stop + 1) if layers is None else tuple(given)
+        wanted = there if layers is None else tuple(given)
         for layer in wanted:
-            if not isinstance(layer, int) or not run.start <= layer <= run.stop:
-                raise OptionError(f"layers: {layer!r} is none of the layers {run.start} to {run.stop}")
+            if not isinstance(layer, int) or layer not in there:
+                raise OptionError(f"layers: {layer!r} is none of the layers {there.start} to {there.stop - 1}")
         rows: dict[int, Tensor] = {}
         residual: dict[int, Tensor] = {}
 
-        def keep(layer: int, state: Tensor, stream: Tensor) -> None:
-            if layer in wanted:
-                rows[layer] = state.to("cpu", copy=True)
+        def keep(layer: int, propagation: Propagation, stream: Tensor) -> None:
+            if layer not in wanted:
+                return
+            if not bool(propagation.state.isfinite().all()):
+                raise NonFiniteError(f"the state entering layer {layer} is not finite in {_name(self._bound.dtype)}")
+            if on_state is not None:
+                on_state(layer, propagation.state, stream)
+            else:
+                rows[layer] = propagation.state.to("cpu", copy=True)
                 residual[layer] = stream.to("cpu", copy=True)
 
-        propagation, stream, _ = self._run(made, parts, run, sharing, keep=keep)
-        keep(run.stop, propagation.state, stream)
-        for layer, kept in rows.items():
-            if not bool(kept.isfinite().all()):
-                raise NonFiniteError(f"the state entering layer {layer} is not finite in {_name(self._bound.dtype)}")
-        return States(rows, residual, parts.layout, parts.sources)
+        self._run([case.prompt], [(case.parts, 0)], run, keep=keep)
+        return States(rows, residual, case.parts.layout, case.parts.sources)
 
-    def _prepare(
+    def _options(
         self,
-        given: Any,
-        wanted: Any,
         start_layer: int,
         stop_layer: int | None,
         mlp_rule: str | None,
         temperature: float | None,
         exclude_bos: bool | Literal["auto"] | None,
-    ) -> tuple[prompt.Prompt, Decomposition, range, MLPSharing]:
-        bound = self._bound
-        sharing = self._sharing(
-            self.mlp_rule if mlp_rule is None else mlp_rule, self.temperature if temperature is None else temperature
-        )
-        exclude = _check_exclude(self.exclude_bos if exclude_bos is None else exclude_bos)
-        depth = len(bound.layers)
+    ) -> _Options:
+        depth = len(self._bound.layers)
         stop_layer = depth if stop_layer is None else stop_layer
         if not (
             isinstance(start_layer, int) and isinstance(stop_layer, int) and 0 <= start_layer < stop_layer <= depth
         ):
             raise OptionError(
                 f"start_layer={start_layer}, stop_layer={stop_layer}: need 0 <= start < stop <= {depth}, the layers of "
-                f"{bound.name}"
+                f"{self._bound.name}"
             )
-        _refuse_dropout(bound)
+        sharing = self._sharing(
+            self.mlp_rule if mlp_rule is None else mlp_rule, self.temperature if temperature is None else temperature
+        )
+        exclude = _check_exclude(self.exclude_bos if exclude_bos is None else exclude_bos)
+        return _Options(start_layer, stop_layer, sharing, exclude)
+
+    def _case(self, given: Any, target: Any, wanted: Any, run: _Options) -> _Case:
+        """Check one prompt and what is asked about it, before any work is done."""
+        bound = self._bound
         made = prompt.encode(given, self.tokenizer, bound)
-        bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
-        parts = sources.decompose(made, wanted, bound.has_bias, exclude, bos)
-        return made, parts, range(start_layer, stop_layer), sharing
+        if isinstance(wanted, COMPONENTS):
+            if run.start != 0:
+                raise OptionError(f"start_layer={run.start}: {type(wanted).__name__} names its own layer; leave it out")
+            parts = decompose_components(wanted, len(made.ids), bound)
+            if parts.layer >= run.stop:
+                raise OptionError(
+                    f"stop_layer={run.stop}: must lie behind layer {parts.layer} of {type(wanted).__name__}"
+                )
+        else:
+            bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
+            parts = sources.decompose(made, wanted, run.start, bound.has_bias, run.exclude, bos)
+        case = _Case(made, parts, ())
+        asked = targets.check(target, len(made.ids), case.layers(run), self.tokenizer, bound)
+        return replace(case, asked=tuple(asked))
+
+    def _attribute(
+        self, cases: Sequence[_Case], run: _Options, progress: Progress | None = None
+    ) -> list[Attribution | DePassError]:
+        """The cases' results from one pass of the model; an error in the place of one that has none."""
+        probes: dict[tuple[int, int], tuple[Tensor, float]] = {}  # by case and target: scores [M], logit
+
+        def read(layer: int, propagation: Propagation, stream: Tensor) -> None:
+            for i, case in enumerate(cases):
+                for j, asked in enumerate(case.asked):
+                    if asked.layer == layer and asked.w is not None:
+                        probes[i, j] = _probe(propagation, stream, i, case, asked)
+
+        propagation, stream, normed = self._run(
+            [case.prompt for case in cases], [(case.parts, i) for i, case in enumerate(cases)], run, progress, read
+        )
+        logits = self._logits(cases, normed, propagation)
+        found = [
+            self._result(i, case, run, propagation, stream, normed, logits, probes) for i, case in enumerate(cases)
+        ]
+        if self._recordings is not None:
+            self._recordings.give_back(propagation)
+        return found
+
+    def _logits(self, cases: Sequence[_Case], normed: Tensor, propagation: Propagation) -> dict[int, Tensor]:
+        """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
+        starts = propagation.prompt_start
+        wanted = sorted({starts[i] + asked.position for i, case in enumerate(cases) for asked in case.asked})
+        head = self._bound.head
+        return dict(zip(wanted, head(normed[wanted].to(head.weight.device)), strict=True))
+
+    def _result(
+        self,
+        index: int,
+        case: _Case,
+        run: _Options,
+        propagation: Propagation,
+        stream: Tensor,
+        normed: Tensor,
+        logits: dict[int, Tensor],
+        probes: dict[tuple[int, int], tuple[Tensor, float]],
+    ) -> Attribution | DePassError:
+        bound, first = self._bound, propagation.prompt_start[index]
+        found: list[Target] = []
+        rows: list[Tensor] = []
+        sums: list[float] = []
+        for j, asked in enumerate(case.asked):
+            if asked.layer is not None:
+                scores, logit = probes[index, j]
+                found.append(Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept))
+                rows.append(scores)
+                sums.append(logit)
+                continue
+            at = logits[first + asked.position].to(bound.state_dtype)
+            vector = normed[first + asked.position].to(at)
+            for readout in targets.fill(asked, vector, at, bound, self.tokenizer):
+                found.append(readout.target)
+                rows.append(_score(propagation, stream, index, index, case.parts, readout, bound))
+                sums.append(readout.logit)
+        for target, logit in zip(found, sums, strict=True):
+            if not math.isfinite(logit):
+                return NonFiniteError(
+                    f"the model's own logits are not finite ({logit} for {target.label!r}); "
+                    f"its weights or its dtype ({_name(bound.dtype)}) do not carry this prompt"
+                )
+        scores = torch.stack(rows)
+        if not bool(scores.isfinite().all()):
+            return NonFiniteError(f"scores are not finite in {_name(bound.dtype)}; try bfloat16 or float32")
+        own = torch.tensor(sums, dtype=torch.float64)
+        return Attribution(
+            scores=scores.float(),
+            sources=case.parts.sources,
+            targets=tuple(found),
+            target_logits=own.float(),
+            conservation_error=conservation_error(scores, own).float(),
+            prompt=case.prompt,
+            settings=self._settings(run, case.parts.layer, case.parts.excluded, propagation),
+        )
+
+    def _settings(self, run: _Options, start: int, excluded: bool, propagation: Propagation) -> Settings:
+        return Settings(
+            model=self.name,
+            dtype=_name(self._bound.dtype),
+            rule=run.sharing.rule,
+            temperature=run.sharing.temperature,
+            exclude_bos=excluded,
+            start_layer=start,
+            stop_layer=run.stop,
+            backends={op: "+".join(sorted(names)) for op, names in sorted(propagation.served.items())},
+        )
 
     def _run(
         self,
-        made: prompt.Prompt,
-        parts: Decomposition,
-        layers: range,
-        sharing: MLPSharing,
-        *,
+        prompts: Sequence[prompt.Prompt],
+        joining: Sequence[tuple[Decomposition, int]],
+        run: _Options,
         progress: Progress | None = None,
-        keep: Callable[[int, Tensor, Tensor], None] | None = None,
+        keep: Callable[[int, Propagation, Tensor], None] | None = None,
     ) -> tuple[Propagation, Tensor, Tensor]:
-        propagation = Propagation(self._bound, parts.layout, sharing, self.workspace_bytes)
+        """One pass of the model over prompts, with decompositions of them on the way.
+
+        Args:
+            prompts: whose positions lie one behind the other.
+            joining: the decompositions, and of which prompt each is; in the order in which they join.
+            run: how.
+            progress: told after each layer.
+            keep: given the state that enters a layer, after those that start there have joined, and the stream; at last
+                what leaves the last layer.
+
+        Returns:
+            The propagation with its final state, the stream there ``[P, D]``, and the same after the final norm.
+        """
+        bound = self._bound
+        _refuse_dropout(bound)
+        layers = range(min(made.layer for made, _ in joining), run.stop)
+        lengths, rows = [len(made.ids) for made in prompts], sum(made.layout.rows for made, _ in joining)
+        propagation: Propagation | None = None
+        if self._recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
+            propagation = self._recordings.lend(joining[0][0].layout, run.sharing, self.workspace_bytes)
+        if propagation is None:
+            propagation = Propagation(bound, run.sharing, self.workspace_bytes, lengths, rows)
+        going: Propagation = propagation
+
+        def join(layer: int, moment: Moment, trace: lockstep.Trace) -> None:
+            now = [one for one in joining if (one[0].layer, one[0].moment) == (layer, moment)]
+            if now:
+                going.join(now, trace)
 
         def on_layer(index: int, trace: lockstep.Trace) -> None:
-            if index == layers.start:
-                propagation.begin(trace.stream, parts.owner)
-            if keep is not None:
-                keep(index, propagation.state, trace.stream)
-            propagation.step(index, trace)
+            join(index, "start", trace)
+            if keep is not None and going.layout is not None:
+                keep(index, going, trace.stream)
+            going.step(index, trace, lambda: join(index, "middle", trace))
+            join(index, "end", trace)
             if progress is not None:
                 progress(index - layers.start + 1, len(layers))
 
-        ids = torch.tensor(made.ids)
         try:
-            stream, normed = lockstep.run(self._bound, ids, on_layer, layers, with_gate_total=sharing.rule == "taylor")
+            stream, normed = lockstep.run(
+                bound, [made.ids for made in prompts], on_layer, layers, with_gate_total=run.sharing.rule == "taylor"
+            )
         except BackendError as error:
             raise OptionError(str(error)) from error
-        return propagation, stream, normed
+        if run.stop < len(bound.layers):
+            norm = bound.final_norm.module
+            normed = norm(stream[None].to(norm.weight.device))[0]
+        if keep is not None:
+            keep(run.stop, going, stream)
+        return going, stream, normed
 
     def _sharing(self, rule: str, temperature: float) -> MLPSharing:
         if rule not in RULES:
@@ -324,8 +438,8 @@ class DePass:
             raise OptionError(f"unknown backend {self.backend!r}; there are: {', '.join(NAMES)}")
         return MLPSharing(rule, float(temperature), self.backend)
 
-    def _judge(self, error: float, strict: bool) -> None:
-        tolerance = TOLERANCE[self._bound.dtype]
+    def _judge(self, found: Attribution, strict: bool) -> None:
+        error, tolerance = float(found.conservation_error.max()), self._bound.tolerance
         if error > tolerance:
             message = (
                 f"the scores miss the logit by {error:.1e} of their size, more than {tolerance:.0e} for "
@@ -336,23 +450,70 @@ class DePass:
             warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What holds of a whole pass."""
+
+    start: int
+    stop: int
+    sharing: MLPSharing
+    exclude: bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A prompt, its decomposition and what is asked of it, all checked."""
+
+    prompt: prompt.Prompt
+    parts: Decomposition
+    asked: tuple[targets.Asked, ...]
+
+    def layers(self, run: _Options) -> range:
+        """The layers whose input is decomposed, and one past the last, where the final state is."""
+        return range(self.parts.layer + (self.parts.moment != "start"), run.stop + 1)
+
+
+def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
+    """``|Σ scores - logit| / max(|logit|, Σ |scores|)`` over the last dimension of ``scores``, in fp64."""
+    total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
+    size = torch.maximum(logits.abs(), spread).clamp(min=torch.finfo(torch.float64).tiny)
+    return (total - logits).abs() / size
+
+
 def _score(
-    propagation: Propagation, stream: Tensor, readouts: Sequence[targets.Readout], count: int, bound: BoundModel
+    propagation: Propagation,
+    stream: Tensor,
+    staircase: int,
+    prompt: int,
+    parts: Decomposition,
+    readout: targets.Readout,
+    bound: BoundModel,
 ) -> Tensor:
-    """``score[m] = w · final_norm_frozen(X[m, q])``: ``[targets, sources]`` on the CPU, in the state's dtype."""
-    state, layout, norm = propagation.state, propagation.layout, bound.final_norm
-    scores = torch.zeros(len(readouts), count, dtype=state.dtype)
-    beta = norm.beta()
-    for row, readout in zip(scores, readouts, strict=True):
-        position = readout.target.position
-        begin, end = int(layout.row_start[position]), int(layout.row_start[position + 1])
-        w = readout.w.to(state.device)
-        folded = norm.fold(w[None].to(norm.module.weight.device))[0].to(state.device)  # [D]
-        scale = norm.scale(stream[position], state.dtype).to(state.device)
-        row[: end - begin] = (state[begin:end] @ folded * scale).cpu()
-        if bound.has_bias:
-            row[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
+    """``score[m] = w · final_norm_frozen(X[m, q])``: ``[sources]`` on the CPU, in the state's dtype."""
+    norm, position = bound.final_norm, readout.target.position
+    rows = propagation.rows_at(staircase, position)
+    w = readout.w.to(rows.device)
+    folded = norm.fold(w[None].to(norm.module.weight.device))[0].to(rows.device)  # [D]
+    scale = norm.scale(stream[propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
+    scores = torch.zeros(len(parts.sources), dtype=rows.dtype)
+    scores[: len(rows)] = (rows @ folded * scale).cpu()
+    if bound.has_bias:
+        beta = norm.beta()
+        scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
     return scores
+
+
+def _probe(
+    propagation: Propagation, stream: Tensor, index: int, case: _Case, asked: targets.Asked
+) -> tuple[Tensor, float]:
+    """``score[m] = w · X[m, q]`` of the raw stream, ``[sources]`` on the CPU, and ``w · x[q]``."""
+    assert asked.w is not None
+    rows = propagation.rows_at(index, asked.position)
+    w = asked.w.to(rows)
+    scores = torch.zeros(len(case.parts.sources), dtype=rows.dtype)
+    scores[: len(rows)] = (rows @ w).cpu()
+    own = stream[propagation.prompt_start[index] + asked.position].to(rows)
+    return scores, float(own @ w)
 
 
 def _load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tuple[Any, Any]:

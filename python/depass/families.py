@@ -219,6 +219,11 @@ class BoundModel:
         """What the state accumulates in: fp32, or fp64 for fp64 models."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def tolerance(self) -> float:
+        """By how much, of their size, sums of parts may miss what they are parts of."""
+        return {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(self.dtype, 5e-2)
+
 
 def bind(model: Any, family: Family | None = None) -> BoundModel:
     """Resolve a family's paths on ``model``.

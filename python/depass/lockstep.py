@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -27,19 +27,34 @@ ATTENTION = "depass"
 
 @dataclass
 class Trace:
-    """What is frozen in one layer. ``P`` positions of one prompt; scales in the state's dtype, the rest in the model's."""
+    """What one layer freezes at ``P`` positions of ``B`` prompts; scales in the state's dtype, others in the model's."""
 
     stream: Tensor  # [P, D], the residual stream at the layer's input
-    pattern: Tensor | None = None  # [1, H, P, P]
+    pattern: Tensor | None = None  # [B, H, T, T], T the longest prompt's length
     scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
+    mixed: Tensor | None = None  # [P, H·d], the input of the attention's output projection
     hidden: Tensor | None = None  # [P, F]
     gate_total: Tensor | None = None  # [P, F], where asked for
+    after: Tensor | None = None  # [P, D], the residual stream at the layer's output
 
-    def to(self, device: torch.device) -> Trace:
-        """The same trace with everything on ``device``."""
-        moved = [None if t is None else t.to(device) for t in (self.pattern, self.hidden, self.gate_total)]
-        scales = {name: scale.to(device) for name, scale in self.scales.items()}
-        return Trace(self.stream.to(device), moved[0], scales, moved[1], moved[2])
+    def map(self, change: Callable[[Tensor], Tensor]) -> Trace:
+        """The same trace with every tensor changed."""
+        changed: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scales"}
+        changed = {name: None if tensor is None else change(tensor) for name, tensor in changed.items()}
+        return Trace(**changed, scales={name: change(scale) for name, scale in self.scales.items()})
+
+    def of(self, first: int, last: int) -> Trace:
+        """What is frozen at positions ``first .. last - 1``, but for the pattern."""
+        return replace(self, pattern=None).map(lambda tensor: tensor[first:last])
+
+    def copy_from(self, other: Trace) -> None:
+        """Overwrite every tensor with that of a trace of the same layer and length."""
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            if isinstance(mine, Tensor):
+                mine.copy_(getattr(other, f.name))
+        for name, scale in self.scales.items():
+            scale.copy_(other.scales[name])
 
 
 _traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs
@@ -80,16 +95,18 @@ def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
 
 def run(
     bound: BoundModel,
-    ids: Tensor,
+    prompts: Sequence[Sequence[int]],
     on_layer: Callable[[int, Trace], None],
     layers: range,
     with_gate_total: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run the model's backbone on one prompt and call ``on_layer`` after each of ``layers``.
+    """Run the model's backbone on prompts and call ``on_layer`` after each of ``layers``.
+
+    The prompts are padded on the right, where causal attention sees no padding, and ``P`` counts none of it.
 
     Args:
         bound: the model.
-        ids: ``[P]`` token ids.
+        prompts: ``B`` prompts' token ids.
         on_layer: given a layer's index and its trace, which it may read only during the call.
         layers: a run of layers, at least one.
         with_gate_total: whether the trace holds the model's own pre-activations.
@@ -101,6 +118,9 @@ def run(
     Returns:
         The residual stream after the last of ``layers`` ``[P, D]``, and the backbone's output after its final norm.
     """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
+    pack = _packer([len(prompt) for prompt in prompts])
     last: list[Tensor] = []
     with _running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model
         if _traces:
@@ -108,10 +128,27 @@ def run(
         stack.enter_context(eager_with_patterns(bound))
         for index in layers:
             final = last if index == layers[-1] else None
-            _hook_layer(stack, bound, index, on_layer, with_gate_total, final)
+            _hook_layer(stack, bound, index, on_layer, pack, with_gate_total, final)
         device = bound.model.get_input_embeddings().weight.device
-        output = bound.backbone(input_ids=ids.to(device)[None], use_cache=False, return_dict=True).last_hidden_state
-    return last[0], output[0]
+        output = bound.backbone(input_ids=ids.to(device), use_cache=False, return_dict=True).last_hidden_state
+    return last[0], pack(output)
+
+
+def _packer(lengths: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """What turns padded ``[B, T, ...]`` or ``[B·T, ...]`` into packed ``[P, ...]``."""
+    longest = max(lengths)
+    where = torch.cat([b * longest + torch.arange(length) for b, length in enumerate(lengths)])
+    moved: dict[torch.device, Tensor] = {}
+
+    def pack(padded: Tensor) -> Tensor:
+        flat = padded if padded.dim() == 2 else padded.flatten(0, 1)
+        if len(where) == len(flat):
+            return flat
+        if flat.device not in moved:
+            moved[flat.device] = where.to(flat.device)
+        return flat.index_select(0, moved[flat.device])
+
+    return pack
 
 
 def _hook_layer(
@@ -119,6 +156,7 @@ def _hook_layer(
     bound: BoundModel,
     index: int,
     on_layer: Callable[[int, Trace], None],
+    pack: Callable[[Tensor], Tensor],
     with_gate_total: bool,
     last: list[Tensor] | None,
 ) -> None:
@@ -127,19 +165,22 @@ def _hook_layer(
 
     def begin(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
-        open_trace[:] = [Trace(stream[0])]
+        open_trace[:] = [Trace(pack(stream))]
 
     def norm(name: str, norm: Norm) -> Callable[..., None]:
         def capture(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            open_trace[0].scales[name] = norm.scale(args[0][0], bound.state_dtype)
+            open_trace[0].scales[name] = norm.scale(pack(args[0]), bound.state_dtype)
 
         return capture
 
     def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        open_trace[0].hidden = args[0].reshape(-1, args[0].shape[-1])
+        open_trace[0].hidden = pack(args[0])
+
+    def mixed(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        open_trace[0].mixed = pack(args[0])
 
     def gate(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        open_trace[0].gate_total = layer.gate.select_output(output.reshape(-1, output.shape[-1]))
+        open_trace[0].gate_total = layer.gate.select_output(pack(output))
 
     def end(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         trace = open_trace.pop()
@@ -149,9 +190,10 @@ def _hook_layer(
             )
         if trace.hidden is None:
             raise ModelError(f"{bound.name}: the down projection of layer {index} did not run")
+        trace.after = pack(output[0] if isinstance(output, tuple) else output)
         on_layer(index, trace)
         if last is not None:
-            last.append((output[0] if isinstance(output, tuple) else output)[0])
+            last.append(trace.after)
 
     def forget() -> None:
         del _traces[layer.attention]
@@ -160,6 +202,7 @@ def _hook_layer(
     stack.callback(forget)
     stack.callback(layer.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
     stack.callback(layer.module.register_forward_hook(end).remove)
+    stack.callback(layer.output.module.register_forward_pre_hook(mixed).remove)
     stack.callback(layer.down.module.register_forward_pre_hook(hidden).remove)
     for name in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
         bound_norm = getattr(layer, name)

@@ -9,6 +9,8 @@ values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +21,7 @@ from depass_kernels.reference import matmul
 
 from .families import BoundModel, Layer, Norm, Projection
 from .lockstep import Trace
+from .sources import Decomposition
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # where larger blocks no longer make the GEMMs faster
 
@@ -32,83 +35,146 @@ class MLPSharing:
     backend: str = "auto"
 
 
-def initial_state(stream: Tensor, layout: SourceLayout, owner: Tensor, dtype: torch.dtype) -> Tensor:
-    """The state ``[R, D]`` in which every position's residual stream belongs to one source.
-
-    Args:
-        stream: ``[P, D]``, the residual stream.
-        layout: where the rows lie.
-        owner: ``[P]`` int64, the source that each position's stream belongs to.
-        dtype: the state's.
-    """
-    state = torch.zeros(layout.rows, stream.shape[1], dtype=dtype, device=stream.device)
-    state[(layout.row_start[:-1] + owner).to(stream.device)] = stream.to(dtype)
-    return state
-
-
 class Propagation:
     """A decomposed state on its way through a model. Call :meth:`step` for each layer in turn.
 
+    Several decompositions, of one prompt or of several, go side by side: each a staircase that joins when its layer comes.
+
     Args:
         bound: the model.
-        layout: one staircase over the prompt's positions; its source 0 is the bias source where the model has one.
         sharing: how the MLP is shared out.
         workspace_bytes: the size of a block's buffers; never changes a result beyond rounding.
+        lengths: of the prompts, whose positions lie one behind the other in every trace.
+        rows: how many rows all decompositions have together.
     """
 
     def __init__(
-        self, bound: BoundModel, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None = None
+        self, bound: BoundModel, sharing: MLPSharing, workspace_bytes: int | None, lengths: Sequence[int], rows: int
     ) -> None:
-        self.bound, self.layout, self.sharing = bound, layout, sharing
-        self.workspace_bytes = workspace_bytes
-        self.state = torch.empty(0)
+        self.bound, self.sharing, self.workspace_bytes = bound, sharing, workspace_bytes
+        self.layout: SourceLayout | None = None
+        self.state = torch.empty(0)  # [R, D], of what has joined
         self.served: dict[str, set[str]] = {}  # which backends did each op
+        self._rows, self.prompt_start = rows, [0, *itertools.accumulate(lengths)]
+        self._memory = torch.empty(0)  # [rows, D]
+        self._where: Tensor | None = None  # [P], which position of a trace each position is; None: the same one
+        self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
         self._source_blocks: list[_SourceBlock] = []
         self._position_blocks: list[_PositionBlock] = []
 
-    def begin(self, stream: Tensor, owner: Tensor) -> None:
-        """Start from a residual stream ``[P, D]`` whose positions belong to the sources ``owner`` ``[P]``."""
-        self.state = initial_state(stream, self.layout, owner, self.bound.state_dtype)
+    def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
+        """Let decompositions begin: ``(decomposition, which prompt)`` each, behind those that are on their way.
 
-    def step(self, index: int, trace: Trace) -> None:
-        """Move the state through layer ``index``, in place."""
+        Args:
+            joining: at least one; their sources 0 are bias sources where the model has one.
+            trace: of the layer at hand.
+        """
+        layouts: list[SourceLayout] = []
+        prompts: list[int] = []
+        if self.layout is None:
+            self._memory = trace.stream.new_empty(self._rows, trace.stream.shape[1], dtype=self.bound.state_dtype)
+        else:
+            self._to(trace.stream.device)
+            layouts, prompts = [self.layout], self.layout.prompt.tolist()
+        end = len(self.state)
+        for made, prompt in joining:
+            rows = self._memory[end : end + made.layout.rows]
+            made.fill(rows.zero_(), trace.of(self.prompt_start[prompt], self.prompt_start[prompt + 1]))
+            end += made.layout.rows
+            layouts.append(made.layout)
+            prompts.append(prompt)
+        self.state = self._memory[:end]
+        self.layout = layouts[0] if len(layouts) == 1 and prompts == [0] else SourceLayout.concat(layouts, prompts)
+        self._where = None
+        if prompts != list(range(len(self.prompt_start) - 1)):
+            where = [torch.arange(self.prompt_start[p], self.prompt_start[p + 1]) for p in prompts]
+            self._where = torch.cat(where).to(self.state.device)
+        self._source_blocks.clear()
+        self._position_blocks.clear()
+        self._operand = self._room_for_operand()
+        if self._operand is not None:
+            self._operand.copy_(self.state)
+
+    def _room_for_operand(self) -> Tensor | None:
+        """Memory for the state in the GEMMs' dtype, which every update then leaves there: no pass to cast it is needed."""
+        layer = self.bound.layers[0]
+        one_block = len(self._blocks_of_sources(layer)) == 1 and len(self._blocks_of_positions(layer)) == 1
+        whole = one_block and self._position_blocks[0].neurons == len(layer.gate.weight)
+        if not whole or self.bound.dtype == self.state.dtype or self.bound.parallel:
+            return None
+        return torch.empty_like(self.state, dtype=self.bound.dtype)
+
+    def step(self, index: int, trace: Trace, between: Callable[[], None] = lambda: None) -> None:
+        """Move the state through layer ``index``, in place, if anything has joined.
+
+        Args:
+            index: from 0.
+            trace: what is frozen there.
+            between: called where the attention is done and the MLP is not, unless they stand side by side.
+        """
         with backends.record(self.served):
-            self._step(index, trace)
+            self._step(index, trace, between)
 
-    def _step(self, index: int, trace: Trace) -> None:
+    def _step(self, index: int, trace: Trace, between: Callable[[], None] = lambda: None) -> None:
         layer = self.bound.layers[index]
-        device = layer.down.module.weight.device  # a model may be spread over several
-        self.state, trace = self.state.to(device), trace.to(device)
-        attention = _Attention(self, layer, trace)
-        blocks = self._blocks_of_sources(layer)
+        if self.layout is not None:
+            self._to(layer.down.module.weight.device)  # a model may be spread over several
+        frozen = trace.map(lambda tensor: tensor.to(self.state.device)) if self.layout is not None else trace
         if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
+            if self.layout is None:
+                return
+            attention = _Attention(self, layer, frozen)
+            blocks = self._blocks_of_sources(layer)
             values = [attention.values(block) for block in blocks]
-            self._mlp(layer, trace)
+            self._mlp(layer, frozen)
             for block, value in zip(blocks, values, strict=True):
                 attention.mix(block, value)
             attention.add_bias()
-        else:
-            for block in blocks:
+            return
+        if self.layout is not None:
+            attention = _Attention(self, layer, frozen)
+            for block in self._blocks_of_sources(layer):
                 attention.mix(block, attention.values(block))
             attention.add_bias()
-            self._mlp(layer, trace)
+        between()
+        if self.layout is not None:
+            self._mlp(layer, frozen)
+
+    def _to(self, device: torch.device) -> None:
+        if device != self.state.device:
+            self._memory, began = self._memory.to(device), len(self.state)
+            self.state = self._memory[:began]
+            self._operand = None if self._operand is None else self._operand.to(device)
+            self._where = None if self._where is None else self._where.to(device)
+
+    def rows_at(self, staircase: int, position: int) -> Tensor:
+        """The state ``[sources, D]`` at one position of a staircase."""
+        assert self.layout is not None
+        first = int(self.layout.position_start[staircase]) + position
+        return self.state[int(self.layout.row_start[first]) : int(self.layout.row_start[first + 1])]
+
+    def at(self, scale: Tensor | None) -> Tensor | None:
+        """A trace's ``[P]`` or ``[P, ...]`` at the positions of the layout."""
+        return scale if scale is None or self._where is None else scale.index_select(0, self._where)
 
     def _mlp(self, layer: Layer, trace: Trace) -> None:
         assert trace.hidden is not None
         state, dtype = self.state, self.bound.dtype
-        scale = trace.scales.get("mlp_norm")  # [P]
+        scale = self.at(trace.scales.get("mlp_norm"))  # [P]
         post = trace.scales.get("mlp_post_norm")
-        hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # [P, F]
+        hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # of all prompts
         gate_weight = _folded_input(layer.gate, layer.mlp_norm, dtype)  # [F, D]
         down_weight = _folded_output(layer.down, layer.mlp_post_norm, dtype)  # [D, F]
         constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
 
         neurons = len(gate_weight)
-        for block in self._blocks_of_positions(neurons):
+        for block in self._blocks_of_positions(layer):
             here = slice(block.first, block.last)
+            there = here if self._where is None else self._where[here]  # in the trace
             rows = state[block.begin : block.end]
-            # where neurons come in turn, the later ones read the state as it was
-            operand = rows.to(dtype, copy=block.neurons < neurons)
+            operand = self._operand
+            if operand is None:  # where neurons come in turn, the later ones read the state as it was
+                operand = rows.to(dtype, copy=block.neurons < neurons)
             block_scale = None if scale is None else scale[here]
             for f in range(0, neurons, block.neurons):
                 n = slice(f, min(f + block.neurons, neurons))
@@ -117,21 +183,21 @@ class Propagation:
                     _add_constant(gate, constant[n], block.layout, block_scale)
                 shared = share_hidden(
                     gate,
-                    hidden[here, n],
+                    hidden[there, n],
                     block.layout,
                     gate_scale=block_scale,
                     rule=self.sharing.rule,
                     temperature=self.sharing.temperature,
-                    gate_total=None if trace.gate_total is None else trace.gate_total[here, n],
+                    gate_total=None if trace.gate_total is None else trace.gate_total[there, n],
                     out=gate if gate.dtype == dtype else gate.new_empty(gate.shape, dtype=dtype),
                     backend=self.sharing.backend,
                 )
                 self._add(shared, down_weight[:, n], state=rows)
-        self._add_bias(layer.down, layer.mlp_post_norm, post)
+        self._add_bias(layer.down, layer.mlp_post_norm, self.at(post))
 
     def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
         backend = backends.named_for("residual_update", self.sharing.backend)
-        residual_update(state, operand, weight, rows=rows, backend=backend)
+        residual_update(state, operand, weight, rows=rows, cast=self._operand, backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
@@ -141,9 +207,14 @@ class Propagation:
         if post_norm is not None:
             assert post_scale is not None
             bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
-        self.state[_bias_rows(self.layout, self.state)] += bias
+        assert self.layout is not None
+        rows = _bias_rows(self.layout, self.state)
+        self.state[rows] += bias
+        if self._operand is not None:
+            self._operand[rows] = self.state[rows].to(self._operand.dtype)
 
     def _blocks_of_sources(self, layer: Layer) -> list[_SourceBlock]:
+        assert self.layout is not None
         if not self._source_blocks:
             widths = len(layer.value.weight) + layer.output.weight.shape[1] + self.state.shape[1]
             blocks = list(self.layout.source_blocks(self._workspace() // (self.state.element_size() * 2 * widths)))
@@ -152,8 +223,10 @@ class Propagation:
                 self._source_blocks.append(_SourceBlock(part, rows if len(blocks) > 1 else None, first == 0))
         return self._source_blocks
 
-    def _blocks_of_positions(self, neurons: int) -> list[_PositionBlock]:
+    def _blocks_of_positions(self, layer: Layer) -> list[_PositionBlock]:
+        assert self.layout is not None
         if not self._position_blocks:
+            neurons = len(layer.gate.weight)
             budget = self._workspace() // (
                 self.state.element_size() * 2
             )  # numbers: gates, and what a cast of them takes
@@ -202,8 +275,8 @@ class _Attention:
         assert trace.pattern is not None
         self.propagation, self.layer = propagation, layer
         self.pattern: Tensor = trace.pattern
-        self.key_scale = trace.scales.get("attention_norm")
-        self.query_scale = trace.scales.get("attention_post_norm")
+        self.key_scale = propagation.at(trace.scales.get("attention_norm"))
+        self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
         dtype = propagation.bound.dtype
         self.value_weight = _folded_input(layer.value, layer.attention_norm, dtype)  # [K·d, D]
         self.output_weight = _folded_output(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
@@ -213,6 +286,8 @@ class _Attention:
         state = self.propagation.state
         rows = block.rows_on(state.device)
         operand = state if rows is None else state.index_select(0, rows)
+        if self.propagation._operand is not None:
+            operand = self.propagation._operand
         values = operand.to(self.value_weight.dtype) @ self.value_weight.T
         if self.constant is not None and block.has_bias_source:
             _add_constant(values, self.constant, block.layout, self.key_scale)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,22 +16,33 @@ from depass_kernels import SourceLayout
 from .errors import SourceError
 from .prompt import Prompt
 
+if TYPE_CHECKING:
+    from .lockstep import Trace
+
+Kind = Literal["token", "span", "rest", "bias", "head", "neuron", "module", "subspace", "part"]
+Moment = Literal["start", "middle", "end"]  # of a layer; the middle lies between its attention and its MLP
+
 
 @dataclass(frozen=True)
 class Source:
-    """One part of the prompt, or of what belongs to no part of it.
+    """One part of the prompt or of the model, or of what belongs to none.
 
     Attributes:
-        label: its text.
-        kind: ``token``, ``span``, ``rest`` (tokens that no span covers) or ``bias`` (the model's own biases).
-        start: first position, None for ``rest`` and ``bias``.
+        label: its text, or a component's name (``L3H5``, ``L3N120``, ``L3.attn``).
+        kind: ``token``, ``span``, a component's (``head``, ``neuron``, ``module``, ``subspace``, ``part``), ``rest``
+            (what the others do not cover) or ``bias`` (the model's own biases).
+        start: first position of a token or span, None for others.
         end: one past the last position, None likewise.
+        layer: a component's.
+        index: a component's number in its layer.
     """
 
     label: str
-    kind: Literal["token", "span", "rest", "bias"]
+    kind: Kind
     start: int | None = None
     end: int | None = None
+    layer: int | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,24 +70,30 @@ class Decomposition:
     Attributes:
         sources: ``M`` of them: the bias source (if any), ``rest`` (if any), then by start.
         layout: one staircase; it also carries the excluded source.
-        owner: ``[N]`` int64, the source that each position's residual stream belongs to at the start.
         excluded: whether the first token takes no part in later positions' MLPs.
+        layer: the layer at which the stream is decomposed.
+        moment: when in that layer.
+        fill: given the state's rows ``[R, D]``, zeros, and the prompt's trace of that layer: writes what every source starts
+            with.
     """
 
     sources: tuple[Source, ...]
     layout: SourceLayout
-    owner: Tensor
     excluded: bool
+    layer: int
+    moment: Moment
+    fill: Callable[[Tensor, Trace], None]
 
 
 def decompose(
-    prompt: Prompt, sources: Any, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None
+    prompt: Prompt, sources: Any, layer: int, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None
 ) -> Decomposition:
-    """Lay out the sources of a prompt.
+    """Lay out the sources of a prompt's own parts.
 
     Args:
         prompt: ``N`` tokens.
         sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`.
+        layer: the layer whose input stream is decomposed.
         has_bias: whether the model has biases, and so a bias source.
         exclude: whether the first token takes no part in the MLPs of later positions (design: BOS); ``"auto"``: where it
             is ``bos`` and a source of its own.
@@ -97,7 +114,10 @@ def decompose(
     elif isinstance(sources, str):
         ranges = prompt.segments(sources)
     else:
-        raise SourceError(f"sources must be 'token', 'word', 'sentence' or Spans([...]), got {sources!r}")
+        raise SourceError(
+            "sources must be 'token', 'word', 'sentence', Spans([...]) or one of Heads, Neurons, Modules, Subspace and "
+            f"Custom, got {sources!r}"
+        )
 
     order = sorted(range(len(ranges)), key=lambda i: ranges[i])
     for before, after in pairwise(order):
@@ -126,7 +146,12 @@ def decompose(
         excluded = bool(exclude)
     starts = [0] * always + [source.start or 0 for source in made[always:]]
     layout = SourceLayout.from_starts(starts, length, own if excluded else None)
-    return Decomposition(tuple(made), layout, owner, excluded)
+    where = layout.row_start[:-1] + owner
+
+    def fill(rows: Tensor, trace: Trace) -> None:
+        rows[where.to(rows.device)] = trace.stream.to(rows.dtype)
+
+    return Decomposition(tuple(made), layout, excluded, layer, "start", fill)
 
 
 def _token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .errors import TargetError
 from .families import BoundModel
+
+TargetKind = Literal["token", "contrast", "direction", "probe"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,22 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction ``w`` ``[D]`` of one's own, which lives where the unembedding does: after the final norm."""
+    """A direction ``w`` ``[D]`` of one's own: after the final norm, where the unembedding lives, or a layer's linear probe.
+
+    Args:
+        w: ``[D]``.
+        position: where it is read.
+        label: its text.
+        layer: None: after the final norm. A layer: on the raw residual stream that enters it, or after the last layer where
+            it is the number of layers.
+        intercept: a probe's, kept beside the scores: they add up to ``w · x``, and its verdict is ``w · x + intercept``.
+    """
 
     w: Tensor = field(repr=False)
     position: int = -1
     label: str = "direction"
+    layer: int | None = None
+    intercept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,30 +66,43 @@ class Target:
 
     Attributes:
         label: its text.
-        kind: ``token``, ``contrast`` or ``direction``.
+        kind: ``token``, ``contrast``, ``direction`` or ``probe``.
         position: the position whose next token is scored, from 0.
         token_ids: the token's id, the two of a contrast, or none.
+        layer: a probe's.
+        intercept: a probe's; in no score.
     """
 
     label: str
-    kind: Literal["token", "contrast", "direction"]
+    kind: TargetKind
     position: int
     token_ids: tuple[int, ...] = ()
+    layer: int | None = None
+    intercept: float = 0.0
 
 
 class Asked(NamedTuple):
     """A checked target; ``k`` of them where ``ids`` is None, to be filled from the model's logits."""
 
-    kind: Literal["token", "contrast", "direction"]
+    kind: TargetKind
     position: int
     ids: tuple[int, ...] | None = ()
     k: int = 0
     w: Tensor | None = None
     label: str = ""
+    layer: int | None = None
+    intercept: float = 0.0
 
 
-def check(target: Any, length: int, tokenizer: Any, bound: BoundModel) -> list[Asked]:
+def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> list[Asked]:
     """Turn what a caller asked for into checked targets, before any work is done.
+
+    Args:
+        target: what was asked for.
+        length: of the prompt.
+        layers: those at whose input the state is decomposed, and one past the last.
+        tokenizer: for targets given as text; may be None.
+        bound: the model.
 
     Raises:
         TargetError: a string that is not one token, an id out of range, a position that the prompt does not have.
@@ -84,10 +110,10 @@ def check(target: Any, length: int, tokenizer: Any, bound: BoundModel) -> list[A
     asked = target if isinstance(target, (list, tuple)) else [target]
     if not asked:
         raise TargetError("target=[] names no target; leave it out for the model's own next token")
-    return [_check(one, length, tokenizer, bound) for one in asked]
+    return [_check(one, length, layers, tokenizer, bound) for one in asked]
 
 
-def _check(target: Any, length: int, tokenizer: Any, bound: BoundModel) -> Asked:
+def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> Asked:
     if target is None:
         target = TopK(1)
     elif isinstance(target, str) or (isinstance(target, int) and not isinstance(target, bool)):
@@ -118,7 +144,18 @@ def _check(target: Any, length: int, tokenizer: Any, bound: BoundModel) -> Asked
         raise TargetError(f"Direction's w must be {width} finite floats, got {type(target.w).__name__}") from None
     if w.shape != (width,) or not w.is_floating_point() or not bool(w.isfinite().all()):
         raise TargetError(f"Direction's w must be {width} finite floats, got {w.dtype} of shape {list(w.shape)}")
-    return Asked("direction", position, (), 0, w.detach(), str(target.label))
+    if target.layer is None:
+        if target.intercept:
+            raise TargetError(f"Direction(intercept={target.intercept!r}) belongs to a probe; give it a layer")
+        return Asked("direction", position, (), 0, w.detach(), str(target.label))
+    if not isinstance(target.layer, int) or isinstance(target.layer, bool) or target.layer not in layers:
+        raise TargetError(
+            f"Direction(layer={target.layer!r}): the stream is decomposed where it enters layers {layers.start} to "
+            f"{layers.stop - 1} here"
+        )
+    if not isinstance(target.intercept, (int, float)) or not math.isfinite(target.intercept):
+        raise TargetError(f"Direction(intercept={target.intercept!r}) must be a finite number")
+    return Asked("probe", position, (), 0, w.detach(), str(target.label), target.layer, float(target.intercept))
 
 
 def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
@@ -151,38 +188,31 @@ class Readout(NamedTuple):
     logit: float  # the model's own, before any soft-capping of the head
 
 
-def fill(asked: Sequence[Asked], normed: Tensor, bound: BoundModel, tokenizer: Any) -> list[Readout]:
-    """Give every target its direction and the model's own logit.
+def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokenizer: Any) -> list[Readout]:
+    """Give a target, other than a probe, its direction and the model's own logit; a top k comes to k of them.
 
     Args:
-        asked: checked targets.
-        normed: ``[P, D]``, the stream after the final norm, in the model's dtype; read at the targets' positions only.
+        asked: a checked target.
+        vector: ``[D]``, the stream after the final norm at its position, in the state's dtype.
+        logits: ``[V]``, the head's output there, in the state's dtype.
         bound: the model.
         tokenizer: for labels; may be None.
     """
-    dtype, head = bound.state_dtype, bound.head
-    bias = getattr(head, "bias", None)
-    positions = sorted({one.position for one in asked})
-    vectors = normed[positions].to(head.weight.device)
-    logits = dict(zip(positions, head(vectors).to(dtype), strict=True))  # [V] each
-    vectors_at = dict(zip(positions, vectors.to(dtype), strict=True))
+    bias = getattr(bound.head, "bias", None)
 
     def name(token: int) -> str:
         return str(token) if tokenizer is None else tokenizer.decode([token])
 
+    if asked.w is not None:
+        w = asked.w.to(vector)
+        return [Readout(Target(asked.label, asked.kind, asked.position), w, 0.0, float(w @ vector))]
     made = []
-    for one in asked:
-        row = logits[one.position]
-        if one.w is not None:
-            w = one.w.to(row)
-            made.append(Readout(Target(one.label, one.kind, one.position), w, 0.0, float(w @ vectors_at[one.position])))
-            continue
-        for ids in [one.ids] if one.ids is not None else [(int(i),) for i in row.topk(one.k).indices]:
-            w, logit = head.weight[ids[0]].to(dtype), float(row[ids[0]])
-            constant = 0.0 if bias is None else float(bias[ids[0]])
-            if one.kind == "contrast":
-                w, logit = w - head.weight[ids[1]].to(dtype), logit - float(row[ids[1]])
-                constant -= 0.0 if bias is None else float(bias[ids[1]])
-            label = " - ".join(name(token) for token in ids)
-            made.append(Readout(Target(label, one.kind, one.position, ids), w.detach(), constant, logit))
+    for ids in [asked.ids] if asked.ids is not None else [(int(i),) for i in logits.topk(asked.k).indices]:
+        w, logit = bound.head.weight[ids[0]].to(vector), float(logits[ids[0]])
+        constant = 0.0 if bias is None else float(bias[ids[0]])
+        if asked.kind == "contrast":
+            w, logit = w - bound.head.weight[ids[1]].to(vector), logit - float(logits[ids[1]])
+            constant -= 0.0 if bias is None else float(bias[ids[1]])
+        label = " - ".join(name(token) for token in ids)
+        made.append(Readout(Target(label, asked.kind, asked.position, ids), w.detach(), constant, logit))
     return made

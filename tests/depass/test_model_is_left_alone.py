@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 
-from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, api, lockstep
+from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, families, lockstep
 from depass.propagate import Propagation
 
 
@@ -66,10 +66,10 @@ def test_after_an_exception_in_the_models_own_code(model: Any) -> None:
 def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, kept = Propagation.step, []
 
-    def step(self: Propagation, index: int, trace: lockstep.Trace) -> None:
+    def step(self: Propagation, index: int, trace: lockstep.Trace, between: Any) -> None:
         assert not [ref for ref in kept if ref() is not None]
         kept.extend(weakref.ref(tensor) for tensor in (trace.pattern, trace.hidden, *trace.scales.values()))
-        whole(self, index, trace)
+        whole(self, index, trace, between)
 
     monkeypatch.setattr(Propagation, "step", step)
     DePass(model, mlp_rule="taylor").attribute(models.prompt(9))
@@ -118,7 +118,7 @@ def test_logits_that_are_not_finite_are_refused(model: Any) -> None:
 
 
 def test_parts_that_do_not_add_up_warn_or_raise(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(api.TOLERANCE, torch.float32, 1e-12)
+    monkeypatch.setattr(families.BoundModel, "tolerance", 1e-12)
     dp = DePass(model)
     with pytest.warns(ConservationWarning, match="miss the logit by"):
         dp.attribute(models.prompt(30), target=list(range(20)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import depass_kernels
-from depass_kernels import BackendError, SourceLayout, backends, mix_values, share_hidden
+from depass_kernels import BackendError, KernelError, SourceLayout, backends, mix_values, share_hidden
 
 SHARE: dict[str, Any] = {
     "gate": torch.zeros(3, 4), "hidden": torch.zeros(2, 4), "layout": SourceLayout.tokens(2), "gate_scale": None,
@@ -109,6 +109,14 @@ def test_torch_accepts_the_registered_op(op: str, device: str) -> None:
             offsets.position_start, offsets.prompt, tiles, None, None, 2, torch.empty(5, 8, device=device),
         )  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.depass_kernels, op).default, arguments)
+
+
+def test_a_layout_moved_by_the_caller_is_refused() -> None:
+    moved = SourceLayout.tokens(2).to("meta")
+    with pytest.raises(KernelError, match="layout's offsets lie on meta; give the layout itself"):
+        share_hidden(torch.zeros(3, 4), torch.zeros(2, 4), moved)
+    with pytest.raises(KernelError, match="layout's offsets lie on meta"):
+        mix_values(torch.zeros(1, 2, 2, 2), torch.zeros(3, 4), moved)
 
 
 def test_the_kernels_know_no_model() -> None:

@@ -1,0 +1,396 @@
+"""What a model's own parts put into the stream, as sources: heads, neurons, modules, subspaces, and parts of one's own.
+
+Each names a layer and decomposes the stream there once; from there on its sources go through the model like any others
+(design: component sources). What a decomposition does not name is its source ``rest``, so that the parts add up to the
+stream.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout
+
+from .errors import OptionError, SourceError
+from .families import BoundModel, Layer, Norm, Projection
+from .lockstep import Trace
+from .sources import Decomposition, Kind, Moment, Source
+
+_NUMBERS = 1 << 22  # of a block of outputs
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a layer: each one's output, and ``rest``, the residual stream without them.
+
+    They join the stream where the attention adds to it, and so go through the same layer's MLP (where attention and MLP
+    stand side by side: after the layer). The output projection's bias belongs to the bias source.
+
+    Args:
+        layer: from 0.
+        ids: which heads; all without it, the others are in ``rest``.
+        positions: where their outputs count; elsewhere they are in ``rest``. All positions without it. This asks another
+            question, it does not save memory on the same one: the sharing softmax sees other sources.
+    """
+
+    layer: int
+    ids: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The MLP neurons of a layer: each one's column of the down projection times its hidden value, and ``rest``.
+
+    They join after the layer; ``rest`` is the stream after the MLP without them.
+
+    Args:
+        layer: from 0.
+        ids: which neurons; all without it.
+        positions: where their outputs count, as for :class:`Heads`. For the last position alone all neurons of a layer
+            take one row each.
+    """
+
+    layer: int
+    ids: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A layer's attention or MLP output as one source, biases included, and ``rest``.
+
+    Args:
+        layer: from 0.
+        module: ``"attn"`` or ``"mlp"``.
+        positions: where its output counts, as for :class:`Heads`.
+    """
+
+    layer: int
+    module: Literal["attn", "mlp"]
+    positions: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The stream that enters a layer, projected onto subspaces, and ``rest``, what lies outside of them.
+
+    Args:
+        layer: from 0.
+        basis: ``[k, D]`` vectors that span one subspace, in any scale and angle; projected orthogonally.
+        projection: ``[D, D]`` or ``[S, D, D]``, linear maps ``P`` of one's own; a source is ``P x``.
+        parts: ``[S, N, D]``, the sources themselves.
+        labels: one for each source.
+    """
+
+    layer: int
+    basis: Tensor | None = field(default=None, repr=False)
+    projection: Tensor | None = field(default=None, repr=False)
+    parts: Tensor | None = field(default=None, repr=False)
+    labels: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Custom:
+    """The stream that enters a layer, split as one likes. There is no ``rest``: the parts must add up to the stream.
+
+    Args:
+        parts: ``[M, N, D]``.
+        layer: from 0.
+        labels: one for each part.
+    """
+
+    parts: Tensor = field(repr=False)
+    layer: int = 0
+    labels: Sequence[str] | None = None
+
+
+COMPONENTS = (Heads, Neurons, Modules, Subspace, Custom)
+
+
+class _Parts(NamedTuple):
+    """What a component spec comes to."""
+
+    moment: Moment
+    sources: list[Source]
+    outputs: Callable[[Trace, Tensor], Tensor]  # trace, positions [p] -> [p, sources, D] in the state's dtype
+    whole: Callable[[Trace], Tensor]  # the stream that the parts and rest add up to, [N, D]
+    bias: Callable[[Trace], Tensor | None] = lambda trace: None  # what belongs to the bias source, [N, D]
+    has_rest: bool = True
+
+
+def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposition:
+    """Lay out the sources of a component spec over a prompt of ``length`` tokens.
+
+    Raises:
+        OptionError: a layer that the model does not have.
+        SourceError: heads, neurons, positions or shapes that do not fit.
+    """
+    layer = check_layer(spec, bound)
+    makers: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {
+        Heads: _heads,
+        Neurons: _neurons,
+        Modules: _modules,
+        Subspace: _subspace,
+        Custom: _custom,
+    }
+    made = makers[type(spec)](spec, length, bound)
+    positions = _indices(f"positions of {spec}", getattr(spec, "positions", None), length, negative=True)
+    first = positions[0]
+    always = [Source("bias", "bias")] if bound.has_bias else []
+    rest = len(always)
+    if made.has_rest:
+        always.append(Source("rest", "rest"))
+    sources = (*always, *made.sources)
+    layout = SourceLayout.from_starts([0] * len(always) + [first] * len(made.sources), length)
+
+    def fill(rows: Tensor, trace: Trace) -> None:
+        width = rows.shape[1]
+        below = first * len(always)  # rows of the positions at which the components have not started
+        early, late = (
+            rows[:below].view(first, len(always), width),
+            rows[below:].view(length - first, len(sources), width),
+        )
+        missing = made.whole(trace).to(rows)
+        bias = made.bias(trace)
+        if bias is not None:
+            early[:, 0], late[:, 0] = bias[:first], bias[first:]
+            missing = missing - bias
+        at_once = max(1, _NUMBERS // (len(made.sources) * width))
+        for begin in range(0, len(positions), at_once):
+            where = torch.tensor(positions[begin : begin + at_once], device=rows.device)
+            parts = made.outputs(trace, where)
+            late[where - first, len(always) :] = parts
+            missing = missing.index_add(0, where, parts.sum(1), alpha=-1)
+        if made.has_rest:
+            early[:, rest], late[:, rest] = missing[:first], missing[first:]
+        else:
+            _must_vanish(missing, made.whole(trace), spec, bound)
+
+    return Decomposition(sources, layout, False, layer, made.moment, fill)
+
+
+def check_layer(spec: Any, bound: BoundModel) -> int:
+    """The layer that a component spec names.
+
+    Raises:
+        OptionError: the model does not have it.
+    """
+    layer, depth = spec.layer, len(bound.layers)
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < depth:
+        raise OptionError(f"{type(spec).__name__}(layer={layer!r}): {bound.name} has layers 0 to {depth - 1}")
+    return layer
+
+
+def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
+    layer = bound.layers[spec.layer]
+    ids = _indices(f"ids of {spec}", spec.ids, bound.heads)
+
+    def outputs(trace: Trace, where: Tensor) -> Tensor:
+        assert trace.mixed is not None
+        weight = _output_weight(layer.output, layer.attention_post_norm, bound.state_dtype)
+        mixed = trace.mixed[where].to(weight).view(len(where), bound.heads, -1)  # [p, H, d]
+        weight = weight.reshape(len(weight), bound.heads, -1)
+        if len(ids) < bound.heads:
+            weight, mixed = weight[:, ids], mixed[:, ids]
+        made = torch.einsum("phd,xhd->phx", mixed, weight)
+        return _post_scaled(made, trace.scales.get("attention_post_norm"), where)
+
+    def bias(trace: Trace) -> Tensor | None:
+        return _output_bias(layer.output, layer.attention_post_norm, trace.scales.get("attention_post_norm"), trace)
+
+    sources = [Source(f"L{spec.layer}H{h}", "head", layer=spec.layer, index=h) for h in ids]
+    if bound.parallel:
+        return _Parts("end", sources, outputs, _after, bias)
+    return _Parts("middle", sources, outputs, lambda trace: _after_attention(trace, layer, bound), bias)
+
+
+def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
+    layer = bound.layers[spec.layer]
+    count = layer.down.weight.shape[1]
+    ids = _indices(f"ids of {spec}", spec.ids, count)
+
+    def outputs(trace: Trace, where: Tensor) -> Tensor:
+        assert trace.hidden is not None
+        weight, hidden = layer.down.weight, trace.hidden[where]  # [D, F], [p, F]
+        if len(ids) < count:
+            chosen = torch.tensor(ids, device=hidden.device)
+            weight, hidden = weight[:, chosen], hidden[:, chosen]
+        weight = _with_gamma(weight, layer.mlp_post_norm, bound.state_dtype)
+        made = hidden.to(weight)[:, :, None] * weight.T
+        return _post_scaled(made, trace.scales.get("mlp_post_norm"), where)
+
+    sources = [Source(f"L{spec.layer}N{n}", "neuron", layer=spec.layer, index=n) for n in ids]
+    return _Parts("end", sources, outputs, _after)
+
+
+def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
+    if spec.module not in ("attn", "mlp"):
+        raise SourceError(f"module={spec.module!r} of Modules; there are: 'attn', 'mlp'")
+    layer = bound.layers[spec.layer]
+    source = Source(f"L{spec.layer}.{spec.module}", "module", layer=spec.layer)
+    if spec.module == "attn":
+
+        def attention(trace: Trace, where: Tensor) -> Tensor:
+            return _attention_output(trace, layer, bound)[where, None]
+
+        if bound.parallel:
+            return _Parts("end", [source], attention, _after)
+        return _Parts("middle", [source], attention, lambda trace: _after_attention(trace, layer, bound))
+
+    def mlp(trace: Trace, where: Tensor) -> Tensor:
+        assert trace.hidden is not None
+        weight = _output_weight(layer.down, layer.mlp_post_norm, bound.state_dtype)
+        scale = trace.scales.get("mlp_post_norm")
+        made = _post_scaled((trace.hidden[where].to(weight) @ weight.T)[:, None], scale, where)
+        bias = _output_bias(layer.down, layer.mlp_post_norm, scale, trace)
+        return made if bias is None else made + bias[where, None]
+
+    return _Parts("end", [source], mlp, _after)
+
+
+def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
+    given = [name for name in ("basis", "projection", "parts") if getattr(spec, name) is not None]
+    if len(given) != 1:
+        raise SourceError(f"Subspace takes one of basis, projection and parts, got {', '.join(given) or 'none'}")
+    width = bound.head.weight.shape[1]
+    if spec.basis is not None:
+        basis = _finite("basis of Subspace", spec.basis, (None, width)).double()
+        left, sizes, _ = torch.linalg.svd(basis.T, full_matrices=False)
+        span = left[:, sizes > sizes.max() * 1e-6]  # [D, rank]
+        maps = (span @ span.T)[None]
+    elif spec.projection is not None:
+        shape = (None, width, width) if torch.as_tensor(spec.projection).dim() == 3 else (width, width)
+        maps = _finite("projection of Subspace", spec.projection, shape).reshape(-1, width, width)
+    else:
+        return _given(spec, spec.parts, "subspace", length, bound, has_rest=True)
+
+    def outputs(trace: Trace, where: Tensor) -> Tensor:
+        stream = trace.stream[where].to(bound.state_dtype)
+        return torch.einsum("px,syx->psy", stream, maps.to(stream))
+
+    return _Parts("start", _labelled(spec, len(maps), "subspace"), outputs, lambda trace: trace.stream)
+
+
+def _custom(spec: Custom, length: int, bound: BoundModel) -> _Parts:
+    return _given(spec, spec.parts, "part", length, bound, has_rest=False)
+
+
+def _given(spec: Any, given: Any, kind: Kind, length: int, bound: BoundModel, has_rest: bool) -> _Parts:
+    width = bound.head.weight.shape[1]
+    parts = _finite(f"parts of {type(spec).__name__}", given, (None, length, width))
+
+    def outputs(trace: Trace, where: Tensor) -> Tensor:
+        return parts.to(trace.stream.device, bound.state_dtype)[:, where].transpose(0, 1)
+
+    return _Parts("start", _labelled(spec, len(parts), kind), outputs, lambda trace: trace.stream, has_rest=has_rest)
+
+
+def _labelled(spec: Any, count: int, kind: Kind) -> list[Source]:
+    labels = (
+        [f"L{spec.layer}.{kind}{i if count > 1 else ''}" for i in range(count)] if spec.labels is None else spec.labels
+    )
+    if len(labels) != count or not all(isinstance(label, str) for label in labels):
+        raise SourceError(
+            f"{len(labels)} labels for {count} sources of {type(spec).__name__}; give one string for each"
+        )
+    return [Source(label, kind, layer=spec.layer, index=i) for i, label in enumerate(labels)]
+
+
+def _after(trace: Trace) -> Tensor:
+    assert trace.after is not None
+    return trace.after
+
+
+def _after_attention(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:
+    return trace.stream.to(bound.state_dtype) + _attention_output(trace, layer, bound)
+
+
+def _attention_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N, D]
+    assert trace.mixed is not None
+    scale = trace.scales.get("attention_post_norm")
+    weight = _output_weight(layer.output, layer.attention_post_norm, bound.state_dtype)
+    made = trace.mixed.to(weight) @ weight.T
+    made = made if scale is None else made * scale[:, None]
+    bias = _output_bias(layer.output, layer.attention_post_norm, scale, trace)
+    return made if bias is None else made + bias
+
+
+def _output_weight(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    return _with_gamma(projection.weight, norm, dtype)
+
+
+def _with_gamma(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if norm is None else weight.to(dtype) * norm.gamma(dtype)[:, None]
+
+
+def _output_bias(projection: Projection, norm: Norm | None, scale: Tensor | None, trace: Trace) -> Tensor | None:
+    """A sublayer's output bias at every position ``[N, D]``, through the norm on the output where there is one."""
+    if projection.bias is None:
+        return None
+    bias = projection.bias.to(torch.float64 if projection.bias.dtype == torch.float64 else torch.float32)
+    if norm is not None and scale is not None:
+        return bias * norm.gamma(bias.dtype) * scale[:, None]
+    return bias.expand(len(trace.stream), -1)
+
+
+def _post_scaled(parts: Tensor, scale: Tensor | None, where: Tensor) -> Tensor:
+    return parts if scale is None else parts * scale[where, None, None]
+
+
+def _must_vanish(missing: Tensor, stream: Tensor, spec: Any, bound: BoundModel) -> None:
+    error, size = float(missing.abs().max()), float(stream.abs().max())
+    if not error <= bound.tolerance * size:
+        position = int(missing.abs().amax(1).argmax())
+        raise SourceError(
+            f"the parts of {type(spec).__name__} miss the stream that enters layer {spec.layer} by {error:.1e} at position "
+            f"{position} (its largest number is {size:.1e}); add what is missing as a part, or use Subspace(parts=...)"
+        )
+
+
+def _finite(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
+    try:
+        tensor = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    got = type(given).__name__ if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    fits = (
+        tensor is not None
+        and tensor.is_floating_point()
+        and tensor.dim() == len(shape)
+        and all(n in (None, size) for n, size in zip(shape, tensor.shape, strict=True))
+        and tensor.numel() > 0
+    )
+    if tensor is None or not fits:
+        raise SourceError(f"{name} must be floats {wanted} for this prompt and model, got {got}")
+    if not bool(tensor.isfinite().all()):
+        raise SourceError(f"{name} must be finite, got NaN or infinity")
+    return tensor
+
+
+def _indices(name: str, given: Sequence[int] | None, count: int, negative: bool = False) -> list[int]:
+    """Checked, sorted indices below ``count``; all of them where none are given."""
+    if given is None:
+        return list(range(count))
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise SourceError(f"{name} must be a list of integers, got {given!r}")
+    found = []
+    for value in given:
+        try:
+            index = operator.index(value)
+        except TypeError:
+            raise SourceError(f"{name} must be integers, got {value!r}") from None
+        lowest = -count if negative else 0
+        if isinstance(value, bool) or not lowest <= index < count:
+            raise SourceError(f"{name}: {value!r} is out of range, there are {lowest} to {count - 1}")
+        found.append(index % count)
+    if not found or len(set(found)) < len(found):
+        raise SourceError(f"{name} must name each once and at least one, got {list(given)}")
+    return sorted(found)

@@ -1,0 +1,294 @@
+"""Heads, neurons, modules, subspaces and parts of one's own: they add up, agree with a slow loop, and say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from oracle import Oracle
+from torch import Tensor
+
+from depass import (
+    Custom,
+    DePass,
+    Direction,
+    Heads,
+    Modules,
+    Neurons,
+    OptionError,
+    SourceError,
+    Subspace,
+    TargetError,
+    TopK,
+)
+
+LENGTH, LAYER, HEADS, D = 7, 1, 4, 32
+ORACLE_FAMILIES = (
+    "llama",
+    "llama-biased",
+    "qwen2",
+    "gpt2",
+    "gpt-neox",
+    "gpt-neox-sequential",
+    "olmo2",
+    "gemma2",
+    "phi3",
+)
+
+
+def basis(seed: int = 0) -> Tensor:
+    return torch.randn(3, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def split(dp: DePass, ids: list[int], layer: int) -> Tensor:
+    """Four random parts ``[4, N, D]`` of the stream that enters a layer."""
+    residual = dp.states(ids, layer).residual[layer].double()
+    parts = torch.randn(4, *residual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parts[3] = residual - parts[:3].sum(0)
+    return parts
+
+
+SPECS: dict[str, Callable[[DePass, list[int]], Any]] = {
+    "heads": lambda dp, ids: Heads(LAYER),
+    "heads of the last layer": lambda dp, ids: Heads(models.LAYERS - 1),
+    "two heads at two positions": lambda dp, ids: Heads(LAYER, ids=[2, 0], positions=[-1, (len(ids) - 1) // 2]),
+    "neurons": lambda dp, ids: Neurons(LAYER),
+    "neurons of the last layer at the last position": lambda dp, ids: Neurons(models.LAYERS - 1, positions=[-1]),
+    "three neurons": lambda dp, ids: Neurons(LAYER, ids=[5, 1, 40], positions=[len(ids) - 1]),
+    "attn": lambda dp, ids: Modules(LAYER, "attn"),
+    "mlp": lambda dp, ids: Modules(LAYER, "mlp", positions=[0]),
+    "basis": lambda dp, ids: Subspace(LAYER, basis=basis()),
+    "projections": lambda dp, ids: Subspace(
+        LAYER, projection=basis().T[None] @ basis()[None] * torch.ones(2, 1, 1) / 50
+    ),
+    "given parts": lambda dp, ids: Subspace(LAYER, parts=split(dp, ids, LAYER)[:3]),
+    "custom": lambda dp, ids: Custom(split(dp, ids, LAYER), LAYER),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_scores_add_up_to_the_logits(name: str, dtype: str, spec: str, device: str) -> None:
+    kind = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    dp = DePass(models.make(name, kind, device))
+    for length in (1, 2, 17):
+        ids = models.prompt(length)
+        if length == 1 and "two positions" in spec:
+            continue
+        res = dp.attribute(ids, target=[TopK(3), TopK(1, position=0)], sources=SPECS[spec](dp, ids))
+        rms = res.target_logits.square().mean().sqrt()
+        size = torch.maximum(res.target_logits.abs(), res.scores.abs().sum(1)).clamp(min=rms)
+        missed = (res.scores.double().sum(1) - res.target_logits).abs()
+        # the families' norms compute in fp32 whatever the dtype
+        limit = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 3e-2}[dtype]
+        assert (missed <= limit * size).all(), (missed / size).tolist()
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_the_state_adds_up_to_the_stream(name: str, device: str) -> None:
+    dp = DePass(models.make(name, torch.float64, device))
+    ids = models.prompt(9)
+    for spec in SPECS.values():
+        states = dp.states(ids, sources=spec(dp, ids))
+        for layer, stream in states.residual.items():
+            assert (states.dense(layer).sum(0) - stream).abs().max() <= 1e-6 * stream.abs().max()
+
+
+def oracle(name: str, dp: DePass, its: Any, count: int) -> Oracle:
+    bias = name not in ("llama", "olmo2", "gemma2", "phi3")
+    return Oracle(name, its, models.prompt(LENGTH), [0] * (count + bias), [], bias)
+
+
+def compare(dp: DePass, sources: Any, expected: list[list[list[Tensor]]], first: int) -> None:
+    states = dp.states(models.prompt(LENGTH), sources=sources)
+    assert sorted(states.rows) == list(range(first, models.LAYERS + 1))
+    for layer, rows in zip(sorted(states.rows), expected, strict=True):
+        truth = torch.stack([torch.stack(row) for row in rows]).detach()
+        assert (states.dense(layer) - truth).abs().max() <= 1e-9 * max(1.0, float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("name", ORACLE_FAMILIES)
+def test_heads_agree_with_the_definition(name: str, device: str) -> None:
+    its = models.make(name, torch.float64, device)
+    loop = oracle(name, DePass(its), its, HEADS + 1)
+    with torch.no_grad():
+        x = heads(loop, LAYER)
+        if name == "gpt-neox":  # side by side: the heads join behind the layer
+            x[loop.bias] = [
+                stream - sum((row[t] for row in x[loop.bias + 1 :]), start=x[0][t])
+                for t, stream in enumerate(loop.streams[LAYER + 1][0])
+            ]
+            expected = loop.on(x, LAYER + 1)
+        else:
+            expected = loop.on(loop.mlp(x, x, LAYER), LAYER + 1)
+    compare(DePass(its), Heads(LAYER), expected, LAYER + 1)
+
+
+def heads(loop: Oracle, layer: int) -> list[list[Tensor]]:
+    """[bias source,] the residual stream before the attention, and every head's output, at every position."""
+    p = loop.paths(layer)
+    module, mixed, streams = loop.module(p["o"]), loop.captured[p["o"] + ":in"], loop.streams[layer][0]
+    weight = module.weight.T if loop.name.startswith("gpt2") else module.weight
+    d = mixed.shape[1] // HEADS
+
+    def through(out: Tensor, t: int) -> Tensor:
+        return out if p["ap"] is None else loop.normed(p["ap"], out, t, False)
+
+    rows = [list(streams)]
+    for h in range(HEADS):
+        part = slice(h * d, (h + 1) * d)
+        rows.append([through(weight[:, part] @ mixed[t, part], t) for t in range(LENGTH)])
+    if loop.bias:
+        bias = torch.zeros(D, dtype=torch.float64) if module.bias is None else module.bias
+        rows.insert(0, [bias for _ in range(LENGTH)])
+    return rows
+
+
+@pytest.mark.parametrize("name", ORACLE_FAMILIES)
+@pytest.mark.parametrize("position", [None, 4])
+def test_neurons_agree_with_the_definition(name: str, position: int | None, device: str) -> None:
+    its, chosen = models.make(name, torch.float64, device), [3, 11, 50]
+    loop = oracle(name, DePass(its), its, 4)
+    if position is not None:
+        loop.starts = [0] * (1 + loop.bias) + [position] * 3
+    p = loop.paths(LAYER)
+    with torch.no_grad():
+        weight = loop.module(p["d"]).weight.T if name.startswith("gpt2") else loop.module(p["d"]).weight
+        rows = []
+        for n in chosen:
+            rows.append([])
+            for t in range(LENGTH):
+                out = weight[:, n] * loop.captured[p["d"] + ":in"][t, n]
+                out = out if p["mp"] is None else loop.normed(p["mp"], out, t, False)
+                rows[-1].append(out if position in (None, t) else torch.zeros(D, dtype=torch.float64))
+        after = loop.streams[LAYER + 1][0]
+        rest = [after[t] - sum((row[t] for row in rows), start=torch.zeros(D)) for t in range(LENGTH)]
+        x = [rest, *rows]
+        if loop.bias:
+            x.insert(0, [torch.zeros(D, dtype=torch.float64)] * LENGTH)
+        expected = loop.on(x, LAYER + 1)
+    positions = None if position is None else [position]
+    compare(DePass(its), Neurons(LAYER, chosen, positions), expected, LAYER + 1)
+
+
+@pytest.mark.parametrize("name", ORACLE_FAMILIES)
+def test_subspaces_agree_with_the_definition(name: str, device: str) -> None:
+    its = models.make(name, torch.float64, device)
+    loop = oracle(name, DePass(its), its, 2)
+    vectors = torch.linalg.qr(basis().T)[0]  # [D, 3], of unit length and right-angled
+    streams = loop.streams[LAYER][0]
+    inside = [sum((v * (v @ x) for v in vectors.T), start=torch.zeros(D)) for x in streams]
+    x = [[stream - part for stream, part in zip(streams, inside, strict=True)], inside]
+    if loop.bias:
+        x.insert(0, [torch.zeros(D, dtype=torch.float64)] * LENGTH)
+    compare(DePass(its), Subspace(LAYER, basis=5 * basis()), loop.on(x, LAYER), LAYER)
+
+
+def test_modules_are_what_the_modules_put_out(device: str) -> None:
+    its, ids = models.make("llama-biased", torch.float64, device), models.prompt(LENGTH)
+    seen: dict[str, Tensor] = {}
+    for name, module in (("attn", its.model.layers[LAYER].self_attn), ("mlp", its.model.layers[LAYER].mlp)):
+        module.register_forward_hook(
+            lambda _, args, output, name=name: seen.__setitem__(
+                name, output[0] if isinstance(output, tuple) else output
+            )
+        )
+    dp = DePass(its)
+    after = dp.states(ids, LAYER + 1, sources=Modules(LAYER, "mlp"))
+    assert torch.allclose(after.dense(LAYER + 1)[-1], seen["mlp"][0].cpu(), atol=1e-12)
+    # the last layer's attention, read before its MLP, scores by the frozen final norm alone where the MLP puts out nothing
+    one = dp.attribute(ids, target=5, sources=Modules(LAYER, "attn"))
+    assert [source.label for source in one.sources] == ["bias", "rest", "L1.attn"]
+
+
+def test_a_component_at_some_positions_takes_rows_from_the_first_on(device: str) -> None:
+    dp, ids = DePass(models.make("llama", device=device)), models.prompt(9)
+    neurons = its_neurons(dp)
+    last = dp.states(ids, models.LAYERS, sources=Neurons(LAYER, positions=[-1]))
+    assert last.layout.rows == neurons + len(ids)
+    assert dp.states(ids, models.LAYERS, sources=Neurons(LAYER)).layout.rows == (neurons + 1) * len(ids)
+    late = dp.states(ids, LAYER + 1, sources=Heads(LAYER, positions=[3, 6]))
+    assert late.layout.rows == len(ids) + HEADS * 6
+
+
+def its_neurons(dp: DePass) -> int:
+    return int(dp.model.config.intermediate_size)
+
+
+def test_states_can_be_streamed(device: str) -> None:
+    dp, ids, seen = DePass(models.make("llama", device=device)), models.prompt(9), {}
+    kept = dp.states(ids, sources=Heads(0))
+    empty = dp.states(ids, sources=Heads(0), on_state=lambda layer, state, stream: seen.update({layer: state.clone()}))
+    assert not empty.rows
+    assert sorted(seen) == sorted(kept.rows) == [1, 2, 3]
+    assert all(torch.equal(kept.rows[layer], state.cpu()) for layer, state in seen.items())
+
+
+def test_probes_read_the_raw_stream(device: str) -> None:
+    its, ids = models.make("gpt2", torch.float64, device), models.prompt(9)
+    dp, w = DePass(its), basis()[0]
+    asked = [Direction(w, layer=layer, intercept=0.5, position=p) for layer in range(4) for p in (-1, 2)]
+    res = dp.attribute(ids, target=[*asked, 5])
+    states = dp.states(ids)
+    for row, target, one in zip(res.scores, res.targets[:-1], asked, strict=False):
+        assert one.layer is not None
+        assert (target.kind, target.layer, target.intercept) == ("probe", one.layer, 0.5)
+        expected = states.dense(one.layer)[:, target.position] @ w
+        assert torch.allclose(row, expected.float(), atol=1e-6)
+    own = torch.stack([states.residual[one.layer][one.position] @ w for one in asked if one.layer is not None])
+    assert torch.allclose(res.target_logits[:-1], own.float())
+    assert torch.equal(res.scores[-1], dp.attribute(ids, target=5).scores[0])
+    behind = dp.attribute(ids, target=Direction(w, layer=LAYER + 1), sources=Heads(LAYER))
+    assert behind.conservation_error.max() < 1e-6
+
+
+WRONG: list[tuple[Any, str]] = [
+    (Heads(3), r"Heads\(layer=3\): .* has layers 0 to 2"),
+    (Heads(-1), r"Heads\(layer=-1\)"),
+    (Neurons("1"), r"Neurons\(layer='1'\)"),  # type: ignore[arg-type]
+    (Heads(1, ids=[4]), r"ids of Heads.*: 4 is out of range, there are 0 to 3"),
+    (Heads(1, ids=[]), "must name each once and at least one"),
+    (Heads(1, ids=[1, 1]), "must name each once"),
+    (Heads(1, ids="0"), "must be a list of integers"),
+    (Neurons(1, ids=[56]), "56 is out of range, there are 0 to 55"),
+    (Neurons(1, positions=[9]), "positions of Neurons.*: 9 is out of range, there are -9 to 8"),
+    (Neurons(1, positions=[0, -9]), "must name each once"),
+    (Modules(1, "head"), "module='head' of Modules; there are: 'attn', 'mlp'"),  # type: ignore[arg-type]
+    (Subspace(1), "takes one of basis, projection and parts, got none"),
+    (Subspace(1, basis=torch.zeros(2, 31)), r"basis of Subspace must be floats \[any, 32\] .* got float32 \[2, 31\]"),
+    (Subspace(1, basis=torch.ones(2, 32, dtype=torch.int64)), "got int64"),
+    (Subspace(1, basis=torch.full((2, 32), float("nan"))), "must be finite"),
+    (Subspace(1, projection=torch.zeros(32)), r"projection of Subspace must be floats \[32, 32\]"),
+    (Subspace(1, parts=torch.zeros(2, 8, 32)), r"\[any, 9, 32\]"),
+    (Subspace(1, basis=torch.ones(1, 32), labels=["a", "b"]), "2 labels for 1 sources"),
+    (Custom(torch.zeros(2, 9, 32), 1), "miss the stream that enters layer 1"),
+    (Custom("parts", 1), "got str"),  # type: ignore[arg-type]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "says"), WRONG)
+def test_what_does_not_fit_is_named(spec: Any, says: str) -> None:
+    dp = DePass(models.make("llama"))
+    with pytest.raises((SourceError, OptionError), match=says):
+        dp.attribute(models.prompt(9), sources=spec)
+    assert dp.attribute(models.prompt(9)).conservation_error.max() < 1e-4  # and the model is as it was
+
+
+def test_layers_that_do_not_fit_are_named() -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(9)
+    with pytest.raises(OptionError, match="start_layer=1: Heads names its own layer; leave it out"):
+        dp.attribute(ids, sources=Heads(1), start_layer=1)
+    with pytest.raises(OptionError, match="stop_layer=1: must lie behind layer 1 of Heads"):
+        dp.attribute(ids, sources=Heads(1), stop_layer=1)
+    with pytest.raises(
+        TargetError, match=r"Direction\(layer=1\): the stream is decomposed where it enters layers 2 to 3"
+    ):
+        dp.attribute(ids, sources=Heads(1), target=Direction(torch.ones(32), layer=1))
+    with pytest.raises(OptionError, match="layers: 1 is none of the layers 2 to 3"):
+        dp.states(ids, 1, sources=Heads(1))
+    with pytest.raises(TargetError, match="belongs to a probe; give it a layer"):
+        dp.attribute(ids, target=Direction(torch.ones(32), intercept=1.0))

@@ -1,0 +1,112 @@
+"""Recorded steps give what steps give, prompt after prompt. A tape stands in for the CUDA graph, which needs a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tape
+import torch
+from models import make
+
+from depass import DePass, OptionError
+from depass.graphs import Recordings
+from depass_kernels import backends
+
+needs_csrc = pytest.mark.skipif(backends.csrc_missing() is not None, reason="the reference's steps are not recorded")
+LAYERS = 3
+
+
+def recorded(model: Any, **options: Any) -> DePass:
+    made = DePass(model, **options)
+    made._recordings = Recordings(made._bound, tape.record)
+    return made
+
+
+def prompts(length: int, count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(3, 101, (count, length), generator=generator).tolist()
+
+
+@needs_csrc
+@pytest.mark.parametrize("rule", ["softmax", "taylor"])
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "gemma2", "gpt2", "gpt-neox", "qwen2", "olmo2"])
+def test_recorded_steps_give_what_steps_give(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name)
+    plain, graphed = DePass(model, mlp_rule=rule), recorded(model, mlp_rule=rule)
+    replays = []
+    real = tape.record
+    monkeypatch.setattr(graphed._recordings, "_record", lambda work, pool: counted(real(work, pool), replays))
+    for turn, ids in enumerate(prompts(9, 4)):
+        expected, got = plain.attribute(ids, target=[5, 17]), graphed.attribute(ids, target=[5, 17])
+        torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=0)
+        assert got.settings == expected.settings
+        assert len(replays) == max(0, turn - 1) * LAYERS  # the first is no recording yet, the second records
+
+
+def counted(replay: Any, replays: list[int]) -> Any:
+    def run() -> None:
+        replays.append(1)
+        replay()
+
+    return run
+
+
+@needs_csrc
+def test_layouts_in_turn_and_blocks() -> None:
+    model = make("llama")
+    plain, graphed = DePass(model), recorded(model, workspace_bytes=4000)
+    for length in (9, 4, 9, 4, 1, 9, 4, 9, 1, 1):
+        ids = prompts(length, 1)[0]
+        torch.testing.assert_close(graphed.attribute(ids, target=5).scores, plain.attribute(ids, target=5).scores)
+
+
+@needs_csrc
+def test_weights_that_change_are_seen() -> None:
+    model = make("llama")
+    graphed, ids = recorded(model), prompts(8, 1)[0]
+    for _ in range(3):
+        graphed.attribute(ids, target=5)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)  # in place: the recordings read it where it is
+        model.model.layers[2].mlp.gate_proj.weight = torch.nn.Parameter(
+            -model.model.layers[2].mlp.gate_proj.weight
+        )  # elsewhere
+    expected = DePass(model).attribute(ids, target=5)
+    for _ in range(2):
+        assert torch.equal(graphed.attribute(ids, target=5).scores, expected.scores)
+
+
+@needs_csrc
+def test_a_lent_propagation_is_nobody_elses() -> None:
+    model = make("llama")
+    dp = recorded(model)
+    run = dp._options(0, None, None, None, None)
+    parts, sharing = dp._case(prompts(5, 1)[0], None, "token", run).parts, run.sharing
+    assert dp._recordings is not None
+    lent = [dp._recordings.lend(parts.layout, sharing, None) for _ in range(3)]
+    assert len(set(map(id, lent))) == 3
+    dp._recordings.give_back(lent[1])
+    assert dp._recordings.lend(parts.layout, sharing, None) is lent[1]
+
+
+def test_steps_of_the_reference_are_not_recorded() -> None:
+    model = make("llama")
+    graphed, ids = recorded(model, backend="reference"), prompts(8, 1)[0]
+    expected = DePass(model, backend="reference").attribute(ids, target=5)
+    for _ in range(4):
+        assert torch.equal(graphed.attribute(ids, target=5).scores, expected.scores)
+
+
+def test_cuda_graphs_need_a_gpu() -> None:
+    with pytest.raises(OptionError, match="cuda_graphs=True needs a model on one CUDA device, this one lies on cpu"):
+        DePass(make("llama"), cuda_graphs=True)
+
+
+def test_cuda_graphs_on_a_gpu(device: str) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    model = make("llama").to("cuda")
+    plain, graphed = DePass(model), DePass(model, cuda_graphs=True)
+    for ids in prompts(9, 5):
+        torch.testing.assert_close(graphed.attribute(ids, target=5).scores, plain.attribute(ids, target=5).scores)
