@@ -15,7 +15,6 @@ import tokens
 import torch
 from torch import Tensor
 
-import depass
 from depass import DePass, DePassError, ModelError, NonFiniteError, OptionError, PromptError, SourceError, TargetError
 from depass.compat import official
 from depass.compat.official import decomposed_state_manager
@@ -32,7 +31,6 @@ CALLS = [
     *("score.last.3", "score.last.77"),
 ]
 OPTIONS = {"rule": "mlp_decomposed_function", "temperature": "mlp_softmax_temp"}
-components = pytest.mark.skipif(not hasattr(depass, "Heads"), reason="this version has no component sources")
 
 
 class Ids:
@@ -211,7 +209,6 @@ COMPONENTS: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
 }
 
 
-@components
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("mode", COMPONENTS)
 @pytest.mark.parametrize("name", FILES)
@@ -228,7 +225,6 @@ def test_components_add_up(name: str, mode: str, layer: int, recorded: Any) -> N
     assert (state.sum(1) - normed(model, made.states)).abs().max() <= 1e-4
 
 
-@components
 @pytest.mark.parametrize("name", FILES)
 def test_subspaces_add_up_after_every_layer(name: str, recorded: Any) -> None:
     model, tensors, _ = recorded(name)

@@ -24,6 +24,7 @@ from torch import Tensor
 from depass_kernels.backends import RULES
 
 from ..api import DePass, _refuse_dropout
+from ..components import Custom, Heads, Modules, Neurons
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
 from ..lockstep import Trace, _running, run
@@ -177,7 +178,12 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         Args:
             prompt: ``N`` tokens.
             start_layer_idx: the layer after which the parts are.
-            attribute_state: ``[M, N, D]``; should add up to the stream there.
+            attribute_state: ``[M, N, D]``. Where it does not add up to the stream there, what is missing goes through the
+                model as a part of its own and is added to row 0 of what comes back, so that this adds up.
+                (``reproduce_published=True``: what is missing is left out.)
+
+        Raises:
+            SourceError: parts that are not finite or do not have this shape.
         """
         return self._normed(self._subspace_states(prompt, start_layer_idx, attribute_state, keep_all=False)[-1])
 
@@ -267,7 +273,8 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         start = self._start(layer)
         self.get_states(prompt)
         _check_state(parts, (None, *self.states[0].shape[1:]), "[M, N, D]")
-        return self._engine().subspace_states(self._ids, start, parts, keep_all)
+        stream = self.states[2 * start + 2][0]
+        return self._engine().subspace_states(self._ids, start, parts, stream, keep_all)
 
     @torch.no_grad()
     def _normed(self, state: Tensor) -> Tensor:
@@ -296,7 +303,9 @@ class _Engine(Protocol):
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
         """After the last layer: rest, then the layer's neurons."""
 
-    def subspace_states(self, ids: Sequence[int], layer: int, parts: Tensor, keep_all: bool = False) -> list[Tensor]:
+    def subspace_states(
+        self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
+    ) -> list[Tensor]:
         """Of parts of the stream after ``layer``: after the last layer or, to ``keep_all``, after each from there on."""
 
 
@@ -305,8 +314,8 @@ class _Exact:
 
     def __init__(self, model: Any, rule: str, temperature: float, exclude_first: bool) -> None:
         self.dp = DePass(model, None, mlp_rule=rule, temperature=temperature, exclude_bos=False)
-        self.exclude_first, self.heads = exclude_first, self.dp._bound.heads
-        self.depth = len(self.dp._bound.layers)
+        self.exclude_first, self.bound = exclude_first, self.dp._bound
+        self.depth = len(self.bound.layers)
 
     def token_states(
         self, ids: Sequence[int], layers: range, keep_all: bool = False, single_compute_token: int | None = None
@@ -318,32 +327,36 @@ class _Exact:
         return [_with_others_in_first(states.dense(layer), len(ids)) for layer in wanted]
 
     def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
-        sources = _kinds().Heads(layer) if kind == "attn_head" else _kinds().Modules(layer, kind)
-        states = self.dp.states(ids, self.depth, sources=sources)
-        return _with_others_in_first(states.dense(self.depth), 1 + (self.heads if kind == "attn_head" else 1))
+        sources = Heads(layer) if kind == "attn_head" else Modules(layer, kind)
+        return self._last(ids, sources, self.bound.heads if kind == "attn_head" else 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
-        states = self.dp.states(ids, self.depth, sources=_kinds().Neurons(layer))
-        width = self.dp._bound.layers[layer].down.weight.shape[1]
-        return _with_others_in_first(states.dense(self.depth), 1 + width)
+        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.weight.shape[1])
 
-    def subspace_states(self, ids: Sequence[int], layer: int, parts: Tensor, keep_all: bool = False) -> list[Tensor]:
+    def subspace_states(
+        self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
+    ) -> list[Tensor]:
+        count, parts = len(parts), parts.detach().to("cpu", self.bound.state_dtype, copy=True)
+        missing = stream.to(parts) - parts.sum(0)
+        if missing.abs().max() <= self.bound.tolerance * stream.abs().max():  # rounding, which is no source
+            parts[0] += missing
+        else:
+            parts = torch.cat([missing[None], parts])
         if layer + 1 == self.depth:
-            return [parts.cpu()]
+            return [_with_others_in_first(parts, count)]
         wanted = range(layer + 1, self.depth + 1) if keep_all else [self.depth]
-        states = self.dp.states(ids, wanted, sources=_kinds().Custom(parts, layer + 1), start_layer=layer + 1)
-        return [_with_others_in_first(states.dense(at), len(parts)) for at in wanted]
+        states = self.dp.states(ids, wanted, sources=Custom(parts, layer + 1))
+        return [_with_others_in_first(states.dense(at), count) for at in wanted]
 
-
-def _kinds() -> Any:
-    import depass
-
-    return depass
+    def _last(self, ids: Sequence[int], sources: Heads | Modules | Neurons, count: int) -> Tensor:
+        """After the last layer: the rest and ``count`` components."""
+        states = self.dp.states(ids, self.depth, sources=sources)
+        return _with_others_in_first(states.dense(self.depth), 1 + count)
 
 
 def _with_others_in_first(state: Tensor, count: int) -> Tensor:
     """The last ``count`` sources ``[count, N, D]``; those before them (the biases, a rest) are added to the first."""
-    others, named = state[:-count], state[-count:].clone()
+    others, named = state[:-count], state[-count:]
     named[0] += others.sum(0)
     return named
 
@@ -363,7 +376,7 @@ def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
         for layer in bound.layers:
             reader = layer.gate.module if layer.mlp_norm is None else layer.mlp_norm.module
             stack.callback(reader.register_forward_pre_hook(keep_middle).remove)
-        last, _ = run(bound, torch.tensor(ids), keep, range(len(bound.layers)))
+        last, _ = run(bound, [ids], keep, range(len(bound.layers)))
     return [*streams, last.to("cpu", copy=True)[None]]
 
 
@@ -408,6 +421,8 @@ def _check_state(state: Any, shape: tuple[int | None, ...], letters: str) -> Non
     fits = state.dim() == 3 and all(n is None or n == m for n, m in zip(shape, state.shape, strict=True))
     if not fits or state.numel() == 0:
         raise SourceError(f"attribute_state must be {letters}, here [{wanted}], got {list(state.shape)}")
+    if not bool(state.isfinite().all()):
+        raise SourceError("attribute_state must be finite, got NaN or infinity")
 
 
 def _tell_once() -> None:

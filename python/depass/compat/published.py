@@ -120,7 +120,9 @@ class Published:
         return torch.cat(states)
 
     @torch.no_grad()
-    def subspace_states(self, ids: Sequence[int], layer: int, parts: Tensor, keep_all: bool = False) -> list[Tensor]:
+    def subspace_states(
+        self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
+    ) -> list[Tensor]:
         """Given parts ``[M, N, D]`` of the stream after ``layer``: after the last one or, to ``keep_all``, after each."""
         frozen, last = self._freeze(ids, range(layer, len(self.bound.layers)))
         return list(self._propagate(parts.to(last), frozen[1:], keep_all))
@@ -134,14 +136,15 @@ class Published:
 
         def keep(index: int, trace: Trace) -> None:
             layer = self.bound.layers[index]
-            trace = trace.to(layer.down.module.weight.device)
+            device = layer.down.module.weight.device
+            trace = trace.map(lambda tensor: tensor.to(device))
             assert trace.pattern is not None
             assert trace.hidden is not None
             total = None if trace.gate_total is None else own(trace.gate_total)
             scales = own(trace.scales["attention_norm"]), own(trace.scales["mlp_norm"])
             frozen.append(_Frozen(layer, own(trace.stream), own(trace.pattern[0]), *scales, own(trace.hidden), total))
 
-        last, _ = run(self.bound, torch.tensor(ids), keep, layers, with_gate_total=self.rule == "taylor")
+        last, _ = run(self.bound, [ids], keep, layers, with_gate_total=self.rule == "taylor")
         return frozen, last.to(self.dtype)
 
     def _last(self, state: Tensor, frozen: Sequence[_Frozen]) -> Tensor:
