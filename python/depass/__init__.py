@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         OptionError,
         OutputError,
         PromptError,
+        PublishedDifferenceWarning,
         SourceError,
         TargetError,
     )
@@ -37,7 +38,7 @@ _MODULES = {
     "components": ("Custom", "Heads", "Modules", "Neurons", "Subspace"),
     "errors": (
         "ConservationError", "ConservationWarning", "DePassError", "ModelError", "NonFiniteError", "OptionError",
-        "OutputError", "PromptError", "SourceError", "TargetError",
+        "OutputError", "PromptError", "PublishedDifferenceWarning", "SourceError", "TargetError",
     ),
     "families": ("FAMILIES", "Family"),
     "prompt": ("Prompt",),
@@ -50,8 +51,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
     "Direction", "Family", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError", "OutputError",
-    "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Target", "TargetError",
-    "Token", "TopK",
+    "Prompt", "PromptError", "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans", "States",
+    "Subspace", "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 

@@ -15,10 +15,20 @@ import tokens
 import torch
 from torch import Tensor
 
-from depass import DePass, DePassError, ModelError, NonFiniteError, OptionError, PromptError, SourceError, TargetError
+from depass import (
+    DePass,
+    DePassError,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+    PromptError,
+    PublishedDifferenceWarning,
+    SourceError,
+    TargetError,
+)
 from depass.compat import official
+from depass.compat import published as engine
 from depass.compat.official import decomposed_state_manager
-from depass.errors import PublishedDifferenceWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.errors.PublishedDifferenceWarning")
 FILES = ("llama_gqa", "llama_mha", "qwen2")
@@ -89,16 +99,30 @@ def test_the_published_numbers(name: str, call: str, recorded: Any) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_published_head_scores_of_smollm2(which: int, golden: Path, smollm2_dp: DePass) -> None:
-    """Every fourth layer. Where nothing is near the threshold of quirk 2 the scores agree to 2e-5; a pre-activation of the
-    last head that rounding puts on its other side moves them by up to 1e-3 (layer 0 of the second prompt by 2.7e-3).
+def test_published_head_scores_of_smollm2(
+    which: int, golden: Path, smollm2_dp: DePass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most layers agree to 3e-5, and all to 2e-3 but for one.
+
+    Quirk 2 drops pre-activations below 1e-5, and rounding moves these by up to 1.1e-6 (fp32 against fp64 in layer 0), so
+    that a few fall on the threshold's other side there and here. A layer that is off by more than 2e-3 (layer 0 of the
+    second prompt, by 2.7e-3) must agree once the threshold is moved by that much or less.
     """
     cases = [case for case in json.loads((golden / "smollm2.json").read_text()) if "head_scores" in case]
     case, made = cases[which], decomposed_state_manager(smollm2_dp.model, None, reproduce_published=True)
-    for layer in range(which, 30, 4):
+
+    def deviation(layer: int, threshold: float = 1e-5) -> float:
+        monkeypatch.setattr(engine, "_THRESHOLD", threshold)
         state = made.get_layer_module_decomposed_state(case["input_ids"], layer, type="attn_head")
         ours = made.compute_attribute_score(state, -1, case["target_id"])
-        assert (ours - torch.tensor(case["head_scores"][layer])).abs().max() <= 2e-3
+        return (ours - torch.tensor(case["head_scores"][layer])).abs().max().item()
+
+    deviations = torch.tensor([deviation(layer) for layer in range(30)])
+    assert deviations.median() <= 3e-5
+    off = (deviations > 2e-3).nonzero().flatten().tolist()
+    assert len(off) <= 1
+    for layer in off:
+        assert min(deviation(layer, threshold) for threshold in (0.9e-5, 0.95e-5, 1.05e-5, 1.1e-5)) <= 2e-3
 
 
 def test_published_neuron_scores_of_smollm2(golden: Path, smollm2_dp: DePass) -> None:
@@ -211,28 +235,48 @@ COMPONENTS: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("mode", COMPONENTS)
-@pytest.mark.parametrize("name", FILES)
-def test_components_add_up(name: str, mode: str, layer: int, recorded: Any) -> None:
-    model, tensors, _ = recorded(name)
-    made = decomposed_state_manager(model, Ids(tensors["input_ids"].tolist()))
+@pytest.mark.parametrize("name", [*FILES, "gpt2", "gpt-neox"])
+def test_components_add_up(name: str, mode: str, layer: int, recorded: Any, device: str) -> None:
+    if name in FILES:
+        model, tensors, _ = recorded(name)
+        ids, neurons = tensors["input_ids"].tolist(), model.config.intermediate_size
+    else:
+        model, ids, neurons = models.make(name, device=device), models.prompt(6), 56
+    made = decomposed_state_manager(model, Ids(ids))
     stream = made.get_states("text")[2 * layer + 2]
-    parts = torch.cat([0.3 * stream, 0.7 * stream])
-    state = COMPONENTS[mode](made, layer, parts)
-    heads, neurons = model.config.num_attention_heads, model.config.intermediate_size
+    state = COMPONENTS[mode](made, layer, torch.cat([0.3 * stream, 0.7 * stream]))
+    heads, width = model.config.num_attention_heads, model.config.hidden_size
     sources = {"attn_head": 1 + heads, "neuron": 1 + neurons, "neuron3": 1 + neurons}.get(mode, 2)
     assert state.device.type == "cpu"
-    assert state.shape == (len(tensors["input_ids"]), sources, model.config.hidden_size)
+    assert state.shape == (len(ids), sources, width)
     assert (state.sum(1) - normed(model, made.states)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_subspaces_add_up_after_every_layer(name: str, recorded: Any) -> None:
-    model, tensors, _ = recorded(name)
-    made = decomposed_state_manager(model, Ids(tensors["input_ids"].tolist()))
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt-neox"])
+def test_subspaces_add_up_after_every_layer(name: str, missing: bool, device: str) -> None:
+    made = decomposed_state_manager(models.make(name, device=device), Ids(models.prompt(6)))
     stream = made.get_states("text")[2]
-    states = made.get_subspace_decomposed_state_all_layer("text", 0, torch.cat([0.3 * stream, 0.7 * stream]))
+    given = torch.cat([0.3 * stream, (0.2 if missing else 0.7) * stream])
+    before = given.clone()
+    states = made.get_subspace_decomposed_state_all_layer("text", 0, given)
     for state, whole in zip(states, made.states[2::2], strict=True):
+        assert state.shape == (6, 2, 32)
         assert (state.sum(1) - whole[0]).abs().max() <= 1e-4
+    assert torch.equal(given, before)
+    assert (states[0][:, 1] - given[1]).abs().max() <= 1e-6
+
+
+def test_an_output_bias_is_counted_to_the_rest_and_not_to_the_neurons(device: str) -> None:
+    """In the last layer nothing follows the MLP but the final norm: its output is that of its neurons, and the bias."""
+    model = models.make("gpt2", device=device)
+    made = decomposed_state_manager(model, Ids(models.prompt(6)))
+    neurons = made.get_mlp_neuron_decomposed_state("text", 2)[:, 1:].sum(1)
+    module = made.get_layer_module_decomposed_state("text", 2, type="mlp")[:, 1]
+    bias, norm = model.transformer.h[2].mlp.c_proj.bias.detach().cpu(), model.transformer.ln_f
+    scale = torch.rsqrt(made.states[-1][0].var(-1, unbiased=False) + norm.eps)
+    biased = neurons + scale[:, None] * (bias - bias.mean()) * norm.weight.detach().cpu()
+    assert (biased - module).abs().max() <= 1e-4
 
 
 def normed(model: Any, states: list[Tensor]) -> Tensor:
@@ -294,6 +338,11 @@ WRONG: dict[str, tuple[type[DePassError], str, Callable[[Any], object]]] = {
         SourceError,
         r"\[M, 5, 32\], got \[2, 4, 32\]",
         lambda m: m.get_subspace_decomposed_state("x", 0, torch.ones(2, 4, 32)),
+    ),
+    "not-finite": (
+        SourceError,
+        "must be finite",
+        lambda m: m.get_subspace_decomposed_state("x", 0, torch.full((2, 5, 32), torch.nan)),
     ),
     "no-parts": (SourceError, "float tensor", lambda m: m.get_subspace_decomposed_state("x", 0, [1.0])),
     "position": (TargetError, "token_idx=5", lambda m: m.compute_attribute_score(torch.ones(5, 2, 32), 5, 3)),

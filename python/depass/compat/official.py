@@ -56,7 +56,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
 
     ``compute_num`` and ``single_compute_token`` change the published answers. Here they are accepted and ignored: blocks
     are sized by a memory budget and change no answer. Where our numbers differ from the published ones, one
-    :class:`~depass.errors.PublishedDifferenceWarning` per process says so.
+    :class:`depass.PublishedDifferenceWarning` per process says so.
 
     Args:
         model: a causal language model of HuggingFace transformers; never modified.
