@@ -64,6 +64,7 @@ def summary(found: list[dict[str, float]]) -> dict[str, float]:
     return {
         "relative_difference_median": round(statistics.median(differences), 4),
         "relative_difference_worst": round(max(differences), 4),
+        "share_that_differs_by_more_than_a_tenth": round(sum(d > 0.1 for d in differences) / len(differences), 4),
         "rank_correlation_median": round(statistics.median(correlations), 4),
         "rank_correlation_mean": round(statistics.mean(correlations), 4),
         "rank_correlation_worst": round(min(correlations), 4),

@@ -327,8 +327,9 @@ class _Exact:
         return [_with_others_in_first(states.dense(layer), len(ids)) for layer in wanted]
 
     def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
-        sources = Heads(layer) if kind == "attn_head" else Modules(layer, kind)
-        return self._last(ids, sources, self.bound.heads if kind == "attn_head" else 1)
+        if kind == "attn_head":
+            return self._last(ids, Heads(layer), self.bound.heads)
+        return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
         return self._last(ids, Neurons(layer), self.bound.layers[layer].down.weight.shape[1])
