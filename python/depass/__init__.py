@@ -27,9 +27,11 @@ if TYPE_CHECKING:
         TargetError,
     )
     from .families import FAMILIES, Family
+    from .generation import Generation
     from .prompt import Prompt
     from .result import Attribution, Settings
     from .sources import Source, Spans
+    from .sweep import Sweep
     from .targets import Contrast, Direction, Target, Token, TopK
 
 # Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
@@ -41,18 +43,20 @@ _MODULES = {
         "OutputError", "PromptError", "PublishedDifferenceWarning", "SourceError", "TargetError",
     ),
     "families": ("FAMILIES", "Family"),
+    "generation": ("Generation",),
     "prompt": ("Prompt",),
     "result": ("Attribution", "Settings"),
     "sources": ("Source", "Spans"),
+    "sweep": ("Sweep",),
     "targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
-    "Direction", "Family", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError", "OutputError",
-    "Prompt", "PromptError", "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans", "States",
-    "Subspace", "Target", "TargetError", "Token", "TopK",
+    "Direction", "Family", "Generation", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError",
+    "OutputError", "Prompt", "PromptError", "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans",
+    "States", "Subspace", "Sweep", "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from depass_kernels import BackendError, SourceLayout
+from depass_kernels import SourceLayout
 from depass_kernels.backends import NAMES, RULES
 
-from . import lockstep, prompt, smollm2, sources, targets
-from .components import COMPONENTS, decompose_components
+from . import smollm2
+from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
+from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, free_memory, grouped
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
-from .families import BoundModel, Family, bind
+from .families import Family, bind
+from .generation import Generation, continued, generated_ids, sources_of
 from .graphs import Recordings
+from .prompt import Prompt, encode
 from .propagate import MLPSharing, Propagation
-from .result import Attribution, Settings
-from .sources import Decomposition, Moment, Source
-from .targets import Target
-
-Progress = Callable[[int, int], None]
+from .result import Attribution
+from .sources import Decomposition, Source, decompose
+from .sweep import Sweep
+from .targets import Token, check
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +176,230 @@ class DePass:
             NonFiniteError: the model's logits or the parts are not finite.
             ConservationError: with ``strict``, scores that do not add up.
         """
-        run = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
-        found = self._attribute([self._case(prompt, target, sources, run)], run, progress)[0]
+        options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        found = self._engine().attribute([self._case(prompt, target, sources, options)], options, progress)[0]
         if isinstance(found, DePassError):
             raise found
         self._judge(found, strict)
         return found
+
+    def attribute_many(
+        self,
+        prompts: Iterable[Any],
+        target: Any = None,
+        *,
+        targets: Iterable[Any] | None = None,
+        sources: Any = "token",
+        batch_tokens: int = 1024,
+        errors: Literal["raise", "return"] = "raise",
+        start_layer: int = 0,
+        stop_layer: int | None = None,
+        mlp_rule: str | None = None,
+        temperature: float | None = None,
+        exclude_bos: bool | Literal["auto"] | None = None,
+        strict: bool = False,
+    ) -> Iterator[Attribution | DePassError]:
+        """Attribute many prompts, several in one pass of the model; each result equals its own run's to rounding.
+
+        Prompts are taken from the iterable as they are needed, and results come in their order. They are padded for the
+        model's own pass only, on the right, whatever side the tokenizer pads on.
+
+        Args:
+            prompts: prompts as for :meth:`attribute`.
+            target: of every prompt, as for :meth:`attribute`.
+            targets: instead of ``target``, one for each prompt.
+            sources: as for :meth:`attribute`.
+            batch_tokens: how many tokens, padding included, go in one pass; a longer prompt goes alone. The state has
+                about half as many rows for each token as its prompt has tokens.
+            errors: ``"raise"``: a prompt that cannot be attributed raises at its turn, with its index; all before it have
+                come by then. ``"return"``: the error comes in its place and the others go on.
+            start_layer: see :meth:`attribute`.
+            stop_layer: see :meth:`attribute`.
+            mlp_rule: see :meth:`attribute`.
+            temperature: see :meth:`attribute`.
+            exclude_bos: see :meth:`attribute`.
+            strict: an attribution that does not add up is an error.
+
+        Yields:
+            An :class:`Attribution` for each prompt, or with ``errors="return"`` the error in its place.
+
+        Raises:
+            OptionError: at once, for options that no prompt could have; no prompts at all.
+            DePassError: with ``errors="raise"``, what :meth:`attribute` raises, naming the prompt's index from 0.
+        """
+        options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
+            raise OptionError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
+        if errors not in ("raise", "return"):
+            raise OptionError(f"errors must be 'raise' or 'return', got {errors!r}")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise OptionError(f"prompts must be several, got one {type(prompts).__name__}; attribute() takes one")
+        if targets is not None and target is not None:
+            raise OptionError("give target= for all prompts or targets= for each, not both")
+        if isinstance(prompts, Sized) and len(prompts) == 0:
+            raise OptionError("prompts is empty; give at least one")
+        return self._many(prompts, target, targets, sources, batch_tokens, errors, options, strict)
+
+    def _many(
+        self,
+        prompts: Iterable[Any],
+        target: Any,
+        targets: Iterable[Any] | None,
+        sources: Any,
+        batch_tokens: int,
+        errors: str,
+        options: Options,
+        strict: bool,
+    ) -> Iterator[Attribution | DePassError]:
+        batch: list[Case | DePassError] = []
+        longest = begin = 0  # the batch's longest prompt; the index of its first
+        for index, (given, asked) in enumerate(_with_targets(prompts, target, targets)):
+            try:
+                case: Case | DePassError = self._case(given, asked, sources, options)
+            except DePassError as error:
+                case = error
+            length = len(case.prompt.ids) if isinstance(case, Case) else 0
+            if batch and max(longest, length) * (len(batch) + 1) > batch_tokens:
+                yield from self._batch(batch, begin, errors, options, strict)
+                batch, longest, begin = [], 0, index
+            batch.append(case)
+            longest = max(longest, length)
+        if batch:
+            yield from self._batch(batch, begin, errors, options, strict)
+
+    def _batch(
+        self, batch: Sequence[Case | DePassError], begin: int, errors: str, options: Options, strict: bool
+    ) -> Iterator[Attribution | DePassError]:
+        """The results of one pass; ``begin`` is the index of the batch's first prompt."""
+        cases = [case for case in batch if isinstance(case, Case)]
+        with torch.no_grad():
+            found = iter(self._engine().attribute(cases, options) if cases else [])
+        for index, case in enumerate(batch, begin):
+            result = next(found) if isinstance(case, Case) else case
+            if isinstance(result, Attribution):
+                try:
+                    self._judge(result, strict)
+                except ConservationError as error:
+                    result = error
+            if isinstance(result, DePassError) and errors == "raise":
+                raise type(result)(f"prompt {index}: {result}") from result
+            yield result
+
+    @torch.no_grad()
+    def sweep(
+        self,
+        kind: Literal["heads", "neurons", "modules"],
+        prompt: Any,
+        target: Any = None,
+        *,
+        layers: Sequence[int] | None = None,
+        ids: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        memory_bytes: int | None = None,
+        mlp_rule: str | None = None,
+        temperature: float | None = None,
+        progress: Progress | None = None,
+    ) -> Sweep:
+        """Every layer's heads, neurons or modules, each layer a decomposition of its own, in one pass of the model.
+
+        Args:
+            kind: ``"heads"``: :class:`Heads` of every layer. ``"neurons"``: :class:`Neurons`. ``"modules"``: attention and
+                MLP as :class:`Modules`.
+            prompt: as for :meth:`attribute`.
+            target: as for :meth:`attribute`; a probe of an inner layer is none of a sweep.
+            layers: which; all without it.
+            ids: which heads or neurons of each layer; all without it.
+            positions: where their outputs count, as for :class:`Heads`.
+            memory_bytes: what the decomposed states and their buffers may take beside the model. More than that goes in
+                groups of layers, a pass each, which changes no result beyond rounding. Without it: half of what is free.
+            mlp_rule: instead of the constructor's, as ``temperature``.
+            temperature: of the softmax rule.
+            progress: called after each layer with the number of layers done and of all, over all passes.
+
+        Raises:
+            PromptError, TargetError, SourceError, OptionError, ModelError: something that cannot be attributed.
+            NonFiniteError: the model's logits or the parts are not finite.
+        """
+        bound = self._bound
+        options = self._options(0, None, mlp_rule, temperature, False)
+        if kind not in ("heads", "neurons", "modules"):
+            raise OptionError(f"unknown sweep {kind!r}; there are: 'heads', 'neurons', 'modules'")
+        if kind == "modules" and ids is not None:
+            raise OptionError("ids= names heads or neurons; a layer's modules are its attention and its MLP")
+        made = encode(prompt, self.tokenizer, bound)
+        asked = check(target, len(made.ids), range(0), self.tokenizer, bound)
+        if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable | None):
+            raise OptionError(f"layers must be a list of integers, got {layers!r}")
+        wanted = list(range(len(bound.layers)) if layers is None else layers)
+        if not wanted or len(set(wanted)) < len(wanted):
+            raise OptionError(f"layers={layers} must name each layer once and at least one")
+        parts = []
+        for layer in wanted:
+            specs: list[Any] = [Heads(layer, ids, positions)]
+            if kind == "neurons":
+                specs = [Neurons(layer, ids, positions)]
+            elif kind == "modules":
+                specs = [Modules(layer, "attn", positions), Modules(layer, "mlp", positions)]
+            parts.append([decompose_components(spec, len(made.ids), bound) for spec in specs])
+        parts.sort(key=lambda of_layer: of_layer[0].layer)
+        if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 1):
+            raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
+        budget = free_memory(bound) // 2 if memory_bytes is None else memory_bytes
+        groups = list(grouped(parts, budget, bound, self.workspace_bytes))
+        return self._engine().sweep(made, groups, asked, options, kind, progress)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 20,
+        sources: Any = "token",
+        mlp_rule: str | None = None,
+        temperature_of_shares: float | None = None,
+        exclude_bos: bool | Literal["auto"] | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Generate with the model's own ``generate``, then attribute every generated token, all in one pass over the ids.
+
+        Args:
+            prompt: as for :meth:`attribute`.
+            max_new_tokens: at most so many; fewer where the model ends.
+            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans` of the prompt; every generated token is a
+                source of its own for the later ones.
+            mlp_rule: instead of the constructor's, as ``temperature_of_shares`` and ``exclude_bos``.
+            temperature_of_shares: of the softmax rule (``temperature`` is that of sampling, and goes to ``generate``).
+            exclude_bos: see :class:`DePass`.
+            strict: see :meth:`attribute`.
+            progress: see :meth:`attribute`.
+            sampling: what else the model's ``generate`` takes: ``do_sample``, ``temperature``, ``top_p``, ``num_beams`` ...
+
+        Raises:
+            PromptError, SourceError, OptionError, ModelError: something that cannot be generated or attributed.
+            NonFiniteError, ConservationError: see :meth:`attribute`.
+        """
+        options = self._options(0, None, mlp_rule, temperature_of_shares, exclude_bos)
+        if isinstance(sources, COMPONENTS):
+            raise OptionError(
+                f"generate attributes to the prompt's parts, not to {type(sources).__name__}; use attribute"
+            )
+        made = encode(prompt, self.tokenizer, self._bound)
+        self._decompose(made, sources, options)  # what is wrong with them is found before anything is generated
+        new = generated_ids(self._bound, made, max_new_tokens, sampling)
+        whole = continued(made, new, self.tokenizer, self._bound)
+        read = continued(made, new[:-1], self.tokenizer, self._bound)
+        parts = self._decompose(read, sources_of(made, read, sources), options)
+        asked = [Token(token, len(made.ids) - 1 + i) for i, token in enumerate(new)]
+        layers = decomposed_layers(parts, options.stop)
+        case = Case(read, parts, tuple(check(asked, len(read.ids), layers, self.tokenizer, self._bound)))
+        found = self._engine().attribute([case], options, progress)[0]
+        if isinstance(found, DePassError):
+            raise found
+        self._judge(found, strict)
+        tokens = whole.tokens[len(made.ids) :]
+        return Generation("".join(tokens), tokens, tuple(new), found)
 
     @torch.no_grad()
     def states(
@@ -212,9 +433,9 @@ class DePass:
             PromptError, SourceError, OptionError, ModelError: something that cannot be decomposed.
             NonFiniteError: a state is not finite.
         """
-        run = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
-        case = self._case(prompt, None, sources, run)
-        there = case.layers(run)
+        options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        case = self._case(prompt, None, sources, options)
+        there = decomposed_layers(case.parts, options.stop)
         given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
         wanted = there if layers is None else tuple(given)
         for layer in wanted:
@@ -227,15 +448,20 @@ class DePass:
             if layer not in wanted:
                 return
             if not bool(propagation.state.isfinite().all()):
-                raise NonFiniteError(f"the state entering layer {layer} is not finite in {_name(self._bound.dtype)}")
+                raise NonFiniteError(
+                    f"the state entering layer {layer} is not finite in {dtype_name(self._bound.dtype)}"
+                )
             if on_state is not None:
                 on_state(layer, propagation.state, stream)
             else:
                 rows[layer] = propagation.state.to("cpu", copy=True)
                 residual[layer] = stream.to("cpu", copy=True)
 
-        self._run([case.prompt], [(case.parts, 0)], run, keep=keep)
+        self._engine().run([case.prompt], [(case.parts, 0)], options, keep=keep)
         return States(rows, residual, case.parts.layout, case.parts.sources)
+
+    def _engine(self) -> Engine:
+        return Engine(self._bound, self.tokenizer, self.name, self.workspace_bytes, self._recordings)
 
     def _options(
         self,
@@ -244,7 +470,7 @@ class DePass:
         mlp_rule: str | None,
         temperature: float | None,
         exclude_bos: bool | Literal["auto"] | None,
-    ) -> _Options:
+    ) -> Options:
         depth = len(self._bound.layers)
         stop_layer = depth if stop_layer is None else stop_layer
         if not (
@@ -258,175 +484,27 @@ class DePass:
             self.mlp_rule if mlp_rule is None else mlp_rule, self.temperature if temperature is None else temperature
         )
         exclude = _check_exclude(self.exclude_bos if exclude_bos is None else exclude_bos)
-        return _Options(start_layer, stop_layer, sharing, exclude)
+        return Options(start_layer, stop_layer, sharing, exclude)
 
-    def _case(self, given: Any, target: Any, wanted: Any, run: _Options) -> _Case:
+    def _case(self, given: Any, target: Any, wanted: Any, options: Options) -> Case:
         """Check one prompt and what is asked about it, before any work is done."""
+        made = encode(given, self.tokenizer, self._bound)
+        parts = self._decompose(made, wanted, options)
+        asked = check(target, len(made.ids), decomposed_layers(parts, options.stop), self.tokenizer, self._bound)
+        return Case(made, parts, tuple(asked))
+
+    def _decompose(self, made: Prompt, wanted: Any, options: Options) -> Decomposition:
         bound = self._bound
-        made = prompt.encode(given, self.tokenizer, bound)
         if isinstance(wanted, COMPONENTS):
-            if run.start != 0:
-                raise OptionError(f"start_layer={run.start}: {type(wanted).__name__} names its own layer; leave it out")
+            name = type(wanted).__name__
+            if options.start != 0:
+                raise OptionError(f"start_layer={options.start}: {name} names its own layer; leave it out")
             parts = decompose_components(wanted, len(made.ids), bound)
-            if parts.layer >= run.stop:
-                raise OptionError(
-                    f"stop_layer={run.stop}: must lie behind layer {parts.layer} of {type(wanted).__name__}"
-                )
-        else:
-            bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
-            parts = sources.decompose(made, wanted, run.start, bound.has_bias, run.exclude, bos)
-        case = _Case(made, parts, ())
-        asked = targets.check(target, len(made.ids), case.layers(run), self.tokenizer, bound)
-        return replace(case, asked=tuple(asked))
-
-    def _attribute(
-        self, cases: Sequence[_Case], run: _Options, progress: Progress | None = None
-    ) -> list[Attribution | DePassError]:
-        """The cases' results from one pass of the model; an error in the place of one that has none."""
-        probes: dict[tuple[int, int], tuple[Tensor, float]] = {}  # by case and target: scores [M], logit
-
-        def read(layer: int, propagation: Propagation, stream: Tensor) -> None:
-            for i, case in enumerate(cases):
-                for j, asked in enumerate(case.asked):
-                    if asked.layer == layer and asked.w is not None:
-                        probes[i, j] = _probe(propagation, stream, i, case, asked)
-
-        propagation, stream, normed = self._run(
-            [case.prompt for case in cases], [(case.parts, i) for i, case in enumerate(cases)], run, progress, read
-        )
-        logits = self._logits(cases, normed, propagation)
-        found = [
-            self._result(i, case, run, propagation, stream, normed, logits, probes) for i, case in enumerate(cases)
-        ]
-        if self._recordings is not None:
-            self._recordings.give_back(propagation)
-        return found
-
-    def _logits(self, cases: Sequence[_Case], normed: Tensor, propagation: Propagation) -> dict[int, Tensor]:
-        """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
-        starts = propagation.prompt_start
-        wanted = sorted({starts[i] + asked.position for i, case in enumerate(cases) for asked in case.asked})
-        head = self._bound.head
-        return dict(zip(wanted, head(normed[wanted].to(head.weight.device)), strict=True))
-
-    def _result(
-        self,
-        index: int,
-        case: _Case,
-        run: _Options,
-        propagation: Propagation,
-        stream: Tensor,
-        normed: Tensor,
-        logits: dict[int, Tensor],
-        probes: dict[tuple[int, int], tuple[Tensor, float]],
-    ) -> Attribution | DePassError:
-        bound, first = self._bound, propagation.prompt_start[index]
-        found: list[Target] = []
-        rows: list[Tensor] = []
-        sums: list[float] = []
-        for j, asked in enumerate(case.asked):
-            if asked.layer is not None:
-                scores, logit = probes[index, j]
-                found.append(Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept))
-                rows.append(scores)
-                sums.append(logit)
-                continue
-            at = logits[first + asked.position].to(bound.state_dtype)
-            vector = normed[first + asked.position].to(at)
-            for readout in targets.fill(asked, vector, at, bound, self.tokenizer):
-                found.append(readout.target)
-                rows.append(_score(propagation, stream, index, index, case.parts, readout, bound))
-                sums.append(readout.logit)
-        for target, logit in zip(found, sums, strict=True):
-            if not math.isfinite(logit):
-                return NonFiniteError(
-                    f"the model's own logits are not finite ({logit} for {target.label!r}); "
-                    f"its weights or its dtype ({_name(bound.dtype)}) do not carry this prompt"
-                )
-        scores = torch.stack(rows)
-        if not bool(scores.isfinite().all()):
-            return NonFiniteError(f"scores are not finite in {_name(bound.dtype)}; try bfloat16 or float32")
-        own = torch.tensor(sums, dtype=torch.float64)
-        return Attribution(
-            scores=scores.float(),
-            sources=case.parts.sources,
-            targets=tuple(found),
-            target_logits=own.float(),
-            conservation_error=conservation_error(scores, own).float(),
-            prompt=case.prompt,
-            settings=self._settings(run, case.parts.layer, case.parts.excluded, propagation),
-        )
-
-    def _settings(self, run: _Options, start: int, excluded: bool, propagation: Propagation) -> Settings:
-        return Settings(
-            model=self.name,
-            dtype=_name(self._bound.dtype),
-            rule=run.sharing.rule,
-            temperature=run.sharing.temperature,
-            exclude_bos=excluded,
-            start_layer=start,
-            stop_layer=run.stop,
-            backends={op: "+".join(sorted(names)) for op, names in sorted(propagation.served.items())},
-        )
-
-    def _run(
-        self,
-        prompts: Sequence[prompt.Prompt],
-        joining: Sequence[tuple[Decomposition, int]],
-        run: _Options,
-        progress: Progress | None = None,
-        keep: Callable[[int, Propagation, Tensor], None] | None = None,
-    ) -> tuple[Propagation, Tensor, Tensor]:
-        """One pass of the model over prompts, with decompositions of them on the way.
-
-        Args:
-            prompts: whose positions lie one behind the other.
-            joining: the decompositions, and of which prompt each is; in the order in which they join.
-            run: how.
-            progress: told after each layer.
-            keep: given the state that enters a layer, after those that start there have joined, and the stream; at last
-                what leaves the last layer.
-
-        Returns:
-            The propagation with its final state, the stream there ``[P, D]``, and the same after the final norm.
-        """
-        bound = self._bound
-        _refuse_dropout(bound)
-        layers = range(min(made.layer for made, _ in joining), run.stop)
-        lengths, rows = [len(made.ids) for made in prompts], sum(made.layout.rows for made, _ in joining)
-        propagation: Propagation | None = None
-        if self._recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
-            propagation = self._recordings.lend(joining[0][0].layout, run.sharing, self.workspace_bytes)
-        if propagation is None:
-            propagation = Propagation(bound, run.sharing, self.workspace_bytes, lengths, rows)
-        going: Propagation = propagation
-
-        def join(layer: int, moment: Moment, trace: lockstep.Trace) -> None:
-            now = [one for one in joining if (one[0].layer, one[0].moment) == (layer, moment)]
-            if now:
-                going.join(now, trace)
-
-        def on_layer(index: int, trace: lockstep.Trace) -> None:
-            join(index, "start", trace)
-            if keep is not None and going.layout is not None:
-                keep(index, going, trace.stream)
-            going.step(index, trace, lambda: join(index, "middle", trace))
-            join(index, "end", trace)
-            if progress is not None:
-                progress(index - layers.start + 1, len(layers))
-
-        try:
-            stream, normed = lockstep.run(
-                bound, [made.ids for made in prompts], on_layer, layers, with_gate_total=run.sharing.rule == "taylor"
-            )
-        except BackendError as error:
-            raise OptionError(str(error)) from error
-        if run.stop < len(bound.layers):
-            norm = bound.final_norm.module
-            normed = norm(stream[None].to(norm.weight.device))[0]
-        if keep is not None:
-            keep(run.stop, going, stream)
-        return going, stream, normed
+            if parts.layer >= options.stop:
+                raise OptionError(f"stop_layer={options.stop}: must lie behind layer {parts.layer} of {name}")
+            return parts
+        bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
+        return decompose(made, wanted, options.start, bound.has_bias, options.exclude, bos)
 
     def _sharing(self, rule: str, temperature: float) -> MLPSharing:
         if rule not in RULES:
@@ -443,77 +521,28 @@ class DePass:
         if error > tolerance:
             message = (
                 f"the scores miss the logit by {error:.1e} of their size, more than {tolerance:.0e} for "
-                f"{_name(self._bound.dtype)}; a wider dtype makes them add up"
+                f"{found.settings.dtype}; a wider dtype makes them add up"
             )
             if strict:
                 raise ConservationError(message)
             warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What holds of a whole pass."""
+def _with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
+    """Each prompt with its target.
 
-    start: int
-    stop: int
-    sharing: MLPSharing
-    exclude: bool | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A prompt, its decomposition and what is asked of it, all checked."""
-
-    prompt: prompt.Prompt
-    parts: Decomposition
-    asked: tuple[targets.Asked, ...]
-
-    def layers(self, run: _Options) -> range:
-        """The layers whose input is decomposed, and one past the last, where the final state is."""
-        return range(self.parts.layer + (self.parts.moment != "start"), run.stop + 1)
-
-
-def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
-    """``|Σ scores - logit| / max(|logit|, Σ |scores|)`` over the last dimension of ``scores``, in fp64."""
-    total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
-    size = torch.maximum(logits.abs(), spread).clamp(min=torch.finfo(torch.float64).tiny)
-    return (total - logits).abs() / size
-
-
-def _score(
-    propagation: Propagation,
-    stream: Tensor,
-    staircase: int,
-    prompt: int,
-    parts: Decomposition,
-    readout: targets.Readout,
-    bound: BoundModel,
-) -> Tensor:
-    """``score[m] = w · final_norm_frozen(X[m, q])``: ``[sources]`` on the CPU, in the state's dtype."""
-    norm, position = bound.final_norm, readout.target.position
-    rows = propagation.rows_at(staircase, position)
-    w = readout.w.to(rows.device)
-    folded = norm.fold(w[None].to(norm.module.weight.device))[0].to(rows.device)  # [D]
-    scale = norm.scale(stream[propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
-    scores = torch.zeros(len(parts.sources), dtype=rows.dtype)
-    scores[: len(rows)] = (rows @ folded * scale).cpu()
-    if bound.has_bias:
-        beta = norm.beta()
-        scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
-    return scores
-
-
-def _probe(
-    propagation: Propagation, stream: Tensor, index: int, case: _Case, asked: targets.Asked
-) -> tuple[Tensor, float]:
-    """``score[m] = w · X[m, q]`` of the raw stream, ``[sources]`` on the CPU, and ``w · x[q]``."""
-    assert asked.w is not None
-    rows = propagation.rows_at(index, asked.position)
-    w = asked.w.to(rows)
-    scores = torch.zeros(len(case.parts.sources), dtype=rows.dtype)
-    scores[: len(rows)] = (rows @ w).cpu()
-    own = stream[propagation.prompt_start[index] + asked.position].to(rows)
-    return scores, float(own @ w)
+    Raises:
+        OptionError: more of the one than of the other.
+    """
+    if targets is None:
+        for given in prompts:
+            yield given, target
+        return
+    nothing = object()
+    for index, (given, asked) in enumerate(itertools.zip_longest(prompts, targets, fillvalue=nothing)):
+        if given is nothing or asked is nothing:
+            raise OptionError(f"prompts and targets are not equally many: one of them ends after {index}")
+        yield given, asked
 
 
 def _load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tuple[Any, Any]:
@@ -536,20 +565,8 @@ def _load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tu
     return model, tokenizer
 
 
-def _refuse_dropout(bound: BoundModel) -> None:
-    modules = bound.model.modules()
-    rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.training]
-    rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers if layer.attention.training]
-    if any(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
-        raise ModelError(f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()")
-
-
 def _check_exclude(exclude: Any) -> bool | Literal["auto"]:
     if exclude != "auto" and not isinstance(exclude, bool):
         raise OptionError(f"exclude_bos must be 'auto', True or False, got {exclude!r}")
     checked: bool | Literal["auto"] = exclude
     return checked
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

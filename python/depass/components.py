@@ -20,9 +20,10 @@ from depass_kernels import SourceLayout
 from .errors import OptionError, SourceError
 from .families import BoundModel, Layer, Norm, Projection
 from .lockstep import Trace
+from .propagate import COMPONENT_BYTES
 from .sources import Decomposition, Kind, Moment, Source
 
-_NUMBERS = 1 << 22  # of a block of outputs
+_NUMBERS = COMPONENT_BYTES // 32  # of a block of outputs, of which a few exist at a time
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -75,3 +81,39 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, with what describes them as JSON in its metadata; ``format`` names what it is.
+
+    Raises:
+        OutputError: the path cannot be written.
+    """
+    from safetensors.torch import save
+
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def load_tensors(
+    path: str | os.PathLike[str], kind: str, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote as format ``kind``.
+
+    Raises:
+        OutputError: the file cannot be read or is something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise OutputError(f"{os.fspath(path)} is no saved {kind.split('-')[1]} ({kind})")
+            tensors = {name: file.get_tensor(name) for name in names}
+        described = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
+    return tensors, described

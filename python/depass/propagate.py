@@ -26,6 +26,20 @@ from .sources import Decomposition
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # where larger blocks no longer make the GEMMs faster
 
 
+COMPONENT_BYTES = 32 << 20  # while components' outputs are made
+
+
+def buffer_bytes(bound: BoundModel, workspace_bytes: int | None) -> tuple[int, int]:
+    """What a propagation takes beside the model, at most about: bytes whatever the rows, and bytes for each row."""
+    device = bound.layers[-1].down.module.weight.device.type
+    state = torch.finfo(bound.state_dtype).bits // 8
+    width = bound.head.weight.shape[1]
+    fixed = workspace_bytes or WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cpu"])
+    offsets = 3 * 8  # of a row: in blocks of sources, and while they are made
+    values = bound.layers[0].value.weight.shape[0] * torch.finfo(bound.dtype).bits // 8 if bound.parallel else 0
+    return fixed + COMPONENT_BYTES, width * state + values + offsets
+
+
 @dataclass(frozen=True)
 class MLPSharing:
     """How the MLP's output is shared out among the sources, and what does the work."""

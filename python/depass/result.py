@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .errors import DePassError, OutputError, SourceError, TargetError
-from .files import write_atomically
+from .files import load_tensors, save_tensors, write_atomically
 from .prompt import Prompt
 from .sources import Source
 from .targets import Target
@@ -97,8 +94,8 @@ class Attribution:
         Raises:
             SourceError: an unknown unit, a prompt without text, or sources that are no tokens.
         """
-        if any(source.kind in ("span", "rest") for source in self.sources):
-            raise SourceError(f"aggregate({unit!r}) sums up token scores, these sources are spans already")
+        if any(source.kind not in ("token", "bias") for source in self.sources):
+            raise SourceError(f"aggregate({unit!r}) sums up token scores, these sources are no tokens")
         kept = [i for i, source in enumerate(self.sources) if source.kind == "bias"]
         groups = [(self.sources[i], [i]) for i in kept]
         for begin, end in self.prompt.segments(unit):
@@ -171,11 +168,10 @@ class Attribution:
             OutputError: the path cannot be written.
         """
         described = self.to_dict()
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         for name in _TENSORS:
             del described[name]
-        metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
-        write_atomically(path, save(tensors, metadata))
+        save_tensors(path, tensors, described)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Attribution:
@@ -184,37 +180,34 @@ class Attribution:
         Raises:
             OutputError: the file cannot be read or is no attribution.
         """
+        tensors, described = load_tensors(path, _FORMAT, _TENSORS)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise OutputError(f"{os.fspath(path)} is no saved attribution ({_FORMAT})")
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
-            prompt = json.loads(metadata["prompt"])
             return Attribution(
-                **tensors,
-                sources=tuple(Source(**one) for one in json.loads(metadata["sources"])),
-                targets=tuple(
-                    Target(**{**one, "token_ids": tuple(one["token_ids"])}) for one in json.loads(metadata["targets"])
-                ),
-                prompt=Prompt(
-                    ids=tuple(prompt["ids"]),
-                    tokens=tuple(prompt["tokens"]),
-                    text=prompt["text"],
-                    offsets=tuple((begin, end) for begin, end in prompt["offsets"]),
-                    special=frozenset(prompt["special"]),
-                ),
-                settings=Settings(**json.loads(metadata["settings"])),
+                **tensors, sources=tuple(Source(**one) for one in described["sources"]), **common(described)
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, OutputError):
-                raise
+        except (KeyError, TypeError, ValueError) as error:
             raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
 
     def _row(self, target: int) -> int:
         if not -len(self.targets) <= target < len(self.targets):
             raise TargetError(f"target {target} is out of range, there are {len(self.targets)}")
         return target
+
+
+def common(described: dict[str, Any]) -> dict[str, Any]:
+    """Targets, prompt and settings of a result, from what ``to_dict`` said of them."""
+    prompt = described["prompt"]
+    return {
+        "targets": tuple(Target(**{**one, "token_ids": tuple(one["token_ids"])}) for one in described["targets"]),
+        "prompt": Prompt(
+            ids=tuple(prompt["ids"]),
+            tokens=tuple(prompt["tokens"]),
+            text=prompt["text"],
+            offsets=tuple((begin, end) for begin, end in prompt["offsets"]),
+            special=frozenset(prompt["special"]),
+        ),
+        "settings": Settings(**described["settings"]),
+    }
 
 
 _TENSORS = ("scores", "target_logits", "conservation_error")

@@ -63,7 +63,7 @@ def test_aggregated_scores_still_add_up(res: Attribution, unit: str) -> None:
     assert "".join(source.label for source in summed.sources[1:]) == TEXT
     assert len(summed.sources) < len(res.sources)
     assert summed.settings.aggregated == unit
-    with pytest.raises(SourceError, match="are spans already"):
+    with pytest.raises(SourceError, match="are no tokens"):
         summed.aggregate("word")
     with pytest.raises(SourceError, match="unknown unit 'paragraph'"):
         res.aggregate("paragraph")

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from depass_kernels.backends import RULES
 
-from ..api import DePass, _refuse_dropout
+from ..api import DePass
 from ..components import Custom, Heads, Modules, Neurons
+from ..engine import _refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
 from ..lockstep import Trace, _running, run

@@ -1,0 +1,363 @@
+"""Passes of a model with decompositions on the way, and what is read from them: the work behind :class:`depass.DePass`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from depass_kernels import BackendError
+
+from . import lockstep, targets
+from .errors import DePassError, ModelError, NonFiniteError, OptionError
+from .families import BoundModel
+from .graphs import Recordings
+from .prompt import Prompt
+from .propagate import MLPSharing, Propagation, buffer_bytes
+from .result import Attribution, Settings
+from .sources import Decomposition, Moment
+from .sweep import Sweep
+from .targets import Asked, Readout, Target
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds of a whole pass."""
+
+    start: int
+    stop: int
+    sharing: MLPSharing
+    exclude: bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, its decomposition and what is asked of it, all checked."""
+
+    prompt: Prompt
+    parts: Decomposition
+    asked: tuple[Asked, ...]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of the model comes to.
+
+    Attributes:
+        propagation: with its final state.
+        stream: ``[P, D]``, the residual stream there.
+        normed: the same after the final norm.
+    """
+
+    propagation: Propagation
+    stream: Tensor
+    normed: Tensor
+
+
+def decomposed_layers(parts: Decomposition, stop: int) -> range:
+    """The layers whose input is decomposed, and one past the last, where the final state is."""
+    return range(parts.layer + (parts.moment != "start"), stop + 1)
+
+
+def free_memory(bound: BoundModel) -> int:
+    """Bytes that the device of the model's last layer has left."""
+    device = bound.layers[-1].down.module.weight.device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+
+
+def grouped(
+    parts: Sequence[Sequence[Decomposition]], budget: int, bound: BoundModel, workspace_bytes: int | None
+) -> Iterator[list[Sequence[Decomposition]]]:
+    """Runs of a sweep's layers whose states and buffers fit a budget in bytes.
+
+    Raises:
+        OptionError: one layer alone does not fit.
+    """
+    fixed, per_row = buffer_bytes(bound, workspace_bytes)
+    rows = [sum(one.layout.rows for one in of_layer) for of_layer in parts]
+    group: list[Sequence[Decomposition]] = []
+    held = 0
+    for of_layer, needed in zip(parts, rows, strict=True):
+        alone = fixed + needed * per_row
+        if alone > budget:
+            raise OptionError(
+                f"memory_bytes={budget}: layer {of_layer[0].layer} alone takes {alone} for its {needed} rows; give more, or "
+                "ask for fewer components (ids=) or positions"
+            )
+        if group and fixed + (held + needed) * per_row > budget:
+            yield group
+            group, held = [], 0
+        group.append(of_layer)
+        held += needed
+    yield group
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model and how it is run."""
+
+    bound: BoundModel
+    tokenizer: Any
+    name: str
+    workspace_bytes: int | None
+    recordings: Recordings | None
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        joining: Sequence[tuple[Decomposition, int]],
+        options: Options,
+        progress: Progress | None = None,
+        keep: Callable[[int, Propagation, Tensor], None] | None = None,
+    ) -> Pass:
+        """One pass of the model over prompts, with decompositions of them on the way.
+
+        Args:
+            prompts: whose positions lie one behind the other.
+            joining: the decompositions, and of which prompt each is; in the order in which they join.
+            options: how.
+            progress: told after each layer how many are done, and of how many.
+            keep: given the state that enters a layer, after those that start there have joined, and the stream; at last
+                what leaves the last layer.
+
+        Raises:
+            ModelError: it drops out at random, or cannot be followed.
+            OptionError: a backend that cannot serve.
+        """
+        bound = self.bound
+        _refuse_dropout(bound)
+        layers = range(min(made.layer for made, _ in joining), options.stop)
+        propagation: Propagation | None = None
+        if self.recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
+            propagation = self.recordings.lend(joining[0][0].layout, options.sharing, self.workspace_bytes)
+        if propagation is None:
+            rows = sum(made.layout.rows for made, _ in joining)
+            lengths = [len(made.ids) for made in prompts]
+            propagation = Propagation(bound, options.sharing, self.workspace_bytes, lengths, rows)
+        going: Propagation = propagation
+
+        def join(layer: int, moment: Moment, trace: lockstep.Trace) -> None:
+            now = [one for one in joining if (one[0].layer, one[0].moment) == (layer, moment)]
+            if now:
+                going.join(now, trace)
+
+        def on_layer(index: int, trace: lockstep.Trace) -> None:
+            join(index, "start", trace)
+            if keep is not None and going.layout is not None:
+                keep(index, going, trace.stream)
+            going.step(index, trace, lambda: join(index, "middle", trace))
+            join(index, "end", trace)
+            if progress is not None:
+                progress(index - layers.start + 1, len(layers))
+
+        with_gate_total = options.sharing.rule == "taylor"
+        try:
+            stream, normed = lockstep.run(bound, [made.ids for made in prompts], on_layer, layers, with_gate_total)
+        except BackendError as error:
+            raise OptionError(str(error)) from error
+        if options.stop < len(bound.layers):
+            norm = bound.final_norm.module
+            normed = norm(stream[None].to(norm.weight.device))[0]
+        if keep is not None:
+            keep(options.stop, going, stream)
+        return Pass(going, stream, normed)
+
+    def attribute(
+        self, cases: Sequence[Case], options: Options, progress: Progress | None = None
+    ) -> list[Attribution | DePassError]:
+        """The cases' results from one pass of the model; an error in the place of one that has none."""
+        probes: dict[tuple[int, int], tuple[Tensor, float]] = {}  # by case and target: scores [M], logit
+
+        def read(layer: int, propagation: Propagation, stream: Tensor) -> None:
+            for i, case in enumerate(cases):
+                for j, asked in enumerate(case.asked):
+                    if asked.layer == layer:
+                        probes[i, j] = _probe(propagation, stream, i, case, asked)
+
+        joining = [(case.parts, i) for i, case in enumerate(cases)]
+        done = self.run([case.prompt for case in cases], joining, options, progress, read)
+        logits = self._logits([case.asked for case in cases], done)
+        found = [self._result(i, case, options, done, logits, probes) for i, case in enumerate(cases)]
+        if self.recordings is not None:
+            self.recordings.give_back(done.propagation)
+        return found
+
+    def sweep(
+        self,
+        prompt: Prompt,
+        groups: Sequence[Sequence[Sequence[Decomposition]]],
+        asked: Sequence[Asked],
+        options: Options,
+        kind: Literal["heads", "neurons", "modules"],
+        progress: Progress | None = None,
+    ) -> Sweep:
+        """A pass for each group of layers; a layer is one decomposition, or attention and MLP."""
+        of = sum(options.stop - group[0][0].layer for group in groups)
+        began, served = 0, dict[str, set[str]]()
+        readouts: list[Readout] = []
+        rows: list[Tensor] = []  # [targets, sources], of each decomposition
+        for group in groups:
+
+            def told(done: int, _: int, before: int = began) -> None:
+                if progress is not None:
+                    progress(before + done, of)
+
+            flat = [one for layer in group for one in layer]
+            done = self.run([prompt], [(one, 0) for one in flat], options, told)
+            began += options.stop - flat[0].layer
+            if not readouts:
+                logits = self._logits([asked], done)
+                readouts = [made for one in asked for made in self._readouts(one, one.position, done, logits)]
+                for readout in readouts:
+                    self._must_be_finite(readout.target, readout.logit)
+            for index in range(len(flat)):
+                rows.append(torch.stack([self._score(done, index, 0, readout) for readout in readouts]))
+            for op, names in done.propagation.served.items():
+                served.setdefault(op, set()).update(names)
+            del done  # its state makes room for the next group's
+        parts = [one for group in groups for layer in group for one in layer]
+        always = [len([s for s in one.sources if s.kind in ("bias", "rest")]) for one in parts]
+        per_layer = len(groups[0][0])
+        named = torch.stack([row[:, first:] for row, first in zip(rows, always, strict=True)], 1)  # [T, L·per, C]
+        rest = torch.stack([row[:, first - 1] for row, first in zip(rows, always, strict=True)], 1)
+        bias = torch.stack([row[:, : first - 1].sum(1) for row, first in zip(rows, always, strict=True)], 1)
+        logits_of = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
+        error = conservation_error(torch.stack(rows, 1), logits_of[:, None])
+        if not bool(named.isfinite().all()):
+            raise NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
+        shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
+        layers = tuple(layer[0].layer for group in groups for layer in group)
+        sources = [s for s in parts[0].sources if s.kind not in ("bias", "rest")]
+        return Sweep(
+            scores=named.reshape(len(readouts), len(layers), -1).float(),
+            rest=rest.reshape(shape).float(),
+            bias=bias.reshape(shape).float(),
+            layers=layers,
+            columns=(0, 1) if kind == "modules" else tuple(s.index or 0 for s in sources),
+            kind=kind,
+            targets=tuple(readout.target for readout in readouts),
+            target_logits=logits_of.float(),
+            conservation_error=error.reshape(shape).float(),
+            prompt=prompt,
+            settings=self._settings(options, layers[0], False, served),
+        )
+
+    def _logits(self, asked: Sequence[Sequence[Asked]], done: Pass) -> dict[int, Tensor]:
+        """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
+        starts, head = done.propagation.prompt_start, self.bound.head
+        wanted = sorted({starts[i] + one.position for i, of_one in enumerate(asked) for one in of_one})
+        return dict(zip(wanted, head(done.normed[wanted].to(head.weight.device)), strict=True))
+
+    def _readouts(self, asked: Asked, position: int, done: Pass, logits: dict[int, Tensor]) -> list[Readout]:
+        at = logits[position].to(self.bound.state_dtype)
+        return targets.fill(asked, done.normed[position].to(at), at, self.bound, self.tokenizer)
+
+    def _result(
+        self,
+        index: int,
+        case: Case,
+        options: Options,
+        done: Pass,
+        logits: dict[int, Tensor],
+        probes: dict[tuple[int, int], tuple[Tensor, float]],
+    ) -> Attribution | DePassError:
+        first = done.propagation.prompt_start[index]
+        found: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
+        for j, asked in enumerate(case.asked):
+            if asked.layer is not None:
+                target = Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept)
+                found.append((target, *probes[index, j]))
+                continue
+            for readout in self._readouts(asked, first + asked.position, done, logits):
+                found.append((readout.target, self._score(done, index, index, readout), readout.logit))
+        scores = torch.zeros(len(found), len(case.parts.sources), dtype=self.bound.state_dtype)
+        for row, (_, of_active, _) in zip(scores, found, strict=True):
+            row[: len(of_active)] = of_active
+        own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64)
+        try:
+            for target, _, logit in found:
+                self._must_be_finite(target, logit)
+        except NonFiniteError as error:
+            return error
+        if not bool(scores.isfinite().all()):
+            return NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
+        return Attribution(
+            scores=scores.float(),
+            sources=case.parts.sources,
+            targets=tuple(target for target, _, _ in found),
+            target_logits=own.float(),
+            conservation_error=conservation_error(scores, own).float(),
+            prompt=case.prompt,
+            settings=self._settings(options, case.parts.layer, case.parts.excluded, done.propagation.served),
+        )
+
+    def _score(self, done: Pass, staircase: int, prompt: int, readout: Readout) -> Tensor:
+        """``score[m] = w · final_norm_frozen(X[m, q])`` of the sources active at ``q``, on the CPU, in the state's dtype."""
+        norm, position = self.bound.final_norm, readout.target.position
+        rows = done.propagation.rows_at(staircase, position)
+        w = readout.w.to(rows.device)
+        folded = norm.fold(w[None].to(norm.module.weight.device))[0].to(rows.device)  # [D]
+        scale = norm.scale(done.stream[done.propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
+        scores = (rows @ folded * scale).cpu()
+        if self.bound.has_bias:
+            beta = norm.beta()
+            scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
+        return scores
+
+    def _must_be_finite(self, target: Target, logit: float) -> None:
+        if not math.isfinite(logit):
+            raise NonFiniteError(
+                f"the model's own logits are not finite ({logit} for {target.label!r}); "
+                f"its weights or its dtype ({dtype_name(self.bound.dtype)}) do not carry this prompt"
+            )
+
+    def _settings(self, options: Options, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
+        return Settings(
+            model=self.name,
+            dtype=dtype_name(self.bound.dtype),
+            rule=options.sharing.rule,
+            temperature=options.sharing.temperature,
+            exclude_bos=excluded,
+            start_layer=start,
+            stop_layer=options.stop,
+            backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
+        )
+
+
+def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
+    """``|Σ scores - logit| / max(|logit|, Σ |scores|)`` over the last dimension of ``scores``, in fp64."""
+    total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
+    size = torch.maximum(logits.abs().expand_as(spread), spread).clamp(min=torch.finfo(torch.float64).tiny)
+    return (total - logits).abs() / size
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _probe(propagation: Propagation, stream: Tensor, index: int, case: Case, asked: Asked) -> tuple[Tensor, float]:
+    """``score[m] = w · X[m, q]`` of the raw stream, of the sources active at ``q``, on the CPU; and ``w · x[q]``."""
+    assert asked.w is not None
+    rows = propagation.rows_at(index, asked.position)
+    w = asked.w.to(rows)
+    own = stream[propagation.prompt_start[index] + asked.position].to(rows)
+    return (rows @ w).cpu(), float(own @ w)
+
+
+def _refuse_dropout(bound: BoundModel) -> None:
+    modules = bound.model.modules()
+    rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.training]
+    rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers if layer.attention.training]
+    if any(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
+        raise ModelError(f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()")
