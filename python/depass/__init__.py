@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         OptionError,
         OutputError,
         PromptError,
+        PublishedDifferenceWarning,
         SourceError,
         TargetError,
     )
@@ -39,7 +40,7 @@ _MODULES = {
     "components": ("Custom", "Heads", "Modules", "Neurons", "Subspace"),
     "errors": (
         "ConservationError", "ConservationWarning", "DePassError", "ModelError", "NonFiniteError", "OptionError",
-        "OutputError", "PromptError", "SourceError", "TargetError",
+        "OutputError", "PromptError", "PublishedDifferenceWarning", "SourceError", "TargetError",
     ),
     "families": ("FAMILIES", "Family"),
     "generation": ("Generation",),
@@ -54,8 +55,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
     "Direction", "Family", "Generation", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError",
-    "OutputError", "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep",
-    "Target", "TargetError", "Token", "TopK",
+    "OutputError", "Prompt", "PromptError", "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans",
+    "States", "Subspace", "Sweep", "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 
