@@ -135,7 +135,7 @@ class Engine:
             OptionError: a backend that cannot serve.
         """
         bound = self.bound
-        _refuse_dropout(bound)
+        refuse_dropout(bound)
         layers = range(min(made.layer for made, _ in joining), options.stop)
         propagation: Propagation | None = None
         if self.recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
@@ -355,7 +355,8 @@ def _probe(propagation: Propagation, stream: Tensor, index: int, case: Case, ask
     return (rows @ w).cpu(), float(own @ w)
 
 
-def _refuse_dropout(bound: BoundModel) -> None:
+def refuse_dropout(bound: BoundModel) -> None:
+    """Raise a ModelError where the model would drop out at random."""
     modules = bound.model.modules()
     rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.training]
     rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers if layer.attention.training]

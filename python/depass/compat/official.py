@@ -25,10 +25,10 @@ from depass_kernels.backends import RULES
 
 from ..api import DePass
 from ..components import Custom, Heads, Modules, Neurons
-from ..engine import _refuse_dropout
+from ..engine import refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
-from ..lockstep import Trace, _running, run
+from ..lockstep import Trace, running, run
 from ..prompt import encode
 from ..targets import token_id
 from .published import Published
@@ -257,7 +257,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         return Published(self._bound, *options) if self.reproduce_published else _Exact(self.model, *options)
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
-        _refuse_dropout(self._bound)
+        refuse_dropout(self._bound)
         if isinstance(prompt, str) and self.tokenizer is None:
             raise PromptError("a prompt given as text needs a tokenizer; give one to the manager, or token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -374,7 +374,7 @@ def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
     def keep(_: int, trace: Trace) -> None:
         streams.extend([trace.stream.detach().to("cpu", copy=True)[None], middle.pop()])
 
-    with torch.no_grad(), _running, ExitStack() as stack:  # other threads wait: their runs would call our hooks
+    with torch.no_grad(), running, ExitStack() as stack:  # other threads wait: their runs would call our hooks
         for layer in bound.layers:
             reader = layer.gate.module if layer.mlp_norm is None else layer.mlp_norm.module
             stack.callback(reader.register_forward_pre_hook(keep_middle).remove)
