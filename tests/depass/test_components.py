@@ -84,8 +84,10 @@ def test_scores_add_up_to_the_logits(name: str, dtype: str, spec: str, device: s
         size = torch.maximum(res.target_logits.abs(), res.scores.abs().sum(1)).clamp(min=rms)
         missed = (res.scores.double().sum(1) - res.target_logits).abs()
         # the families' norms compute in fp32 whatever the dtype
-        limit = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 3e-2}[dtype]
-        assert (missed <= limit * size).all(), (missed / size).tolist()
+        limit = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 1e-2}[dtype]
+        assert missed[0] <= limit * size[0]  # the largest logit
+        # the bf16 model itself knows its smaller logits no better than this (test_conservation.own_error)
+        assert (missed <= (2 * limit if dtype == "bf16" else limit) * size).all(), (missed / size).tolist()
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)
