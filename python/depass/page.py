@@ -92,10 +92,7 @@ def render_sweep(sweep: Sweep) -> str:
                 f'<tr><th scope="row">{layer}</th>{_line(columns, row, largest[0], numbered)}</tr>'
                 for row, layer in enumerate(sweep.layers)
             ),
-            "TOP": "".join(
-                f"<tr><td>{escape(label)}</td><td>{_signed(score, 2)}</td><td>{_bar(score / abs(top[0][0][1] or 1.0))}</td></tr>"
-                for label, score in top[0]
-            ),
+            "TOP": "".join(_entry(label, score, top[0][0][1]) for label, score in top[0]),
             "DATA": _json(data),
         },
     )
@@ -196,9 +193,11 @@ def _source(res: Attribution, index: int, largest: float, text: str, look: str =
     )
 
 
-def _bar(share: float) -> str:
+def _entry(label: str, score: float, most: float) -> str:
+    """A line of the largest contributions, of which the first has ``most``."""
+    look = f"width:{100 * abs(score / (most or 1.0)):.1f}%;background:{_paper(1.0 if score > 0 else -1.0)}"
     return (
-        f'<div class="bar" style="width:{100 * abs(share):.1f}%;background:{_paper(1.0 if share > 0 else -1.0)}"></div>'
+        f'<tr><td>{escape(label)}</td><td>{_signed(score, 2)}</td><td><div class="bar" style="{look}"></div></td></tr>'
     )
 
 

@@ -1,4 +1,4 @@
-"""The terminal views: scores as strips over sources or as a grid of layers and components, signed, in colour plus numbers."""
+"""The terminal views: scores as strips over their sources or as a grid of layers and components, signed and coloured."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def grid(sweep: Sweep, row: int, width: int) -> list[Text]:
         for score in sweep.scores[row, index].tolist():
             share = score / largest
             line.append((f"{score:+.2f}" if size >= _NUMBER else _mark(share)).rjust(size), style=colour(share))
-        for _, scores in columns:
-            line.append(f"{float(scores[row, index]):+.2f}".rjust(last), style="dim")
+        for _, apart in columns:
+            line.append(f"{float(apart[row, index]):+.2f}".rjust(last), style="dim")
         lines.append(line)
     return [*lines, Text()]
 
