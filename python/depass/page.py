@@ -85,6 +85,7 @@ def render_sweep(sweep: Sweep) -> str:
             "TARGETS": _targets(sweep),
             "PROMPT": escape("".join(sweep.prompt.tokens)),
             "DENSE": "" if numbered else "dense",
+            "WIDTH": f"{3 + (3 if numbered else 0.7) * len(coloured) + 6 * (len(columns) - len(coloured)):g}",
             "COLUMNS": "<col>" + "".join('<col class="beside">' if column.beside else "<col>" for column in columns),
             "ACROSS": f'<th></th><th colspan="{len(coloured)}">{across}</th>',
             "HEADINGS": "<th>layer</th>" + "".join(_heading(column) for column in columns),

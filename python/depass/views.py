@@ -37,11 +37,12 @@ def scale(res: Attribution, row: int) -> float:
 
 def abridged(res: Attribution, sizes: Tensor, most: int) -> Attribution:
     """The ``most`` components with the largest ``sizes`` ``[sources]``, largest first, and the others as one sum."""
-    order = sorted(components(res), key=lambda index: -float(sizes[index]))
+    among = components(res)
+    order = [among[rank] for rank in sizes[among].argsort(descending=True, stable=True).tolist()]
     others = order[most:]
     if not others:
         return res
-    kept = [index for index in range(len(res.sources)) if index not in set(order)] + order[:most]
+    kept = [*sorted(set(range(len(res.sources))) - set(among)), *order[:most]]
     return replace(
         res,
         scores=torch.cat([res.scores[:, kept], res.scores[:, others].sum(1, keepdim=True)], 1),
