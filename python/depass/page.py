@@ -9,6 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .result import Attribution, Settings
@@ -64,13 +65,13 @@ def render_sweep(sweep: Sweep) -> str:
     whole = len(sweep.columns) <= GRID
     columns = _columns(sweep, whole)
     coloured = [column for column in columns if not column.beside]
-    largest = [max(float(column.scores[row].abs().max()) for column in coloured) or 1.0 for row in _rows(sweep)]
-    cells = [[column.scores[:, row] for column in columns] for row in range(len(sweep.layers))]
+    sizes = torch.stack([column.scores for column in coloured]).abs().amax((0, 2))  # [targets]
+    largest = [size or 1.0 for size in sizes.tolist()]
     top = [
-        [(source.label, round(score, 4)) for source, score in sweep.top(12 if whole else 50, t)] for t in _rows(sweep)
+        [(source.label, round(score, 6)) for source, score in sweep.top(12 if whole else 50, t)] for t in _rows(sweep)
     ]
     data = {
-        "scores": [[round(float(cell[row]), 4) for line in cells for cell in line] for row in _rows(sweep)],
+        "scores": _rounded(torch.stack([column.scores for column in columns], 2).flatten(1)),
         "largest": largest,
         "top": top,
     }
@@ -213,7 +214,7 @@ def _signed(score: float, digits: int) -> str:
 
 
 def _rounded(scores: Tensor) -> list[list[float]]:
-    return [[round(score, 4) for score in row] for row in scores.tolist()]
+    return [[round(score, 6) for score in row] for row in scores.tolist()]
 
 
 def _json(data: Any) -> str:

@@ -123,7 +123,7 @@ def test_a_sweeps_page_names_every_score(kind: str, columns: int, bias: bool) ->
     apart = [*made.rest[0].flatten().tolist(), *(made.bias[0].flatten().tolist() if bias else [])]
     assert sorted(map(number, cells.values())) == pytest.approx(sorted(apart), abs=6e-4)
     there = embedded(html)["scores"][1]
-    assert all(round(score, 4) in there for score in made.scores[1].flatten().tolist())
+    assert all(round(score, 6) in there for score in made.scores[1].flatten().tolist())
 
 
 def test_a_sweeps_page_names_the_largest() -> None:
