@@ -11,8 +11,12 @@ demo: $(VENV)/ready
 		--viz-path depass-demo.html
 	@echo "The same as a page: depass-demo.html"
 
+# At most four processes of two threads; idle threads sleep instead of spinning on cores that others need.
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         OptionError,
         OutputError,
         PromptError,
+        PublishedDifferenceWarning,
         SourceError,
         TargetError,
     )
     from .families import FAMILIES, Family
+    from .generation import Generation
     from .prompt import Prompt
     from .result import Attribution, Settings
     from .sources import Source, Spans
@@ -38,9 +40,10 @@ _MODULES = {
     "components": ("Custom", "Heads", "Modules", "Neurons", "Subspace"),
     "errors": (
         "ConservationError", "ConservationWarning", "DePassError", "ModelError", "NonFiniteError", "OptionError",
-        "OutputError", "PromptError", "SourceError", "TargetError",
+        "OutputError", "PromptError", "PublishedDifferenceWarning", "SourceError", "TargetError",
     ),
     "families": ("FAMILIES", "Family"),
+    "generation": ("Generation",),
     "prompt": ("Prompt",),
     "result": ("Attribution", "Settings"),
     "sources": ("Source", "Spans"),
@@ -51,9 +54,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
-    "Direction", "Family", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError", "OutputError",
-    "Prompt", "PromptError", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep", "Target",
-    "TargetError", "Token", "TopK",
+    "Direction", "Family", "Generation", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError",
+    "OutputError", "Prompt", "PromptError", "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans",
+    "States", "Subspace", "Sweep", "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 

@@ -21,13 +21,14 @@ from .components import COMPONENTS, Heads, Modules, Neurons, decompose_component
 from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, free_memory, grouped
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
 from .families import Family, bind
+from .generation import Generation, continued, generated_ids, sources_of
 from .graphs import Recordings
-from .prompt import encode
+from .prompt import Prompt, encode
 from .propagate import MLPSharing, Propagation
 from .result import Attribution
-from .sources import Source, decompose
+from .sources import Decomposition, Source, decompose
 from .sweep import Sweep
-from .targets import check
+from .targets import Token, check
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,9 +233,7 @@ class DePass:
         if errors not in ("raise", "return"):
             raise OptionError(f"errors must be 'raise' or 'return', got {errors!r}")
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise OptionError(
-                f"prompts must be an iterable of prompts, got {type(prompts).__name__}; one goes to attribute()"
-            )
+            raise OptionError(f"prompts must be several, got one {type(prompts).__name__}; attribute() takes one")
         if targets is not None and target is not None:
             raise OptionError("give target= for all prompts or targets= for each, not both")
         if isinstance(prompts, Sized) and len(prompts) == 0:
@@ -350,6 +349,59 @@ class DePass:
         return self._engine().sweep(made, groups, asked, options, kind, progress)
 
     @torch.no_grad()
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 20,
+        sources: Any = "token",
+        mlp_rule: str | None = None,
+        temperature_of_shares: float | None = None,
+        exclude_bos: bool | Literal["auto"] | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Generate with the model's own ``generate``, then attribute every generated token, all in one pass over the ids.
+
+        Args:
+            prompt: as for :meth:`attribute`.
+            max_new_tokens: at most so many; fewer where the model ends.
+            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans` of the prompt; every generated token is a
+                source of its own for the later ones.
+            mlp_rule: instead of the constructor's, as ``temperature_of_shares`` and ``exclude_bos``.
+            temperature_of_shares: of the softmax rule (``temperature`` is that of sampling, and goes to ``generate``).
+            exclude_bos: see :class:`DePass`.
+            strict: see :meth:`attribute`.
+            progress: see :meth:`attribute`.
+            sampling: what else the model's ``generate`` takes: ``do_sample``, ``temperature``, ``top_p``, ``num_beams`` ...
+
+        Raises:
+            PromptError, SourceError, OptionError, ModelError: something that cannot be generated or attributed.
+            NonFiniteError, ConservationError: see :meth:`attribute`.
+        """
+        options = self._options(0, None, mlp_rule, temperature_of_shares, exclude_bos)
+        if isinstance(sources, COMPONENTS):
+            raise OptionError(
+                f"generate attributes to the prompt's parts, not to {type(sources).__name__}; use attribute"
+            )
+        made = encode(prompt, self.tokenizer, self._bound)
+        self._decompose(made, sources, options)  # what is wrong with them is found before anything is generated
+        new = generated_ids(self._bound, made, max_new_tokens, sampling)
+        whole = continued(made, new, self.tokenizer, self._bound)
+        read = continued(made, new[:-1], self.tokenizer, self._bound)
+        parts = self._decompose(read, sources_of(made, read, sources), options)
+        asked = [Token(token, len(made.ids) - 1 + i) for i, token in enumerate(new)]
+        layers = decomposed_layers(parts, options.stop)
+        case = Case(read, parts, tuple(check(asked, len(read.ids), layers, self.tokenizer, self._bound)))
+        found = self._engine().attribute([case], options, progress)[0]
+        if isinstance(found, DePassError):
+            raise found
+        self._judge(found, strict)
+        tokens = whole.tokens[len(made.ids) :]
+        return Generation("".join(tokens), tokens, tuple(new), found)
+
+    @torch.no_grad()
     def states(
         self,
         prompt: Any,
@@ -436,8 +488,13 @@ class DePass:
 
     def _case(self, given: Any, target: Any, wanted: Any, options: Options) -> Case:
         """Check one prompt and what is asked about it, before any work is done."""
+        made = encode(given, self.tokenizer, self._bound)
+        parts = self._decompose(made, wanted, options)
+        asked = check(target, len(made.ids), decomposed_layers(parts, options.stop), self.tokenizer, self._bound)
+        return Case(made, parts, tuple(asked))
+
+    def _decompose(self, made: Prompt, wanted: Any, options: Options) -> Decomposition:
         bound = self._bound
-        made = encode(given, self.tokenizer, bound)
         if isinstance(wanted, COMPONENTS):
             name = type(wanted).__name__
             if options.start != 0:
@@ -445,11 +502,9 @@ class DePass:
             parts = decompose_components(wanted, len(made.ids), bound)
             if parts.layer >= options.stop:
                 raise OptionError(f"stop_layer={options.stop}: must lie behind layer {parts.layer} of {name}")
-        else:
-            bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
-            parts = decompose(made, wanted, options.start, bound.has_bias, options.exclude, bos)
-        asked = check(target, len(made.ids), decomposed_layers(parts, options.stop), self.tokenizer, bound)
-        return Case(made, parts, tuple(asked))
+            return parts
+        bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
+        return decompose(made, wanted, options.start, bound.has_bias, options.exclude, bos)
 
     def _sharing(self, rule: str, temperature: float) -> MLPSharing:
         if rule not in RULES:

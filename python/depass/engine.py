@@ -135,7 +135,7 @@ class Engine:
             OptionError: a backend that cannot serve.
         """
         bound = self.bound
-        _refuse_dropout(bound)
+        refuse_dropout(bound)
         layers = range(min(made.layer for made, _ in joining), options.stop)
         propagation: Propagation | None = None
         if self.recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
@@ -224,6 +224,7 @@ class Engine:
                 rows.append(torch.stack([self._score(done, index, 0, readout) for readout in readouts]))
             for op, names in done.propagation.served.items():
                 served.setdefault(op, set()).update(names)
+            del done  # its state makes room for the next group's
         parts = [one for group in groups for layer in group for one in layer]
         always = [len([s for s in one.sources if s.kind in ("bias", "rest")]) for one in parts]
         per_layer = len(groups[0][0])
@@ -354,7 +355,8 @@ def _probe(propagation: Propagation, stream: Tensor, index: int, case: Case, ask
     return (rows @ w).cpu(), float(own @ w)
 
 
-def _refuse_dropout(bound: BoundModel) -> None:
+def refuse_dropout(bound: BoundModel) -> None:
+    """Raise a ModelError where the model would drop out at random."""
     modules = bound.model.modules()
     rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.training]
     rates += [getattr(layer.attention, "attention_dropout", 0.0) for layer in bound.layers if layer.attention.training]

@@ -37,5 +37,9 @@ class ConservationWarning(UserWarning):
     """The parts do not add up to the logit within tolerance."""
 
 
+class PublishedDifferenceWarning(UserWarning):
+    """Numbers that differ on purpose from those of the published implementation."""
+
+
 class OutputError(DePassError, OSError):
     """A file that cannot be written or read."""

@@ -58,7 +58,7 @@ class Trace:
 
 
 _traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs
-_running = threading.RLock()
+running = threading.RLock()  # held while hooks are in: other threads' passes would call them
 
 
 def _attention(
@@ -122,7 +122,7 @@ def run(
     ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
     pack = _packer([len(prompt) for prompt in prompts])
     last: list[Tensor] = []
-    with _running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model
+    with running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model
         if _traces:
             raise ModelError("an attribution is already at work in this thread; start another one after it")
         stack.enter_context(eager_with_patterns(bound))

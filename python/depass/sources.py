@@ -106,7 +106,7 @@ def decompose(
     kind: Literal["token", "span"] = "span"
     labels: Sequence[str] | None = None
     if isinstance(sources, Spans):
-        ranges, labels = _token_ranges(prompt, sources), sources.labels
+        ranges, labels = token_ranges(prompt, sources), sources.labels
         if labels is not None and (len(labels) != len(ranges) or not all(isinstance(label, str) for label in labels)):
             raise SourceError(f"{len(labels)} labels for {len(ranges)} spans; give one string for each")
     elif sources == "token":
@@ -154,7 +154,12 @@ def decompose(
     return Decomposition(tuple(made), layout, excluded, layer, "start", fill)
 
 
-def _token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
+def token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
+    """The token ranges of given spans, checked.
+
+    Raises:
+        SourceError: spans that are empty or lie outside of the prompt.
+    """
     if spans.unit not in ("token", "char"):
         raise SourceError(f"unit={spans.unit!r} of Spans; there are: 'token', 'char'")
     if spans.unit == "char" and prompt.text is None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors import safe_open
+from published import load
 from torch import Tensor
 
 from depass import DePass
@@ -26,17 +25,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "token.from1": {**SOFTMAX, "start_layer": 1},
     "token.0to2": {**SOFTMAX, "stop_layer": 2},
 }
-
-
-def load(path: Path, device: str) -> tuple[Any, dict[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
-        config = json.loads(file.metadata()["config"])
-    kind = config.pop("model_type")
-    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**config))
-    model.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith("w.")})
-    return model.to(device).eval(), tensors
 
 
 def after_final_norm(state: Tensor, residual: Tensor, model: Any) -> Tensor:

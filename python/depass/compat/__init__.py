@@ -1,0 +1,1 @@
+"""Other tools' interfaces to this package, each a module of its own that is imported by name."""

@@ -1,0 +1,434 @@
+"""The published DePass manager's interface: the same names, arguments and shapes, with parts that add up.
+
+    from depass.compat.official import decomposed_state_manager
+
+    manager = decomposed_state_manager(model, tokenizer)
+    state, states = manager.get_last_layer_decomposed_state("Catalonia belongs to the continent of")
+    scores = manager.compute_attribute_score(state, -1, tokenizer.encode(" Europe", add_special_tokens=False)[0])
+
+``reproduce_published=True`` gives the published numbers instead (:mod:`depass.compat.published`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from depass_kernels.backends import RULES
+
+from ..api import DePass
+from ..components import Custom, Heads, Modules, Neurons
+from ..engine import refuse_dropout
+from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
+from ..families import BoundModel, bind
+from ..lockstep import Trace, running, run
+from ..prompt import encode
+from ..targets import token_id
+from .published import Published
+
+_KINDS = ("attn", "mlp", "attn_head")
+_NOTICE = (
+    "decomposed_state_manager gives parts that add up to the residual stream. So its numbers differ from the published "
+    "implementation's in module, head, neuron and subspace mode, with the rules relu and linear, in models with biases "
+    "(which are counted to row 0: the rest or, in token mode, the first token), and where compute_num or "
+    "single_compute_token are given, which change nothing here. reproduce_published=True gives the published numbers"
+)
+_told = False
+
+
+class decomposed_state_manager:  # noqa: N801 (the published name)
+    """Decompose the states of a model's run into tokens, modules, heads, neurons or given subspaces.
+
+    Prompts are strings, which ``tokenizer.encode`` makes ids of, or ids. All tensors come back on the CPU. Unless a
+    method says otherwise, a state is ``[N, M, D]`` (positions, sources, hidden) with the final norm's frozen scale and
+    weight applied, and its sum over the sources is the model's own stream after its final norm. A method that gives
+    ``states`` with it gives the model's residual streams, a list of ``2L + 1`` tensors ``[1, N, D]``: before attention
+    and before the MLP of each layer in turn, and the one before the final norm.
+
+    What the model's biases add belongs to no token and no component. It is in row 0, so that all adds up: with the rest
+    in module, head and neuron mode, with the first token in token mode, with the first part in subspace mode.
+
+    ``compute_num`` and ``single_compute_token`` change the published answers. Here they are accepted and ignored: blocks
+    are sized by a memory budget and change no answer. Where our numbers differ from the published ones, one
+    :class:`depass.PublishedDifferenceWarning` per process says so.
+
+    Args:
+        model: a causal language model of HuggingFace transformers; never modified.
+        tokenizer: anything with ``encode(prompt)`` for ids; generation also needs ``decode``.
+        mlp_softmax_temp: the softmax rule's temperature, in units of the pre-activation.
+        ignore_special_token: whether in token mode the first token takes no part in later positions' MLPs, BOS or not.
+        mlp_decomposed_function: ``softmax``, ``max``, ``relu``, ``linear`` or ``taylor``.
+        reproduce_published: give the published implementation's numbers, quirks included.
+
+    Raises:
+        ModelError: a model that cannot be decomposed.
+        OptionError: an option with a value that it does not have.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        mlp_softmax_temp: float = 0.1,
+        ignore_special_token: bool = True,
+        mlp_decomposed_function: str = "softmax",
+        reproduce_published: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.mlp_softmax_temp, self.ignore_special_token = mlp_softmax_temp, ignore_special_token
+        self.mlp_decomposed_function, self.reproduce_published = mlp_decomposed_function, reproduce_published
+        self.states: list[Tensor] = []
+        self._ids: tuple[int, ...] = ()
+        self._bound = bind(model)
+        self._engine()
+        if not reproduce_published:
+            _tell_once()
+
+    def get_states(self, prompt: Any) -> list[Tensor]:
+        """Run the model on a prompt: ``states``, which :meth:`compute_decomposed_state` goes on from.
+
+        Raises:
+            PromptError: a prompt that is empty, too long, out of the vocabulary or not one prompt.
+            ModelError: a model in training mode with dropout.
+            NonFiniteError: a residual stream that is not finite.
+        """
+        ids = self._encode(prompt)
+        states = _residual_streams(self._bound, ids)
+        if not bool(states[-1].isfinite().all()):
+            raise NonFiniteError(f"the model's residual stream is not finite in {self._bound.dtype}; use a wider dtype")
+        self._ids, self.states = ids, states
+        return states
+
+    def compute_decomposed_state(self, start_layer_idx: int = 0, single_compute_token: int | None = None) -> Tensor:
+        """``[N, M=N, D]``: the tokens as sources, from a layer's input on, of the prompt last given to a method.
+
+        Raises:
+            PromptError: no prompt yet.
+            OptionError: a layer that the model does not have, or a block that is no positive number.
+        """
+        if not self._ids:
+            raise PromptError("there is no prompt yet; call get_states(prompt) first")
+        layers = range(self._start(start_layer_idx), len(self._bound.layers))
+        return self._normed(self._token_states(layers, single_compute_token)[0])
+
+    def get_last_layer_decomposed_state(
+        self, prompt: Any, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``[N, M=N, D]`` of the last layer with the tokens as sources, and ``states``."""
+        states = self.get_states(prompt)
+        return self.compute_decomposed_state(0, single_compute_token), states
+
+    def get_middle_to_last_decomposed_state(
+        self, prompt: Any, start_layer_idx: int, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``[N, M=N, D]`` of the last layer with the positions of a layer's input as sources, and ``states``."""
+        states = self.get_states(prompt)
+        return self.compute_decomposed_state(start_layer_idx, single_compute_token), states
+
+    def get_middel_to_middle_decomposed_state(
+        self, prompt: Any, start_layer_idx: int, end_layer_idx: int, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``[N, M=N, D]`` entering ``end_layer_idx``, from the positions of a layer's input; unnormed; and ``states``."""
+        start = self._start(start_layer_idx)
+        end = _integer("end_layer_idx", end_layer_idx, start + 1, len(self._bound.layers))
+        states = self.get_states(prompt)
+        return _by_position(self._token_states(range(start, end), single_compute_token)[0]), states
+
+    def all_layer_to_init_attribute_state(
+        self, prompt: Any, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``[L+1, N, M=N, D]``: tokens as sources, entering each layer and after the last; unnormed; and ``states``."""
+        states = self.get_states(prompt)
+        found = self._token_states(range(len(self._bound.layers)), single_compute_token, keep_all=True)
+        return torch.stack([_by_position(state) for state in found]), states
+
+    def get_mlp_neuron_decomposed_state(
+        self, prompt: Any, start_layer_idx: int, compute_num: int | None = None
+    ) -> Tensor:
+        """``[N, 1+F, D]``: the rest of the stream after a layer, then each neuron of that layer's MLP."""
+        start = self._start(start_layer_idx)
+        blocks = None if compute_num is None else _integer("compute_num", compute_num, 1)
+        self.get_states(prompt)
+        return self._normed(self._engine().neuron_states(self._ids, start, blocks))
+
+    def get_layer_module_decomposed_state(
+        self, prompt: Any, start_layer_idx: int, single_compute_token: int | None = None, type: str | None = None
+    ) -> Tensor:
+        """``[N, 2, D]`` (rest, module) for ``type`` ``attn`` or ``mlp``; ``[N, 1+H, D]`` (rest, heads) for ``attn_head``."""
+        start = self._start(start_layer_idx)
+        if type not in _KINDS:
+            raise OptionError(f"type={type!r}; there are: {', '.join(_KINDS)}")
+        if single_compute_token is not None and self.reproduce_published:
+            raise OptionError(
+                f"single_compute_token={single_compute_token!r}: what the published code does with it for modules is not "
+                "known, and with so few sources there is nothing to cut; leave it out"
+            )
+        self.get_states(prompt)
+        return self._normed(self._engine().module_states(self._ids, start, type))
+
+    def get_subspace_decomposed_state(self, prompt: Any, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
+        """``[N, M, D]`` of the last layer, from given parts of the stream *after* a layer.
+
+        Args:
+            prompt: ``N`` tokens.
+            start_layer_idx: the layer after which the parts are.
+            attribute_state: ``[M, N, D]``. Where it does not add up to the stream there, what is missing goes through the
+                model as a part of its own and is added to row 0 of what comes back, so that this adds up.
+                (``reproduce_published=True``: what is missing is left out.)
+
+        Raises:
+            SourceError: parts that are not finite or do not have this shape.
+        """
+        return self._normed(self._subspace_states(prompt, start_layer_idx, attribute_state, keep_all=False)[-1])
+
+    def get_subspace_decomposed_state_all_layer(
+        self, prompt: Any, start_layer_idx: int, attribute_state: Tensor
+    ) -> list[Tensor]:
+        """As :meth:`get_subspace_decomposed_state`, ``[N, M, D]`` after every layer from that one on; unnormed."""
+        found = self._subspace_states(prompt, start_layer_idx, attribute_state, keep_all=True)
+        return [_by_position(state) for state in found]
+
+    def compute_attribute_score(self, attribute_state: Tensor, token_idx: int, decode_token_id: int) -> Tensor:
+        """``[M]``: what each source gives to the logit of a token that follows a position.
+
+        Args:
+            attribute_state: ``[N, M, D]``, after the final norm.
+            token_idx: the position, from 0 or (negative) from the end.
+            decode_token_id: the token's id.
+
+        Raises:
+            TargetError: a position or a token that there is not.
+            SourceError: something else than a state.
+        """
+        head = self._bound.head
+        _check_state(attribute_state, (None, None, head.weight.shape[1]), "[N, M, D]")
+        length = len(attribute_state)
+        if not _is_integer(token_idx) or not -length <= token_idx < length:
+            raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
+        token = token_id(decode_token_id, None, self._bound)
+        scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
+        bias = getattr(head, "bias", None)
+        if bias is not None and not self.reproduce_published:
+            scores[0] += bias[token].detach().to(scores)
+        return scores
+
+    def model_generate_cite(
+        self, prompt: Any, **generate_options: Any
+    ) -> tuple[str, list[Tensor], Tensor, list[Tensor]]:
+        """Generate, then attribute every generated token to all tokens before it. (The published method cannot run.)
+
+        Args:
+            prompt: what the model goes on from.
+            generate_options: of ``model.generate``, ``max_new_tokens`` for one.
+
+        Returns:
+            The generated text; by generated token, ``[M]`` scores of the ``M`` tokens before it (prompt and generated
+            ones), which add up to its logit; the state ``[N, N, D]`` of prompt and generated text; and its ``states``.
+
+        Raises:
+            PromptError: a prompt that cannot be attributed.
+            OptionError: options that ask for several texts, or for none.
+        """
+        given = self._encode(prompt)
+        ids = torch.tensor([given], device=self._bound.model.get_input_embeddings().weight.device)
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate_options)
+        sequences = getattr(output, "sequences", output)
+        if len(sequences) != 1:
+            raise OptionError(f"num_return_sequences={len(sequences)}: one text at a time can be attributed")
+        text = sequences[0].tolist()
+        if len(text) == len(given):
+            raise OptionError("model.generate gave no new token; raise max_new_tokens")
+        state, states = self.get_last_layer_decomposed_state(text)
+        scores = [self.compute_attribute_score(state[:, :t], t - 1, text[t]) for t in range(len(given), len(text))]
+        new: str = self.tokenizer.decode(text[len(given) :], skip_special_tokens=True)
+        return new, scores, state, states
+
+    def _engine(self) -> _Engine:
+        """What does the work, made anew for each call: the options are attributes that may have been set since."""
+        options = self.mlp_decomposed_function, self.mlp_softmax_temp, self.ignore_special_token
+        _check_options(*options, self.reproduce_published)
+        return Published(self._bound, *options) if self.reproduce_published else _Exact(self.model, *options)
+
+    def _encode(self, prompt: Any) -> tuple[int, ...]:
+        refuse_dropout(self._bound)
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise PromptError("a prompt given as text needs a tokenizer; give one to the manager, or token ids")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return encode(ids, None, self._bound).ids
+
+    def _start(self, layer: Any) -> int:
+        return _integer("start_layer_idx", layer, 0, len(self._bound.layers) - 1)
+
+    def _token_states(self, layers: range, block: int | None, keep_all: bool = False) -> list[Tensor]:
+        block = None if block is None else _integer("single_compute_token", block, 1)
+        return self._engine().token_states(self._ids, layers, keep_all, block)
+
+    def _subspace_states(self, prompt: Any, layer: Any, parts: Tensor, keep_all: bool) -> list[Tensor]:
+        start = self._start(layer)
+        self.get_states(prompt)
+        _check_state(parts, (None, *self.states[0].shape[1:]), "[M, N, D]")
+        stream = self.states[2 * start + 2][0]
+        return self._engine().subspace_states(self._ids, start, parts, stream, keep_all)
+
+    @torch.no_grad()
+    def _normed(self, state: Tensor) -> Tensor:
+        """``[M, N, D]`` to ``[N, M, D]`` after the final norm, whose own bias goes to row 0."""
+        norm = self._bound.final_norm
+        scale = norm.scale(self.states[-1][0], state.dtype)  # [N]
+        state = state - state.mean(-1, keepdim=True) if norm.kind == "layer" else state
+        state = state * scale[:, None] * norm.gamma(state.dtype).cpu()
+        beta = norm.beta()
+        if beta is not None:
+            state[0] += beta.to(state)
+        return _by_position(state)
+
+
+class _Engine(Protocol):
+    """What the manager needs of a decomposition; states are ``[M, N, D]``, before the final norm, on the CPU."""
+
+    def token_states(
+        self, ids: Sequence[int], layers: range, keep_all: bool = False, single_compute_token: int | None = None
+    ) -> list[Tensor]:
+        """``M = N``; after the last of ``layers`` or, to ``keep_all``, entering each of them and after the last."""
+
+    def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
+        """After the last layer: rest, then the attention, the MLP or the heads."""
+
+    def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
+        """After the last layer: rest, then the layer's neurons."""
+
+    def subspace_states(
+        self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
+    ) -> list[Tensor]:
+        """Of parts of the stream after ``layer``: after the last layer or, to ``keep_all``, after each from there on."""
+
+
+class _Exact:
+    """The decomposition whose parts add up, by :class:`depass.DePass`."""
+
+    def __init__(self, model: Any, rule: str, temperature: float, exclude_first: bool) -> None:
+        self.dp = DePass(model, None, mlp_rule=rule, temperature=temperature, exclude_bos=False)
+        self.exclude_first, self.bound = exclude_first, self.dp._bound
+        self.depth = len(self.bound.layers)
+
+    def token_states(
+        self, ids: Sequence[int], layers: range, keep_all: bool = False, single_compute_token: int | None = None
+    ) -> list[Tensor]:
+        wanted = range(layers.start, layers.stop + 1) if keep_all else [layers.stop]
+        states = self.dp.states(
+            ids, wanted, start_layer=layers.start, stop_layer=layers.stop, exclude_bos=self.exclude_first
+        )
+        return [_with_others_in_first(states.dense(layer), len(ids)) for layer in wanted]
+
+    def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
+        if kind == "attn_head":
+            return self._last(ids, Heads(layer), self.bound.heads)
+        return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
+
+    def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
+        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.weight.shape[1])
+
+    def subspace_states(
+        self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
+    ) -> list[Tensor]:
+        count, parts = len(parts), parts.detach().to("cpu", self.bound.state_dtype, copy=True)
+        missing = stream.to(parts) - parts.sum(0)
+        if missing.abs().max() <= self.bound.tolerance * stream.abs().max():  # rounding, which is no source
+            parts[0] += missing
+        else:
+            parts = torch.cat([missing[None], parts])
+        if layer + 1 == self.depth:
+            return [_with_others_in_first(parts, count)]
+        wanted = range(layer + 1, self.depth + 1) if keep_all else [self.depth]
+        states = self.dp.states(ids, wanted, sources=Custom(parts, layer + 1))
+        return [_with_others_in_first(states.dense(at), count) for at in wanted]
+
+    def _last(self, ids: Sequence[int], sources: Heads | Modules | Neurons, count: int) -> Tensor:
+        """After the last layer: the rest and ``count`` components."""
+        states = self.dp.states(ids, self.depth, sources=sources)
+        return _with_others_in_first(states.dense(self.depth), 1 + count)
+
+
+def _with_others_in_first(state: Tensor, count: int) -> Tensor:
+    """The last ``count`` sources ``[count, N, D]``; those before them (the biases, a rest) are added to the first."""
+    others, named = state[:-count], state[-count:]
+    named[0] += others.sum(0)
+    return named
+
+
+def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
+    """The model's own streams ``[1, N, D]``: before attention and MLP of each layer, and before the final norm."""
+    streams: list[Tensor] = []
+    middle: list[Tensor] = []
+
+    def keep_middle(_: Any, args: tuple[Tensor, ...]) -> None:
+        middle.append(args[0].detach().to("cpu", copy=True).reshape(1, len(ids), -1))
+
+    def keep(_: int, trace: Trace) -> None:
+        streams.extend([trace.stream.detach().to("cpu", copy=True)[None], middle.pop()])
+
+    with torch.no_grad(), running, ExitStack() as stack:  # other threads wait: their runs would call our hooks
+        for layer in bound.layers:
+            reader = layer.gate.module if layer.mlp_norm is None else layer.mlp_norm.module
+            stack.callback(reader.register_forward_pre_hook(keep_middle).remove)
+        last, _ = run(bound, [ids], keep, range(len(bound.layers)))
+    return [*streams, last.to("cpu", copy=True)[None]]
+
+
+def _by_position(state: Tensor) -> Tensor:
+    return state.transpose(0, 1).contiguous()
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    if not _is_integer(value) or value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise OptionError(f"{name}={value!r}: need an integer {bounds}")
+    return operator.index(value)
+
+
+def _check_options(rule: Any, temperature: Any, ignore: Any, reproduce: Any) -> None:
+    number = isinstance(temperature, (int, float)) and math.isfinite(temperature)
+    if not number or temperature <= 0:
+        raise OptionError(f"mlp_softmax_temp={temperature!r}: need a positive number")
+    if rule not in RULES:
+        raise OptionError(f"mlp_decomposed_function={rule!r}; there are: {', '.join(RULES)}")
+    for name, value in (("ignore_special_token", ignore), ("reproduce_published", reproduce)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name}={value!r}: need True or False")
+
+
+def _check_state(state: Any, shape: tuple[int | None, ...], letters: str) -> None:
+    wanted = ", ".join(
+        letter if n is None else str(n) for letter, n in zip(letters[1:-1].split(", "), shape, strict=True)
+    )
+    if not isinstance(state, Tensor) or not state.is_floating_point():
+        raise SourceError(
+            f"attribute_state must be a float tensor {letters}, got {getattr(state, 'dtype', type(state))}"
+        )
+    fits = state.dim() == 3 and all(n is None or n == m for n, m in zip(shape, state.shape, strict=True))
+    if not fits or state.numel() == 0:
+        raise SourceError(f"attribute_state must be {letters}, here [{wanted}], got {list(state.shape)}")
+    if not bool(state.isfinite().all()):
+        raise SourceError("attribute_state must be finite, got NaN or infinity")
+
+
+def _tell_once() -> None:
+    global _told
+    if not _told:
+        _told = True
+        warnings.warn(_NOTICE, PublishedDifferenceWarning, stacklevel=3)

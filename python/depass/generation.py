@@ -1,0 +1,102 @@
+"""Generating with a model and laying out what it generated behind the prompt, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import OptionError
+from .families import BoundModel
+from .prompt import Prompt, encode
+from .result import Attribution
+from .sources import Spans, token_ranges
+
+_OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate", "num_return_sequences")
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a model generated, and what each of its tokens is owed to.
+
+    Attributes:
+        text: what was generated, special tokens included.
+        tokens: each generated token's piece of it.
+        ids: the generated tokens' ids.
+        attribution: a target for each generated token, in order; its sources are the prompt's tokens or spans and the
+            generated tokens but the last, which is the source of nothing. Logits are the model's own, before a
+            temperature or any other change that sampling made to them.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    attribution: Attribution
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text!r}, {self.attribution!r})"
+
+
+def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampling: dict[str, Any]) -> list[int]:
+    """What the model's own ``generate`` puts behind a prompt, at least one token.
+
+    Raises:
+        OptionError: options that ``generate`` does not take, or more tokens than the model has positions.
+    """
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
+    for name in _OURS:
+        if name in sampling:
+            raise OptionError(f"generate({name}=...): DePass sets it, for one sequence from one prompt; leave it out")
+    length, limit = len(prompt.ids), bound.max_positions
+    if limit is not None and length + max_new_tokens > limit:
+        raise OptionError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens: {bound.name} has {limit} positions"
+        )
+    config = bound.model.generation_config
+    if config.pad_token_id is None:  # nothing is padded, but generate warns without one
+        sampling = {"pad_token_id": 0, **sampling}
+    ids = torch.tensor([prompt.ids], device=bound.model.get_input_embeddings().weight.device)
+    try:
+        made = bound.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=False,
+            **sampling,
+        )
+    except (ValueError, TypeError) as error:  # what transformers raises on options that do not fit
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise OptionError(f"the model's generate does not take these options: {lines[0]}") from error
+    found: list[int] = made[0, length:].tolist()
+    return found
+
+
+def continued(prompt: Prompt, new: Sequence[int], tokenizer: Any, bound: BoundModel) -> Prompt:
+    """The prompt with further ids behind it. The prompt's own tokens and places stay what they are."""
+    whole, length = encode([*prompt.ids, *new], tokenizer, bound), len(prompt.ids)
+    if prompt.text is None or whole.text is None:
+        return whole
+    tokens = whole.tokens[length:]
+    text, offsets = prompt.text + "".join(tokens), list(prompt.offsets)
+    shift = len(prompt.text) - sum(map(len, whole.tokens[:length]))
+    offsets += [(begin + shift, end + shift) for begin, end in whole.offsets[length:]]
+    special = prompt.special | {index for index in whole.special if index >= length}
+    return Prompt((*prompt.ids, *new), (*prompt.tokens, *tokens), text, tuple(offsets), special)
+
+
+def sources_of(prompt: Prompt, whole: Prompt, sources: Any) -> Any:
+    """The prompt's sources as asked for, and every further token as one of its own."""
+    if sources == "token" or not isinstance(sources, (str, Spans)):
+        return sources
+    labels: Sequence[str] | None = None
+    if isinstance(sources, Spans):
+        ranges, labels = token_ranges(prompt, sources), sources.labels
+    else:
+        ranges = prompt.segments(sources)
+    if labels is None:
+        labels = ["".join(prompt.tokens[begin:end]) for begin, end in ranges]
+    further = range(len(prompt.ids), len(whole.ids))
+    return Spans([*ranges, *((t, t + 1) for t in further)], labels=[*labels, *(whole.tokens[t] for t in further)])

@@ -1,0 +1,154 @@
+"""Many prompts in one pass: each result is its own run's, whatever its neighbours, and a bad one harms no other."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from depass import (
+    Attribution,
+    ConservationWarning,
+    Contrast,
+    DePass,
+    Direction,
+    Heads,
+    Modules,
+    OptionError,
+    PromptError,
+    Spans,
+    TargetError,
+    TopK,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")
+
+
+def same(got: Any, expected: Attribution, tolerance: float) -> None:
+    assert isinstance(got, Attribution)
+    assert (got.sources, got.targets, got.prompt) == (expected.sources, expected.targets, expected.prompt)
+    size = float(expected.scores.abs().sum(1).max())
+    torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=tolerance * size)
+    torch.testing.assert_close(got.target_logits, expected.target_logits, rtol=0, atol=tolerance * size)
+
+
+def test_two_hundred_mixes_of_lengths(device: str) -> None:
+    dp = DePass(models.make("llama", torch.float64, device))
+    prompts = [models.prompt(length, seed) for length in (1, 2, 3, 5, 8, 13, 21) for seed in (0, 1)]
+    alone = [dp.attribute(ids, target=[5, TopK(1)]) for ids in prompts]
+    chance = random.Random(0)
+    for _ in range(200):
+        mix = [chance.randrange(len(prompts)) for _ in range(chance.randint(1, 8))]
+        batch = dp.attribute_many(
+            [prompts[i] for i in mix], [5, TopK(1)], batch_tokens=chance.choice([1, 20, 60, 1000])
+        )
+        for i, got in zip(mix, batch, strict=True):
+            same(got, alone[i], 2e-6)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "linear", "taylor"])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_every_family(name: str, rule: str, device: str) -> None:
+    dp = DePass(models.make(name, torch.float64, device), mlp_rule=rule)
+    prompts = [models.prompt(length, length) for length in (4, 17, 1, 9)]
+    for ids, got in zip(prompts, dp.attribute_many(prompts, 5, exclude_bos=True), strict=True):
+        same(got, dp.attribute(ids, 5, exclude_bos=True), 1e-6)
+
+
+@pytest.mark.parametrize("sources", [Heads(1), Modules(0, "mlp"), Spans([(0, 2), (3, 4)])])
+def test_every_kind_of_source(sources: Any, device: str) -> None:
+    dp = DePass(models.make("gpt2", torch.float64, device))
+    prompts = [models.prompt(length, length) for length in (4, 17, 6)]
+    for ids, got in zip(prompts, dp.attribute_many(prompts, 5, sources=sources), strict=True):
+        same(got, dp.attribute(ids, 5, sources=sources), 2e-6)
+
+
+def test_targets_of_their_own_and_probes(device: str) -> None:
+    dp = DePass(models.make("llama", torch.float64, device))
+    prompts = [models.prompt(length, length) for length in (4, 17, 6)]
+    asked = [Contrast(5, 6), [TopK(3), Direction(torch.ones(32), layer=2, position=1)], None]
+    for ids, target, got in zip(prompts, asked, dp.attribute_many(prompts, targets=asked), strict=True):
+        same(got, dp.attribute(ids, target), 2e-6)
+
+
+def test_text_is_batched_whatever_side_the_tokenizer_pads_on(smollm2_dp: DePass) -> None:
+    prompts = ["The Eiffel Tower stands in the city of", "Two plus two is", [{"role": "user", "content": "Hello"}]]
+    side = smollm2_dp.tokenizer.padding_side
+    try:
+        for smollm2_dp.tokenizer.padding_side in ("left", "right"):
+            for given, got in zip(prompts, smollm2_dp.attribute_many(prompts), strict=True):
+                same(got, smollm2_dp.attribute(given), 1e-4)
+    finally:
+        smollm2_dp.tokenizer.padding_side = side
+
+
+def test_prompts_are_taken_as_they_are_needed() -> None:
+    dp, taken = DePass(models.make("llama")), []
+
+    def prompts() -> Any:
+        for i in range(100):
+            taken.append(i)
+            yield models.prompt(5, i)
+
+    results = dp.attribute_many(prompts(), 5, batch_tokens=20)
+    for _ in range(3):
+        next(results)
+    assert len(taken) <= 5  # a batch of four, and the one that did not fit
+
+
+def test_a_bad_prompt_is_named_and_harms_no_other() -> None:
+    dp = DePass(models.make("llama"))
+    prompts: list[Any] = [models.prompt(1 + i % 9, i) for i in range(100)]
+    prompts[41] = [3, 4, 999]
+    found = list(dp.attribute_many(prompts, 5, errors="return"))
+    assert len(found) == 100
+    assert isinstance(found[41], PromptError)
+    for i in (0, 40, 42, 99):
+        same(found[i], dp.attribute(prompts[i], 5), 1e-5)
+    results = dp.attribute_many(prompts, 5, batch_tokens=64)
+    came: list[Any] = []
+    with pytest.raises(PromptError, match="prompt 41: id 999 at position 2 is out of range"):
+        came.extend(results)
+    assert len(came) == 41  # those before it have come
+    bad = list(dp.attribute_many(prompts[:3], targets=[5, "text", 5], errors="return"))
+    assert [type(one) for one in bad] == [Attribution, TargetError, Attribution]
+
+
+def test_numbers_that_are_not_finite_are_one_prompts_own() -> None:
+    its = models.make("llama")
+    its.model.embed_tokens.weight.data[50] = float("nan")
+    dp = DePass(its)
+    found = list(dp.attribute_many([[3, 4], [3, 50, 4], [7, 8, 9]], 5, errors="return"))
+    assert [type(one).__name__ for one in found] == ["Attribution", "NonFiniteError", "Attribution"]
+    same(found[2], dp.attribute([7, 8, 9], 5), 1e-5)
+
+
+def test_options_that_no_prompt_could_have_are_refused_at_once() -> None:
+    dp = DePass(models.make("llama"))
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        ([], {}, "prompts is empty; give at least one"),
+        ("one", {}, "prompts must be several, got one str"),
+        ([[3]], {"batch_tokens": 0}, "batch_tokens must be a positive integer, got 0"),
+        ([[3]], {"errors": "skip"}, "errors must be 'raise' or 'return', got 'skip'"),
+        ([[3]], {"target": 5, "targets": [5]}, "not both"),
+        ([[3]], {"mlp_rule": "no"}, "unknown mlp_rule 'no'"),
+    ]
+    for prompts, options, says in wrong:
+        with pytest.raises(OptionError, match=says):
+            dp.attribute_many(prompts, **options)
+    with pytest.raises(OptionError, match="prompts and targets are not equally many: one of them ends after 1"):
+        list(dp.attribute_many([[3], [4]], targets=[5]))
+
+
+def test_parts_that_do_not_add_up_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from depass import families
+
+    monkeypatch.setattr(families.BoundModel, "tolerance", -1.0)
+    dp = DePass(models.make("llama"))
+    with pytest.warns(ConservationWarning):
+        list(dp.attribute_many([[3, 4]], 5))
+    found = list(dp.attribute_many([[3, 4], [5, 6]], 5, strict=True, errors="return"))
+    assert [type(one).__name__ for one in found] == ["ConservationError"] * 2

@@ -1,0 +1,128 @@
+"""A sweep is the layers' own runs, in one pass or in several, within the memory that it was given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from depass import Contrast, DePass, Direction, Heads, Modules, Neurons, OptionError, SourceError, TargetError, TopK
+
+LENGTH = 9
+TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3)]
+
+
+def spec(kind: str, layer: int, **options: Any) -> list[Any]:
+    if kind == "modules":
+        return [Modules(layer, "attn", **options), Modules(layer, "mlp", **options)]
+    return [(Heads if kind == "heads" else Neurons)(layer, **options)]
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons", "modules"])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_a_sweep_is_its_layers_runs(name: str, kind: Any, device: str) -> None:
+    dp, ids = DePass(models.make(name, torch.float64, device)), models.prompt(LENGTH)
+    sweep = dp.sweep(kind, ids, TARGETS)
+    assert sweep.layers == tuple(range(models.LAYERS))
+    for row, layer in enumerate(sweep.layers):
+        for column, one in enumerate(spec(kind, layer)):
+            res = dp.attribute(ids, TARGETS, sources=one)
+            always = [source.kind for source in res.sources].index("rest")
+            scores = sweep.scores[:, row, column : column + 1] if kind == "modules" else sweep.scores[:, row]
+            where = (slice(None), row, column) if kind == "modules" else (slice(None), row)
+            assert torch.allclose(scores, res.scores[:, always + 1 :], rtol=1e-5, atol=1e-6)
+            assert torch.allclose(sweep.rest[where], res.scores[:, always], rtol=1e-5, atol=1e-6)
+            assert torch.allclose(sweep.bias[where], res.scores[:, :always].sum(1), rtol=1e-5, atol=1e-6)
+            assert sweep.targets == res.targets
+            assert torch.equal(sweep.target_logits, res.target_logits)
+    labels = [source.label for source in dp.attribute(ids, 5, sources=spec(kind, 1)[0]).sources]
+    assert sweep.source(1, 0).label == labels[-sweep.scores.shape[2] if kind != "modules" else -1]
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_every_layer_adds_up(name: str, dtype: str, device: str) -> None:
+    kind = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    dp = DePass(models.make(name, kind, device))
+    for length in (1, 17):
+        sweep = dp.sweep("heads", models.prompt(length), TopK(3))
+        total = sweep.scores.double().sum(2) + sweep.rest + sweep.bias
+        assert float(sweep.conservation_error.max()) <= {"fp64": 1e-6, "fp32": 1e-5, "bf16": 3e-2}[dtype]
+        size = torch.maximum(
+            sweep.target_logits.abs()[:, None], sweep.scores.abs().sum(2) + sweep.rest.abs() + sweep.bias.abs()
+        )
+        missed = ((total - sweep.target_logits[:, None]).abs() / size).max()
+        assert missed <= {"fp64": 2e-6, "fp32": 1e-5, "bf16": 3e-2}[dtype]
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("kind", ["heads", "modules"])
+def test_groups_of_layers_change_nothing(name: str, kind: Any, device: str) -> None:
+    dp, ids = DePass(models.make(name, torch.float64, device), workspace_bytes=1 << 16), models.prompt(LENGTH)
+    whole = dp.sweep(kind, ids, TARGETS)
+    runs: list[tuple[int, int]] = []
+    fixed = (1 << 16) + (32 << 20)
+    tight = dp.sweep(kind, ids, TARGETS, memory_bytes=fixed + 30_000, progress=lambda *now: runs.append(now))
+    assert len(runs) > models.LAYERS  # several passes
+    assert [done for done, _ in runs] == list(range(1, runs[-1][1] + 1))
+    for name in ("scores", "rest", "bias"):
+        assert torch.allclose(getattr(tight, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+
+
+def test_some_layers_heads_and_positions(device: str) -> None:
+    dp, ids = DePass(models.make("llama", torch.float64, device)), models.prompt(LENGTH)
+    sweep = dp.sweep("heads", ids, 5, layers=[2, 0], ids=[3, 1], positions=[-1])
+    assert (sweep.layers, sweep.columns) == ((0, 2), (1, 3))
+    res = dp.attribute(ids, 5, sources=Heads(2, [1, 3], [-1]))
+    assert torch.allclose(sweep.scores[:, 1], res.scores[:, -2:], rtol=1e-5, atol=1e-6)
+    assert sweep.top(1)[0][0].label in {"L0H1", "L0H3", "L2H1", "L2H3"}
+
+
+def test_what_does_not_fit_is_named() -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(LENGTH)
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"kind": "tokens"}, OptionError, "unknown sweep 'tokens'; there are: 'heads', 'neurons', 'modules'"),
+        ({"layers": [3]}, OptionError, r"Heads\(layer=3\): .* has layers 0 to 2"),
+        ({"layers": []}, OptionError, "must name each layer once and at least one"),
+        ({"layers": [1, 1]}, OptionError, "must name each layer once"),
+        ({"layers": 1}, OptionError, "layers must be a list of integers, got 1"),
+        ({"ids": [4]}, SourceError, "4 is out of range, there are 0 to 3"),
+        ({"kind": "modules", "ids": [0]}, OptionError, "ids= names heads or neurons"),
+        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, r"Direction\(layer=1\)"),
+        ({"memory_bytes": 0}, OptionError, "memory_bytes must be a positive integer"),
+        ({"memory_bytes": 10**6}, OptionError, "memory_bytes=1000000: layer 0 alone takes .* for its 45 rows"),
+    ]
+    for options, error, says in wrong:
+        options = {"kind": "heads", "target": 5, **options}
+        with pytest.raises(error, match=says):
+            dp.sweep(options.pop("kind"), ids, options.pop("target"), **options)
+
+
+MEMORY = """
+import resource, torch
+from depass import DePass
+
+dp = DePass.from_pretrained(dtype=torch.float32)
+ids = torch.randint(100, 40_000, (48,), generator=torch.Generator().manual_seed(0))
+dp.sweep("heads", ids, 5, layers=[0])
+plain = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+passes = []
+options = {"layers": [26, 27, 28, 29], "ids": range(500), "memory_bytes": BUDGET}
+dp.sweep("neurons", ids, 5, progress=lambda *now: passes.append(now), **options)
+print(plain, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(passes))
+"""
+
+
+def test_memory_stays_within_the_budget(smollm2_folder: Path) -> None:
+    """Four layers of 500 neurons at 48 positions: 24,000 rows a layer, which is 56 MB of state."""
+    for budget, passes in ((200_000_000, 4 + 2), (400_000_000, 4)):
+        code = MEMORY.replace("BUDGET", str(budget))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        plain, peak, told = (int(number) for number in done.stdout.split())
+        assert told == passes
+        assert (peak - plain) * 1024 <= budget
