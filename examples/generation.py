@@ -8,7 +8,7 @@ from depass import DePass
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 dp = DePass.from_pretrained()
 
-made = dp.generate("The Eiffel Tower is in Paris. The Colosseum is in", max_new_tokens=8)
+made = dp.generate("Water freezes at 0 degrees Celsius and boils at", max_new_tokens=8)
 print(f"The model goes on: {made.text!r}")
 for row, token in enumerate(made.tokens):
     best = ", ".join(f"{source.label!r} {score:+.2f}" for source, score in made.attribution.top(3, target=row))
