@@ -91,7 +91,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], de
     """
     from safetensors.torch import save
 
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+    metadata = {key: value if key == "format" else json.dumps(value) for key, value in described.items()}
     write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
