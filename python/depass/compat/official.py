@@ -28,7 +28,7 @@ from ..components import Custom, Heads, Modules, Neurons
 from ..engine import refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
-from ..lockstep import Trace, running, run
+from ..lockstep import Trace, run, running
 from ..prompt import encode
 from ..targets import token_id
 from .published import Published
