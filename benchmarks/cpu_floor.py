@@ -3,7 +3,8 @@
     python benchmarks/cpu_floor.py [--positions 128] [--runs 5] [--dtype float32] [--naive]
 
 The floor is the operations that nobody avoids without approximating, ``2D·Kd + 2D·Hd + 4D·F`` per row and layer, at the
-rate that the library's own GEMMs of these shapes reach here, between the runs that are compared with it.
+rate that the library's own GEMMs of these shapes reach here, in the dtype of the products (fp32 for bf16 weights on a CPU
+without bf16 instructions), between the runs that are compared with it.
 ``--naive`` runs the naive decomposition once in the same process, too.
 """
 
@@ -62,10 +63,11 @@ def main() -> None:
     ids = torch.randint(100, 40_000, (options.positions,), generator=torch.Generator().manual_seed(0))
     rows = options.positions * (options.positions + 1) // 2
     result = dp.attribute(ids, target=5, exclude_bos=True)  # warm up
-    floor_seconds(dp, rows, dtype)
+    products = dp._bound.product_dtype
+    floor_seconds(dp, rows, products)
     runs, floors, rates, plain = [], [], [], []
     for _ in range(options.runs):
-        seconds, rate = floor_seconds(dp, rows, dtype)
+        seconds, rate = floor_seconds(dp, rows, products)
         begin = time.perf_counter()
         dp.attribute(ids, target=5, exclude_bos=True)
         runs.append(time.perf_counter() - begin)
@@ -85,7 +87,8 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "model": dp.name, "dtype": options.dtype, "backends": result.settings.backends,
+                "model": dp.name, "dtype": options.dtype,
+                "products": str(products).removeprefix("torch."), "backends": result.settings.backends,
                 "positions": options.positions, "rows": rows, "runs": options.runs,
                 "seconds_median": round(statistics.median(runs), 3),
                 "floor_seconds_median": round(statistics.median(floors), 3),

@@ -6,8 +6,10 @@ in one shape, whatever the family: fused weights are slices, GPT-2's transposed 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -210,9 +212,15 @@ class BoundModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights, and of the GEMMs."""
+        """The dtype of the model's weights."""
         weight: Tensor = self.layers[0].value.module.weight
         return weight.dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """That of the decomposition's matrix products: the weights', or fp32 on a CPU that would only emulate theirs."""
+        emulated = self.layers[0].value.module.weight.device.type == "cpu" and not _multiplies_on_cpu(self.dtype)
+        return torch.float32 if emulated else self.dtype
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -223,6 +231,18 @@ class BoundModel:
     def tolerance(self) -> float:
         """By how much, of their size, sums of parts may miss what they are parts of."""
         return {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(self.dtype, 5e-2)
+
+
+@cache
+def _multiplies_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of ``dtype``; without them fp32 is several times as fast."""
+    instructions = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }.get(dtype)
+    if instructions is None or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
 
 
 def bind(model: Any, family: Family | None = None) -> BoundModel:

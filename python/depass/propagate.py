@@ -36,7 +36,7 @@ def buffer_bytes(bound: BoundModel, workspace_bytes: int | None) -> tuple[int, i
     width = bound.head.weight.shape[1]
     fixed = workspace_bytes or WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cpu"])
     offsets = 3 * 8  # of a row: in blocks of sources, and while they are made
-    values = bound.layers[0].value.weight.shape[0] * torch.finfo(bound.dtype).bits // 8 if bound.parallel else 0
+    values = bound.layers[0].value.weight.shape[0] * torch.finfo(bound.product_dtype).bits // 8 if bound.parallel else 0
     return fixed + COMPONENT_BYTES, width * state + values + offsets
 
 
@@ -114,9 +114,9 @@ class Propagation:
         layer = self.bound.layers[0]
         one_block = len(self._blocks_of_sources(layer)) == 1 and len(self._blocks_of_positions(layer)) == 1
         whole = one_block and self._position_blocks[0].neurons == len(layer.gate.weight)
-        if not whole or self.bound.dtype == self.state.dtype or self.bound.parallel:
+        if not whole or self.bound.product_dtype == self.state.dtype or self.bound.parallel:
             return None
-        return torch.empty_like(self.state, dtype=self.bound.dtype)
+        return torch.empty_like(self.state, dtype=self.bound.product_dtype)
 
     def step(self, index: int, trace: Trace, between: Callable[[], None] = lambda: None) -> None:
         """Move the state through layer ``index``, in place, if anything has joined.
@@ -173,7 +173,7 @@ class Propagation:
 
     def _mlp(self, layer: Layer, trace: Trace) -> None:
         assert trace.hidden is not None
-        state, dtype = self.state, self.bound.dtype
+        state, dtype = self.state, self.bound.product_dtype
         scale = self.at(trace.scales.get("mlp_norm"))  # [P]
         post = trace.scales.get("mlp_post_norm")
         hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # of all prompts
@@ -291,7 +291,7 @@ class _Attention:
         self.pattern: Tensor = trace.pattern
         self.key_scale = propagation.at(trace.scales.get("attention_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
-        dtype = propagation.bound.dtype
+        dtype = propagation.bound.product_dtype
         self.value_weight = _folded_input(layer.value, layer.attention_norm, dtype)  # [K·d, D]
         self.output_weight = _folded_output(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
         self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
