@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from depass_kernels import SourceLayout
 from depass_kernels.backends import NAMES, RULES
 
 from . import smollm2
+from .checks import integer, integers
 from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
-from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, free_memory, grouped
+from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, free_memory, grouped, refuse_dropout
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
 from .families import Family, bind
 from .generation import Generation, continued, generated_ids, sources_of
@@ -26,7 +27,7 @@ from .graphs import Recordings
 from .prompt import Prompt, encode
 from .propagate import MLPSharing, Propagation
 from .result import Attribution
-from .sources import Decomposition, Source, decompose
+from .sources import Decomposition, Source, check_kind, decompose
 from .sweep import Sweep
 from .targets import Token, check
 
@@ -49,7 +50,7 @@ class States:
 
     def dense(self, layer: int) -> Tensor:
         """The state entering ``layer`` as ``[M, N, D]``, zeros where a source cannot reach."""
-        if layer not in self.rows:
+        if integer("layer", layer, OptionError) not in self.rows:
             raise OptionError(f"layer {layer} was not kept; there are {sorted(self.rows)}")
         rows, layout = self.rows[layer], self.layout
         active = torch.arange(len(self.sources)) < layout.counts[:, None]  # [N, M]
@@ -98,7 +99,7 @@ class DePass:
         self.mlp_rule, self.temperature, self.exclude_bos = mlp_rule, temperature, exclude_bos
         self.backend, self.workspace_bytes = backend, workspace_bytes
         self._bound = bind(model, family)
-        if workspace_bytes is not None and workspace_bytes < 1:
+        if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
         self._sharing(mlp_rule, temperature)
         _check_exclude(exclude_bos)
@@ -177,7 +178,8 @@ class DePass:
             ConservationError: with ``strict``, scores that do not add up.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
-        found = self._engine().attribute([self._case(prompt, target, sources, options)], options, progress)[0]
+        case = self._case(prompt, target, sources, options)
+        found = self._engine().attribute([case], options, _callable("progress", progress))[0]
         if isinstance(found, DePassError):
             raise found
         self._judge(found, strict)
@@ -228,15 +230,17 @@ class DePass:
             DePassError: with ``errors="raise"``, what :meth:`attribute` raises, naming the prompt's index from 0.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
-        if not isinstance(batch_tokens, int) or isinstance(batch_tokens, bool) or batch_tokens < 1:
+        check_kind(sources)
+        if integer("batch_tokens", batch_tokens, OptionError) < 1:
             raise OptionError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
         if errors not in ("raise", "return"):
             raise OptionError(f"errors must be 'raise' or 'return', got {errors!r}")
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise OptionError(f"prompts must be several, got one {type(prompts).__name__}; attribute() takes one")
+        for name, given in (("prompts", prompts), ("targets", targets)):
+            if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
+                raise OptionError(f"{name} must be several, got one {type(given).__name__}; attribute() takes one")
         if targets is not None and target is not None:
             raise OptionError("give target= for all prompts or targets= for each, not both")
-        if isinstance(prompts, Sized) and len(prompts) == 0:
+        if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
         return self._many(prompts, target, targets, sources, batch_tokens, errors, options, strict)
 
@@ -252,28 +256,42 @@ class DePass:
         strict: bool,
     ) -> Iterator[Attribution | DePassError]:
         batch: list[Case | DePassError] = []
-        longest = begin = 0  # the batch's longest prompt; the index of its first
-        for index, (given, asked) in enumerate(_with_targets(prompts, target, targets)):
+        longest, begin, index = (
+            0,
+            0,
+            -1,
+        )  # the batch's longest prompt, the index of its first, and of the last one taken
+        pairs = _with_targets(prompts, target, targets)
+        while True:
+            try:
+                given, asked = next(pairs)
+            except StopIteration:
+                break
+            except Exception:  # of the caller's iterable, whose prompts up to there have their results
+                yield from self._batch(batch, begin, errors, options, strict)
+                raise
+            index += 1
             try:
                 case: Case | DePassError = self._case(given, asked, sources, options)
             except DePassError as error:
                 case = error
-            length = len(case.prompt.ids) if isinstance(case, Case) else 0
+            length = len(case.prompt.ids) if isinstance(case, Case) else 1
             if batch and max(longest, length) * (len(batch) + 1) > batch_tokens:
                 yield from self._batch(batch, begin, errors, options, strict)
                 batch, longest, begin = [], 0, index
             batch.append(case)
             longest = max(longest, length)
-        if batch:
-            yield from self._batch(batch, begin, errors, options, strict)
+            if isinstance(case, DePassError) and errors == "raise":
+                break
+        if index < 0:
+            raise OptionError("prompts is empty; give at least one")
+        yield from self._batch(batch, begin, errors, options, strict)
 
     def _batch(
         self, batch: Sequence[Case | DePassError], begin: int, errors: str, options: Options, strict: bool
     ) -> Iterator[Attribution | DePassError]:
         """The results of one pass; ``begin`` is the index of the batch's first prompt."""
-        cases = [case for case in batch if isinstance(case, Case)]
-        with torch.no_grad():
-            found = iter(self._engine().attribute(cases, options) if cases else [])
+        found = iter(self._together([case for case in batch if isinstance(case, Case)], options))
         for index, case in enumerate(batch, begin):
             result = next(found) if isinstance(case, Case) else case
             if isinstance(result, Attribution):
@@ -284,6 +302,18 @@ class DePass:
             if isinstance(result, DePassError) and errors == "raise":
                 raise type(result)(f"prompt {index}: {result}") from result
             yield result
+
+    @torch.no_grad()
+    def _together(self, cases: Sequence[Case], options: Options) -> list[Attribution | DePassError]:
+        """The cases' results from one pass, or where something in one of them stops it, from a pass each."""
+        if not cases:
+            return []
+        try:
+            return self._engine().attribute(cases, options)
+        except DePassError as error:
+            if len(cases) == 1:
+                return [error]
+            return [result for case in cases for result in self._together([case], options)]
 
     @torch.no_grad()
     def sweep(
@@ -298,6 +328,7 @@ class DePass:
         memory_bytes: int | None = None,
         mlp_rule: str | None = None,
         temperature: float | None = None,
+        strict: bool = False,
         progress: Progress | None = None,
     ) -> Sweep:
         """Every layer's heads, neurons or modules, each layer a decomposition of its own, in one pass of the model.
@@ -314,23 +345,24 @@ class DePass:
                 groups of layers, a pass each, which changes no result beyond rounding. Without it: half of what is free.
             mlp_rule: instead of the constructor's, as ``temperature``.
             temperature: of the softmax rule.
+            strict: see :meth:`attribute`; of every layer.
             progress: called after each layer with the number of layers done and of all, over all passes.
 
         Raises:
             PromptError, TargetError, SourceError, OptionError, ModelError: something that cannot be attributed.
             NonFiniteError: the model's logits or the parts are not finite.
+            ConservationError: with ``strict``, a layer whose scores do not add up.
         """
         bound = self._bound
         options = self._options(0, None, mlp_rule, temperature, False)
-        if kind not in ("heads", "neurons", "modules"):
+        if not isinstance(kind, str) or kind not in ("heads", "neurons", "modules"):
             raise OptionError(f"unknown sweep {kind!r}; there are: 'heads', 'neurons', 'modules'")
         if kind == "modules" and ids is not None:
             raise OptionError("ids= names heads or neurons; a layer's modules are its attention and its MLP")
         made = encode(prompt, self.tokenizer, bound)
         asked = check(target, len(made.ids), range(0), self.tokenizer, bound)
-        if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable | None):
-            raise OptionError(f"layers must be a list of integers, got {layers!r}")
-        wanted = list(range(len(bound.layers)) if layers is None else layers)
+        wanted = list(range(len(bound.layers))) if layers is None else integers("layers", layers, OptionError)
+        ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
         if not wanted or len(set(wanted)) < len(wanted):
             raise OptionError(f"layers={layers} must name each layer once and at least one")
         parts = []
@@ -342,11 +374,13 @@ class DePass:
                 specs = [Modules(layer, "attn", positions), Modules(layer, "mlp", positions)]
             parts.append([decompose_components(spec, len(made.ids), bound) for spec in specs])
         parts.sort(key=lambda of_layer: of_layer[0].layer)
-        if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 1):
+        if memory_bytes is not None and integer("memory_bytes", memory_bytes, OptionError) < 1:
             raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
         budget = free_memory(bound) // 2 if memory_bytes is None else memory_bytes
         groups = list(grouped(parts, budget, bound, self.workspace_bytes))
-        return self._engine().sweep(made, groups, asked, options, kind, progress)
+        found = self._engine().sweep(made, groups, asked, options, kind, _callable("progress", progress))
+        self._judge(found, strict)
+        return found
 
     @torch.no_grad()
     def generate(
@@ -385,6 +419,7 @@ class DePass:
             raise OptionError(
                 f"generate attributes to the prompt's parts, not to {type(sources).__name__}; use attribute"
             )
+        refuse_dropout(self._bound)
         made = encode(prompt, self.tokenizer, self._bound)
         self._decompose(made, sources, options)  # what is wrong with them is found before anything is generated
         new = generated_ids(self._bound, made, max_new_tokens, sampling)
@@ -394,7 +429,7 @@ class DePass:
         asked = [Token(token, len(made.ids) - 1 + i) for i, token in enumerate(new)]
         layers = decomposed_layers(parts, options.stop)
         case = Case(read, parts, tuple(check(asked, len(read.ids), layers, self.tokenizer, self._bound)))
-        found = self._engine().attribute([case], options, progress)[0]
+        found = self._engine().attribute([case], options, _callable("progress", progress))[0]
         if isinstance(found, DePassError):
             raise found
         self._judge(found, strict)
@@ -436,11 +471,14 @@ class DePass:
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
         case = self._case(prompt, None, sources, options)
         there = decomposed_layers(case.parts, options.stop)
-        given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-        wanted = there if layers is None else tuple(given)
+        several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0
+        wanted = list(there) if layers is None else integers("layers", layers if several else [layers], OptionError)
+        if not wanted:
+            raise OptionError("layers=[] names no layer; leave it out for all of them")
         for layer in wanted:
-            if not isinstance(layer, int) or layer not in there:
+            if layer not in there:
                 raise OptionError(f"layers: {layer!r} is none of the layers {there.start} to {there.stop - 1}")
+        _callable("on_state", on_state)
         rows: dict[int, Tensor] = {}
         residual: dict[int, Tensor] = {}
 
@@ -472,19 +510,18 @@ class DePass:
         exclude_bos: bool | Literal["auto"] | None,
     ) -> Options:
         depth = len(self._bound.layers)
-        stop_layer = depth if stop_layer is None else stop_layer
-        if not (
-            isinstance(start_layer, int) and isinstance(stop_layer, int) and 0 <= start_layer < stop_layer <= depth
-        ):
+        start = integer("start_layer", start_layer, OptionError)
+        stop = depth if stop_layer is None else integer("stop_layer", stop_layer, OptionError)
+        if not 0 <= start < stop <= depth:
             raise OptionError(
-                f"start_layer={start_layer}, stop_layer={stop_layer}: need 0 <= start < stop <= {depth}, the layers of "
+                f"start_layer={start}, stop_layer={stop}: need 0 <= start < stop <= {depth}, the layers of "
                 f"{self._bound.name}"
             )
         sharing = self._sharing(
             self.mlp_rule if mlp_rule is None else mlp_rule, self.temperature if temperature is None else temperature
         )
         exclude = _check_exclude(self.exclude_bos if exclude_bos is None else exclude_bos)
-        return Options(start_layer, stop_layer, sharing, exclude)
+        return Options(start, stop, sharing, exclude)
 
     def _case(self, given: Any, target: Any, wanted: Any, options: Options) -> Case:
         """Check one prompt and what is asked about it, before any work is done."""
@@ -509,14 +546,14 @@ class DePass:
     def _sharing(self, rule: str, temperature: float) -> MLPSharing:
         if rule not in RULES:
             raise OptionError(f"unknown mlp_rule {rule!r}; there are: {', '.join(RULES)}")
-        number = isinstance(temperature, (int, float)) and math.isfinite(temperature)
-        if not number or temperature <= 0:
+        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        if not number or not 0 < temperature <= sys.float_info.max:
             raise OptionError(f"temperature must be a positive number, got {temperature!r}")
         if self.backend not in NAMES:
             raise OptionError(f"unknown backend {self.backend!r}; there are: {', '.join(NAMES)}")
         return MLPSharing(rule, float(temperature), self.backend)
 
-    def _judge(self, found: Attribution, strict: bool) -> None:
+    def _judge(self, found: Attribution | Sweep, strict: bool) -> None:
         error, tolerance = float(found.conservation_error.max()), self._bound.tolerance
         if error > tolerance:
             message = (
@@ -526,6 +563,12 @@ class DePass:
             if strict:
                 raise ConservationError(message)
             warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+
+
+def _callable(name: str, given: Any) -> Any:
+    if given is not None and not callable(given):
+        raise OptionError(f"{name} must be a function, got {given!r}")
+    return given
 
 
 def _with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
@@ -566,7 +609,6 @@ def _load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tu
 
 
 def _check_exclude(exclude: Any) -> bool | Literal["auto"]:
-    if exclude != "auto" and not isinstance(exclude, bool):
+    if not isinstance(exclude, bool) and not (isinstance(exclude, str) and exclude == "auto"):
         raise OptionError(f"exclude_bos must be 'auto', True or False, got {exclude!r}")
-    checked: bool | Literal["auto"] = exclude
-    return checked
+    return exclude if isinstance(exclude, bool) else "auto"

@@ -7,8 +7,7 @@ stream.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor
 
 from depass_kernels import SourceLayout
+from depass_kernels.ops import FLOATS
 
+from .checks import integer, integers
 from .errors import OptionError, SourceError
 from .families import BoundModel, Layer, Norm, Projection
 from .lockstep import Trace
 from .propagate import COMPONENT_BYTES
-from .sources import Decomposition, Kind, Moment, Source
+from .sources import Decomposition, Kind, Moment, Source, check_labels
 
 _NUMBERS = COMPONENT_BYTES // 32  # of a block of outputs, of which a few exist at a time
 
@@ -44,6 +45,9 @@ class Heads:
     ids: Sequence[int] | None = None
     positions: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        _keep_iterators(self)
+
 
 @dataclass(frozen=True)
 class Neurons:
@@ -62,6 +66,9 @@ class Neurons:
     ids: Sequence[int] | None = None
     positions: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        _keep_iterators(self)
+
 
 @dataclass(frozen=True)
 class Modules:
@@ -76,6 +83,9 @@ class Modules:
     layer: int
     module: Literal["attn", "mlp"]
     positions: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _keep_iterators(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +122,13 @@ class Custom:
     labels: Sequence[str] | None = None
 
 
+def _keep_iterators(spec: Any) -> None:
+    """A spec may be used for many layers and prompts, and an iterator is used up by the first."""
+    for name in ("ids", "positions"):
+        if isinstance(getattr(spec, name, None), Iterator):
+            object.__setattr__(spec, name, tuple(getattr(spec, name)))
+
+
 COMPONENTS = (Heads, Neurons, Modules, Subspace, Custom)
 
 
@@ -142,7 +159,7 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
         Custom: _custom,
     }
     made = makers[type(spec)](spec, length, bound)
-    positions = _indices(f"positions of {spec}", getattr(spec, "positions", None), length, negative=True)
+    positions = _indices(_named("positions", spec), getattr(spec, "positions", None), length, negative=True)
     first = positions[0]
     always = [Source("bias", "bias")] if bound.has_bias else []
     rest = len(always)
@@ -183,15 +200,20 @@ def check_layer(spec: Any, bound: BoundModel) -> int:
     Raises:
         OptionError: the model does not have it.
     """
-    layer, depth = spec.layer, len(bound.layers)
-    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < depth:
+    depth = len(bound.layers)
+    layer = integer(f"layer of {type(spec).__name__}", spec.layer, OptionError)
+    if not 0 <= layer < depth:
         raise OptionError(f"{type(spec).__name__}(layer={layer!r}): {bound.name} has layers 0 to {depth - 1}")
     return layer
 
 
+def _named(what: str, spec: Any) -> str:
+    return f"{what} of {type(spec).__name__}(layer={spec.layer})"
+
+
 def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
-    ids = _indices(f"ids of {spec}", spec.ids, bound.heads)
+    ids = _indices(_named("ids", spec), spec.ids, bound.heads)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
         assert trace.mixed is not None
@@ -215,7 +237,7 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
 def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
     count = layer.down.weight.shape[1]
-    ids = _indices(f"ids of {spec}", spec.ids, count)
+    ids = _indices(_named("ids", spec), spec.ids, count)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
         assert trace.hidden is not None
@@ -232,7 +254,7 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
 
 
 def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
-    if spec.module not in ("attn", "mlp"):
+    if not isinstance(spec.module, str) or spec.module not in ("attn", "mlp"):
         raise SourceError(f"module={spec.module!r} of Modules; there are: 'attn', 'mlp'")
     layer = bound.layers[spec.layer]
     source = Source(f"L{spec.layer}.{spec.module}", "module", layer=spec.layer)
@@ -263,11 +285,17 @@ def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
     width = bound.head.weight.shape[1]
     if spec.basis is not None:
         basis = _finite("basis of Subspace", spec.basis, (None, width)).double()
-        left, sizes, _ = torch.linalg.svd(basis.T, full_matrices=False)
+        lengths = basis.norm(dim=1, keepdim=True)
+        if not bool(lengths.all()):
+            raise SourceError(
+                f"basis of Subspace: vector {int(lengths.argmin())} is zero and spans nothing; leave it out"
+            )
+        left, sizes, _ = torch.linalg.svd((basis / lengths).T, full_matrices=False)
         span = left[:, sizes > sizes.max() * 1e-6]  # [D, rank]
         maps = (span @ span.T)[None]
     elif spec.projection is not None:
-        shape = (None, width, width) if torch.as_tensor(spec.projection).dim() == 3 else (width, width)
+        several = getattr(spec.projection, "ndim", 2) == 3
+        shape = (None, width, width) if several else (width, width)
         maps = _finite("projection of Subspace", spec.projection, shape).reshape(-1, width, width)
     else:
         return _given(spec, spec.parts, "subspace", length, bound, has_rest=True)
@@ -294,13 +322,9 @@ def _given(spec: Any, given: Any, kind: Kind, length: int, bound: BoundModel, ha
 
 
 def _labelled(spec: Any, count: int, kind: Kind) -> list[Source]:
-    labels = (
-        [f"L{spec.layer}.{kind}{i if count > 1 else ''}" for i in range(count)] if spec.labels is None else spec.labels
-    )
-    if len(labels) != count or not all(isinstance(label, str) for label in labels):
-        raise SourceError(
-            f"{len(labels)} labels for {count} sources of {type(spec).__name__}; give one string for each"
-        )
+    labels = check_labels(spec.labels, count, type(spec).__name__)
+    if labels is None:
+        labels = [f"L{spec.layer}.{kind}{i if count > 1 else ''}" for i in range(count)]
     return [Source(label, kind, layer=spec.layer, index=i) for i, label in enumerate(labels)]
 
 
@@ -346,16 +370,19 @@ def _post_scaled(parts: Tensor, scale: Tensor | None, where: Tensor) -> Tensor:
 
 
 def _must_vanish(missing: Tensor, stream: Tensor, spec: Any, bound: BoundModel) -> None:
-    error, size = float(missing.abs().max()), float(stream.abs().max())
-    if not error <= bound.tolerance * size:
-        position = int(missing.abs().amax(1).argmax())
+    """Position by position: the first one's stream may be hundreds of times as large as the others'."""
+    errors, sizes = missing.abs().amax(1), stream.to(missing).abs().amax(1)
+    if not bool((errors <= bound.tolerance * sizes).all()):
+        position = int((errors / sizes).argmax())
         raise SourceError(
-            f"the parts of {type(spec).__name__} miss the stream that enters layer {spec.layer} by {error:.1e} at position "
-            f"{position} (its largest number is {size:.1e}); add what is missing as a part, or use Subspace(parts=...)"
+            f"the parts of {type(spec).__name__} miss the stream that enters layer {spec.layer} by "
+            f"{float(errors[position]):.1e} at position {position} (its largest number: {float(sizes[position]):.1e}); "
+            "add what is missing as a part, or use Subspace(parts=...)"
         )
 
 
 def _finite(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
+    tensor: Tensor | None
     try:
         tensor = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -364,34 +391,31 @@ def _finite(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
     got = type(given).__name__ if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     fits = (
         tensor is not None
-        and tensor.is_floating_point()
+        and tensor.dtype in FLOATS
         and tensor.dim() == len(shape)
         and all(n in (None, size) for n, size in zip(shape, tensor.shape, strict=True))
         and tensor.numel() > 0
     )
     if tensor is None or not fits:
         raise SourceError(f"{name} must be floats {wanted} for this prompt and model, got {got}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise SourceError(
+            f"{name} must be a dense tensor with numbers, got one of layout {tensor.layout} on {tensor.device}"
+        )
     if not bool(tensor.isfinite().all()):
         raise SourceError(f"{name} must be finite, got NaN or infinity")
     return tensor
 
 
-def _indices(name: str, given: Sequence[int] | None, count: int, negative: bool = False) -> list[int]:
+def _indices(name: str, given: Any, count: int, negative: bool = False) -> list[int]:
     """Checked, sorted indices below ``count``; all of them where none are given."""
     if given is None:
         return list(range(count))
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-        raise SourceError(f"{name} must be a list of integers, got {given!r}")
-    found = []
-    for value in given:
-        try:
-            index = operator.index(value)
-        except TypeError:
-            raise SourceError(f"{name} must be integers, got {value!r}") from None
-        lowest = -count if negative else 0
-        if isinstance(value, bool) or not lowest <= index < count:
-            raise SourceError(f"{name}: {value!r} is out of range, there are {lowest} to {count - 1}")
-        found.append(index % count)
+    found, lowest = integers(name, given, SourceError), -count if negative else 0
+    for index in found:
+        if not lowest <= index < count:
+            raise SourceError(f"{name}: {index} is out of range, there are {lowest} to {count - 1}")
+    found = [index % count for index in found]
     if not found or len(set(found)) < len(found):
-        raise SourceError(f"{name} must name each once and at least one, got {list(given)}")
+        raise SourceError(f"{name} must name each once and at least one")
     return sorted(found)

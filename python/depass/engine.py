@@ -70,7 +70,8 @@ def free_memory(bound: BoundModel) -> int:
     """Bytes that the device of the model's last layer has left."""
     device = bound.layers[-1].down.module.weight.device
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
@@ -91,8 +92,8 @@ def grouped(
         alone = fixed + needed * per_row
         if alone > budget:
             raise OptionError(
-                f"memory_bytes={budget}: layer {of_layer[0].layer} alone takes {alone} for its {needed} rows; give more, or "
-                "ask for fewer components (ids=) or positions"
+                f"layer {of_layer[0].layer} alone takes {alone} bytes for its {needed} rows, more than the {budget} there "
+                "are (memory_bytes=, or half of what is free); ask for fewer components (ids=) or positions"
             )
         if group and fixed + (held + needed) * per_row > budget:
             yield group
@@ -119,6 +120,7 @@ class Engine:
         options: Options,
         progress: Progress | None = None,
         keep: Callable[[int, Propagation, Tensor], None] | None = None,
+        recordings: Recordings | None = None,
     ) -> Pass:
         """One pass of the model over prompts, with decompositions of them on the way.
 
@@ -129,6 +131,7 @@ class Engine:
             progress: told after each layer how many are done, and of how many.
             keep: given the state that enters a layer, after those that start there have joined, and the stream; at last
                 what leaves the last layer.
+            recordings: where a recorded propagation may come from; the caller gives it back.
 
         Raises:
             ModelError: it drops out at random, or cannot be followed.
@@ -138,8 +141,8 @@ class Engine:
         refuse_dropout(bound)
         layers = range(min(made.layer for made, _ in joining), options.stop)
         propagation: Propagation | None = None
-        if self.recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
-            propagation = self.recordings.lend(joining[0][0].layout, options.sharing, self.workspace_bytes)
+        if recordings is not None and len(joining) == 1 and joining[0][0].moment == "start":
+            propagation = recordings.lend(joining[0][0].layout, options.sharing, self.workspace_bytes)
         if propagation is None:
             rows = sum(made.layout.rows for made, _ in joining)
             lengths = [len(made.ids) for made in prompts]
@@ -152,6 +155,8 @@ class Engine:
                 going.join(now, trace)
 
         def on_layer(index: int, trace: lockstep.Trace) -> None:
+            device = bound.layers[index].down.module.weight.device  # a model may be spread over several
+            trace = trace.map(lambda tensor: tensor.to(device))
             join(index, "start", trace)
             if keep is not None and going.layout is not None:
                 keep(index, going, trace.stream)
@@ -185,7 +190,7 @@ class Engine:
                         probes[i, j] = _probe(propagation, stream, i, case, asked)
 
         joining = [(case.parts, i) for i, case in enumerate(cases)]
-        done = self.run([case.prompt for case in cases], joining, options, progress, read)
+        done = self.run([case.prompt for case in cases], joining, options, progress, read, self.recordings)
         logits = self._logits([case.asked for case in cases], done)
         found = [self._result(i, case, options, done, logits, probes) for i, case in enumerate(cases)]
         if self.recordings is not None:
@@ -220,8 +225,9 @@ class Engine:
                 readouts = [made for one in asked for made in self._readouts(one, one.position, done, logits)]
                 for readout in readouts:
                     self._must_be_finite(readout.target, readout.logit)
-            for index in range(len(flat)):
-                rows.append(torch.stack([self._score(done, index, 0, readout) for readout in readouts]))
+            for index, one in enumerate(flat):
+                of_one = [self._score(done, index, 0, readout, len(one.sources)) for readout in readouts]
+                rows.append(torch.stack(of_one))
             for op, names in done.propagation.served.items():
                 served.setdefault(op, set()).update(names)
             del done  # its state makes room for the next group's
@@ -233,7 +239,7 @@ class Engine:
         bias = torch.stack([row[:, : first - 1].sum(1) for row, first in zip(rows, always, strict=True)], 1)
         logits_of = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
         error = conservation_error(torch.stack(rows, 1), logits_of[:, None])
-        if not bool(named.isfinite().all()):
+        if not all(bool(row.isfinite().all()) for row in rows):
             raise NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
         shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
         layers = tuple(layer[0].layer for group in groups for layer in group)
@@ -255,7 +261,11 @@ class Engine:
     def _logits(self, asked: Sequence[Sequence[Asked]], done: Pass) -> dict[int, Tensor]:
         """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
         starts, head = done.propagation.prompt_start, self.bound.head
-        wanted = sorted({starts[i] + one.position for i, of_one in enumerate(asked) for one in of_one})
+        wanted = sorted(
+            {starts[i] + one.position for i, of_one in enumerate(asked) for one in of_one if one.layer is None}
+        )
+        if not wanted:
+            return {}
         return dict(zip(wanted, head(done.normed[wanted].to(head.weight.device)), strict=True))
 
     def _readouts(self, asked: Asked, position: int, done: Pass, logits: dict[int, Tensor]) -> list[Readout]:
@@ -276,13 +286,13 @@ class Engine:
         for j, asked in enumerate(case.asked):
             if asked.layer is not None:
                 target = Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept)
-                found.append((target, *probes[index, j]))
+                scores, logit = probes[index, j]
+                found.append((target, _padded(scores, len(case.parts.sources)), logit))
                 continue
             for readout in self._readouts(asked, first + asked.position, done, logits):
-                found.append((readout.target, self._score(done, index, index, readout), readout.logit))
-        scores = torch.zeros(len(found), len(case.parts.sources), dtype=self.bound.state_dtype)
-        for row, (_, of_active, _) in zip(scores, found, strict=True):
-            row[: len(of_active)] = of_active
+                row = self._score(done, index, index, readout, len(case.parts.sources))
+                found.append((readout.target, row, readout.logit))
+        scores = torch.stack([row for _, row, _ in found])
         own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64)
         try:
             for target, _, logit in found:
@@ -301,8 +311,8 @@ class Engine:
             settings=self._settings(options, case.parts.layer, case.parts.excluded, done.propagation.served),
         )
 
-    def _score(self, done: Pass, staircase: int, prompt: int, readout: Readout) -> Tensor:
-        """``score[m] = w · final_norm_frozen(X[m, q])`` of the sources active at ``q``, on the CPU, in the state's dtype."""
+    def _score(self, done: Pass, staircase: int, prompt: int, readout: Readout, sources: int) -> Tensor:
+        """``score[m] = w · final_norm_frozen(X[m, q])``: ``[sources]`` on the CPU, in the state's dtype."""
         norm, position = self.bound.final_norm, readout.target.position
         rows = done.propagation.rows_at(staircase, position)
         w = readout.w.to(rows.device)
@@ -312,7 +322,7 @@ class Engine:
         if self.bound.has_bias:
             beta = norm.beta()
             scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
-        return scores
+        return _padded(scores, sources)
 
     def _must_be_finite(self, target: Target, logit: float) -> None:
         if not math.isfinite(logit):
@@ -344,6 +354,11 @@ def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` of ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def _padded(scores: Tensor, sources: int) -> Tensor:
+    """Zeros for the sources that have not started."""
+    return torch.cat([scores, scores.new_zeros(sources - len(scores))])
 
 
 def _probe(propagation: Propagation, stream: Tensor, index: int, case: Case, asked: Asked) -> tuple[Tensor, float]:

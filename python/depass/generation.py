@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .checks import integer
 from .errors import OptionError
 from .families import BoundModel
 from .prompt import Prompt, encode
@@ -45,7 +46,7 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
     Raises:
         OptionError: options that ``generate`` does not take, or more tokens than the model has positions.
     """
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+    if integer("max_new_tokens", max_new_tokens, OptionError) < 1:
         raise OptionError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
     for name in _OURS:
         if name in sampling:
@@ -67,7 +68,9 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
             return_dict_in_generate=False,
             **sampling,
         )
-    except (ValueError, TypeError) as error:  # what transformers raises on options that do not fit
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise OptionError(f"the model's generate does not take these options: {lines[0]}") from error
     found: list[int] = made[0, length:].tolist()

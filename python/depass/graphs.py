@@ -11,7 +11,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,16 +31,24 @@ LAYOUTS = 4  # of which recordings are kept; each holds its state and one layer'
 Record = Callable[[Callable[[], None], Any], Callable[[], None]]
 
 
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one: the library keeps a workspace for each
+
+
 def record_cuda_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Record the kernels that ``work`` launches, without running them; the result runs them on the current stream."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph, stream = torch.cuda.CUDAGraph(), _recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # which would hide what went wrong
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
 
@@ -108,9 +118,10 @@ class Recordings:
         self, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None
     ) -> RecordedPropagation | None:
         """A propagation for one decomposition at the start of a layer, where its layout is small and came before."""
-        if layout.rows > ROWS:
+        weight = self._bound.layers[0].down.module.weight
+        if layout.rows > ROWS or (self._record is record_cuda_graph and weight.device.type != "cuda"):
             return None
-        key = _key(layout, sharing)
+        key = weight.device, weight.dtype, *_key(layout, sharing)
         with self._lock:
             came_before = key in self._idle
             idle = self._idle.pop(key, None)

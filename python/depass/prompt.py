@@ -47,8 +47,7 @@ class Prompt:
         Raises:
             SourceError: an unknown unit, or a prompt without text.
         """
-        if unit not in _UNITS:
-            raise SourceError(f"unknown unit {unit!r}; there are: token, {', '.join(_UNITS)}")
+        check_unit(unit)
         if self.text is None:
             raise SourceError(f"{unit}s need text: the prompt was given as ids and there is no tokenizer")
         begins = [match.start() for match in _UNITS[unit].finditer(self.text)]
@@ -63,6 +62,12 @@ class Prompt:
                 ranges.append((index, index + 1))
             previous = key
         return ranges
+
+
+def check_unit(unit: str) -> None:
+    """Raise a SourceError where a prompt has no such units."""
+    if unit != "token" and unit not in _UNITS:
+        raise SourceError(f"unknown unit {unit!r}; there are: token, {', '.join(_UNITS)}")
 
 
 def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:

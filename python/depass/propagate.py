@@ -37,7 +37,10 @@ def buffer_bytes(bound: BoundModel, workspace_bytes: int | None) -> tuple[int, i
     fixed = workspace_bytes or WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cpu"])
     offsets = 3 * 8  # of a row: in blocks of sources, and while they are made
     values = bound.layers[0].value.weight.shape[0] * torch.finfo(bound.product_dtype).bits // 8 if bound.parallel else 0
-    return fixed + COMPONENT_BYTES, width * state + values + offsets
+    copies = (
+        3 * state * bound.layers[0].gate.weight.numel()
+    )  # of the largest weight, while it is folded or its columns split
+    return fixed + COMPONENT_BYTES + copies, width * state + values + offsets
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Propagation:
 
         Args:
             joining: at least one; their sources 0 are bias sources where the model has one.
-            trace: of the layer at hand.
+            trace: of the layer at hand, on its device.
         """
         layouts: list[SourceLayout] = []
         prompts: list[int] = []
@@ -123,7 +126,7 @@ class Propagation:
 
         Args:
             index: from 0.
-            trace: what is frozen there.
+            trace: what is frozen there, on the layer's device.
             between: called where the attention is done and the MLP is not, unless they stand side by side.
         """
         with backends.record(self.served):
@@ -133,26 +136,25 @@ class Propagation:
         layer = self.bound.layers[index]
         if self.layout is not None:
             self._to(layer.down.module.weight.device)  # a model may be spread over several
-        frozen = trace.map(lambda tensor: tensor.to(self.state.device)) if self.layout is not None else trace
         if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
             if self.layout is None:
                 return
-            attention = _Attention(self, layer, frozen)
+            attention = _Attention(self, layer, trace)
             blocks = self._blocks_of_sources(layer)
             values = [attention.values(block) for block in blocks]
-            self._mlp(layer, frozen)
+            self._mlp(layer, trace)
             for block, value in zip(blocks, values, strict=True):
                 attention.mix(block, value)
             attention.add_bias()
             return
         if self.layout is not None:
-            attention = _Attention(self, layer, frozen)
+            attention = _Attention(self, layer, trace)
             for block in self._blocks_of_sources(layer):
                 attention.mix(block, attention.values(block))
             attention.add_bias()
         between()
         if self.layout is not None:
-            self._mlp(layer, frozen)
+            self._mlp(layer, trace)
 
     def _to(self, device: torch.device) -> None:
         if device != self.state.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from depass_kernels import SourceLayout
 
 from .errors import SourceError
-from .prompt import Prompt
+from .prompt import Prompt, check_unit
 
 if TYPE_CHECKING:
     from .lockstep import Trace
@@ -102,22 +102,17 @@ def decompose(
     Raises:
         SourceError: unknown sources; spans that are empty, overlap, or lie outside of the prompt.
     """
+    check_kind(sources)
     length = len(prompt.ids)
     kind: Literal["token", "span"] = "span"
     labels: Sequence[str] | None = None
     if isinstance(sources, Spans):
-        ranges, labels = token_ranges(prompt, sources), sources.labels
-        if labels is not None and (len(labels) != len(ranges) or not all(isinstance(label, str) for label in labels)):
-            raise SourceError(f"{len(labels)} labels for {len(ranges)} spans; give one string for each")
-    elif sources == "token":
+        ranges = token_ranges(prompt, sources)
+        labels = check_labels(sources.labels, len(ranges), "Spans")
+    elif isinstance(sources, str) and sources == "token":
         ranges, kind = [(t, t + 1) for t in range(length)], "token"
-    elif isinstance(sources, str):
-        ranges = prompt.segments(sources)
     else:
-        raise SourceError(
-            "sources must be 'token', 'word', 'sentence', Spans([...]) or one of Heads, Neurons, Modules, Subspace and "
-            f"Custom, got {sources!r}"
-        )
+        ranges = prompt.segments(sources)
 
     order = sorted(range(len(ranges)), key=lambda i: ranges[i])
     for before, after in pairwise(order):
@@ -152,6 +147,38 @@ def decompose(
         rows[where.to(rows.device)] = trace.stream.to(rows.dtype)
 
     return Decomposition(tuple(made), layout, excluded, layer, "start", fill)
+
+
+def check_kind(sources: Any) -> None:
+    """Find out without a prompt whether something can be its sources.
+
+    Raises:
+        SourceError: it is nothing of the kind.
+    """
+    from .components import COMPONENTS
+
+    if isinstance(sources, str):
+        check_unit(sources)
+    elif not isinstance(sources, (Spans, *COMPONENTS)):
+        raise SourceError(
+            "sources must be 'token', 'word', 'sentence', Spans([...]) or one of Heads, Neurons, Modules, Subspace and "
+            f"Custom, got {sources!r}"
+        )
+
+
+def check_labels(labels: Any, count: int, of: str) -> Sequence[str] | None:
+    """Labels of ``count`` sources, or None.
+
+    Raises:
+        SourceError: other than one string for each.
+    """
+    if labels is None:
+        return None
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
+        raise SourceError(f"labels of {of} must be a list of strings, got {labels!r}")
+    if len(labels) != count:
+        raise SourceError(f"{len(labels)} labels for {count} sources of {of}; give one string for each")
+    return labels
 
 
 def token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:

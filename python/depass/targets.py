@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from depass_kernels.ops import FLOATS
+
+from .checks import integer
 from .errors import TargetError
 from .families import BoundModel
 
@@ -142,20 +145,30 @@ def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: Bound
         w = torch.as_tensor(target.w)
     except (TypeError, ValueError, RuntimeError):
         raise TargetError(f"Direction's w must be {width} finite floats, got {type(target.w).__name__}") from None
-    if w.shape != (width,) or not w.is_floating_point() or not bool(w.isfinite().all()):
+    dense = w.layout == torch.strided and not w.is_meta and w.dtype in FLOATS
+    if not dense or w.shape != (width,) or not bool(w.isfinite().all()):
         raise TargetError(f"Direction's w must be {width} finite floats, got {w.dtype} of shape {list(w.shape)}")
+    if (
+        isinstance(target.intercept, bool)
+        or not isinstance(target.intercept, (int, float))
+        or not math.isfinite(target.intercept)
+    ):
+        raise TargetError(f"Direction(intercept={target.intercept!r}) must be a finite number")
     if target.layer is None:
         if target.intercept:
             raise TargetError(f"Direction(intercept={target.intercept!r}) belongs to a probe; give it a layer")
         return Asked("direction", position, (), 0, w.detach(), str(target.label))
-    if not isinstance(target.layer, int) or isinstance(target.layer, bool) or target.layer not in layers:
+    layer = integer("layer of Direction", target.layer, TargetError)
+    if not layers:
         raise TargetError(
-            f"Direction(layer={target.layer!r}): the stream is decomposed where it enters layers {layers.start} to "
+            f"Direction(layer={layer}): a sweep reads no probes of inner layers; attribute(sources=...) does"
+        )
+    if layer not in layers:
+        raise TargetError(
+            f"Direction(layer={layer}): the stream is decomposed where it enters layers {layers.start} to "
             f"{layers.stop - 1} here"
         )
-    if not isinstance(target.intercept, (int, float)) or not math.isfinite(target.intercept):
-        raise TargetError(f"Direction(intercept={target.intercept!r}) must be a finite number")
-    return Asked("probe", position, (), 0, w.detach(), str(target.label), target.layer, float(target.intercept))
+    return Asked("probe", position, (), 0, w.detach(), str(target.label), layer, float(target.intercept))
 
 
 def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import models
@@ -13,12 +14,14 @@ from depass import (
     Attribution,
     ConservationWarning,
     Contrast,
+    Custom,
     DePass,
     Direction,
     Heads,
     Modules,
     OptionError,
     PromptError,
+    SourceError,
     Spans,
     TargetError,
     TopK,
@@ -135,10 +138,16 @@ def test_options_that_no_prompt_could_have_are_refused_at_once() -> None:
         ([[3]], {"errors": "skip"}, "errors must be 'raise' or 'return', got 'skip'"),
         ([[3]], {"target": 5, "targets": [5]}, "not both"),
         ([[3]], {"mlp_rule": "no"}, "unknown mlp_rule 'no'"),
+        ([[3]], {"targets": "ab"}, "targets must be several, got one str"),
+        ([[3]], {"targets": 5}, "targets must be several, got one int"),
     ]
     for prompts, options, says in wrong:
         with pytest.raises(OptionError, match=says):
             dp.attribute_many(prompts, **options)
+    with pytest.raises(SourceError, match="unknown unit 'page'"):
+        dp.attribute_many([[3]], sources="page")
+    with pytest.raises(OptionError, match="prompts is empty; give at least one"):
+        list(dp.attribute_many(iter([])))
     with pytest.raises(OptionError, match="prompts and targets are not equally many: one of them ends after 1"):
         list(dp.attribute_many([[3], [4]], targets=[5]))
 
@@ -152,3 +161,57 @@ def test_parts_that_do_not_add_up_are_judged_one_by_one(monkeypatch: pytest.Monk
         list(dp.attribute_many([[3, 4]], 5))
     found = list(dp.attribute_many([[3, 4], [5, 6]], 5, strict=True, errors="return"))
     assert [type(one).__name__ for one in found] == ["ConservationError"] * 2
+
+
+def test_a_prompt_that_stops_the_pass_harms_no_other() -> None:
+    dp = DePass(models.make("llama"))
+    first, second = models.prompt(5, 0), models.prompt(5, 1)
+    parts = dp.states(first, 1).residual[1][None]  # of the first prompt's stream, and of no other's
+    found = list(dp.attribute_many([first, second, first], 5, sources=Custom(parts, 1), errors="return"))
+    assert [type(one).__name__ for one in found] == ["Attribution", "SourceError", "Attribution"]
+    with pytest.raises(SourceError, match="prompt 1: the parts of Custom miss the stream"):
+        list(dp.attribute_many([first, second, first], 5, sources=Custom(parts, 1)))
+
+
+def test_what_was_taken_has_its_results_whatever_comes_after() -> None:
+    dp = DePass(models.make("llama"))
+
+    def prompts() -> Any:
+        yield [3, 4]
+        yield [5, 6]
+        raise KeyError("the file ends here")
+
+    came: list[Any] = []
+    with pytest.raises(KeyError):
+        came.extend(one for one in map(came.append, dp.attribute_many(prompts(), 5)) if one)
+    assert len(came) == 2
+    came.clear()
+    with pytest.raises(OptionError, match="one of them ends after 2"):
+        came.extend(one for one in map(came.append, dp.attribute_many([[3], [4], [5]], targets=[5, 6])) if one)
+    assert len(came) == 2
+
+
+def test_a_bad_prompt_raises_at_its_turn_and_no_later() -> None:
+    dp, taken = DePass(models.make("llama")), []
+
+    def prompts() -> Any:
+        for i in range(1000):
+            taken.append(i)
+            yield [999]
+
+    with pytest.raises(PromptError, match="prompt 0"):
+        next(dp.attribute_many(prompts(), 5))
+    assert len(taken) == 1
+    taken.clear()
+    next(dp.attribute_many(prompts(), 5, errors="return", batch_tokens=10))
+    assert len(taken) == 11
+
+
+def test_threads_take_turns() -> None:
+    dp = DePass(models.make("llama"))
+    prompts = [models.prompt(1 + i % 7, i) for i in range(30)]
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda _: list(dp.attribute_many(prompts, 5, batch_tokens=20)), range(3)))
+    for found in runs[1:]:
+        for one, other in zip(runs[0], found, strict=True):
+            same(other, one, 1e-6)  # type: ignore[arg-type]

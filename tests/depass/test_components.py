@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 from oracle import Oracle
@@ -251,7 +252,7 @@ def test_probes_read_the_raw_stream(device: str) -> None:
 WRONG: list[tuple[Any, str]] = [
     (Heads(3), r"Heads\(layer=3\): .* has layers 0 to 2"),
     (Heads(-1), r"Heads\(layer=-1\)"),
-    (Neurons("1"), r"Neurons\(layer='1'\)"),  # type: ignore[arg-type]
+    (Neurons("1"), "layer of Neurons must be an integer, got '1'"),  # type: ignore[arg-type]
     (Heads(1, ids=[4]), r"ids of Heads.*: 4 is out of range, there are 0 to 3"),
     (Heads(1, ids=[]), "must name each once and at least one"),
     (Heads(1, ids=[1, 1]), "must name each once"),
@@ -268,6 +269,12 @@ WRONG: list[tuple[Any, str]] = [
     (Subspace(1, parts=torch.zeros(2, 8, 32)), r"\[any, 9, 32\]"),
     (Subspace(1, basis=torch.ones(1, 32), labels=["a", "b"]), "2 labels for 1 sources"),
     (Custom(torch.zeros(2, 9, 32), 1), "miss the stream that enters layer 1"),
+    (Subspace(1, basis=torch.tensor([[1.0] * 32, [0.0] * 32])), "basis of Subspace: vector 1 is zero"),
+    (Subspace(1, projection="abc"), "projection of Subspace must be floats .* got str"),  # type: ignore[arg-type]
+    (Subspace(1, basis=torch.ones(1, 32, device="meta")), "must be a dense tensor with numbers"),
+    (Subspace(1, basis=torch.ones(1, 32), labels="a"), "labels of Subspace must be a list of strings, got 'a'"),
+    (Heads(1, ids=torch.tensor(2)), "ids of Heads.* must be a list of integers"),  # type: ignore[arg-type]
+    (Heads(1, positions=torch.ones(9, dtype=torch.bool)), "each of positions of Heads.* must be an integer"),  # type: ignore[arg-type]
     (Custom("parts", 1), "got str"),  # type: ignore[arg-type]
 ]  # fmt: skip
 
@@ -294,3 +301,34 @@ def test_layers_that_do_not_fit_are_named() -> None:
         dp.states(ids, 1, sources=Heads(1))
     with pytest.raises(TargetError, match="belongs to a probe; give it a layer"):
         dp.attribute(ids, target=Direction(torch.ones(32), intercept=1.0))
+
+
+def test_a_part_that_is_missing_at_one_position_is_found_beside_a_much_larger_one(device: str) -> None:
+    its, ids = models.make("llama", device=device), models.prompt(9)
+    its.model.embed_tokens.weight.data[ids[0]] *= 1e6  # as an attention sink
+    dp = DePass(its)
+    stream = dp.states(ids, 0).residual[0]
+    parts = torch.stack([stream / 2, stream / 2])
+    assert dp.attribute(ids, sources=Custom(parts)).scores.shape == (1, 2)
+    parts[0, -1] = 0
+    with pytest.raises(SourceError, match=r"miss the stream that enters layer 0 by .* at position 8"):
+        dp.attribute(ids, sources=Custom(parts))
+
+
+def test_a_basis_is_taken_in_any_scale() -> None:
+    dp, ids, vectors = DePass(models.make("llama", torch.float64)), models.prompt(9), basis()
+    expected = dp.attribute(ids, 5, sources=Subspace(1, basis=vectors))
+    scaled = vectors * torch.tensor([[1.0], [1e-7], [1e5]])
+    assert torch.allclose(dp.attribute(ids, 5, sources=Subspace(1, basis=scaled)).scores, expected.scores)
+
+
+def test_integers_of_any_kind_and_iterators_are_taken() -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(9)
+    expected = dp.attribute(ids, 5, sources=Heads(1, [0, 2], [3, 8]))
+    numbers = np.array([2, 0])
+    for spec in (
+        Heads(np.int64(1), numbers, np.array([3, -1])),
+        Heads(torch.tensor(1), torch.tensor([0, 2]), iter([3, 8])),  # type: ignore[arg-type]
+    ):
+        for _ in range(2):  # an iterator is not used up by the first
+            assert torch.equal(dp.attribute(ids, 5, sources=spec).scores, expected.scores)

@@ -98,6 +98,23 @@ def test_steps_of_the_reference_are_not_recorded() -> None:
         assert torch.equal(graphed.attribute(ids, target=5).scores, expected.scores)
 
 
+@needs_csrc
+def test_a_model_that_was_cast_and_states_in_between() -> None:
+    model, ids = make("llama"), prompts(8, 1)[0]
+    graphed = recorded(model)
+    for _ in range(3):
+        graphed.attribute(ids, target=5)
+    assert graphed._recordings is not None
+    kept = list(graphed._recordings._idle.values())
+    graphed.states(ids)  # takes none of them away
+    assert list(graphed._recordings._idle.values()) == kept
+    model.double()
+    for _ in range(3):
+        torch.testing.assert_close(
+            graphed.attribute(ids, target=5).scores, DePass(model).attribute(ids, target=5).scores
+        )
+
+
 def test_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(OptionError, match="cuda_graphs=True needs a model on one CUDA device, this one lies on cpu"):
         DePass(make("llama"), cuda_graphs=True)

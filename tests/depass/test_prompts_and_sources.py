@@ -165,9 +165,9 @@ def test_ids_need_no_tokenizer_and_text_does(without_tokenizer: DePass) -> None:
         (Spans([("a", "b")]), "a span is a pair"),  # type: ignore[list-item]
         (Spans([(0.5, 2.7)]), "a pair of integers"),  # type: ignore[list-item]
         (Spans(5), "a list of pairs"),  # type: ignore[arg-type]
-        (Spans([(0, 1)], labels=[1]), "one string for each"),  # type: ignore[list-item]
+        (Spans([(0, 1)], labels=[1]), "must be a list of strings, got \\[1\\]"),  # type: ignore[list-item]
         (Spans([]), r"Spans\(\[\]\) names no span"),
-        (Spans([(0, 1)], labels=["a", "b"]), "2 labels for 1 spans"),
+        (Spans([(0, 1)], labels=["a", "b"]), "2 labels for 1 sources of Spans"),
         ("paragraph", "unknown unit 'paragraph'; there are: token, word, sentence"),
         (5, "sources must be 'token'"),
     ],
@@ -252,7 +252,7 @@ def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
             DePass(dp.model, **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="layers: 9 is none of the layers 0 to 3"):
         dp.states([5, 6], 9)
-    with pytest.raises(OptionError, match="layers: 'all' is none of"):
+    with pytest.raises(OptionError, match="layers must be a list of integers, got 'all'"):
         dp.states([5, 6], "all")  # type: ignore[arg-type]
     assert sorted(dp.states([5, 6], (layer for layer in (1, 2))).rows) == [1, 2]  # type: ignore[arg-type]
 

@@ -11,7 +11,23 @@ import models
 import pytest
 import torch
 
-from depass import Contrast, DePass, Direction, Heads, Modules, Neurons, OptionError, SourceError, TargetError, TopK
+from depass import (
+    ConservationError,
+    ConservationWarning,
+    Contrast,
+    DePass,
+    Direction,
+    Heads,
+    Modules,
+    Neurons,
+    OptionError,
+    SourceError,
+    TargetError,
+    Token,
+    TopK,
+    families,
+)
+from depass.propagate import buffer_bytes
 
 LENGTH = 9
 TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3)]
@@ -66,8 +82,8 @@ def test_groups_of_layers_change_nothing(name: str, kind: Any, device: str) -> N
     dp, ids = DePass(models.make(name, torch.float64, device), workspace_bytes=1 << 16), models.prompt(LENGTH)
     whole = dp.sweep(kind, ids, TARGETS)
     runs: list[tuple[int, int]] = []
-    fixed = (1 << 16) + (32 << 20)
-    tight = dp.sweep(kind, ids, TARGETS, memory_bytes=fixed + 30_000, progress=lambda *now: runs.append(now))
+    fixed, row = buffer_bytes(dp._bound, 1 << 16)
+    tight = dp.sweep(kind, ids, TARGETS, memory_bytes=fixed + 60 * row, progress=lambda *now: runs.append(now))
     assert len(runs) > models.LAYERS  # several passes
     assert [done for done, _ in runs] == list(range(1, runs[-1][1] + 1))
     for name in ("scores", "rest", "bias"):
@@ -83,6 +99,24 @@ def test_some_layers_heads_and_positions(device: str) -> None:
     assert sweep.top(1)[0][0].label in {"L0H1", "L0H3", "L2H1", "L2H3"}
 
 
+def test_targets_before_the_components_have_begun(device: str) -> None:
+    dp, ids = DePass(models.make("llama", torch.float64, device)), models.prompt(LENGTH)
+    sweep = dp.sweep("heads", ids, [Token(5, 2), 5], positions=iter([-1]))
+    assert sweep.scores.shape == (2, models.LAYERS, 4)
+    assert not sweep.scores[0].any()
+    assert sweep.scores[1].any()
+    assert sweep.conservation_error.max() < 1e-6
+
+
+def test_layers_that_do_not_add_up_warn_or_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families.BoundModel, "tolerance", -1.0)
+    dp, ids = DePass(models.make("llama")), models.prompt(LENGTH)
+    with pytest.warns(ConservationWarning, match="miss the logit by"):
+        dp.sweep("heads", ids, 5)
+    with pytest.raises(ConservationError):
+        dp.sweep("heads", ids, 5, strict=True)
+
+
 def test_what_does_not_fit_is_named() -> None:
     dp, ids = DePass(models.make("llama")), models.prompt(LENGTH)
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -93,9 +127,9 @@ def test_what_does_not_fit_is_named() -> None:
         ({"layers": 1}, OptionError, "layers must be a list of integers, got 1"),
         ({"ids": [4]}, SourceError, "4 is out of range, there are 0 to 3"),
         ({"kind": "modules", "ids": [0]}, OptionError, "ids= names heads or neurons"),
-        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, r"Direction\(layer=1\)"),
+        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, r"Direction\(layer=1\): a sweep reads no probes"),
         ({"memory_bytes": 0}, OptionError, "memory_bytes must be a positive integer"),
-        ({"memory_bytes": 10**6}, OptionError, "memory_bytes=1000000: layer 0 alone takes .* for its 45 rows"),
+        ({"memory_bytes": 10**6}, OptionError, "layer 0 alone takes .* bytes for its 45 rows, more than the 1000000"),
     ]
     for options, error, says in wrong:
         options = {"kind": "heads", "target": 5, **options}

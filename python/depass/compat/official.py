@@ -340,7 +340,8 @@ class _Exact:
     ) -> list[Tensor]:
         count, parts = len(parts), parts.detach().to("cpu", self.bound.state_dtype, copy=True)
         missing = stream.to(parts) - parts.sum(0)
-        if missing.abs().max() <= self.bound.tolerance * stream.abs().max():  # rounding, which is no source
+        sizes = stream.abs().amax(1).to(missing)
+        if bool((missing.abs().amax(1) <= self.bound.tolerance * sizes).all()):  # rounding, which is no source
             parts[0] += missing
         else:
             parts = torch.cat([missing[None], parts])
