@@ -56,7 +56,9 @@ def test_scores_add_up_to_the_logits(name: str, dtype: str, rule: str, sources: 
             own_error(name, length, device) if dtype == "bf16" else 0.0
         )  # the model's logit is known no better than that
         largest = max(float(res.target_logits[0].abs()), float(res.scores[0].abs().sum()))
-        assert float(res.conservation_error[0]) * largest <= max(limit * largest, own)
+        assert float(res.conservation_error[0]) * largest <= max(
+            limit * largest, 2 * own
+        )  # its rounding and that of what is frozen
         # A logit near zero is a sum of products that cancel: it is known no better than a typical logit at its place.
         typical = res.target_logits.square().mean().sqrt()
         size = torch.maximum(res.target_logits.abs(), res.scores.abs().sum(1)).clamp(min=typical)
