@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ConservationError,
         ConservationWarning,
         DePassError,
+        MemoryLimitError,
         ModelError,
         NonFiniteError,
         OptionError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .families import FAMILIES, Family
     from .generation import Generation
+    from .plan import Plan
     from .prompt import Prompt
     from .result import Attribution, Settings
     from .sources import Source, Spans
@@ -39,11 +41,12 @@ _MODULES = {
     "api": ("DePass", "States"),
     "components": ("Custom", "Heads", "Modules", "Neurons", "Subspace"),
     "errors": (
-        "ConservationError", "ConservationWarning", "DePassError", "ModelError", "NonFiniteError", "OptionError",
-        "OutputError", "PromptError", "PublishedDifferenceWarning", "SourceError", "TargetError",
+        "ConservationError", "ConservationWarning", "DePassError", "MemoryLimitError", "ModelError", "NonFiniteError",
+        "OptionError", "OutputError", "PromptError", "PublishedDifferenceWarning", "SourceError", "TargetError",
     ),
     "families": ("FAMILIES", "Family"),
     "generation": ("Generation",),
+    "plan": ("Plan",),
     "prompt": ("Prompt",),
     "result": ("Attribution", "Settings"),
     "sources": ("Source", "Spans"),
@@ -53,10 +56,11 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass", "DePassError",
-    "Direction", "Family", "Generation", "Heads", "ModelError", "Modules", "Neurons", "NonFiniteError", "OptionError",
-    "OutputError", "Prompt", "PromptError", "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans",
-    "States", "Subspace", "Sweep", "Target", "TargetError", "Token", "TopK",
+    "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DePass",
+    "DePassError", "Direction", "Family", "Generation", "Heads", "MemoryLimitError", "ModelError", "Modules",
+    "Neurons", "NonFiniteError", "OptionError", "OutputError", "Plan", "Prompt", "PromptError",
+    "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep",
+    "Target", "TargetError", "Token", "TopK",
 ]  # fmt: skip
 
 

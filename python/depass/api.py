@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,14 +16,16 @@ from torch import Tensor
 from depass_kernels import SourceLayout
 from depass_kernels.backends import NAMES, RULES
 
+from . import plan as plans
 from . import smollm2
 from .checks import integer, integers
 from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
 from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, free_memory, grouped, refuse_dropout
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
-from .families import Family, bind
+from .families import BoundModel, Family, bind
 from .generation import Generation, continued, generated_ids, sources_of
 from .graphs import Recordings
+from .plan import Plan
 from .prompt import Prompt, encode
 from .propagate import MLPSharing, Propagation
 from .result import Attribution
@@ -436,6 +438,26 @@ class DePass:
         tokens = whole.tokens[len(made.ids) :]
         return Generation("".join(tokens), tokens, tuple(new), found)
 
+    def plan(
+        self, tokens: int, *, sources: Any = "token", budget_bytes: int | None = None, measure: bool = True
+    ) -> Plan:
+        """What an attribution of a prompt of so many tokens takes; nothing is run.
+
+        Args:
+            tokens: ``N``.
+            sources: ``"token"``, a number of spans, or ``"heads"`` or ``"neurons"`` of one layer.
+            budget_bytes: what there is, the model's weights included; without it what is free now and the weights.
+            measure: whether this device's matrix products are timed, so that the plan has seconds.
+
+        Raises:
+            OptionError: sources or sizes that there are not.
+        """
+        bound, device = self._bound, self._bound.layers[-1].down.module.weight.device
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        budget = weights + free_memory(bound) if budget_bytes is None else budget_bytes
+        rate = plans.measured_rate(bound, device) if measure else None
+        return plans.make(bound, tokens, sources, device, budget, self.workspace_bytes, rate)
+
     @torch.no_grad()
     def states(
         self,
@@ -586,6 +608,28 @@ def _with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | 
         if given is nothing or asked is nothing:
             raise OptionError(f"prompts and targets are not equally many: one of them ends after {index}")
         yield given, asked
+
+
+def empty_model(name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> BoundModel:
+    """A model's shapes from its configuration alone: no weight is loaded.
+
+    Raises:
+        ModelError: there is no such configuration, or no family for it.
+    """
+    import transformers
+
+    name = os.fspath(name_or_path)
+    path = os.fspath(smollm2.folder()) if name == smollm2.NAME else name
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        saved = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        model = model.to(dtype or (saved if isinstance(saved, torch.dtype) else torch.float32))
+    except Exception as error:  # runs transformers' code, which raises what it likes
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot read the configuration of {name!r}: {lines[0]}") from error
+    return replace(bind(model, empty=True), name=name)
 
 
 def _load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tuple[Any, Any]:

@@ -71,6 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
     add("--viz-path", metavar="F.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of a picture")
+    plan = commands.add_parser(
+        "plan", help="what an attribution takes: rows, memory, time; from the configuration alone"
+    )
+    plan.set_defaults(run=_plan)
+    add = plan.add_argument
+    add("-m", "--model", default="smollm2", help="a folder or a hub name; its weights are not loaded")
+    add("--tokens", type=int, required=True, metavar="N", help="length of the prompt")
+    add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
+    add("--budget", metavar="48GB", help="memory that there is (default: the device's)")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     backends = commands.add_parser("backends", help="which backend can serve which op on this machine")
     backends.set_defaults(run=_backends)
     return parser
@@ -112,6 +123,45 @@ def _attribute(options: argparse.Namespace) -> None:
         result.save(options.save_path)
     if options.viz_path is not None:
         result.to_html(options.viz_path)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import torch
+
+    from .api import empty_model
+    from .plan import make, measured_rate
+
+    device = torch.device(_device(options.device))
+    budget = None if options.budget is None else _byte_count(options.budget)
+    sources = int(options.sources) if options.sources.isdecimal() else options.sources
+    bound = empty_model(options.model, None if options.dtype == "auto" else getattr(torch, options.dtype))
+    if budget is None and device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory
+    if budget is None:
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device)))
+
+
+def _byte_count(text: str) -> int:
+    units = {
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+    }
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text[len(number) :].upper() or "B"
+    try:
+        count = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise OptionError(f"--budget {text}: write a number of bytes or 48GB, 500MB, 24GiB") from None
+    if count < 1:
+        raise OptionError(f"--budget {text}: must be positive")
+    return count
 
 
 def _backends(_: argparse.Namespace) -> None:

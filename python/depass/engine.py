@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from depass_kernels import BackendError
 
 from . import lockstep, targets
-from .errors import DePassError, ModelError, NonFiniteError, OptionError
+from .errors import DePassError, MemoryLimitError, ModelError, NonFiniteError, OptionError
 from .families import BoundModel
 from .graphs import Recordings
 from .prompt import Prompt
@@ -72,8 +73,10 @@ def free_memory(bound: BoundModel) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def grouped(
@@ -145,6 +148,7 @@ class Engine:
             propagation = recordings.lend(joining[0][0].layout, options.sharing, self.workspace_bytes)
         if propagation is None:
             rows = sum(made.layout.rows for made, _ in joining)
+            self._must_fit(rows)
             lengths = [len(made.ids) for made in prompts]
             propagation = Propagation(bound, options.sharing, self.workspace_bytes, lengths, rows)
         going: Propagation = propagation
@@ -176,6 +180,15 @@ class Engine:
         if keep is not None:
             keep(options.stop, going, stream)
         return Pass(going, stream, normed)
+
+    def _must_fit(self, rows: int) -> None:
+        fixed, per_row = buffer_bytes(self.bound, self.workspace_bytes)
+        needed, free = fixed + rows * per_row, free_memory(self.bound)
+        if needed > free:
+            raise MemoryLimitError(
+                f"{rows:,} rows take {needed / 1e9:.2f} GB beside the model and {free / 1e9:.2f} GB are free; give fewer or "
+                "longer spans, fewer tokens or components; `depass plan` says what fits"
+            )
 
     def attribute(
         self, cases: Sequence[Case], options: Options, progress: Progress | None = None

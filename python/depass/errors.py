@@ -25,6 +25,10 @@ class ModelError(DePassError, ValueError):
     """A model that cannot be attributed: unknown family, no language-model head, training mode, or not found."""
 
 
+class MemoryLimitError(DePassError, MemoryError):
+    """More rows than the device has memory for."""
+
+
 class NonFiniteError(DePassError, ArithmeticError):
     """The model's logits, or the parts of its state, are not finite."""
 

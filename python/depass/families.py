@@ -219,8 +219,11 @@ class BoundModel:
     @property
     def product_dtype(self) -> torch.dtype:
         """That of the decomposition's matrix products: the weights', or fp32 on a CPU that would only emulate theirs."""
-        emulated = self.layers[0].value.module.weight.device.type == "cpu" and not _multiplies_on_cpu(self.dtype)
-        return torch.float32 if emulated else self.dtype
+        return self.product_dtype_on(self.layers[0].value.module.weight.device)
+
+    def product_dtype_on(self, device: torch.device) -> torch.dtype:
+        """What :attr:`product_dtype` is where the model lies on ``device``."""
+        return torch.float32 if device.type == "cpu" and not _multiplies_on_cpu(self.dtype) else self.dtype
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -245,12 +248,13 @@ def _multiplies_on_cpu(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
 
 
-def bind(model: Any, family: Family | None = None) -> BoundModel:
+def bind(model: Any, family: Family | None = None, empty: bool = False) -> BoundModel:
     """Resolve a family's paths on ``model``.
 
     Args:
         model: a causal language model of HuggingFace transformers.
         family: the declaration to use; by the config's ``model_type`` without it.
+        empty: whether its weights may be shapes only (on the meta device): enough to plan, not to run.
 
     Raises:
         ModelError: no decoder-only language model, an unknown family, or a path that the model does not have.
@@ -281,7 +285,7 @@ def bind(model: Any, family: Family | None = None) -> BoundModel:
         raise ModelError(f"{name} ({kind}) lacks what its family was looked up by: {', '.join(missing)}")
     if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
         raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if not empty and any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"some weights of {name} are offloaded; load it onto real devices (device_map without 'disk')")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):

@@ -1,0 +1,224 @@
+"""What an attribution takes, said beforehand: rows, bytes, operations and, at measured rates, seconds.
+
+From the shapes alone: no weight is read, so a model may lie on the meta device.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .checks import integer
+from .errors import OptionError
+from .families import BoundModel
+from .propagate import WORKSPACE_BYTES
+
+SOURCES = ("token", "heads", "neurons")
+_MARGIN = 1.15  # seconds over those of the matrix products alone, as measured end to end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a decomposition of one prompt takes.
+
+    Attributes:
+        model: its name.
+        device: where it is to run.
+        dtype: of its weights.
+        positions: ``N`` tokens.
+        sources: ``M``, the bias source included.
+        rows: ``R`` of the state.
+        weights_bytes: the model's own.
+        state_bytes: the decomposed state ``[R, D]``.
+        pass_bytes: of the model's own pass over the prompt, at its largest: patterns and hidden vectors of one layer.
+        buffer_bytes: blocks of values and gates, and a weight while it is folded.
+        source_block_rows: rows of the attention that are worked on at once.
+        position_block_rows: rows of the MLP that are worked on at once.
+        operations: of the matrix products of all layers.
+        seconds: how long they take at the rate that was measured, or None.
+        budget_bytes: what there is.
+        largest: the most tokens (with the same kind of sources) that fit into it, 0 where none do.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    positions: int
+    sources: int
+    rows: int
+    weights_bytes: int
+    state_bytes: int
+    pass_bytes: int
+    buffer_bytes: int
+    source_block_rows: int
+    position_block_rows: int
+    operations: int
+    seconds: float | None
+    budget_bytes: int
+    largest: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it together, at its largest."""
+        return self.weights_bytes + self.state_bytes + self.pass_bytes + self.buffer_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the budget."""
+        return self.total_bytes <= self.budget_bytes
+
+    def __str__(self) -> str:
+        verdict = "fits" if self.fits else "does NOT fit"
+        lines = [
+            f"{self.model}, {self.dtype}, on {self.device}: {self.positions:,} tokens, {self.sources:,} sources",
+            f"  rows           {self.rows:>18,}",
+            f"  weights        {_bytes(self.weights_bytes):>18}",
+            f"  state          {_bytes(self.state_bytes):>18}",
+            f"  model's pass   {_bytes(self.pass_bytes):>18}",
+            f"  buffers        {_bytes(self.buffer_bytes):>18}",
+            f"  total          {_bytes(self.total_bytes):>18}  {verdict} into {_bytes(self.budget_bytes)}",
+            f"  operations     {self.operations / 1e12:>13.3f} Tera",
+            f"  blocks         {self.source_block_rows:,} rows of attention, {self.position_block_rows:,} of MLP",
+            f"  largest prompt {self.largest:>12,} tokens",
+        ]
+        if self.seconds is not None:
+            lines.insert(8, f"  time           {self.seconds:>16.2f} s  at this machine's measured rate")
+        return "\n".join(lines)
+
+
+def make(
+    bound: BoundModel,
+    positions: int,
+    sources: Any,
+    device: torch.device,
+    budget: int,
+    workspace_bytes: int | None,
+    operations_per_second: float | None = None,
+) -> Plan:
+    """Plan a decomposition.
+
+    Args:
+        bound: the model; its weights are not read.
+        positions: ``N``.
+        sources: ``"token"``, a number of spans of equal length, or ``"heads"`` or ``"neurons"`` of one layer.
+        device: where it is to run.
+        budget: bytes that there are, the weights' included.
+        workspace_bytes: as of :class:`depass.DePass`.
+        operations_per_second: of matrix products there, as :func:`measured_rate` gives it.
+
+    Raises:
+        OptionError: sources or sizes that there are not.
+    """
+    if integer("tokens", positions, OptionError) < 1:
+        raise OptionError(f"tokens must be positive, got {positions}")
+    if bound.max_positions is not None and positions > bound.max_positions:
+        raise OptionError(f"{bound.name} has {bound.max_positions} positions, fewer than {positions} tokens")
+    one = _sized(bound, positions, sources, device, budget, workspace_bytes, operations_per_second)
+    low, high = 0, bound.max_positions or 1 << 20
+    while low < high:  # the largest that fits
+        middle = (low + high + 1) // 2
+        if _sized(bound, middle, sources, device, budget, workspace_bytes, None).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return replace(one, largest=low)
+
+
+def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[int, int]:
+    """``R`` and ``M`` of a kind of sources, the bias source included.
+
+    Raises:
+        OptionError: sources that there are not.
+    """
+    bias = int(bound.has_bias)
+    if isinstance(sources, str):
+        if sources == "token":
+            return positions * (positions + 1) // 2 + bias * positions, positions + bias
+        if sources in SOURCES:
+            named = bound.heads if sources == "heads" else bound.layers[0].down.weight.shape[1]
+            return (named + 1 + bias) * positions, named + 1 + bias
+        raise OptionError(
+            f"unknown sources {sources!r} of a plan; there are: {', '.join(SOURCES)} and a number of spans"
+        )
+    count = min(integer("sources", sources, OptionError), positions)
+    if count < 1:
+        raise OptionError(f"sources={sources}: there must be at least one span")
+    begins = (span * positions // count for span in range(count))
+    return sum(positions - begin for begin in begins) + bias * positions, count + bias
+
+
+def measured_rate(bound: BoundModel, device: torch.device) -> float:
+    """Operations per second of this device's own matrix products in the shapes of this model's MLP."""
+    neurons, width = bound.layers[0].gate.weight.shape
+    dtype = bound.product_dtype_on(device)
+    rows = 4096 if device.type == "cuda" else 256
+    a = torch.randn(rows, width, device=device).to(dtype)
+    w = torch.randn(neurons, width, device=device).to(dtype)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        product = a @ w.T
+        float(product[0, 0])  # waits for the device
+        best = max(best, 2 * rows * neurons * width / (time.perf_counter() - began))
+    return best
+
+
+def _sized(
+    bound: BoundModel,
+    positions: int,
+    sources: Any,
+    device: torch.device,
+    budget: int,
+    workspace_bytes: int | None,
+    rate: float | None,
+) -> Plan:
+    rows, count = rows_and_sources(bound, positions, sources)
+    layer, depth = bound.layers[0], len(bound.layers)
+    (neurons, width), values, heads = layer.gate.weight.shape, len(layer.value.weight), layer.output.weight.shape[1]
+    number, product = _size(bound.state_dtype), _size(bound.product_dtype_on(device))
+    own = _size(bound.dtype)
+    workspace = workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
+
+    attention_row = (values + heads + width) * number * 2
+    mlp_row = (neurons + width) * number * 2
+    at_once = max(1, workspace // attention_row), max(1, workspace // mlp_row)
+    blocks = max(min(rows, at_once[0]) * (product * (values + heads + width) + number * width),
+                 min(rows, at_once[1]) * (neurons * (product + number) + width * product))  # fmt: skip
+    folded = max(neurons, values) * width * (number + product)
+    patterns = bound.heads * positions**2
+    scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
+    activations = positions * (4 * neurons + 8 * width) * own
+    state = rows * width * number
+    while_attending, while_moving = scores, patterns * own + blocks + folded
+    parallel = rows * values * product if bound.parallel else 0
+    operations = rows * depth * 2 * width * (values + heads + 2 * neurons)
+    forward = 2 * positions * sum(parameter.numel() for parameter in bound.backbone.parameters())
+    return Plan(
+        model=bound.name,
+        device=str(device),
+        dtype=str(bound.dtype).removeprefix("torch."),
+        positions=positions,
+        sources=count,
+        rows=rows,
+        weights_bytes=sum(p.numel() * p.element_size() for p in bound.model.parameters()),
+        state_bytes=state,
+        pass_bytes=max(while_attending, patterns * own) + activations,
+        buffer_bytes=max(0, while_moving - while_attending) + parallel,
+        source_block_rows=min(rows, at_once[0]),
+        position_block_rows=min(rows, at_once[1]),
+        operations=operations,
+        seconds=None if rate is None else _MARGIN * (operations + forward) / rate,
+        budget_bytes=budget,
+        largest=0,
+    )
+
+
+def _size(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits // 8
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

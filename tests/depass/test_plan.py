@@ -1,0 +1,126 @@
+"""A plan says what a run takes, from shapes alone, and what cannot fit is refused with it before any work is done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from depass import DePass, Heads, MemoryLimitError, ModelError, Neurons, OptionError, Spans, engine
+from depass.api import empty_model
+from depass.cli import main
+from depass.families import bind
+
+MEASURED = """
+import sys, torch, transformers.models.llama.modeling_llama
+from depass import DePass, plan
+
+def peak():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+before = peak()
+dp = DePass.from_pretrained(dtype=torch.float32)
+n = int(sys.argv[1])
+planned = dp.plan(n, measure=False).total_bytes
+dp.attribute(torch.randint(100, 40_000, (n,)), target=5, start_layer=27)  # no layer takes more than another
+print(planned, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
+@pytest.mark.parametrize("tokens", [48, 128, 256, 384, 512])
+def test_memory_is_what_was_planned(tokens: int, smollm2_folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tokens)], capture_output=True, text=True, check=True)
+    planned, measured = (int(number) for number in done.stdout.split())
+    assert abs(planned - measured) <= 0.1 * measured
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
+    dp, ids = DePass(models.make(name)), models.prompt(9)
+    given: list[tuple[Any, Any]] = [("token", "token"), (3, Spans([(0, 3), (3, 6), (6, 9)])), ("heads", Heads(1)),
+                                    ("neurons", Neurons(1))]  # fmt: skip
+    for planned, sources in given:
+        layout = dp.states(ids, models.LAYERS, sources=sources).layout
+        plan = dp.plan(9, sources=planned, measure=False)
+        assert (plan.rows, plan.sources) == (layout.rows, layout.most)
+        assert plan.state_bytes == layout.rows * 32 * 4
+    layer = dp._bound.layers[0]
+    each = sum(2 * part.weight.numel() for part in (layer.value, layer.output, layer.gate, layer.down))
+    assert plan.operations == plan.rows * models.LAYERS * each
+
+
+def test_a_model_of_shapes_alone_plans_the_same(tmp_path: Path) -> None:
+    its = models.make("llama")
+    its.config.save_pretrained(tmp_path)
+    from_shapes = empty_model(tmp_path, torch.float32)
+    assert all(parameter.is_meta for parameter in from_shapes.model.parameters())
+    from depass.plan import make
+
+    cpu = torch.device("cpu")
+    plans = [make(bound, 50, "token", cpu, 10**9, None) for bound in (from_shapes, bind(its))]
+    assert (plans[0].total_bytes, plans[0].rows, plans[0].largest) == (
+        plans[1].total_bytes,
+        plans[1].rows,
+        plans[1].largest,
+    )
+    with pytest.raises(ModelError, match="offloaded"):
+        bind(from_shapes.model)
+    with pytest.raises(ModelError, match="cannot read the configuration of '/nowhere'"):
+        empty_model("/nowhere")
+
+
+@pytest.mark.parametrize("sources", ["token", "heads", "neurons", 4])
+def test_the_largest_prompt_fits_and_one_more_token_does_not(sources: Any) -> None:
+    dp = DePass(models.make("llama"), workspace_bytes=1 << 16)
+    budget = dp.plan(100, sources=sources, measure=False).total_bytes
+    plan = dp.plan(100, sources=sources, budget_bytes=budget, measure=False)
+    assert plan.fits
+    assert plan.largest >= 100
+    assert dp.plan(plan.largest, sources=sources, budget_bytes=budget, measure=False).fits
+    assert not dp.plan(plan.largest + 1, sources=sources, budget_bytes=budget, measure=False).fits
+    assert dp.plan(1, sources=sources, budget_bytes=1, measure=False).largest == 0
+
+
+def test_what_cannot_fit_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    dp = DePass(models.make("llama"))
+    monkeypatch.setattr(engine, "free_memory", lambda bound: 1000)
+    with pytest.raises(
+        MemoryLimitError, match=r"45 rows take .* GB beside the model and 0.00 GB are free.*`depass plan`"
+    ):
+        dp.attribute(models.prompt(9))
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": 64,
+              "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "-m", str(tmp_path), "--tokens", "512", "--budget", "1GB"]) == 0
+    said = capsys.readouterr().out
+    assert "512 tokens, 512 sources" in said
+    assert "131,328" in said
+    assert "fits into 1.00 GB" in said
+    assert main(["plan", "-m", str(tmp_path), "--tokens", "512", "--budget", "900KB", "--sources", "8"]) == 0
+    assert "does NOT fit into 0.9 MB" in capsys.readouterr().out
+    for wrong, says in (
+        (["--tokens", "0"], "tokens must be positive, got 0"),
+        (["--tokens", "5", "--budget", "4x"], "write a number of bytes or 48GB"),
+        (["--tokens", "5", "--sources", "page"], "unknown sources 'page' of a plan"),
+        (["--tokens", "99999"], "has 2048 positions"),
+    ):
+        assert main(["plan", "-m", str(tmp_path), *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_sources_that_there_are_not() -> None:
+    dp = DePass(models.make("llama"))
+    with pytest.raises(OptionError, match="sources must be an integer"):
+        dp.plan(5, sources=[1], measure=False)
+    with pytest.raises(OptionError, match="there must be at least one span"):
+        dp.plan(5, sources=0, measure=False)
