@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -96,7 +97,7 @@ class Machine:
             out = torch.empty(rows, outputs, dtype=dtype, device=self.device)
 
             def multiply(at_once: int, a: Tensor = a, weight: Tensor = weight, out: Tensor = out) -> None:
-                for x, y in zip(a.split(at_once), out.split(at_once), strict=True):
+                for x, y in zip(torch.split(a, at_once), torch.split(out, at_once), strict=True):
                     torch.mm(x, weight.T, out=y)
 
             multiply(rows)  # warm up
@@ -114,10 +115,8 @@ class Machine:
             work()
             self.synchronize()
             return torch.cuda.max_memory_allocated()
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
         work()
         return _peak_rss()
 

@@ -1,4 +1,4 @@
-"""The ops at the shapes of real models: what is called, what it must come to, and the bytes and operations it cannot avoid."""
+"""The ops at the shapes of real models: what is called, what it writes, and the bytes and operations it needs."""
 
 from __future__ import annotations
 

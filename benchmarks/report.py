@@ -60,9 +60,9 @@ def newest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each machine, case, method and backend, in the registry's order."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = (row["machine"], row.get("case"), row.get("method"), row.get("op"), row["model"], row["dtype"])
-        key = (*key, row.get("backend") or row.get("asked_backend"), row.get("sizes"), row.get("memory_limit_bytes"))
-        found[key] = row
+        names = ("machine", "case", "method", "op", "model", "dtype", "backend", "asked_backend", "sizes",
+                 "memory_limit_bytes")  # fmt: skip
+        found[tuple(row.get(name) for name in names)] = row
     order = {case.name: index for index, case in enumerate(all_cases())}
     models = list(SHAPES)
 
@@ -324,7 +324,10 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
             [int(r["size"]) for r in ours], [r["floor_seconds"] for r in ours], "k--", linewidth=1.2,
             label="floor: the GEMMs alone, measured",
         )  # fmt: skip
-    for axes, what in ((left, "seconds (median, p20 to p80)"), (right, "memory beyond a plain pass, MB; x: did not fit")):
+    for axes, what in (
+        (left, "seconds (median, p20 to p80)"),
+        (right, "memory beyond a plain pass, MB; x: did not fit"),
+    ):
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
@@ -352,8 +355,9 @@ def _draw_roofline(rows: Sequence[Row], path: Path) -> Path:
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved", ylabel="GFLOP/s")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"The ops at six models' shapes, {rows[-1]['dtype']}, N={rows[-1]['positions']}: {_device(rows[-1])}",
-                   fontsize=10)  # fmt: skip
+    models = len({row["model"] for row in rows})
+    what = f"The ops at the shapes of {models} models, {rows[-1]['dtype']}, N={rows[-1]['positions']}"
+    axes.set_title(f"{what}: {_device(rows[-1])}", fontsize=10)
     return _save(figure, path)
 
 

@@ -161,7 +161,9 @@ def wrong(case: Case, model: Any, there: Mapping[str, Method], outcomes: Mapping
             if missed > 10 * CONSERVATION[case.dtype]:
                 found[name] = f"its scores miss the logit by {missed:.1e} of their size"
         elif (off := difference(outcome.scores, ours.scores)) > TOLERANCE[case.dtype][name]:
-            found[name] = f"its scores differ from ours by {off:.1e} of their norm, allowed {TOLERANCE[case.dtype][name]}"
+            found[name] = (
+                f"its scores differ from ours by {off:.1e} of their norm, allowed {TOLERANCE[case.dtype][name]}"
+            )
     return found
 
 
@@ -217,7 +219,10 @@ def in_turn(
             with _recorded(rows[name], machine):
                 times.methods[name].append(machine.seconds(work))
             spent = sum(times.methods[name])
-            if rows[name]["status"] != "ok" or spent * (1 + 1 / max(1, len(times.methods[name]))) > options.budget_seconds:
+            if (
+                rows[name]["status"] != "ok"
+                or spent * (1 + 1 / max(1, len(times.methods[name]))) > options.budget_seconds
+            ):
                 del going[name]
     return times
 
@@ -270,7 +275,8 @@ def cuda_memory(work: Work, plain_pass: Callable[[], object], machine: Machine) 
 
 def measure_memory(case: Case, method: str, backend: str) -> Row:
     """In a process of its own, on the CPU: the peaks of the plain pass and then of the method, or what did not fit."""
-    machine, row = Machine("cpu"), {"status": "ok"}
+    machine = Machine("cpu")
+    row: Row = {"status": "ok"}
     limit_to_what_is_free()
     with _recorded(row, machine):
         model = load(case, machine)
@@ -289,7 +295,10 @@ def _memory_of(case: Case, method: str, machine: Machine, options: Options) -> R
     if done.returncode in (-9, 137):
         return {"status": "oom", "asked_bytes": 0, "reason": "the system ended its process for want of memory"}
     if done.returncode:
-        return {"status": "failed", "reason": done.stderr.strip()[-2000:] or f"its process ended with {done.returncode}"}
+        return {
+            "status": "failed",
+            "reason": done.stderr.strip()[-2000:] or f"its process ended with {done.returncode}",
+        }
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 

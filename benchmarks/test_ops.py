@@ -1,6 +1,6 @@
 """The ops on every backend at the shapes of real models, with pytest-benchmark; wrong results are not timed.
 
-    pytest benchmarks/test_ops.py [--sizes small|full] [--rows FILE.jsonl] [-k "mix_values and llama-2-7b"]
+pytest benchmarks/test_ops.py [--sizes small|full] [--rows FILE.jsonl] [-k "mix_values and llama-2-7b"]
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def leave_one_out(model: Any, ids: Tensor, token: int, batch: int) -> Tensor:
         raise ValueError(f"leaving one token out needs two or more, got {n}")
     others = ~torch.eye(n, dtype=torch.bool)
     shorter = ids.cpu().expand(n, n)[others].view(n, n - 1).to(model.device)  # [N, N - 1]
-    without = [last_logits(model, some)[:, token] for some in shorter.split(batch)]
+    without = [last_logits(model, some)[:, token] for some in torch.split(shorter, batch)]
     return last_logits(model, ids[None].to(model.device))[0, token] - torch.cat(without)
 
 

@@ -117,7 +117,8 @@ class Eager:
             )  # fmt: skip
         norm = model.model.norm
         w = model.get_output_embeddings().weight[token].float() * norm.weight.float()
-        return state[:, -1] @ w * rms(norm, kept["stream"][-1][-1:])[0]
+        scores: Tensor = state[:, -1] @ w * rms(norm, kept["stream"][-1][-1:])[0]
+        return scores
 
 
 def compiled(**options: Any) -> Eager:

@@ -22,7 +22,7 @@ def integrated_gradients(model: Any, ids: Tensor, token: int, steps: int, batch:
     embeddings = _embeddings(model, ids)  # [1, N, D]
     where = (torch.arange(steps, device=embeddings.device) + 0.5) / steps
     total = torch.zeros_like(embeddings[0], dtype=torch.float32)
-    for some in where.to(embeddings.dtype).split(batch):
+    for some in torch.split(where.to(embeddings.dtype), batch):
         total += _gradient(model, some[:, None, None] * embeddings, token).float().sum(0)
     return (embeddings[0].float() * total / steps).sum(-1)
 

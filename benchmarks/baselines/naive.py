@@ -69,13 +69,15 @@ def _mlp(model: Any, state: Tensor, kept: dict[str, Any], index: int, temperatur
     share = torch.softmax((gate / temperature * mask).masked_fill(mask == 0, float("-inf")), dim=0)
     share = share.transpose(1, 2)  # [M, N, F]
     hidden = kept["hidden"][index].expand(len(state), -1, -1)
-    return state + (share * hidden).to(state.dtype) @ layer.mlp.down_proj.weight.T
+    added: Tensor = (share * hidden).to(state.dtype) @ layer.mlp.down_proj.weight.T
+    return state + added
 
 
 def _scores(model: Any, state: Tensor, kept: dict[str, Any], token: int) -> Tensor:
     final = state * _scale(model.model.norm, kept["stream"][-1]) * model.model.norm.weight
     everything = final.to("cpu").transpose(0, 1)  # [N, M, D]
-    return (everything[-1].to(model.device) @ model.get_output_embeddings().weight.T)[:, token]
+    logits: Tensor = everything[-1].to(model.device) @ model.get_output_embeddings().weight.T
+    return logits[:, token]
 
 
 def _scale(norm: Any, stream: Tensor) -> Tensor:  # [N, 1]
