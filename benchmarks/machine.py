@@ -90,6 +90,9 @@ class Machine:
         rows at once and in blocks whose operands stay in a CPU's cache. Measured on ``rows`` rows, at most some thousands.
         """
         rows = min(rows, 32768 if self.device == "cuda" else 8192)
+        repeats = min(
+            20, max(1, 4096 // rows)
+        )  # or a few rows would be timed with the start of a kernel and the wait for it
         found = []
         for outputs, inputs in shapes:
             a = self.random(rows, inputs, dtype=dtype)
@@ -97,12 +100,13 @@ class Machine:
             out = torch.empty(rows, outputs, dtype=dtype, device=self.device)
 
             def multiply(at_once: int, a: Tensor = a, weight: Tensor = weight, out: Tensor = out) -> None:
-                for x, y in zip(torch.split(a, at_once), torch.split(out, at_once), strict=True):
-                    torch.mm(x, weight.T, out=y)
+                for _ in range(repeats):
+                    for x, y in zip(torch.split(a, at_once), torch.split(out, at_once), strict=True):
+                        torch.mm(x, weight.T, out=y)
 
             multiply(rows)  # warm up
             ways = {rows, min(rows, 2048)}
-            found.append(min(self.seconds(lambda n=n: multiply(n)) for n in ways) / rows)  # type: ignore[misc]
+            found.append(min(self.seconds(lambda n=n: multiply(n)) for n in ways) / rows / repeats)  # type: ignore[misc]
         return found
 
     def peak_bytes(self, work: Callable[[], object]) -> int:

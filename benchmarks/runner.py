@@ -38,11 +38,12 @@ from .registry import (
 
 Row = dict[str, Any]
 
-# How far another's scores may lie from ours, of our norm. In bf16 the naive state itself rounds to bf16 in every layer
-# (measured against fp32: 3.8 % in the middle, 31 % at worst), eager's accumulates in fp32 as ours does (1.4 %).
+# How far another's scores may lie from ours, of our norm. In fp32 they agree; that is where a mistake shows. In bf16 each
+# lies some hundredths from fp32, and on a prompt here and there much more (τ = 0.1 takes ten times the error of a gate):
+# random ids through SmolLM2 put eager up to an eighth from ours, two of our own backends a 25th from each other.
 TOLERANCE = {
     "float32": {"naive": 1e-3, "eager": 1e-3, "compiled": 1e-3, "reference": 1e-3},
-    "bfloat16": {"naive": 0.5, "eager": 0.2, "compiled": 0.2, "reference": 0.2},
+    "bfloat16": {"naive": 0.5, "eager": 0.35, "compiled": 0.35, "reference": 0.2},
 }
 CONSERVATION = {"float32": 1e-4, "bfloat16": 5e-2}
 
