@@ -33,8 +33,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int]] = {
 REAL = "smollm2"  # the package's default model; all others are random weights of these shapes
 DTYPES = {
     REAL: ("float32", "bfloat16"),
-    **{name: ("float32", "bfloat16") for name in ("tiny", "smollm2-135m", "llama-3.2-1b")},
-    **{name: ("bfloat16",) for name in ("llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b")},
+    **dict.fromkeys(("tiny", "smollm2-135m", "llama-3.2-1b"), ("float32", "bfloat16")),
+    **dict.fromkeys(("llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b"), ("bfloat16",)),
 }
 SIZES: dict[str, tuple[str, ...]] = {
     "tokens": ("10", "16", "32", "64", "128", "256", "512", "1024", "2048", "4096"),
