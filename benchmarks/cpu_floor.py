@@ -17,7 +17,7 @@ import statistics
 import time
 
 import torch
-from naive import token_scores
+from baselines.naive import token_scores
 
 from depass import DePass
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from naive import head_scores, token_scores
+from baselines.naive import head_scores, token_scores
 
 from depass import DePass
 

@@ -1,0 +1,1 @@
+"""What is timed, against what, and the results kept: ``python -m benchmarks --help``."""

@@ -1,0 +1,233 @@
+"""The machine that measures: what it is, how fast it copies and multiplies, how time and memory are taken on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class BenchmarkError(Exception):
+    """Something asked of the benchmarks that cannot be done, in words for who asked."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``cpu`` or ``cuda``; ``limit_bytes`` caps the CUDA allocator."""
+
+    device: str
+    limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise BenchmarkError(f"device {self.device!r}: there are 'cpu' and 'cuda'")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchmarkError("torch sees no CUDA device here; --device cpu measures the CPU")
+        if self.limit_bytes is None:
+            return
+        if self.device == "cpu":
+            raise BenchmarkError("--memory-limit caps the CUDA allocator; on the CPU there is none to cap")
+        there = torch.cuda.get_device_properties(0).total_memory
+        if self.limit_bytes > there:
+            raise BenchmarkError(f"--memory-limit {self.limit_bytes} bytes: the GPU has only {there}")
+        torch.cuda.set_per_process_memory_fraction(self.limit_bytes / there)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """One run by the wall clock, to the device's last operation."""
+        self.synchronize()
+        begin = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - begin
+
+    def median_seconds(self, work: Callable[[], object], runs: int = 5) -> float:
+        """The median of ``runs`` runs after one to warm up."""
+        work()
+        return statistics.median(self.seconds(work) for _ in range(runs))
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Normal random numbers."""
+        return (scale * torch.randn(shape, device=self.device)).to(dtype)
+
+    def copy_bandwidth(self, size: int | None = None) -> float:
+        """Bytes per second that a copy within the device's memory reads and writes; a buffer larger than any cache."""
+        size = size or (1 << 30 if self.device == "cuda" else 1 << 28)
+        source = self.random(size // 4)
+        target = torch.empty_like(source)
+        return 2 * size / self.median_seconds(lambda: target.copy_(source))
+
+    def gemm_rate(self, dtype: torch.dtype, size: int | None = None) -> float:
+        """Operations per second of the library's square matrix product."""
+        size = size or (8192 if self.device == "cuda" else 1024)
+        a, b = self.random(size, size, dtype=dtype), self.random(size, size, dtype=dtype)
+        out = torch.empty_like(a)
+        return 2 * size**3 / self.median_seconds(lambda: torch.mm(a, b, out=out))
+
+    def gemm_seconds(self, rows: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[float]:
+        """Seconds a row of the library's product with each ``[outputs, inputs]`` weight: the better of two ways, many
+        rows at once and in blocks whose operands stay in a CPU's cache. Measured on ``rows`` rows, at most some thousands.
+        """
+        rows = min(rows, 32768 if self.device == "cuda" else 8192)
+        repeats = min(
+            20, max(1, 4096 // rows)
+        )  # or a few rows would be timed with the start of a kernel and the wait for it
+        found = []
+        for outputs, inputs in shapes:
+            a = self.random(rows, inputs, dtype=dtype)
+            weight = self.random(outputs, inputs, dtype=dtype)
+            out = torch.empty(rows, outputs, dtype=dtype, device=self.device)
+
+            def multiply(at_once: int, a: Tensor = a, weight: Tensor = weight, out: Tensor = out) -> None:
+                for _ in range(repeats):
+                    for x, y in zip(torch.split(a, at_once), torch.split(out, at_once), strict=True):
+                        torch.mm(x, weight.T, out=y)
+
+            multiply(rows)  # warm up
+            ways = {rows, min(rows, 2048)}
+            found.append(min(self.seconds(lambda n=n: multiply(n)) for n in ways) / rows / repeats)  # type: ignore[misc]
+        return found
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """The most memory held while ``work`` runs: the CUDA allocator's, or the process's resident set's.
+
+        The latter counts from now only where Linux lets a process reset it, else from the process's start.
+        """
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            self.synchronize()
+            return torch.cuda.max_memory_allocated()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        work()
+        return _peak_rss()
+
+    def describe(self) -> dict[str, Any]:
+        """What a row says of where it was measured."""
+        gpu = torch.cuda.get_device_name() if self.device == "cuda" else None
+        threads = torch.get_num_threads()
+        name = gpu or f"{_cpu_name()} {threads} threads"
+        return {
+            "machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+            "gpu": gpu,
+            "driver": _driver() if gpu else None,
+            "cpu": _cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": threads,
+            "memory_limit_bytes": self.limit_bytes,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+
+
+def here() -> str:
+    """The device that is measured unless another is asked for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_bytes(text: str) -> int:
+    """``48GB`` is 48e9, ``48GiB`` is 48 * 2**30.
+
+    Raises:
+        BenchmarkError: it is neither a number nor one with a unit of bytes.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise BenchmarkError(f"{text!r} is no size; say it as 48GB, 512MB or 48GiB")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise BenchmarkError(f"{text!r}: a size must be positive")
+    return size
+
+
+def out_of_memory(error: BaseException) -> int | None:
+    """The bytes that an out-of-memory error was asked for (0: it does not say); None: it is another error."""
+    said = str(error)
+    if match := re.search(r"tried to allocate ([\d.]+)(?: (bytes)| ([KMGT]iB))", said, re.IGNORECASE):
+        unit = (match[3] or "").upper().removesuffix("B")
+        return int(float(match[1]) * _UNITS[unit])
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said.lower()
+    return 0 if memory else None
+
+
+def limit_to_what_is_free() -> None:
+    """Let this process's allocations fail, with the size that was asked for, before Linux ends it without a word."""
+    there = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()}
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit = held + there["MemAvailable"]
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+@cache
+def commit() -> dict[str, Any]:
+    """The checkout's commit, and whether its code was changed since; nothing where there is no checkout."""
+    head = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/figures")
+    return {"commit": head or None, "changed": None if head is None else bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def _version(module: str) -> str | None:
+    try:
+        found: str = __import__(module).__version__
+    except ImportError:
+        return None
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _peak_rss() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,380 @@
+"""One entry per case: a question, asked of a model in a dtype at a size, and everything that can answer it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from depass import DePass, Neurons, Spans
+
+from .baselines import ablation, eager, gradients, naive
+from .machine import BenchmarkError, Machine, out_of_memory
+
+# D, F, H, K, d, layers, vocabulary
+SHAPES: dict[str, tuple[int, int, int, int, int, int, int]] = {
+    "tiny": (32, 56, 4, 2, 8, 3, 301),
+    "smollm2-135m": (576, 1536, 9, 3, 64, 30, 49152),
+    "llama-3.2-1b": (2048, 8192, 32, 8, 64, 16, 128256),
+    "llama-3.2-3b": (3072, 8192, 24, 8, 128, 28, 128256),
+    "llama-2-7b": (4096, 11008, 32, 32, 128, 32, 32000),
+    "llama-3.1-8b": (4096, 14336, 32, 8, 128, 32, 128256),
+    "llama-2-13b": (5120, 13824, 40, 40, 128, 40, 32000),
+}
+REAL = "smollm2"  # the package's default model; all others are random weights of these shapes
+DTYPES = {
+    REAL: ("float32", "bfloat16"),
+    **dict.fromkeys(("tiny", "smollm2-135m", "llama-3.2-1b"), ("float32", "bfloat16")),
+    **dict.fromkeys(("llama-3.2-3b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b"), ("bfloat16",)),
+}
+SIZES: dict[str, tuple[str, ...]] = {
+    "tokens": ("10", "16", "32", "64", "128", "256", "512", "1024", "2048", "4096"),
+    "heads": ("10", "64", "256"),
+    "neurons": ("10", "64"),
+    "prompts": ("8", "64", "1000"),
+    "spans": ("512x16", "8192x64"),
+}
+UNITS = {  # of a size
+    "tokens": "tokens of one prompt", "heads": "tokens; every head of every layer",
+    "neurons": "tokens; every neuron of the middle layer", "prompts": "short prompts",
+    "spans": "tokens x spans that cover them",
+}  # fmt: skip
+# how many of the prompts of Known_1000 have how many tokens, by SmolLM2's tokenizer
+KNOWN_1000 = {4: 5, 5: 39, 6: 84, 7: 130, 8: 174, 9: 167, 10: 171, 11: 142, 12: 78, 13: 53, 14: 48, 15: 36, 16: 17,
+              17: 29, 18: 7, 19: 10, 20: 7, 21: 4, 22: 2, 23: 3, 26: 1, 27: 1, 28: 1}  # fmt: skip
+TARGET = 5  # the token whose logit is explained
+BATCH_TOKENS = {
+    "cpu": 2048,
+    "cuda": 1 << 17,
+}  # that the baselines put through a model at once, halved while it is too much
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked: ``tokens/smollm2/float32/128``."""
+
+    question: str
+    model: str
+    dtype: str
+    size: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.question}/{self.model}/{self.dtype}/{self.size}"
+
+    @property
+    def number(self) -> int:
+        """Tokens of a prompt, or how many prompts."""
+        return int(self.size.split("x")[0])
+
+    @cached_property
+    def prompts(self) -> list[Tensor]:
+        """Random ids, on the CPU; the same for the same case."""
+        vocabulary = SHAPES["smollm2-135m" if self.model == REAL else self.model][-1]
+        lengths = [self.number]
+        if self.question == "prompts":
+            spread = [length for length, count in KNOWN_1000.items() for _ in range(count)]
+            lengths = random.Random(0).choices(spread, k=self.number)
+        chance = torch.Generator().manual_seed(self.number)
+        return [torch.randint(100, vocabulary, (length,), generator=chance) for length in lengths]
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Of a question of spans: equally long, one after the other."""
+        count = int(self.size.split("x")[1])
+        edges = [self.number * i // count for i in range(count + 1)]
+        return list(itertools.pairwise(edges))
+
+
+def all_cases() -> list[Case]:
+    return [
+        Case(question, model, dtype, size)
+        for question, sizes in SIZES.items()
+        for model, dtypes in DTYPES.items()
+        for dtype in dtypes
+        for size in sizes
+    ]
+
+
+def find(patterns: Sequence[str]) -> list[Case]:
+    """The cases that any of the patterns names, such as ``tokens/smollm2/*`` or ``tokens/smollm2/float32/10,64``.
+
+    Raises:
+        BenchmarkError: a pattern names none.
+    """
+    cases = all_cases()
+    found: list[Case] = []
+    for pattern in patterns:
+        head, _, sizes = pattern.rpartition("/")
+        alternatives = [f"{head}/{size}" if head else size for size in sizes.split(",")]
+        matching = [case for case in cases if any(fnmatch.fnmatch(case.name, one) for one in alternatives)]
+        if not matching:
+            raise BenchmarkError(_unknown(pattern, cases))
+        found += [case for case in matching if case not in found]
+    return found
+
+
+def _unknown(pattern: str, cases: Sequence[Case]) -> str:
+    parts = pattern.split("/")
+    if len(parts) == 4 and parts[0] in SIZES and not any(fnmatch.fnmatch(model, parts[1]) for model in DTYPES):
+        return f"unknown model {parts[1]!r}; there are: {', '.join(DTYPES)}"
+    near = difflib.get_close_matches(pattern, [case.name for case in cases], n=3)
+    return f"no case is named {pattern!r}; `list` lists them{', among them ' + ', '.join(near) if near else ''}"
+
+
+# Models.
+
+
+def load(case: Case, machine: Machine) -> Any:
+    """The case's model on the machine's device, in eval mode and without gradients of its weights.
+
+    Raises:
+        ModelError: the real one cannot be had here.
+    """
+    if case.model == REAL:
+        dp = DePass.from_pretrained(REAL, dtype=getattr(torch, case.dtype), device_map=machine.device)
+        return dp.model.requires_grad_(False)
+    return random_model(case.model, case.dtype, machine.device)
+
+
+def random_model(shape: str, dtype: str, device: str) -> Any:
+    """Random weights, made where they are to lie."""
+    D, F, H, K, d, layers, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K, head_dim=d,
+        num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=16384, name_or_path=shape,
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    if shape == "tiny":  # 0.02, the configuration's spread, leaves so narrow a model next to nothing to share out
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.data.mul_(5)
+    return model.eval().requires_grad_(False)
+
+
+# What is computed.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The scores of a case in one tensor, and what ours says beside them."""
+
+    scores: Tensor
+    conservation_error: float | None = None
+    backends: Mapping[str, str] | None = None
+
+
+Work = Callable[[], Outcome]
+Method = Callable[[Any, Case, str], Work]  # given the model, the case, and the backend for ours: what is to be timed
+
+
+def _depass_tokens(model: Any, case: Case, backend: str) -> Work:
+    dp = DePass(model, backend=backend, exclude_bos=True)
+    return lambda: _of(dp.attribute(case.prompts[0], TARGET))
+
+
+def _depass_heads(model: Any, case: Case, backend: str) -> Work:
+    dp = DePass(model, backend=backend)
+
+    def work() -> Outcome:
+        found = dp.sweep("heads", case.prompts[0], TARGET)
+        scores = torch.cat([found.rest[0, :, None], found.scores[0]], dim=1)  # [L, H + 1]
+        return Outcome(scores, float(found.conservation_error.max()), found.settings.backends)
+
+    return work
+
+
+def _depass_neurons(model: Any, case: Case, backend: str) -> Work:
+    dp = DePass(model, backend=backend)
+    return lambda: _of(dp.attribute(case.prompts[0], TARGET, sources=Neurons(_middle(model.config))))
+
+
+def _depass_prompts(model: Any, case: Case, backend: str) -> Work:
+    dp = DePass(model, backend=backend, exclude_bos=True)
+
+    def work() -> Outcome:
+        found = [_of(one) for one in dp.attribute_many(case.prompts, TARGET)]
+        return Outcome(
+            torch.cat([one.scores for one in found]),
+            max(one.conservation_error or 0.0 for one in found),
+            found[0].backends,
+        )
+
+    return work
+
+
+def _depass_spans(model: Any, case: Case, backend: str) -> Work:
+    dp = DePass(model, backend=backend, exclude_bos=False)
+    return lambda: _of(dp.attribute(case.prompts[0], TARGET, sources=Spans(case.spans)))
+
+
+def _of(found: Any) -> Outcome:
+    return Outcome(found.scores[0], float(found.conservation_error.max()), found.settings.backends)
+
+
+def _each_prompt(scores: Callable[[Any, Tensor], Tensor]) -> Method:
+    """One prompt after the other, as this rival takes them."""
+    return lambda model, case, _: lambda: Outcome(torch.cat([scores(model, ids).cpu() for ids in case.prompts]))
+
+
+def _naive_heads(model: Any, case: Case, _: str) -> Work:
+    layers = range(model.config.num_hidden_layers)
+    return lambda: Outcome(
+        torch.stack([naive.head_scores(model, case.prompts[0], TARGET, layer) for layer in layers]).cpu()
+    )
+
+
+def _eager(scores: Callable[[eager.Eager, Any, Case], Tensor], compiled: bool = False) -> Method:
+    def prepare(model: Any, case: Case, _: str) -> Work:
+        baseline = eager.compiled() if compiled else eager.Eager()
+        return lambda: Outcome(scores(baseline, model, case).cpu())
+
+    return prepare
+
+
+def _eager_prompts(baseline: eager.Eager, model: Any, case: Case) -> Tensor:
+    return torch.cat([baseline.token_scores(model, ids, TARGET) for ids in case.prompts])
+
+
+def _batched(scores: Callable[[Any, Tensor, int], Tensor]) -> Method:
+    """Several inputs at once, fewer where memory does not suffice."""
+
+    def prepare(model: Any, case: Case, _: str) -> Work:
+        batch = max(1, BATCH_TOKENS[model.device.type] // case.number)
+
+        def work() -> Outcome:
+            nonlocal batch
+            while True:
+                try:
+                    return Outcome(scores(model, case.prompts[0], batch).cpu())
+                except RuntimeError as error:
+                    if out_of_memory(error) is None or batch == 1:
+                        raise
+                batch = -(-batch // 2)
+                torch.cuda.empty_cache()
+
+        return work
+
+    return prepare
+
+
+_GRADIENTS: dict[str, Method] = {
+    "input_x_gradient": _each_prompt(lambda model, ids: gradients.input_x_gradient(model, ids, TARGET)),
+    "integrated_gradients_20": _batched(
+        lambda m, ids, batch: gradients.integrated_gradients(m, ids, TARGET, 20, batch)
+    ),
+    "integrated_gradients_50": _batched(
+        lambda m, ids, batch: gradients.integrated_gradients(m, ids, TARGET, 50, batch)
+    ),
+    "ablation": _batched(lambda m, ids, batch: ablation.leave_one_out(m, ids, TARGET, batch)),
+}
+_NAIVE_TOKENS = _each_prompt(lambda model, ids: naive.token_scores(model, ids, TARGET))
+
+
+def _tokens(baseline: eager.Eager, model: Any, case: Case) -> Tensor:
+    return baseline.token_scores(model, case.prompts[0], TARGET)
+
+
+def _heads(baseline: eager.Eager, model: Any, case: Case) -> Tensor:
+    return baseline.head_scores(model, case.prompts[0], TARGET)
+
+
+def _spans(baseline: eager.Eager, model: Any, case: Case) -> Tensor:
+    return baseline.span_scores(model, case.prompts[0], TARGET, case.spans)
+
+
+OURS = "depass"
+METHODS: dict[str, dict[str, Method]] = {
+    "tokens": {OURS: _depass_tokens, "naive": _NAIVE_TOKENS, "eager": _eager(_tokens),
+               "compiled": _eager(_tokens, compiled=True), **_GRADIENTS},
+    "heads": {OURS: _depass_heads, "naive": _naive_heads, "eager": _eager(_heads),
+              "compiled": _eager(_heads, compiled=True)},
+    "neurons": {OURS: _depass_neurons},
+    "prompts": {OURS: _depass_prompts, "naive": _NAIVE_TOKENS, "eager": _eager(_eager_prompts),
+                "input_x_gradient": _GRADIENTS["input_x_gradient"]},
+    "spans": {OURS: _depass_spans, "eager": _eager(_spans), "compiled": _eager(_spans, compiled=True),
+              "input_x_gradient": _GRADIENTS["input_x_gradient"]},
+}  # fmt: skip
+OTHER_QUESTIONS = tuple(_GRADIENTS)  # methods whose scores mean something else than ours
+
+
+def plain(model: Any, case: Case) -> Callable[[], object]:
+    """The model's own pass over the case's prompts, one by one, for the last position's logits."""
+
+    def work() -> None:
+        with torch.no_grad():
+            for ids in case.prompts:
+                ablation.last_logits(model, ids[None].to(model.device))
+
+    return work
+
+
+# What it takes at least.
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the decomposed state, and in how many layers' attention and MLP they take part, all added up."""
+
+    state: int
+    attention: int
+    mlp: int
+
+
+def count_rows(case: Case, config: Any) -> Rows:
+    layers, n = config.num_hidden_layers, case.number
+    if case.question == "heads":
+        each = n * (config.num_attention_heads + 1)
+        return Rows(each * layers, each * layers * (layers - 1) // 2, each * layers * (layers + 1) // 2)
+    if case.question == "neurons":
+        each, left = n * (config.intermediate_size + 1), layers - 1 - _middle(config)
+        return Rows(each, each * left, each * left)
+    if case.question == "spans":
+        state = sum(n - begin for begin, _ in case.spans)
+    else:
+        state = sum(len(ids) * (len(ids) + 1) // 2 for ids in case.prompts)
+    return Rows(state, state * layers, state * layers)
+
+
+def floor_shapes(config: Any) -> list[tuple[int, int]]:
+    """``[outputs, inputs]`` of the value, output, gate and down projection (design, the floor)."""
+    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    return [(config.num_key_value_heads * d, D), (D, config.num_attention_heads * d), (F, D), (D, F)]
+
+
+def per_row(rows: Rows, each: Sequence[float]) -> float:
+    """A sum over all rows of what each of the four projections takes for one."""
+    value, output, gate, down = each
+    return rows.attention * (value + output) + rows.mlp * (gate + down)
+
+
+def floor_operations(case: Case, config: Any) -> float:
+    """Operations that nobody avoids without approximating."""
+    return per_row(count_rows(case, config), [2.0 * a * b for a, b in floor_shapes(config)])
+
+
+def _middle(config: Any) -> int:
+    middle: int = config.num_hidden_layers // 2
+    return middle
+
+
+def listed(cases: Sequence[Case]) -> Iterator[str]:
+    """A line for each case: its name and what answers it."""
+    for case in cases:
+        yield f"{case.name:40} {', '.join(METHODS[case.question])}"

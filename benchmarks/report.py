@@ -1,0 +1,380 @@
+"""Figures of the rows, and tables between the markers of documents: no number in them is typed by hand.
+
+A document says where a table goes: ``<!-- begin tokens -->`` and ``<!-- end tokens -->``, each on a line of its own. What
+stands between them is replaced, all else stays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from depass.files import write_atomically
+
+from .machine import BenchmarkError
+from .registry import METHODS, OURS, SHAPES, UNITS, all_cases
+from .runner import Row
+
+NOTHING = "Not measured yet."
+_MARKER = re.compile(r"^<!-- (begin|end) ([a-z0-9-]+) -->[ \t]*$", re.MULTILINE)
+# fixed order, ours first: a method keeps its colour in every figure
+COLOURS = {
+    OURS: "#0b62a4", "naive": "#c43d3d", "eager": "#d98b19", "compiled": "#8a5cb8", "input_x_gradient": "#5d8a3a",
+    "integrated_gradients_20": "#57a69a", "integrated_gradients_50": "#1f7a6d", "ablation": "#8c8c8c",
+}  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest rows of each machine, by case, method and backend; and the figures drawn of them."""
+
+    rows: list[Row]
+    figures: list[Path]
+
+
+def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """Draw the figures into a folder and fill in the documents; the paths written.
+
+    Raises:
+        BenchmarkError: a document cannot be read, has no markers, unknown ones, or ones that do not pair up; matplotlib
+            is not installed. No document is written then.
+    """
+    texts = {path: _read(path) for path in documents}
+    for path, text in texts.items():
+        _marked(path, text)
+    kept = newest(rows)
+    drawn = draw(kept, folder)
+    for path, text in texts.items():
+        filled = fill(path, text, Newest(kept, drawn))
+        write_atomically(path, filled.encode())
+    yield from drawn
+    yield from documents
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each machine, case, method and backend, in the registry's order."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        names = ("machine", "case", "method", "op", "model", "dtype", "backend", "asked_backend", "sizes",
+                 "memory_limit_bytes")  # fmt: skip
+        found[tuple(row.get(name) for name in names)] = row
+    order = {case.name: index for index, case in enumerate(all_cases())}
+    models = list(SHAPES)
+
+    def rank(row: Row) -> tuple[Any, ...]:
+        if row["what"] == "op":
+            return (row["machine"], 1, row["op"], models.index(row["model"]), row["backend"])
+        methods = list(METHODS[row["question"]])
+        method = methods.index(row["method"]) if row["method"] in methods else len(methods)
+        return (row["machine"], 0, order.get(row["case"], len(order)), method, str(row.get("asked_backend")))
+
+    return sorted(found.values(), key=rank)
+
+
+# Documents.
+
+
+def fill(path: Path, text: str, made: Newest) -> str:
+    """The text with every table between its markers."""
+    out, last = [], 0
+    for name, begin, end in _marked(path, text):
+        out += [text[last:begin], "\n", TABLES[name](made, path), "\n"]
+        last = end
+    return "".join([*out, text[last:]])
+
+
+def _marked(path: Path, text: str) -> list[tuple[str, int, int]]:
+    """Name, and where what stands between its markers begins and ends."""
+    found: list[tuple[str, int, int]] = []
+    open_at: tuple[str, int] | None = None
+    for match in _MARKER.finditer(text):
+        kind, name = match.groups()
+        if name not in TABLES:
+            raise BenchmarkError(f"{path}: no table is named {name!r}; there are: {', '.join(TABLES)}")
+        if (kind == "end") != (open_at is not None) or (open_at is not None and open_at[0] != name):
+            raise BenchmarkError(f"{path}: {match[0].strip()!r} has no partner; markers come as begin NAME, end NAME")
+        if open_at is not None:
+            found.append((name, open_at[1], match.start()))
+            open_at = None
+        else:
+            open_at = (name, match.end())
+    if open_at is not None:
+        raise BenchmarkError(f"{path}: 'begin {open_at[0]}' is never ended")
+    if not found:
+        raise BenchmarkError(f"{path} has no markers (<!-- begin NAME -->, <!-- end NAME -->); nothing was written")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"cannot read {path}: {error}") from error
+
+
+# Tables.
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def _by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["machine"], []).append(row)
+    return found
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """The machine and the commits that a table's rows are from."""
+    row = rows[-1]
+    device = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, {row['cpu_capability']}"
+    commits = sorted({f"{str(r.get('commit'))[:10]}{' and changes' if r.get('changed') else ''}" for r in rows})
+    dates = sorted({r["date"][:10] for r in rows})
+    driver = f", driver {row['driver']}" if row.get("driver") else ""
+    limit = sorted({r["memory_limit_bytes"] for r in rows if r.get("memory_limit_bytes")})
+    capped = f", memory capped at {', '.join(f'{b / 1e9:g} GB' for b in limit)}" if limit else ""
+    return (
+        f"{device}{driver}{capped}; torch {row['torch']}, transformers {row['transformers']}; commit {', '.join(commits)}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+
+
+def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} µs"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:.0f} MB" if value < 1e9 else f"{value / 1e9:.1f} GB"
+
+
+def _model(name: str) -> str:
+    return "SmolLM2-135M-Instruct" if name == "smollm2" else f"{name}, random weights"
+
+
+def _question(question: str) -> Callable[[Newest, Path], str]:
+    def made(newest: Newest, _: Path) -> str:
+        rows = [row for row in newest.rows if row.get("question") == question and row["model"] != "tiny"]
+        parts = []
+        for of_machine in _by_machine(rows).values():
+            ours = {row["case"]: row for row in of_machine if row["method"] == OURS and row["status"] == "ok"}
+            lines = [_line(row, ours.get(row["case"])) for row in of_machine]
+            head = ["model, dtype", UNITS[question], "method", "p50", "p20 to p80", "runs", "times ours",
+                    "memory beyond a plain pass", "prompts/s", "tokens/s", "rows/s", "TFLOP/s", "of the floor",
+                    "misses logit by", "differs from ours by", "served by"]  # fmt: skip
+            command = f"`python -m benchmarks run '{question}/*'`"
+            parts.append(f"{command} on {_where(of_machine)}\n\n{_table(head, lines)}")
+        return "\n\n".join(parts) or NOTHING
+
+    return made
+
+
+def _line(row: Row, ours: Row | None) -> list[str]:
+    begin = [f"{_model(row['model'])}, {row['dtype']}", row["size"], row["method"]]
+    if row["status"] != "ok":
+        what = row["status"]
+        if what == "oom":
+            what = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
+        return [*begin, what, *[""] * 12]
+    times = "" if ours is None or row is ours else f"{row['seconds_p50'] / ours['seconds_p50']:.2f}"
+    return [
+        *begin, _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
+        str(row["runs"]), times, _format(row, "beyond_plain_bytes", _bytes), _format(row, "prompts_per_second", "{:.3g}"),
+        _format(row, "tokens_per_second", "{:.3g}"), _format(row, "rows_per_second", "{:.3g}"),
+        _format(row, "tflops", "{:.3g}"), _format(row, "share_of_floor", "{:.0%}"),
+        _format(row, "conservation_error", "{:.0e}"), _format(row, "difference", "{:.0e}"),
+        ", ".join(f"{op} {name}" for op, name in row.get("backends", {}).items()),
+    ]  # fmt: skip
+
+
+def _format(row: Row, key: str, how: str | Callable[[float], str]) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    return how.format(value) if isinstance(how, str) else how(value)
+
+
+def _speed(newest: Newest, _: Path) -> str:
+    """Ours beside each rival's time and memory, in one line a case: the short table."""
+    rows = [row for row in newest.rows if row["what"] == "case" and row["model"] != "tiny"]
+    parts = []
+    for of_machine in _by_machine(rows).values():
+        by_case: dict[str, dict[str, Row]] = {}
+        for row in of_machine:
+            if row["question"] in ("tokens", "heads", "prompts"):
+                by_case.setdefault(row["case"], {})[row["method"]] = row
+        rivals = [name for name in COLOURS if name != OURS and any(name in of_case for of_case in by_case.values())]
+        lines = []
+        for case, of_case in by_case.items():
+            ours = of_case.get(OURS, {})
+            if ours.get("status") != "ok":
+                continue
+            cells = [_against(of_case.get(name), ours) for name in rivals]
+            size = [_seconds(ours["seconds_p50"]), _format(ours, "beyond_plain_bytes", _bytes)]
+            lines.append([f"`{case}`", *size, f"{ours['share_of_floor']:.0%}", *cells])
+        if lines:
+            head = ["case", "ours", "memory", "of the floor", *(name.replace("_", " ") for name in rivals)]
+            parts.append(f"{_where(of_machine)}\n\n{_table(head, lines)}")
+    return "\n\n".join(parts) or NOTHING
+
+
+def _against(row: Row | None, ours: Row) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return "out of memory" if row["status"] == "oom" else row["status"]
+    return f"{row['seconds_p50'] / ours['seconds_p50']:.2g}×"
+
+
+def _ops(newest: Newest, _: Path) -> str:
+    rows = [row for row in newest.rows if row["what"] == "op"]
+    parts = []
+    for of_machine in _by_machine(rows).values():
+        first = of_machine[-1]
+        lines = [
+            [row["op"], f"{row['model']}, {row['dtype']}, N={row['positions']}", row["backend"],
+             _seconds(row["seconds_p50"]), _bytes(row["bytes"]), f"{row['share_of_copy']:.0%}",
+             f"{row['operations'] / 1e9:.3g}", f"{row['share_of_gemm']:.0%}"]
+            for row in of_machine
+        ]  # fmt: skip
+        head = ["op", "shape", "backend", "p50", "bytes", "of the copy", "GFLOP", "of the GEMM"]
+        command = f"`pytest benchmarks/test_ops.py --sizes {first['sizes']} --rows FILE`"
+        rates = (
+            f"A copy moves {first['copy_bytes_per_second'] / 1e9:.3g} GB/s, a GEMM does "
+            f"{first['gemm_operations_per_second'] / 1e12:.3g} TFLOP/s here."
+        )
+        parts.append(f"{command} on {_where(of_machine)} {rates}\n\n{_table(head, lines)}")
+    return "\n\n".join(parts) or NOTHING
+
+
+def _figures(newest: Newest, path: Path) -> str:
+    links = [f"![{one.stem}]({os.path.relpath(one, path.parent)})" for one in newest.figures]
+    return "\n\n".join(links) or NOTHING
+
+
+TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
+    "speed": _speed, **{name: _question(name) for name in METHODS}, "ops": _ops, "figures": _figures,
+}  # fmt: skip
+
+
+# Figures.
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Time and memory against N of every model that has two sizes or more, and a roofline of the ops.
+
+    Raises:
+        BenchmarkError: matplotlib is not installed.
+    """
+    series: dict[tuple[str, str, str], list[Row]] = {}
+    rooflines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["what"] == "op":
+            rooflines.setdefault((row["machine"], row["dtype"], row["sizes"]), []).append(row)
+        elif row["question"] == "tokens" and row["model"] != "tiny":
+            series.setdefault((row["machine"], row["model"], row["dtype"]), []).append(row)
+    series = {key: of for key, of in series.items() if len({r["size"] for r in of if r["status"] == "ok"}) > 1}
+    if not series and not rooflines:
+        return []
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise BenchmarkError("the figures need matplotlib: pip install 'depass-kernels[plots]'") from error
+    matplotlib.use("agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [_draw_series(of, folder / f"tokens-{'-'.join(key)}.png") for key, of in series.items()]
+    return drawn + [_draw_roofline(of, folder / f"roofline-{'-'.join(key)}.png") for key, of in rooflines.items()]
+
+
+def _draw_series(rows: Sequence[Row], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    sizes = sorted({int(row["size"]) for row in rows})
+    for index, (method, colour) in enumerate(COLOURS.items()):
+        of = sorted((r for r in rows if r["method"] == method and r["status"] == "ok"), key=lambda r: int(r["size"]))
+        style: dict[str, Any] = {
+            "color": colour, "marker": _MARKERS[index], "label": method.replace("_", " "), "markersize": 5,
+            "linewidth": 2.4 if method == OURS else 1.3, "zorder": 3 if method == OURS else 2,
+        }  # fmt: skip
+        if of:
+            low, high = [r["seconds_p20"] for r in of], [r["seconds_p80"] for r in of]
+            x = [int(r["size"]) for r in of]
+            left.plot(x, [r["seconds_p50"] for r in of], **style)
+            left.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        # ours may differ between plain passes by less than a page: a log scale has no place for nothing
+        held = [(int(r["size"]), r["beyond_plain_bytes"] / 1e6) for r in of if r.get("beyond_plain_bytes")]
+        if held:
+            right.plot(*zip(*held, strict=True), **style)
+        for row in rows:  # an out-of-memory is a result: a cross at what was asked for
+            if row["method"] == method and row["status"] == "oom" and row.get("asked_bytes"):
+                right.plot(int(row["size"]), row["asked_bytes"] / 1e6, "x", color=colour, markersize=11, mew=2.5)
+    ours = sorted((r for r in rows if r["method"] == OURS and r["status"] == "ok"), key=lambda r: int(r["size"]))
+    if ours:
+        left.plot(
+            [int(r["size"]) for r in ours], [r["floor_seconds"] for r in ours], "k--", linewidth=1.2,
+            label="floor: the GEMMs alone, measured",
+        )  # fmt: skip
+    for axes, what in (
+        (left, "seconds (median, p20 to p80)"),
+        (right, "memory beyond a plain pass, MB; x: did not fit"),
+    ):
+        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    first = rows[-1]
+    figure.suptitle(f"Token attribution, {_model(first['model'])}, {first['dtype']}: {_device(first)}", fontsize=11)
+    return _save(figure, path)
+
+
+def _draw_roofline(rows: Sequence[Row], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
+    copy, gemm = rows[-1]["copy_bytes_per_second"], rows[-1]["gemm_operations_per_second"]
+    intensity = [row["operations"] / row["bytes"] for row in rows]
+    ends = [min(*intensity, gemm / copy) / 3, max(*intensity, gemm / copy) * 3]
+    axes.plot([ends[0], gemm / copy, ends[1]], [ends[0] * copy / 1e9, gemm / 1e9, gemm / 1e9], "k-", linewidth=1.2,
+              label=f"copy {copy / 1e9:.0f} GB/s, GEMM {gemm / 1e9:.0f} GFLOP/s, measured")  # fmt: skip
+    colours = dict(zip(dict.fromkeys(row["op"] for row in rows), COLOURS.values(), strict=False))
+    shapes = dict(zip(dict.fromkeys(row["backend"] for row in rows), _MARKERS, strict=False))
+    for (op, backend), of in _grouped(rows).items():
+        axes.plot([r["operations"] / r["bytes"] for r in of], [r["operations"] / r["seconds_p50"] / 1e9 for r in of],
+                  shapes[backend], color=colours[op], label=f"{op}, {backend}", linestyle="none", alpha=0.85)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved", ylabel="GFLOP/s")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    models = len({row["model"] for row in rows})
+    what = f"The ops at the shapes of {models} models, {rows[-1]['dtype']}, N={rows[-1]['positions']}"
+    axes.set_title(f"{what}: {_device(rows[-1])}", fontsize=10)
+    return _save(figure, path)
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["op"], row["backend"]), []).append(row)
+    return found
+
+
+def _device(row: Row) -> str:
+    return row["gpu"] or f"{row['cpu']}, {row['threads']} threads"
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

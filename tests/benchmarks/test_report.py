@@ -1,0 +1,133 @@
+"""Tables go between the markers of documents and nowhere else, and say what the rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.machine import BenchmarkError
+from benchmarks.registry import OURS
+from benchmarks.report import NOTHING, TABLES, report
+from benchmarks.runner import Row, append
+
+pytest.importorskip("matplotlib")
+
+WHERE = {
+    "machine": "a-card", "gpu": "A Card", "driver": "1.2", "cpu": "a cpu", "cpu_capability": "AVX2", "threads": 2,
+    "torch": "2", "transformers": "5", "commit": "abcdef0123456", "changed": False, "date": "2026-01-02T03:04:05",
+    "memory_limit_bytes": None,
+}  # fmt: skip
+
+
+def case_row(method: str, size: int, seconds: float, **more: Any) -> Row:
+    row = {
+        "what": "case", "case": f"tokens/llama-2-7b/bfloat16/{size}", "question": "tokens", "model": "llama-2-7b",
+        "dtype": "bfloat16", "size": str(size), "method": method, "status": "ok", "runs": 3, "seconds_p20": 0.9 * seconds,
+        "seconds_p50": seconds, "seconds_p80": 1.1 * seconds, "floor_seconds": 0.1, "share_of_floor": 0.5,
+        "beyond_plain_bytes": 3_000_000, **WHERE,
+    }  # fmt: skip
+    return {**row, **more}
+
+
+ROWS = [
+    case_row(OURS, 16, 9.0),
+    case_row(OURS, 16, 0.25),  # newer: the one that counts
+    case_row(OURS, 64, 0.5),
+    case_row("naive", 16, 2.0),
+    case_row("naive", 64, 1.0, status="oom", asked_bytes=69_000_000_000, reason="no"),
+]
+OP = {
+    "what": "op", "op": "mix_values", "model": "llama-2-7b", "backend": "triton", "dtype": "bfloat16", "positions": 256,
+    "sizes": "full", "bytes": 10**9, "operations": 10**12, "seconds_p50": 1e-3, "copy_bytes_per_second": 1e12,
+    "gemm_operations_per_second": 5e14, "share_of_copy": 1.0, "share_of_gemm": 2.0, **WHERE,
+}  # fmt: skip
+TEXT = "# Title\n\nmine\n\n<!-- begin {0} -->\nold\n<!-- end {0} -->\n\nmine, too: <!-- begin nothing\n"
+
+
+def made(tmp_path: Path, name: str, rows: list[Row]) -> str:
+    document = tmp_path / "docs" / "page.md"
+    document.parent.mkdir(exist_ok=True)
+    document.write_text(TEXT.format(name))
+    list(report(rows, [document], tmp_path / "docs" / "figures"))
+    text = document.read_text()
+    begin, end = TEXT.format(name).split("old\n")
+    assert text.startswith(begin)
+    assert text.endswith(end)
+    return text[len(begin) : len(text) - len(end)]
+
+
+def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
+    table = made(tmp_path, "tokens", ROWS)
+    assert "old" not in table
+    assert "| llama-2-7b, random weights, bfloat16 | 16 | depass | 250 ms |" in table
+    assert "9 s" not in table
+    assert "out of memory: asked for 69.0 GB" in table
+    assert "A Card, driver 1.2" in table
+    assert "abcdef0123" in table
+
+
+def test_writing_twice_is_writing_once(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(TEXT.format("speed"))
+    list(report(ROWS, [document], tmp_path / "figures"))
+    once = document.read_text()
+    list(report(ROWS, [document], tmp_path / "figures"))
+    assert document.read_text() == once
+
+
+def test_the_short_table_holds_rivals_against_ours(tmp_path: Path) -> None:
+    table = made(tmp_path, "speed", ROWS)
+    assert "| `tokens/llama-2-7b/bfloat16/16` | 250 ms | 3 MB | 50% | 8× |" in table
+    assert "| `tokens/llama-2-7b/bfloat16/64` | 500 ms | 3 MB | 50% | out of memory |" in table
+
+
+def test_figures_are_drawn_and_linked(tmp_path: Path) -> None:
+    table = made(tmp_path, "figures", [*ROWS, OP])
+    for name in ("tokens-a-card-llama-2-7b-bfloat16.png", "roofline-a-card-bfloat16-full.png"):
+        assert f"(figures/{name})" in table
+        assert (tmp_path / "docs" / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_ops(tmp_path: Path) -> None:
+    assert "| mix_values | llama-2-7b, bfloat16, N=256 | triton | 1 ms | 1.0 GB | 100% |" in made(tmp_path, "ops", [OP])
+
+
+def test_what_has_no_rows_says_so(tmp_path: Path) -> None:
+    for name in TABLES:
+        if name not in ("tokens", "speed", "figures"):
+            assert made(tmp_path, name, ROWS).strip() == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no markers", "has no markers"),
+        ("<!-- begin tokens -->\n", "never ended"),
+        ("<!-- end tokens -->\n", "has no partner"),
+        ("<!-- begin tokens -->\n<!-- end heads -->\n", "has no partner"),
+        ("<!-- begin cakes -->\n<!-- end cakes -->\n", "no table is named 'cakes'; there are: speed"),
+    ],
+)
+def test_a_document_without_proper_markers_is_refused_and_none_is_written(tmp_path: Path, text: str, said: str) -> None:
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text(TEXT.format("tokens"))
+    bad.write_text(text)
+    with pytest.raises(BenchmarkError, match=said):
+        list(report(ROWS, [good, bad], tmp_path / "figures"))
+    assert good.read_text() == TEXT.format("tokens")
+    assert bad.read_text() == text
+
+
+def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, document = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    document.write_text(TEXT.format("tokens"))
+    arguments = ["report", str(document), "--results", str(rows), "--figures", str(tmp_path / "figures")]
+    assert main(arguments) == 2
+    assert "cannot read" in capsys.readouterr().err
+    for row in ROWS:
+        append(rows, row)
+    assert main(arguments) == 0
+    assert str(document) in capsys.readouterr().out
