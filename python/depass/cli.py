@@ -125,6 +125,14 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         help="rows of a file; after a stop those of the unfinished one are done again (default: 256)",
     )  # fmt: skip
     add("--batch-tokens", type=positive, metavar="N", help="tokens of one pass (default: what memory has room for)")
+    add(
+        "--engine",
+        default="local",
+        choices=("local", "ray"),
+        help="this process (default), or workers of a Ray cluster",
+    )
+    add("--workers", type=positive, default=1, metavar="N", help="with --engine ray: models at work (default: 1)")
+    add("--ray-address", metavar="ADDR", help="of a cluster that is there (default: one on this machine, for the run)")
 
 
 def _add_attribution(parser: argparse.ArgumentParser) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cli
-from .errors import DataError, DePassError, OutputError
+from .errors import DataError, DePassError, OptionError, OutputError
 from .files import write_atomically
 from .rows import Columns, Data, Row, load_pyarrow, open_data
 from .runs import described, hold, progress, session, write_json
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 Shard = tuple[int, list[Row]]  # the number of its first row in the data, and its rows
 Finished = tuple[int, bytes]  # the same number, and the shard's Parquet file
-Engine = Callable[[Iterator[Shard], Callable[[int], None]], Iterator[Finished]]  # may tell how much of a shard is done
+Work = Generator[Finished, None, None]
+Engine = Callable[[Iterator[Shard], Callable[[int], None]], Work]  # may tell how many rows of a shard are done
 
 FORMAT = "depass-dataset-1"
 TASK = "attribute-dataset"
-ENGINES = ("local", "ray")
 SETTINGS = ("model", "dtype", "sources", "mlp_rule", "temperature", "backend", "subset", "split", "shard_rows")
 _MOST_TOKENS = 1024  # of one pass
 _LONGEST_ERROR = 500  # characters
@@ -83,10 +84,11 @@ def _fill(shards: Shards, data: Data, engine: Engine) -> None:
             update(done + rows)
 
         tell(0)
-        for first, content in engine(shards.pending(data), tell):
-            write_atomically(shards.path(first), content)
-            done += shards.length(first)
-            tell(0)
+        with closing(engine(shards.pending(data), tell)) as finished:  # ends a cluster that it began
+            for first, content in finished:
+                write_atomically(shards.path(first), content)
+                done += shards.length(first)
+                tell(0)
     assert not shards.missing(), "an engine gives back every shard"
 
 
@@ -163,9 +165,15 @@ def _engine(options: argparse.Namespace) -> Engine:
     """What makes shards, as asked for.
 
     Raises:
-        OptionError: an option of the other engine.
-        DePassError: there is no such model, device or cluster.
+        OptionError: options of the other engine, or what it needs is not there.
+        ModelError: there is no such model.
     """
+    if options.engine == "ray":
+        from .ray_engine import on_ray
+
+        return on_ray(options)
+    if options.ray_address is not None or options.workers != 1:
+        raise OptionError("--workers and --ray-address are of --engine ray; give it, or leave them out")
     return local(cli.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature), options)
 
 
@@ -173,7 +181,7 @@ def local(dp: DePass, options: argparse.Namespace) -> Engine:
     """Makes shards one by one in this process."""
     tokens = options.batch_tokens or batch_tokens(dp)
 
-    def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Iterator[Finished]:
+    def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
         for first, rows in shards:
             yield first, attributed(dp, rows, options.sources, tokens, tell)
 

@@ -155,8 +155,10 @@ def _row(number: int, record: Record, of_prompt: str, of_target: str | None, of_
     prompt, target = record.get(of_prompt), record.get(of_target) if of_target else None
     if prompt is None:
         return Row(name, broken=f"no {of_prompt!r} in this row")
+    if not isinstance(prompt, (str, list)):
+        return Row(name, broken=f"a prompt is a text, chat messages or ids, got {type(prompt).__name__}")
     if isinstance(target, bool) or not isinstance(target, (str, int, type(None))):
-        return Row(name, broken=f"a target is a token's text or id, not a {type(target).__name__}")
+        return Row(name, broken=f"a target is a token's text or id, got {type(target).__name__}")
     if isinstance(target, str) and (match := re.fullmatch(r"id:(\d{1,18})", target)):
         target = int(match[1])  # as at the command's --target
     return Row(name, _messages(prompt) or prompt, target)

@@ -10,6 +10,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,10 +189,10 @@ def test_a_bad_row_is_a_row_with_its_error(model: str, tmp_path: Path) -> None:
         (b'{"text": "the cat"}', "no 'prompt' in this row"),
         (b'{"prompt": [3, 999]}', "id 999 at position 1 is out of range"),
         (b'{"prompt": [[3], [4]]}', "got a batch"),
-        (b'{"prompt": 7}', "expected a string, chat messages or token ids, got int"),
+        (b'{"prompt": 7}', "a prompt is a text, chat messages or ids, got int"),
         (b'{"prompt": "x", "target": "cat sat"}', "tokens, not one"),
-        (b'{"prompt": "x", "target": 1.5}', "a target is a token's text or id, not a float"),
-        (b'{"prompt": "x", "target": ["a", "b"]}', "a target is a token's text or id, not a list"),
+        (b'{"prompt": "x", "target": 1.5}', "a target is a token's text or id, got float"),
+        (b'{"prompt": "x", "target": ["a", "b"]}', "a target is a token's text or id, got list"),
         (b'{"prompt": "' + b"x" * 400 + b'"}', "320 positions"),
         (b'{"prompt": "\\ud800"}', "bytes that are no UTF-8"),
         (b'{"prompt": "\xff"}', "line 12 is no JSON"),
@@ -249,6 +251,7 @@ def test_a_csv_row_that_is_not_whole_is_an_error(model: str, tmp_path: Path) -> 
         (b'{"prompt": "x"}', ("--split", "test"), 2, "--subset and --split are of what the library"),
         (b'{"prompt": "x"}', ("--shard-rows", "0"), 2, "'0' is no integer from 1"),
         (b'{"prompt": "x"}', ("--batch-tokens", "x"), 2, "'x' is no integer from 1"),
+        (b'{"prompt": "x"}', ("--workers", "2"), 2, "are of --engine ray; give it, or leave them out"),
         (b'{"prompt": "x"}', ("--sources", "page"), 2, "invalid choice: 'page'"),
         (b'{"prompt": "x"}', ("-m", "/no/such/folder"), 1, "the model path '/no/such/folder' is no folder"),
         (b'{"prompt": "x"}', ("--out", "/proc/none"), 1, "cannot write into /proc/none"),
@@ -573,3 +576,89 @@ def test_on_a_terminal_it_is_a_bar() -> None:
     assert process.returncode == 0
     assert b"60/100" in seen
     assert b"/s, 0:00:0" in seen
+
+
+# On Ray.
+
+
+@pytest.fixture
+def needs_ray() -> None:
+    pytest.importorskip("ray.data", reason="Ray Data is not installed")
+
+
+def same_rows(out: Path, expected: Path) -> None:
+    """Each row once and in order, its numbers to rounding: a worker may have another number of threads."""
+    ours, theirs = rows(out), rows(expected)
+    assert [row["id"] for row in ours] == [row["id"] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one["status"], one["error"], one["tokens"]) == (other["status"], other["error"], other["tokens"])
+        if one["status"] == "ok":
+            size = sum(map(abs, other["scores"]))
+            assert one["scores"] == pytest.approx(other["scores"], abs=1e-4 * size)
+
+
+def ray_workers() -> list[int]:
+    """Processes of this test's cluster that hold a model."""
+    parents, workers = {}, []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            try:
+                title = (process / "cmdline").read_bytes()
+                parents[int(process.name)] = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:  # it has ended
+                continue
+            if title.startswith(b"ray::") and b"Worker" in title:
+                workers.append(int(process.name))
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
+
+    return [pid for pid in workers if ours(pid)]
+
+
+@pytest.mark.usefixtures("needs_ray")
+def test_a_worker_that_dies_is_replaced_and_its_rows_come_once(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [{"id": str(i), "prompt": models.prompt(2 + i % 40, i)} for i in range(1200)]
+    given[7]["prompt"] = []
+    data, out, killed = written(tmp_path / "data.jsonl", given), tmp_path / "ray", list[int]()
+
+    def kill() -> None:
+        while not shards(out):
+            time.sleep(0.01)
+        killed.extend(ray_workers())
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    out.mkdir()
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert run(data, model, out, "--engine", "ray", "--batch-tokens", "64") == 0
+    killer.join(1)
+    assert len(killed) == 1
+    assert capsys.readouterr().out.endswith("1,199 ok, 1 error\n")
+    assert left_behind(out) == []
+    assert run(data, model, tmp_path / "local", "--batch-tokens", "64") == 0
+    same_rows(out, tmp_path / "local")
+
+
+@pytest.mark.usefixtures("needs_ray")
+def test_what_ray_cannot_do_is_one_line(
+    data: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data, model, tmp_path, "--engine", "ray", "--device", "cuda:1") == 2
+    assert "with --engine ray each worker has a GPU of its own; write cuda" in capsys.readouterr().err
+    assert run(data, "/no/such/folder", tmp_path / "b", "--engine", "ray") == 1
+    assert "the model path '/no/such/folder' is no folder" in capsys.readouterr().err
+
+
+def test_without_ray_the_engine_says_what_to_install(
+    data: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(data, model, tmp_path, "--engine", "ray") == 2
+    assert "pip install 'depass-kernels[ray]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run(data, model, tmp_path) == 1
+    assert "pip install 'depass-kernels[data]'" in capsys.readouterr().err
