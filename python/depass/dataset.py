@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .errors import DataError, DePassError, OptionError, OutputError
-from .files import write_atomically
+from .files import check_writable, write_atomically
 from .rows import Columns, Data, Row, load_pyarrow, open_data
 from .runs import described, hold, progress, session, write_json
 
@@ -58,17 +58,16 @@ def run(options: argparse.Namespace) -> str:
         made = described(folder / "run.json", FORMAT, TASK, settings)
         shards = Shards(folder / "rows", data.count, options.shard_rows)
         shards.tidy()
-        began = time.monotonic()
         if shards.missing():
-            now = session()
+            check_writable(folder / "run.json")  # before the model is loaded, which may take minutes
+            engine, began, now = _engine(options), time.monotonic(), session()
             made["sessions"].append(now)
-            write_json(folder / "run.json", made)  # finds out before the model is loaded whether it can be written
-            engine = _engine(options)
+            write_json(folder / "run.json", made)
             try:
                 _fill(shards, data, engine)
             except (DePassError, KeyboardInterrupt) as error:
                 kept = f"{shards.done():,} of {data.count:,} rows are kept in {folder}, the same command goes on from there"
-                error.args = (f"{error or 'interrupted'}; {kept}",)
+                error.args = (f"{str(error) or 'interrupted'}; {kept}",)
                 raise
             now["seconds"] = round(time.monotonic() - began, 1)
             write_json(folder / "run.json", made)
@@ -78,6 +77,7 @@ def run(options: argparse.Namespace) -> str:
 def _fill(shards: Shards, data: Data, engine: Engine) -> None:
     """Write the shards that are missing, as the engine makes them."""
     done = shards.done()
+    shards.make()
     with progress("rows", data.count) as update:
 
         def tell(rows: int) -> None:
@@ -128,14 +128,24 @@ class Shards:
             if first in missing:
                 yield first, shard
 
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
+
     def tidy(self) -> None:
-        """Make the folder, and delete what a killed process left of a file; to be called by who holds the run's folder.
+        """Delete what a killed process left of a file; for who holds the run's folder.
 
         Raises:
             OutputError: the folder cannot be written.
         """
         try:
-            self.folder.mkdir(exist_ok=True)
             for torn in [*self.folder.glob(".depass-*"), *self.folder.parent.glob(".depass-*")]:
                 torn.unlink()
         except OSError as error:

@@ -107,5 +107,6 @@ def _cpus(options: argparse.Namespace) -> int:
 
     if options.device == "cuda":
         return 1
-    of_machines: list[int] = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(1, min(sum(of_machines) // options.workers, max(of_machines)))
+    workers: int = options.workers
+    of_machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, min(sum(of_machines) // workers, max(of_machines)))

@@ -268,6 +268,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert says in err
     assert out == ""
     assert err.count("\n") == 1 or err.startswith("usage:")
+    assert not list((tmp_path / "out").rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_a_finished_run_is_left_alone(
 ) -> None:
     assert dying.run(arguments(data, model, tmp_path), tmp_path / "said") == 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
-    assert run(data, "/no/such/model", tmp_path, "-m", model) == 0
+    assert run(data, model, tmp_path) == 0
     assert capsys.readouterr().out == f"{COUNT} rows in {tmp_path}/rows: {COUNT - 3} ok, 3 errors\n"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == times
     assert shards(tmp_path) == finished
@@ -395,7 +396,7 @@ def test_kills_at_any_moment_lose_nothing(data: Path, model: str, finished: dict
     chance, killed = random.Random(0), 0
     for _ in range(12):
         after = chance.uniform(0.05, 1.0)
-        code = dying.run(arguments(data, model, tmp_path, "--batch-tokens", "1024"), tmp_path / "said", after=after)
+        code = dying.run(arguments(data, model, tmp_path), tmp_path / "said", after=after)
         assert code in (0, -signal.SIGKILL), (tmp_path / "said").read_text()
         killed += code != 0
         there = shards(tmp_path) if (tmp_path / "rows").exists() else {}
@@ -403,7 +404,7 @@ def test_kills_at_any_moment_lose_nothing(data: Path, model: str, finished: dict
         if code == 0:
             break
     assert killed
-    assert dying.run(arguments(data, model, tmp_path, "--batch-tokens", "1024"), tmp_path / "said") == 0
+    assert dying.run(arguments(data, model, tmp_path), tmp_path / "said") == 0
     assert shards(tmp_path) == finished  # none lost, none twice
     assert left_behind(tmp_path) == []
 
@@ -498,13 +499,12 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_read_only_folder_is_one_line(
-    data: Path, model: str, read_only: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_read_only_folder_is_one_line(data: Path, read_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (read_only, read_only / "new"):
-        assert run(data, "/no/such/model", out, "-m", model) == 1
+        assert run(data, "/no/such/model", out) == 1
         err = capsys.readouterr().err
-        assert err.startswith(f"depass: cannot write into {read_only}")
+        assert err.startswith("depass: cannot write ")
+        assert str(read_only) in err
         assert err.count("\n") == 1
 
 
