@@ -161,7 +161,8 @@ class _Rate:
             return ""
         rate = (done - self.first) / took
         left = round((of - done) / rate)
-        return f"{rate:.3g}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        shown = f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}"
+        return f"{shown}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
 
 def _lines(name: str, of: int, rate: _Rate) -> Callable[[int], None]:

@@ -63,13 +63,16 @@ def _child(
     os.dup2(handle, 2)
     from depass import cli
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if at is not None:
         name, number, before = at
         setattr(os, name, _dying(getattr(os, name), number, before, send))
     if after is not None:
-        threading.Timer(after, os.kill, (os.getpid(), send)).start()
+        timer = threading.Timer(after, os.kill, (os.getpid(), send))
+        timer.daemon = True
+        timer.start()
     sys.exit(cli.main(arguments))
 
 
