@@ -1,4 +1,4 @@
-"""The command ``depass``. Exit codes: 0, 1 (ran and failed), 2 (wrong use), 130 (interrupted)."""
+"""The command ``depass``. Exit codes: 0, 1 (ran and failed), 2 (wrong use), 130 (interrupted), 143 (terminated)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import gc
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PATIENCE = 2.0  # seconds before a progress bar is worth its lines
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): what holds of an interruption holds of it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -31,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets escapes, not an error
             stream.reconfigure(errors="backslashreplace")
+    alone = threading.current_thread() is threading.main_thread()  # no other one may ask for signals
+    before = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
@@ -42,9 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left early, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", 143 if isinstance(stop, Terminated) else 130)
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated("terminated")
 
 
 def _fail(why: object, code: int) -> int:
@@ -66,9 +81,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "--target", action="append", metavar="T",
         help="what to explain, may be repeated: a token (' Europe'), id:1910 or top:5 (default: the model's next token)",
     )  # fmt: skip
-    add("--sources", default="token", choices=("token", "word", "sentence"), help="the parts of the prompt")
-    add("--mlp-rule", default="softmax", choices=RULES, help="how MLPs are shared out among the sources")
-    add("--temperature", type=float, default=0.1, help="of the softmax rule (default: 0.1)")
+    _add_attribution(attribute)
     add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
     add("--viz-path", metavar="F.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of a picture")
@@ -84,6 +97,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--stream", action="store_true", help="with the weights in host memory, as of `depass attribute`")
+    _add_dataset(commands.add_parser("attribute-dataset", help="attribute every row of a data set, into Parquet files"))
     backends = commands.add_parser("backends", help="which backend can serve which op on this machine")
     backends.set_defaults(run=_backends)
     evaluate = commands.add_parser("evaluate", help="does the attribution tell the truth: experiments on a model")
@@ -94,6 +108,40 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_attribute_dataset)
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a .jsonl, .csv or .parquet file, or a HuggingFace data set's name or folder")
+    add_model(parser)
+    add("--out", metavar="DIR", required=True, help="where the rows go; a run that was stopped goes on there")
+    add("--prompt-column", metavar="NAME", default="prompt", help="texts, chat messages or ids (default: prompt)")
+    add("--target-column", metavar="NAME", help="tokens to explain (default: target, where there is one)")
+    add("--id-column", metavar="NAME", help="names of the rows (default: id, where there is one, else their numbers)")
+    add("--subset", metavar="NAME", help="of a HuggingFace data set: its configuration")
+    add("--split", metavar="NAME", help="of a HuggingFace data set (default: train)")
+    _add_attribution(parser)
+    add(
+        "--shard-rows", type=positive, default=256, metavar="N",
+        help="rows of a file; after a stop those of the unfinished one are done again (default: 256)",
+    )  # fmt: skip
+    add("--batch-tokens", type=positive, metavar="N", help="tokens of one pass (default: what memory has room for)")
+    add(
+        "--engine",
+        default="local",
+        choices=("local", "ray"),
+        help="this process (default), or workers of a Ray cluster",
+    )
+    add("--workers", type=positive, default=1, metavar="N", help="with --engine ray: models at work (default: 1)")
+    add("--ray-address", metavar="ADDR", help="of a cluster that is there (default: one on this machine, for the run)")
+
+
+def _add_attribution(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--sources", default="token", choices=("token", "word", "sentence"), help="the parts of the prompt")
+    add("--mlp-rule", default="softmax", choices=RULES, help="how MLPs are shared out among the sources")
+    add("--temperature", type=float, default=0.1, help="of the softmax rule (default: 0.1)")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`load_model` reads."""
     add = parser.add_argument
@@ -102,6 +150,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--stream", action="store_true", help="keep the weights in host memory, bring each layer's to --device in turn")
     add("--backend", default="auto", choices=BACKENDS, help="what computes (default: the first that can)")
+
+
+def natural(text: str) -> int:
+    """An option's value that is an integer from 0."""
+    return _integer(text, 0)
+
+
+def positive(text: str) -> int:
+    """An option's value that is an integer from 1."""
+    return _integer(text, 1)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from {least}")
+    return int(text)
 
 
 def load_model(options: argparse.Namespace, **more: Any) -> DePass:
@@ -150,6 +214,17 @@ def _attribute(options: argparse.Namespace) -> None:
         result.save(options.save_path)
     if options.viz_path is not None:
         result.to_html(options.viz_path)
+
+
+def _attribute_dataset(options: argparse.Namespace) -> None:
+    import warnings
+
+    from .dataset import run
+    from .errors import ConservationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConservationWarning)  # every row says how far its scores miss
+        print(run(options))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -55,3 +55,7 @@ class OutputError(DePassError, OSError):
 
 class DataError(DePassError, ValueError):
     """A data set that cannot be read, or rows that an evaluation cannot go on from."""
+
+
+class WorkerError(DePassError, RuntimeError):
+    """A worker of a cluster that could not start, or ended twice at the same rows."""

@@ -53,10 +53,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash of the machine could leave the name with nothing behind it
             os.chmod(name, 0o666 & ~_umask())
             os.replace(name, target)
         except BaseException:
-            os.unlink(name)
+            with suppress(FileNotFoundError):  # it has its name already
+                os.unlink(name)
             raise
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error

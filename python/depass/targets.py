@@ -181,6 +181,8 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
     if isinstance(token, str):
         if tokenizer is None:
             raise TargetError(f"target {token!r} needs a tokenizer: DePass(model, tokenizer); or give its token id")
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise TargetError(f"target {token!r} is not text: it holds bytes that are no UTF-8")
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
             parts = ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids)
