@@ -72,6 +72,11 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
     add("--viz-path", metavar="F.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of a picture")
+    view = commands.add_parser("view", help="write saved results as one standalone HTML page")
+    view.set_defaults(run=_view)
+    add = view.add_argument
+    add("results", nargs="+", metavar="RESULT", help="a saved attribution, sweep or generation")
+    add("-o", "--output", metavar="page.html", help="(default: beside the first RESULT, its name with .html)")
     plan = commands.add_parser(
         "plan", help="what an attribution takes: rows, memory, time; from the configuration alone"
     )
@@ -150,6 +155,18 @@ def _attribute(options: argparse.Namespace) -> None:
         result.save(options.save_path)
     if options.viz_path is not None:
         result.to_html(options.viz_path)
+
+
+def _view(options: argparse.Namespace) -> None:
+    output = options.output or os.path.splitext(options.results[0])[0] + ".html"
+    if os.path.realpath(output) in map(os.path.realpath, options.results):
+        raise OptionError(f"the page would overwrite the result {output}; name another file with -o")
+    check_writable(output)
+
+    from .page import load, render
+
+    render([(path, load(path)) for path in options.results], output)
+    print(output)
 
 
 def _plan(options: argparse.Namespace) -> None:

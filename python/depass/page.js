@@ -1,0 +1,312 @@
+"use strict";
+// Draws the results in #data. Text goes into the page as text nodes alone, so nothing that a token says is ever parsed.
+const views = JSON.parse(document.getElementById("data").textContent);
+const tip = document.getElementById("tip");
+const ink = share => `rgb(${share > 0 ? "205 50 45" : "60 105 225"} / ${(0.75 * Math.min(1, Math.abs(share))).toFixed(3)})`;
+
+function make(tag, className, ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+function button(what, act) {
+  const made = make("button", "", what);
+  made.type = "button";
+  made.onclick = act;
+  return made;
+}
+
+// One stop for the tab key; from there the arrows go on by reading order, and up and down by what lies nearest.
+function arrows(group, items, choose) {
+  items.forEach((item, index) => { item.tabIndex = index ? -1 : 0; });
+  group.addEventListener("focusin", event => {
+    if (!items.includes(event.target)) return;
+    items.forEach(item => { if (item.tabIndex === 0) item.tabIndex = -1; });
+    event.target.tabIndex = 0;
+  });
+  group.addEventListener("keydown", event => {
+    const at = items.indexOf(event.target);
+    if (at < 0) return;
+    const onward = getComputedStyle(group).direction === "rtl" ? -1 : 1;
+    const next = {
+      ArrowLeft: () => items[at - onward], ArrowRight: () => items[at + onward], Home: () => items[0], End: () => items.at(-1),
+      ArrowUp: () => beyond(items, at, -1), ArrowDown: () => beyond(items, at, 1),
+    }[event.key]?.();
+    if (!next) return;
+    event.preventDefault();
+    next.focus();
+    choose?.(items.indexOf(next));
+  });
+}
+
+function beyond(items, at, down) {
+  const centre = item => {
+    const box = item.getClientRects()[0];
+    return [box.left + box.width / 2, box.top + box.height / 2];
+  };
+  const [x, y] = centre(items[at]);
+  let found, least = Infinity;
+  for (const item of items) {
+    const [left, top] = centre(item), lines = (top - y) * down;
+    const far = 1000 * lines + Math.abs(left - x);  // the nearest line first, then the nearest in it
+    if (lines > 4 && far < least) [found, least] = [item, far];
+  }
+  return found;
+}
+
+function radios(group, items, choose) {
+  group.setAttribute("role", "radiogroup");
+  const check = chosen => items.forEach((item, index) => item.setAttribute("aria-checked", index === chosen));
+  const pick = index => { check(index); choose(index); };
+  items.forEach((item, index) => {
+    item.setAttribute("role", "radio");
+    item.addEventListener("click", () => pick(index));
+  });
+  group.addEventListener("keydown", event => {
+    const index = items.indexOf(event.target);
+    if (index >= 0 && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); pick(index); }
+  });
+  arrows(group, items, pick);
+  check(0);
+}
+
+function draw(view) {
+  let row = 0;
+  const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits()), section = make("section", "");
+  const digits = () => Math.min(9, Math.max(2, 1 - Math.floor(Math.log10(view.largest[row]))));
+  const marks = [];  // what is coloured: elements with the index of their score
+
+  function mark(tag, className, index, text, number) {
+    const element = make(tag, "mark " + className, text);
+    element.dataset.index = index;
+    if (number) element.append(make("span", "number"));
+    marks.push(element);
+    return element;
+  }
+  const said = index => [view.places[index] && `token ${view.places[index]}`, view.names[index], signed(view.scores[row][index])]
+    .filter(Boolean).join("  ");
+
+  function text(pieces) {
+    const shown = make("p", "text");
+    shown.dir = "auto";
+    for (const [piece, index] of pieces)
+      shown.append(index === null ? make("span", "", piece) : mark("span", "", index, piece));
+    return shown;
+  }
+
+  function map({columns, layers, across, numbered}) {
+    const table = make("table", "map " + (numbered ? "numbered" : "dense")), own = columns.filter(column => !column.beside).length;
+    const over = make("th", "", across);
+    over.colSpan = own;
+    const heading = ({name, beside}, index) => make("th", beside ? "beside" : "", numbered || beside || index % 4 === 0 ? name : "");
+    table.append(make("thead", "", make("tr", "", make("th", ""), over), make("tr", "", make("th", "", "layer"), ...columns.map(heading))));
+    layers.forEach((layer, line) => table.append(make("tr", "", make("th", "", String(layer)), ...columns.map(({beside}, index) =>
+      mark("td", beside ? "beside" : "", line * columns.length + index, "", numbered || beside)))));
+    return make("div", "wide", table);
+  }
+
+  const caption = make("figcaption", ""), figure = make("figure", "", caption);
+  const title = target => [make("b", "", target.title), " ", make("span", "", target.about)];
+  section.append(make("h1", "", view.question), make("p", "hint", view.facts));
+  if (view.targets.length > 1 && !view.generated) {
+    const choices = make("div", "targets", ...view.targets.map(target => button("", () => {})));
+    [...choices.children].forEach((choice, index) => choice.append(...title(view.targets[index])));
+    choices.setAttribute("aria-label", "targets");
+    radios(choices, [...choices.children], select);
+    section.append(make("h2", "", "Target"), choices);
+  }
+  section.append(figure);
+
+  const prompt = text(view.prompt);
+  if (view.map) {
+    figure.append(map(view.map));
+    section.insertBefore(prompt, figure);
+    section.insertBefore(make("h2", "", "Prompt"), prompt);
+  } else {
+    figure.append(prompt);
+  }
+  const tokens = [...marks];  // without a number until one is asked for
+  if (view.chips.length)
+    figure.append(make("p", "chips", ...view.chips.map(index => mark("span", "", index, view.names[index], true))));
+  arrows(figure, [...marks]);
+  let generated = [];
+  if (view.generated) {
+    const after = text(view.generated);
+    after.setAttribute("aria-label", "generated tokens");
+    generated = [...after.children];
+    generated.forEach(token => token.classList.add("choice"));
+    tokens.push(...generated.filter(token => token.dataset.index));
+    figure.append(make("h2", "", "Generated: choose a token to see what it owes to the text before it"), after);
+    radios(after, generated, select);
+  }
+
+  const low = make("span", ""), high = make("span", "");
+  const scale = make("span", "scale", ...Array.from({length: 21}, (_, step) => {
+    const swatch = make("span", "");
+    swatch.style.backgroundColor = ink((step - 10) / 10);
+    return swatch;
+  }));
+  figure.append(make("div", "legend", low, scale, high));
+  const tools = make("div", "tools", button("Save as SVG", () => save(figure, view.name)));
+  if (!view.map && tokens.length) {
+    const box = make("input", "numbers");
+    box.type = "checkbox";
+    box.onchange = () => {
+      for (const token of tokens)
+        if (box.checked) token.append(make("span", "number")); else token.querySelector(".number").remove();
+      paint();
+    };
+    tools.append(make("label", "", box, "numbers"));
+  }
+  const lines = make("tbody", ""), about = make("figcaption", ""), largest = make("figure", "", about, make("table", "top", lines));
+  section.append(tools, make("h2", "", "Largest contributions"), largest,
+    make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))), make("p", "hint", view.hint));
+
+  function paint() {
+    const scores = view.scores[row], most = view.largest[row];
+    for (const element of marks) {
+      const score = scores[element.dataset.index], number = element.querySelector(".number");
+      if (!element.classList.contains("beside")) element.style.backgroundColor = ink(score / most);
+      if (number) number.textContent = signed(score);
+    }
+    generated.forEach((token, index) => token.classList.toggle("later", index > row));
+  }
+
+  function line(index, most) {
+    const score = view.scores[row][index], bar = make("div", "bar");
+    bar.style.width = 100 * Math.min(1, Math.abs(score) / most) + "%";
+    bar.style.backgroundColor = ink(Math.sign(score));
+    const made = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)), make("td", "", bar));
+    if (view.places.some(Boolean)) made.prepend(make("td", "place", view.places[index]));
+    const outline = on => () => marks.forEach(mark => mark.classList.toggle("shown", on && mark.dataset.index === String(index)));
+    made.onpointerenter = outline(true);
+    made.onpointerleave = outline(false);
+    return made;
+  }
+
+  function select(chosen) {
+    row = chosen;
+    const scores = view.scores[row], size = index => Math.abs(scores[index]);
+    caption.replaceChildren(...title(view.targets[row]));
+    about.replaceChildren(...title(view.targets[row]));
+    low.textContent = `${signed(-view.largest[row])} ${view.low}`;
+    high.textContent = `${view.high} ${signed(view.largest[row])}`;
+    paint();
+    const best = view.ranked.filter(size).sort((a, b) => size(b) - size(a)).slice(0, view.listed);
+    lines.replaceChildren(...best.map(index => line(index, size(best[0]))));
+  }
+
+  for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
+    section.addEventListener(begin, event => {
+      const element = event.target.closest(".mark");
+      if (element) explain(element, said(element.dataset.index));
+    });
+    section.addEventListener(end, () => { tip.hidden = true; });
+  }
+  select(0);
+  return section;
+}
+
+function explain(element, what) {
+  tip.textContent = what;
+  tip.hidden = false;
+  const box = element.getClientRects()[0], {width, height} = tip.getBoundingClientRect();
+  const left = Math.min(box.left + box.width / 2 - width / 2, document.documentElement.clientWidth - width - 8);
+  tip.style.left = Math.max(8, left) + "px";
+  tip.style.top = (box.top > height + 6 ? box.top - height - 5 : box.bottom + 5) + "px";
+}
+
+// A figure as it stands on the page, of rectangles and texts alone, which every program that reads SVG can show.
+function picture(figure) {
+  const space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg"), origin = figure.getBoundingClientRect();
+  let right = 0, bottom = 0;
+  const round = x => Math.round(100 * x) / 100;
+  function put(tag, box, attributes, content = "") {
+    const element = document.createElementNS(space, tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, typeof value === "number" ? round(value) : value);
+    element.textContent = content;
+    svg.append(element);
+    [right, bottom] = [Math.max(right, box.right - origin.left), Math.max(bottom, box.bottom - origin.top)];
+  }
+  const clear = colour => colour === "rgba(0, 0, 0, 0)" || colour === "transparent";
+  const pen = document.createElement("canvas").getContext("2d");
+  const at = box => [box.left - origin.left, box.top - origin.top];
+
+  for (const element of figure.querySelectorAll("*")) {
+    const style = getComputedStyle(element), bordered = element.matches(".chips .mark, .scale, .text"), chosen = style.outlineStyle !== "none";
+    if (clear(style.backgroundColor) && !bordered && !chosen) continue;
+    for (const box of element.getClientRects()) {
+      const [x, y] = at(box);
+      put("rect", box, {
+        x, y, width: box.width, height: box.height, rx: parseFloat(style.borderTopLeftRadius) || 0,
+        fill: clear(style.backgroundColor) ? "none" : style.backgroundColor, opacity: style.opacity,
+        stroke: chosen ? style.outlineColor : bordered ? style.borderTopColor : "none",
+      });
+    }
+  }
+  const range = document.createRange(), nodes = document.createTreeWalker(figure, NodeFilter.SHOW_TEXT);
+  while (nodes.nextNode()) {
+    const node = nodes.currentNode, parent = node.parentElement, style = getComputedStyle(parent);
+    pen.font = style.font;
+    const {fontBoundingBoxAscent: ascent} = pen.measureText("x");
+    for (const {words, left, top, width} of broken(node, range)) put("text", {right: left + width, bottom: top}, {
+      x: left - origin.left, y: top - origin.top + ascent, textLength: width, lengthAdjust: "spacingAndGlyphs",
+      "font-family": style.fontFamily, "font-size": style.fontSize, "font-weight": style.fontWeight, fill: style.color,
+      opacity: parent.closest(".later") ? 0.5 : 1, style: "white-space: pre",
+    }, words);
+  }
+  const [wide, high] = [right + 16, bottom + 16], paper = document.createElementNS(space, "rect");
+  for (const [name, value] of Object.entries({x: -8, y: -8, width: wide, height: high, fill: getComputedStyle(document.body).backgroundColor}))
+    paper.setAttribute(name, round(value));
+  paper.setAttribute("fill", getComputedStyle(document.body).backgroundColor);
+  svg.prepend(paper);
+  for (const [name, value] of Object.entries({viewBox: `-8 -8 ${round(wide)} ${round(high)}`, width: round(wide), height: round(high)}))
+    svg.setAttribute(name, value);
+  return new XMLSerializer().serializeToString(svg);
+}
+
+// A text node's lines as they are broken on the page.
+function broken(node, range) {
+  const lines = [];
+  let from = 0;
+  for (const letter of node.data) {
+    range.setStart(node, from);
+    range.setEnd(node, from += letter.length);
+    const box = range.getBoundingClientRect(), line = lines.at(-1);
+    if (!box.width) {
+      if (line && letter !== "\n") line.words += letter;
+    } else if (line && Math.abs(line.top - box.top) < 2) {
+      line.words += letter;
+      line.width = Math.max(line.left + line.width, box.right) - Math.min(line.left, box.left);
+      line.left = Math.min(line.left, box.left);
+    } else {
+      lines.push({words: letter, left: box.left, top: box.top, width: box.width});
+    }
+  }
+  return lines;
+}
+
+function save(figure, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([picture(figure)], {type: "image/svg+xml"}));
+  link.download = name.replace(/[^\w.-]+/g, "-") + ".svg";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+const drawn = [], results = document.getElementById("results");
+function open(index) {
+  drawn[index] ??= draw(views[index]);
+  document.getElementById("result").replaceChildren(drawn[index]);
+}
+if (views.length > 1) {
+  results.append(...views.map(view => button(view.name, () => {})));
+  radios(results, [...results.children], open);
+}
+document.getElementById("theme").onclick = () => {
+  const root = document.documentElement.style, dark = root.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  root.colorScheme = dark === "dark" ? "light" : "dark";
+};
+open(0);
