@@ -98,8 +98,10 @@ function draw(view) {
 
   function map({columns, layers, across, numbered}) {
     const table = make("table", "map " + (numbered ? "numbered" : "dense")), own = columns.filter(column => !column.beside).length;
-    const over = make("th", "", across);
+    const over = make("th", "", across), rem = cell => `${3.5 + own * cell + 5.5 * (columns.length - own)}rem`;
     over.colSpan = own;
+    table.style.width = numbered ? `clamp(${rem(2.9)}, 100%, ${rem(7)})` : `clamp(${rem(0.7)}, 100%, ${rem(1.6)})`;
+    table.append(make("colgroup", "", make("col", "layer"), ...columns.map(({beside}) => make("col", beside ? "beside" : ""))));
     const heading = ({name, beside}, index) => make("th", beside ? "beside" : "", numbered || beside || index % 4 === 0 ? name : "");
     table.append(make("thead", "", make("tr", "", make("th", ""), over), make("tr", "", make("th", "", "layer"), ...columns.map(heading))));
     layers.forEach((layer, line) => table.append(make("tr", "", make("th", "", String(layer)), ...columns.map(({beside}, index) =>
@@ -108,11 +110,10 @@ function draw(view) {
   }
 
   const caption = make("figcaption", ""), figure = make("figure", "", caption);
-  const title = target => [make("b", "", target.title), " ", make("span", "", target.about)];
   section.append(make("h1", "", view.question), make("p", "hint", view.facts));
   if (view.targets.length > 1 && !view.generated) {
-    const choices = make("div", "targets", ...view.targets.map(target => button("", () => {})));
-    [...choices.children].forEach((choice, index) => choice.append(...title(view.targets[index])));
+    const choices = make("div", "targets", ...view.targets.map(target => button(target.label, () => {})));
+    [...choices.children].forEach((choice, index) => choice.append(make("span", "", view.targets[index].logit)));
     choices.setAttribute("aria-label", "targets");
     radios(choices, [...choices.children], select);
     section.append(make("h2", "", "Target"), choices);
@@ -160,15 +161,14 @@ function draw(view) {
     };
     tools.append(make("label", "", box, "numbers"));
   }
-  const lines = make("tbody", ""), about = make("figcaption", ""), largest = make("figure", "", about, make("table", "top", lines));
-  section.append(tools, make("h2", "", "Largest contributions"), largest,
-    make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))), make("p", "hint", view.hint));
+  const lines = make("tbody", ""), most = make("figcaption", ""), largest = make("figure", "", most, make("table", "top", lines));
+  section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))), make("p", "hint", view.hint));
 
   function paint() {
-    const scores = view.scores[row], most = view.largest[row];
+    const scores = view.scores[row], largest = view.largest[row];
     for (const element of marks) {
       const score = scores[element.dataset.index], number = element.querySelector(".number");
-      if (!element.classList.contains("beside")) element.style.backgroundColor = ink(score / most);
+      if (!element.classList.contains("beside")) element.style.backgroundColor = ink(score / largest);
       if (number) number.textContent = signed(score);
     }
     generated.forEach((token, index) => token.classList.toggle("later", index > row));
@@ -188,9 +188,10 @@ function draw(view) {
 
   function select(chosen) {
     row = chosen;
-    const scores = view.scores[row], size = index => Math.abs(scores[index]);
-    caption.replaceChildren(...title(view.targets[row]));
-    about.replaceChildren(...title(view.targets[row]));
+    const size = index => Math.abs(view.scores[row][index]);
+    const {label, about} = view.targets[row];
+    caption.replaceChildren(make("b", "", label), make("span", "", about));
+    most.replaceChildren("Largest contributions to ", make("b", "", label));
     low.textContent = `${signed(-view.largest[row])} ${view.low}`;
     high.textContent = `${view.high} ${signed(view.largest[row])}`;
     paint();
@@ -201,7 +202,7 @@ function draw(view) {
   for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
     section.addEventListener(begin, event => {
       const element = event.target.closest(".mark");
-      if (element) explain(element, said(element.dataset.index));
+      if (element && !generated.slice(row).includes(element)) explain(element, said(element.dataset.index));
     });
     section.addEventListener(end, () => { tip.hidden = true; });
   }
@@ -251,11 +252,11 @@ function picture(figure) {
     const node = nodes.currentNode, parent = node.parentElement, style = getComputedStyle(parent);
     pen.font = style.font;
     const {fontBoundingBoxAscent: ascent} = pen.measureText("x");
-    for (const {words, left, top, width} of broken(node, range)) put("text", {right: left + width, bottom: top}, {
+    for (const {text, left, top, width} of broken(node, range)) put("text", {right: left + width, bottom: top}, {
       x: left - origin.left, y: top - origin.top + ascent, textLength: width, lengthAdjust: "spacingAndGlyphs",
       "font-family": style.fontFamily, "font-size": style.fontSize, "font-weight": style.fontWeight, fill: style.color,
       opacity: parent.closest(".later") ? 0.5 : 1, style: "white-space: pre",
-    }, words);
+    }, text);
   }
   const [wide, high] = [right + 16, bottom + 16], paper = document.createElementNS(space, "rect");
   for (const [name, value] of Object.entries({x: -8, y: -8, width: wide, height: high, fill: getComputedStyle(document.body).backgroundColor}))
@@ -276,13 +277,13 @@ function broken(node, range) {
     range.setEnd(node, from += letter.length);
     const box = range.getBoundingClientRect(), line = lines.at(-1);
     if (!box.width) {
-      if (line && letter !== "\n") line.words += letter;
+      if (line && letter !== "\n") line.text += letter;
     } else if (line && Math.abs(line.top - box.top) < 2) {
-      line.words += letter;
+      line.text += letter;
       line.width = Math.max(line.left + line.width, box.right) - Math.min(line.left, box.left);
       line.left = Math.min(line.left, box.left);
     } else {
-      lines.push({words: letter, left: box.left, top: box.top, width: box.width});
+      lines.push({text: letter, left: box.left, top: box.top, width: box.width});
     }
   }
   return lines;

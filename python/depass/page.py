@@ -24,10 +24,9 @@ from .views import GRID, abridged, beside, components, headings, name, scale
 
 Result: TypeAlias = Attribution | Sweep | Generation
 
-_CHIPS = 200  # components of an attribution; the others are one sum
+_KEPT = 200  # components of an attribution; the others are one sum
 _NUMBERED = 16  # columns of a sweep whose cells have room for their numbers
-_LISTED = 12  # largest contributions
-_LISTED_NEURONS = 50  # of a sweep whose map has no place for them
+_LISTED, _LISTED_COMPONENTS = 12, 50  # largest contributions, and those that are shown nowhere else
 _LONGEST = 60  # characters of a name; longer ones are cut in the middle
 _DIGITS = 5  # of a score, significant
 # control characters and those that turn the direction of what follows; nothing that a program reading SVG would refuse
@@ -88,8 +87,10 @@ def load(path: str | os.PathLike[str]) -> Result:
 
 def _attribution(res: Attribution) -> dict[str, Any]:
     largest = [scale(res, row) for row in range(len(res.targets))]
-    res = abridged(res, res.scores.abs().amax(0), _CHIPS)
+    res = abridged(res, res.scores.abs().amax(0), _KEPT)
     among = components(res)
+    ranked = among[:_KEPT] or list(range(len(res.sources)))  # behind those is the sum of the others
+    many = len(ranked) > GRID and bool(among)
     facts = _facts(res.settings)
     if res.settings.adds_up:
         facts.append("first token excluded from later MLPs" if res.settings.exclude_bos else "no token excluded")
@@ -105,10 +106,10 @@ def _attribution(res: Attribution) -> dict[str, Any]:
         "largest": largest,
         "names": [_short(name(source)) for source in res.sources],
         "places": [_place(source) for source in res.sources],
-        "ranked": among[:_CHIPS] or list(range(len(res.sources))),  # behind those is the sum of the others
-        "listed": _LISTED_NEURONS if among else _LISTED,
+        "ranked": ranked,
+        "listed": _LISTED_COMPONENTS if many else _LISTED,
         "prompt": _pieces(res, len(res.prompt.tokens)),
-        "chips": [index for index, source in enumerate(res.sources) if source.start is None],
+        "chips": [i for i, source in enumerate(res.sources) if source.start is None and not (many and i in ranked)],
     }
 
 
@@ -146,10 +147,12 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
     scores, labels = cells.flatten(1), [label for line in names for label in line]
     ranked = [cell for cell in range(len(labels)) if cell % width < len(columns)]
     if not whole:  # the largest neurons stand behind the cells and are listed alone
-        best = sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)[:, :_LISTED_NEURONS].unique()
+        best = (
+            sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)[:, :_LISTED_COMPONENTS].unique()
+        )
         ranked = list(range(len(labels), len(labels) + len(best)))
         scores = torch.cat([scores, sweep.scores.flatten(1)[:, best]], 1)
-        labels += [sweep.source(*divmod(cell, len(sweep.columns))).label for cell in best.tolist()]
+        labels += [sweep.source(*divmod(cell, len(sweep.columns))).label for cell in best]
     sums = (
         "A row with what stands beside it adds up to the target's logit: every layer is a decomposition of its own, and "
         "layers are compared, not added up."
@@ -165,7 +168,7 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
         "names": labels,
         "places": [""] * len(labels),
         "ranked": ranked,
-        "listed": _LISTED if whole else _LISTED_NEURONS,
+        "listed": _LISTED if whole else _LISTED_COMPONENTS,
         "prompt": [[_seen("".join(sweep.prompt.tokens)), None]],
         "chips": [],
         "map": {
@@ -197,10 +200,9 @@ def _words(settings: Settings, sums: str) -> dict[str, str]:
 
 
 def _target(res: Attribution | Sweep, row: int, where: str) -> dict[str, str]:
-    about = f"{where}, logit {float(res.target_logits[row]):.2f}"
-    if res.settings.adds_up:
-        about += f", conservation error {float(res.conservation_error[row].max()):.0e}"
-    return {"title": repr(res.targets[row].label), "about": about}
+    error = f", conservation error {float(res.conservation_error[row].max()):.0e}" if res.settings.adds_up else ""
+    logit = f"{float(res.target_logits[row]):.2f}".replace("-", "−")
+    return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": f"{where}, logit {logit}{error}"}
 
 
 def _after(res: Attribution | Sweep, row: int) -> str:
@@ -235,9 +237,9 @@ def _place(source: Source) -> str:
 
 
 def _seen(text: str) -> str:
-    """Text with a sign for each character that would not be seen, or would change how others are."""
+    """Text with an escape for each character that would not be seen, or would change how others are."""
     marked = text.replace("\n", "↵\n").replace("\t", "→\t")
-    return _UNSEEN.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else "�", marked)
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), marked)
 
 
 def _short(label: str) -> str:
