@@ -147,9 +147,8 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
     scores, labels = cells.flatten(1), [label for line in names for label in line]
     ranked = [cell for cell in range(len(labels)) if cell % width < len(columns)]
     if not whole:  # the largest neurons stand behind the cells and are listed alone
-        best = (
-            sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)[:, :_LISTED_COMPONENTS].unique()
-        )
+        order = sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)
+        best = sorted(set(order[:, :_LISTED_COMPONENTS].flatten().tolist()))
         ranked = list(range(len(labels), len(labels) + len(best)))
         scores = torch.cat([scores, sweep.scores.flatten(1)[:, best]], 1)
         labels += [sweep.source(*divmod(cell, len(sweep.columns))).label for cell in best]

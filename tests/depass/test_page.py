@@ -25,8 +25,9 @@ from depass import Attribution, DePass, Generation, OutputError, Spans, Sweep, c
 from depass.page import load, render
 
 STRANGE = (
-    "<script>window.evil = 1</script>", " \x1b[31m", "\u202eevil", " \u0645\u0631\u062d\u0628\u0627",
-    " \U0001f469\u200d\U0001f467", "", "\n", "\t", "\x00", ' <img src=x onerror="window.evil = 1">', "&amp;", "\r", "\ufffe\uffff", "end",
+    "<script>window.evil = 1</script>", " \x1b[31m", "\u202eevil", " \u0645\u0631\u062d\u0628",
+    " \U0001f469\u200d\U0001f467", "", "\n", "\t", "\x00", ' <img src=x onerror="window.evil = 1">',
+    "&amp;", "\r", "\ufffe\uffff", "end",
 )  # fmt: skip
 
 
