@@ -72,19 +72,48 @@ function radios(group, items, choose) {
   check(0);
 }
 
+// Layers down, components across; ``mark`` makes a cell.
+function heatMap({columns, layers, across, numbered}, mark) {
+  const own = columns.filter(({beside}) => !beside).length, side = ({beside}) => beside ? "beside" : "";
+  const table = make("table", "map " + (numbered ? "numbered" : "dense")), over = make("th", "", across);
+  const width = cell => `${3.5 + own * cell + 5.5 * (columns.length - own)}rem`;
+  table.style.width = numbered ? `clamp(${width(2.9)}, 100%, ${width(7)})` : `clamp(${width(0.7)}, 100%, ${width(1.6)})`;
+  over.colSpan = own;
+  const heading = (column, index) => make("th", side(column), numbered || column.beside || index % 4 === 0 ? column.name : "");
+  table.append(
+    make("colgroup", "", make("col", "layer"), ...columns.map(column => make("col", side(column)))),
+    make("tr", "", make("th", ""), over),
+    make("tr", "", make("th", "", "layer"), ...columns.map(heading)));
+  layers.forEach((layer, row) => {
+    const cells = columns.map((column, index) =>
+      mark("td", side(column), row * columns.length + index, "", numbered || column.beside));
+    table.append(make("tr", "", make("th", "", String(layer)), ...cells));
+  });
+  return make("div", "wide", table);
+}
+
+function legend(low, high) {
+  const scale = make("span", "scale");
+  for (let step = -10; step <= 10; step++) scale.append(make("span", ""));
+  [...scale.children].forEach((swatch, step) => { swatch.style.backgroundColor = ink((step - 10) / 10); });
+  return make("div", "legend", low, scale, high);
+}
+
 function draw(view) {
   let row = 0;
-  const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits()), section = make("section", "");
+  const section = make("section", "");
   const digits = () => Math.min(9, Math.max(2, 1 - Math.floor(Math.log10(view.largest[row]))));
+  const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits());
   const marks = [];  // what is coloured: elements with the index of their score
 
   function mark(tag, className, index, text, number) {
-    const element = make(tag, "mark " + className, text);
+    const element = make(tag, "mark " + className, ...text.split(/(?=\n+$)/));
     element.dataset.index = index;
-    if (number) element.append(make("span", "number"));
+    if (number) addNumber(element);
     marks.push(element);
     return element;
   }
+  const addNumber = element => element.firstChild.after(make("span", "number"));  // before the break that a line ends with
   const said = index => [view.places[index] && `token ${view.places[index]}`, view.names[index], signed(view.scores[row][index])]
     .filter(Boolean).join("  ");
 
@@ -96,19 +125,6 @@ function draw(view) {
     return shown;
   }
 
-  function map({columns, layers, across, numbered}) {
-    const table = make("table", "map " + (numbered ? "numbered" : "dense")), own = columns.filter(column => !column.beside).length;
-    const over = make("th", "", across), rem = cell => `${3.5 + own * cell + 5.5 * (columns.length - own)}rem`;
-    over.colSpan = own;
-    table.style.width = numbered ? `clamp(${rem(2.9)}, 100%, ${rem(7)})` : `clamp(${rem(0.7)}, 100%, ${rem(1.6)})`;
-    table.append(make("colgroup", "", make("col", "layer"), ...columns.map(({beside}) => make("col", beside ? "beside" : ""))));
-    const heading = ({name, beside}, index) => make("th", beside ? "beside" : "", numbered || beside || index % 4 === 0 ? name : "");
-    table.append(make("thead", "", make("tr", "", make("th", ""), over), make("tr", "", make("th", "", "layer"), ...columns.map(heading))));
-    layers.forEach((layer, line) => table.append(make("tr", "", make("th", "", String(layer)), ...columns.map(({beside}, index) =>
-      mark("td", beside ? "beside" : "", line * columns.length + index, "", numbered || beside)))));
-    return make("div", "wide", table);
-  }
-
   const caption = make("figcaption", ""), figure = make("figure", "", caption);
   section.append(make("h1", "", view.question), make("p", "hint", view.facts));
   if (view.targets.length > 1 && !view.generated) {
@@ -118,11 +134,13 @@ function draw(view) {
     radios(choices, [...choices.children], select);
     section.append(make("h2", "", "Target"), choices);
   }
+  if (view.generated)
+    section.append(make("p", "hint", "Choose a generated token, with a click or the arrow keys, to see what it owes to what."));
   section.append(figure);
 
   const prompt = text(view.prompt);
   if (view.map) {
-    figure.append(map(view.map));
+    figure.append(heatMap(view.map, mark));
     section.insertBefore(prompt, figure);
     section.insertBefore(make("h2", "", "Prompt"), prompt);
   } else {
@@ -130,7 +148,8 @@ function draw(view) {
   }
   const tokens = [...marks];  // without a number until one is asked for
   if (view.chips.length)
-    figure.append(make("p", "chips", ...view.chips.map(index => mark("span", "", index, view.names[index], true))));
+    figure.append(make("p", "chips", ...view.chips.map(index =>
+      mark("span", view.ranked.includes(index) ? "" : "beside", index, view.names[index], true))));
   arrows(figure, [...marks]);
   let generated = [];
   if (view.generated) {
@@ -139,30 +158,26 @@ function draw(view) {
     generated = [...after.children];
     generated.forEach(token => token.classList.add("choice"));
     tokens.push(...generated.filter(token => token.dataset.index));
-    figure.append(make("h2", "", "Generated: choose a token to see what it owes to the text before it"), after);
+    figure.append(make("h2", "", "Generated"), after);
     radios(after, generated, select);
   }
 
   const low = make("span", ""), high = make("span", "");
-  const scale = make("span", "scale", ...Array.from({length: 21}, (_, step) => {
-    const swatch = make("span", "");
-    swatch.style.backgroundColor = ink((step - 10) / 10);
-    return swatch;
-  }));
-  figure.append(make("div", "legend", low, scale, high));
+  figure.append(legend(low, high));
   const tools = make("div", "tools", button("Save as SVG", () => save(figure, view.name)));
   if (!view.map && tokens.length) {
     const box = make("input", "numbers");
     box.type = "checkbox";
     box.onchange = () => {
       for (const token of tokens)
-        if (box.checked) token.append(make("span", "number")); else token.querySelector(".number").remove();
+        if (box.checked) addNumber(token); else token.querySelector(".number").remove();
       paint();
     };
     tools.append(make("label", "", box, "numbers"));
   }
   const lines = make("tbody", ""), most = make("figcaption", ""), largest = make("figure", "", most, make("table", "top", lines));
-  section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))), make("p", "hint", view.hint));
+  section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))));
+  section.append(make("p", "hint", view.hint));
 
   function paint() {
     const scores = view.scores[row], largest = view.largest[row];
@@ -222,21 +237,23 @@ function explain(element, what) {
 // A figure as it stands on the page, of rectangles and texts alone, which every program that reads SVG can show.
 function picture(figure) {
   const space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg"), origin = figure.getBoundingClientRect();
-  let right = 0, bottom = 0;
+  let wide = 0, high = 0;  // of what is drawn so far
   const round = x => Math.round(100 * x) / 100;
   function put(tag, box, attributes, content = "") {
     const element = document.createElementNS(space, tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, typeof value === "number" ? round(value) : value);
+    for (const [name, value] of Object.entries(attributes))
+      element.setAttribute(name, typeof value === "number" ? round(value) : value);
     element.textContent = content;
     svg.append(element);
-    [right, bottom] = [Math.max(right, box.right - origin.left), Math.max(bottom, box.bottom - origin.top)];
+    [wide, high] = [Math.max(wide, box.right - origin.left), Math.max(high, box.bottom - origin.top)];
   }
   const clear = colour => colour === "rgba(0, 0, 0, 0)" || colour === "transparent";
   const pen = document.createElement("canvas").getContext("2d");
   const at = box => [box.left - origin.left, box.top - origin.top];
 
   for (const element of figure.querySelectorAll("*")) {
-    const style = getComputedStyle(element), bordered = element.matches(".chips .mark, .scale, .text"), chosen = style.outlineStyle !== "none";
+    const style = getComputedStyle(element), chosen = style.outlineStyle !== "none";
+    const bordered = element.matches(".chips .mark, .scale, .text");
     if (clear(style.backgroundColor) && !bordered && !chosen) continue;
     for (const box of element.getClientRects()) {
       const [x, y] = at(box);
@@ -252,46 +269,44 @@ function picture(figure) {
     const node = nodes.currentNode, parent = node.parentElement, style = getComputedStyle(parent);
     pen.font = style.font;
     const {fontBoundingBoxAscent: ascent} = pen.measureText("x");
-    for (const {text, left, top, width} of broken(node, range)) put("text", {right: left + width, bottom: top}, {
-      x: left - origin.left, y: top - origin.top + ascent, textLength: width, lengthAdjust: "spacingAndGlyphs",
+    for (const {text, left, right, top} of broken(node, range)) put("text", {right, bottom: top}, {
+      x: left - origin.left, y: top - origin.top + ascent, textLength: right - left, lengthAdjust: "spacingAndGlyphs",
       "font-family": style.fontFamily, "font-size": style.fontSize, "font-weight": style.fontWeight, fill: style.color,
       opacity: parent.closest(".later") ? 0.5 : 1, style: "white-space: pre",
     }, text);
   }
-  const [wide, high] = [right + 16, bottom + 16], paper = document.createElementNS(space, "rect");
-  for (const [name, value] of Object.entries({x: -8, y: -8, width: wide, height: high, fill: getComputedStyle(document.body).backgroundColor}))
-    paper.setAttribute(name, round(value));
-  paper.setAttribute("fill", getComputedStyle(document.body).backgroundColor);
+  const size = {width: round(wide + 16), height: round(high + 16)}, paper = document.createElementNS(space, "rect");
+  const fill = getComputedStyle(document.body).backgroundColor;
+  for (const [name, value] of Object.entries({x: -8, y: -8, ...size, fill})) paper.setAttribute(name, value);
+  for (const [name, value] of Object.entries({viewBox: `-8 -8 ${size.width} ${size.height}`, ...size})) svg.setAttribute(name, value);
   svg.prepend(paper);
-  for (const [name, value] of Object.entries({viewBox: `-8 -8 ${round(wide)} ${round(high)}`, width: round(wide), height: round(high)}))
-    svg.setAttribute(name, value);
   return new XMLSerializer().serializeToString(svg);
 }
 
-// A text node's lines as they are broken on the page.
+// A text node in runs of letters that touch: broken at the end of a line, and where the direction of writing turns.
 function broken(node, range) {
-  const lines = [];
-  let from = 0;
-  for (const letter of node.data) {
-    range.setStart(node, from);
-    range.setEnd(node, from += letter.length);
-    const box = range.getBoundingClientRect(), line = lines.at(-1);
-    if (!box.width) {
-      if (line && letter !== "\n") line.text += letter;
-    } else if (line && Math.abs(line.top - box.top) < 2) {
-      line.text += letter;
-      line.width = Math.max(line.left + line.width, box.right) - Math.min(line.left, box.left);
-      line.left = Math.min(line.left, box.left);
-    } else {
-      lines.push({text: letter, left: box.left, top: box.top, width: box.width});
+  const runs = [];
+  for (const {segment: letter, index} of new Intl.Segmenter().segment(node.data)) {
+    range.setStart(node, index);
+    range.setEnd(node, index + letter.length);
+    const box = range.getBoundingClientRect(), run = runs.at(-1), near = (a, b) => Math.abs(a - b) < 1;
+    if (letter === "\n" || letter === "\t") continue;
+    if (run && !box.width) {
+      run.text += letter;
+    } else if (run && near(run.top, box.top) && (near(run.right, box.left) || near(run.left, box.right))) {
+      [run.text, run.left, run.right] = [run.text + letter, Math.min(run.left, box.left), Math.max(run.right, box.right)];
+    } else if (box.width) {
+      runs.push({text: letter, left: box.left, right: box.right, top: box.top});
     }
   }
-  return lines;
+  return runs;
 }
 
 function save(figure, name) {
   const link = document.createElement("a");
+  figure.classList.add("whole");  // what a box scrolls as well
   link.href = URL.createObjectURL(new Blob([picture(figure)], {type: "image/svg+xml"}));
+  figure.classList.remove("whole");
   link.download = name.replace(/[^\w.-]+/g, "-") + ".svg";
   link.click();
   URL.revokeObjectURL(link.href);
@@ -307,7 +322,7 @@ if (views.length > 1) {
   radios(results, [...results.children], open);
 }
 document.getElementById("theme").onclick = () => {
-  const root = document.documentElement.style, dark = root.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  root.colorScheme = dark === "dark" ? "light" : "dark";
+  const root = document.documentElement.style, asked = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  root.colorScheme = (root.colorScheme || asked) === "dark" ? "light" : "dark";
 };
 open(0);

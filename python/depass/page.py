@@ -243,7 +243,8 @@ def _seen(text: str) -> str:
 
 def _short(label: str) -> str:
     half = _LONGEST // 2
-    return _seen(label if len(label) <= _LONGEST else f"{label[:half]} … {label[-half:]}").replace("\n", "") or "·"
+    cut = label if len(label) <= _LONGEST else f"{label[:half]} … {label[-half:]}"
+    return _seen(cut if cut.strip(" ") else "␣" * len(cut)).replace("\n", "") or "·"
 
 
 def _rounded(scores: Tensor) -> list[list[float]]:

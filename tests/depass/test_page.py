@@ -10,6 +10,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -320,17 +321,22 @@ def test_tokens_stay_text(browser: Browser) -> None:
     assert EVIL[:9] in browser.ask("document.querySelector('.text').textContent")
 
 
+def saved(browser: Browser, button: str) -> ElementTree.Element:
+    browser.click(button)
+    begun = browser.wait("Browser.downloadWillBegin")
+    while browser.wait("Browser.downloadProgress")["state"] != "completed":
+        pass
+    path = browser.folder / begun["suggestedFilename"]
+    root = ElementTree.parse(path).getroot()
+    path.unlink()
+    return root
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_a_figure_is_saved_as_svg_of_rectangles_and_texts(browser: Browser, name: str) -> None:
     browser.open(PAGES[name].to_html())
     for button, figure in (("figure + .tools button", 0), (".tools:last-of-type button", 1)):
-        browser.click(button)
-        begun = browser.wait("Browser.downloadWillBegin")
-        while browser.wait("Browser.downloadProgress")["state"] != "completed":
-            pass
-        path = browser.folder / begun["suggestedFilename"]
-        root = ElementTree.parse(path).getroot()
-        path.unlink()
+        root = saved(browser, button)
         assert {element.tag.rpartition("}")[2] for element in root} == {"rect", "text"}
         shown = browser.ask(f"document.querySelectorAll('figure')[{figure}].textContent")
         said = "".join(element.text or "" for element in root)
@@ -390,5 +396,9 @@ def test_two_thousand_tokens_do_not_stutter(browser: Browser) -> None:
     moves = sorted(browser.ask(focus.format(row)) for row in (0, 500, 1000, 1500, 1999))
     print(f"\n2,000 tokens, 100 generated: opens in {opened:.2f} s, click {times[2]:.0f} ms, focus {moves[2]:.0f} ms")
     assert browser.ask("document.querySelectorAll('.mark').length") == 2099
+    texts = [element for element in saved(browser, "figure + .tools button") if element.text]
+    heights = [float(element.get("y", "nan")) for element in texts]
+    assert len(texts) > 2100
+    assert all(after > before - 2 for before, after in pairwise(heights))  # what a box scrolls lies over nothing else
     assert times[2] < 250  # ms; what a hand takes for at once, on a machine that does other things
     assert moves[2] < 250
