@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -201,8 +202,24 @@ def listed(numbers: Tensor) -> Any:
 
 
 def attribution(tensors: dict[str, Any], said: dict[str, Any]) -> Attribution:
-    """An attribution of its tensors and what ``to_dict`` said of it."""
+    """An attribution of its tensors and what ``to_dict`` said of it.
+
+    Raises:
+        ValueError: the two do not fit.
+    """
+    check_shape(tensors["scores"], said["targets"], said["sources"])
     return Attribution(**tensors, sources=tuple(Source(**one) for one in said["sources"]), **common(said))
+
+
+def check_shape(scores: Tensor, *axes: Sized) -> None:
+    """Refuse a file whose scores are not of what it says that they are.
+
+    Raises:
+        ValueError: a dimension of the scores is not as long as its axis.
+    """
+    wanted = tuple(map(len, axes))
+    if scores.shape != wanted:
+        raise ValueError(f"its scores are {tuple(scores.shape)}, and it names {wanted}")
 
 
 def common(described: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import DePassError, SourceError, TargetError
 from .files import load_result, save_result
 from .prompt import Prompt
-from .result import Settings, common, judged, listed
+from .result import Settings, check_shape, common, judged, listed
 from .sources import Source
 from .targets import Target
 
@@ -164,6 +164,7 @@ class Sweep:
 
         def make(tensors: dict[str, Any], said: dict[str, Any]) -> Sweep:
             layers, columns = tuple(said["layers"]), tuple(said["columns"])
+            check_shape(tensors["scores"], said["targets"], layers, columns)
             return Sweep(**tensors, layers=layers, columns=columns, kind=said["kind"], **common(said))
 
         return load_result(path, _FORMAT, _TENSORS, make)

@@ -147,6 +147,16 @@ def test_a_generation_saved_and_loaded_is_the_same(device: str, tmp_path: Path) 
             other.load(tmp_path / "made")
 
 
+def test_a_file_that_contradicts_itself_does_not_load(tmp_path: Path) -> None:
+    for made in (attribution(3), sweep(), generation(("a",), ("b",))):
+        inner = made.attribution if isinstance(made, Generation) else made
+        broken = dataclasses.replace(inner, targets=inner.targets[:0])
+        whole = dataclasses.replace(made, attribution=broken) if isinstance(made, Generation) else broken
+        whole.save(tmp_path / "broken")
+        with pytest.raises(OutputError, match=r"broken: its scores are \(.*\), and it names \(0, "):
+            load(tmp_path / "broken")
+
+
 def test_view_puts_results_of_every_kind_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {"a.x": attribution(3), "b.safetensors": sweep(), "c": generation(("a",), ("b", "c"))}
     for name, made in kinds.items():
