@@ -85,6 +85,11 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
     add("--viz-path", metavar="F.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of a picture")
+    view = commands.add_parser("view", help="write saved results as one standalone HTML page")
+    view.set_defaults(run=_view)
+    add = view.add_argument
+    add("results", nargs="+", metavar="RESULT", help="a saved attribution, sweep or generation")
+    add("-o", "--output", metavar="page.html", help="(default: beside the first RESULT, its name with .html)")
     plan = commands.add_parser(
         "plan", help="what an attribution takes: rows, memory, time; from the configuration alone"
     )
@@ -225,6 +230,18 @@ def _attribute_dataset(options: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConservationWarning)  # every row says how far its scores miss
         print(run(options))
+
+
+def _view(options: argparse.Namespace) -> None:
+    output = options.output or os.path.splitext(options.results[0])[0] + ".html"
+    if os.path.realpath(output) in map(os.path.realpath, options.results):
+        raise OptionError(f"the page would overwrite the result {output}; name another file with -o")
+    check_writable(output)
+
+    from .page import load, render
+
+    render([(path, load(path)) for path in options.results], output)
+    print(output)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from .checks import integer
 from .errors import OptionError
 from .families import BoundModel
+from .files import load_result, save_result
 from .prompt import Prompt, encode
-from .result import Attribution
+from .result import TENSORS, Attribution, attribution
 from .sources import Spans, token_ranges
 
+_FORMAT = "depass-generation-1"
 _OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate", "num_return_sequences")
 
 
@@ -38,6 +41,42 @@ class Generation:
 
     def __repr__(self) -> str:
         return f"Generation({self.text!r}, {self.attribution!r})"
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One standalone page, on which a click on a generated token shows its sources; written to ``path`` where given.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        from .page import render
+
+        return render([("generation", self)], path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings: the attribution's, and what was generated."""
+        made = {"text": self.text, "tokens": list(self.tokens), "ids": list(self.ids)}
+        return {**self.attribution.to_dict(), "format": _FORMAT, **made}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write text, tokens and their attribution as safetensors with JSON metadata; :meth:`load` reads it.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        save_result(path, self.to_dict(), {name: getattr(self.attribution, name) for name in TENSORS})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Generation:
+        """Read what :meth:`save` wrote; needs no model.
+
+        Raises:
+            OutputError: the file cannot be read or is no generation.
+        """
+
+        def make(tensors: dict[str, Any], said: dict[str, Any]) -> Generation:
+            return Generation(said["text"], tuple(said["tokens"]), tuple(said["ids"]), attribution(tensors, said))
+
+        return load_result(path, _FORMAT, TENSORS, make)
 
 
 def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampling: dict[str, Any]) -> list[int]:
