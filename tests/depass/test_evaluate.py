@@ -450,9 +450,11 @@ def test_curves_are_those_of_a_loop_over_methods_and_shares(dp: DePass, tmp_path
 
 
 def test_wrong_and_long_and_unreadable_answers_are_counted(dp: DePass, tmp_path: Path) -> None:
+    def top(ids: list[int]) -> int:
+        return int(next_tokens(dp, [ids], [0])[1][0])
+
     def said(prompt: str) -> str:
-        ids = dp.tokenizer.encode(prompt)
-        text: str = dp.tokenizer.decode([int(next_tokens(dp, [ids], [0])[1][0])])
+        text: str = dp.tokenizer.decode([top(dp.tokenizer.encode(prompt))])
         return text
 
     words = [f"the cat {letter}" for letter in "bdfgijklmnopqruvwxyzABDEFGHIJ"]
@@ -463,7 +465,7 @@ def test_wrong_and_long_and_unreadable_answers_are_counted(dp: DePass, tmp_path:
         {"prompt": right, "target": "Q" if said(right) != "Q" else "Z"},  # wrong
         {"prompt": "the c", "target": "at"},  # one token with the prompt's end
         {"prompt": [500], "target": 3},  # no id of the model
-        {"prompt": said(right), "target": said(said(right))},  # nothing to delete
+        {"prompt": [20], "target": top([20])},  # nothing to delete
         "no row",
     ]
     source, task = jsonl(tmp_path / "data.jsonl", rows), TASKS["tokens"]

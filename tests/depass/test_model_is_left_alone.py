@@ -66,10 +66,10 @@ def test_after_an_exception_in_the_models_own_code(model: Any) -> None:
 def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, kept = Propagation.step, []
 
-    def step(self: Propagation, index: int, trace: lockstep.Trace, between: Any) -> None:
+    def step(self: Propagation, index: int, trace: lockstep.Trace, *rest: Any) -> None:
         assert not [ref for ref in kept if ref() is not None]
         kept.extend(weakref.ref(tensor) for tensor in (trace.pattern, trace.hidden, *trace.scales.values()))
-        whole(self, index, trace, between)
+        whole(self, index, trace, *rest)
 
     monkeypatch.setattr(Propagation, "step", step)
     DePass(model, mlp_rule="taylor").attribute(models.prompt(9))

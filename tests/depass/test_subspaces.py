@@ -335,8 +335,12 @@ def test_the_subspace_is_the_span_of_the_planted_offsets(tmp_path: Path) -> None
     found = language.find_subspace(dp, train, train, 1, seed=0)
     assert found.basis.shape == (5, WIDTH)  # six offsets that add up to nothing
     torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(5), rtol=0, atol=1e-5)
-    inside = offsets @ found.basis.T @ found.basis
-    assert float((inside - offsets).norm() / offsets.norm()) < 0.02
+    # the classifier sees every axis in units of its spread, and its weights, a sum of what it sees, are taken back
+    spread = torch.stack([dp.model.get_input_embeddings().weight[dp.tokenizer.get_vocab()[f"word{g}{m}"]]
+                          for g in range(6) for m in range(MEANINGS)]).std(0, correction=0)  # fmt: skip
+    expected = offsets / spread.square()
+    inside = expected @ found.basis.T @ found.basis
+    assert float((inside - expected).norm() / expected.norm()) < 0.15  # saga stops at a tolerance of 0.01
     assert found.facts["held_out"] == 1.0
     assert found.facts["held_out_language"] == 1.0
     assert found.facts["held_out_meaning"] < 0.35  # of six: chance is 0.167
@@ -361,8 +365,10 @@ def test_each_part_says_its_own_and_nothing_of_the_other(tmp_path: Path) -> None
     for split in language.SPLITS:
         inside, outside = states[:, :, part[f"language ({split})"]], states[:, :, part[f"meaning ({split})"]]
         torch.testing.assert_close(inside + outside, states[:, :, part["whole"]], rtol=0, atol=1e-3 * scale)
-        assert float(inside.std(0).norm()) < 0.05 * float(inside.std(1).norm())  # one vector for each language
-        assert float(outside.std(1).norm()) < 0.05 * float(outside.std(0).norm())  # one for each meaning
+        # the mean is told what belongs together; the classifier's weights lean towards axes of little spread
+        leak = 0.05 if split == "mean" else 0.25
+        assert float(inside.std(0).norm()) < leak * float(inside.std(1).norm())  # one vector for each language
+        assert float(outside.std(1).norm()) < leak * float(outside.std(0).norm())  # one for each meaning
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"{MEANINGS} items: {MEANINGS} ok" in report
     assert (tmp_path / "out" / "parts.png").stat().st_size > 1000
