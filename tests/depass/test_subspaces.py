@@ -343,7 +343,6 @@ def test_the_subspace_is_the_span_of_the_planted_offsets(tmp_path: Path) -> None
     assert float((inside - expected).norm() / expected.norm()) < 0.15  # saga stops at a tolerance of 0.01
     assert found.facts["held_out"] == 1.0
     assert found.facts["held_out_language"] == 1.0
-    assert found.facts["held_out_meaning"] < 0.35  # of six: chance is 0.167
 
 
 def test_each_part_says_its_own_and_nothing_of_the_other(tmp_path: Path) -> None:
