@@ -229,7 +229,7 @@ def test_odd_texts_stay_what_they_are(model: str, tmp_path: Path, capfd: pytest.
 
 def test_a_csv_row_that_is_not_whole_is_an_error(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(
-        b'prompt,target\r\nthe cat, sat\r\nthe, cat, sat\r\nthe\r\n\r\ncat,\r\n\xff,the\r\n"the cat'
+        b'prompt,target\r\nthe cat, cat\r\nthe, cat, sat\r\nthe\r\n\r\ncat,\r\n\xff,the\r\n"the cat'
     )
     assert run(tmp_path / "a.csv", model, tmp_path / "out") == 0
     errors = [row["error"] for row in rows(tmp_path / "out")]
