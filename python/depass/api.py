@@ -20,7 +20,7 @@ from . import plan as plans
 from . import smollm2, streaming
 from .checks import integer, integers
 from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
-from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, grouped, refuse_dropout
+from .engine import Case, Engine, Options, Progress, blame, decomposed_layers, grouped, refuse_dropout
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
 from .families import Family, bind
 from .generation import Generation, continued, generated_ids, sources_of
@@ -515,9 +515,7 @@ class DePass:
             if layer not in wanted:
                 return
             if not bool(propagation.state.isfinite().all()):
-                raise NonFiniteError(
-                    f"the state entering layer {layer} is not finite in {dtype_name(self._bound.dtype)}"
-                )
+                raise NonFiniteError(f"the state entering layer {layer} is not finite; {blame(self._bound)}")
             if on_state is not None:
                 on_state(layer, propagation.state, stream)
             else:

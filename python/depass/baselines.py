@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import lockstep, targets
 from .api import DePass
 from .checks import integer
-from .engine import dtype_name, refuse_dropout
+from .engine import blame, dtype_name, refuse_dropout
 from .errors import DePassError, NonFiniteError, OptionError, PromptError
 from .families import BoundModel, Layer, Norm, Projection
 from .masking import Kind, width
@@ -237,7 +237,7 @@ def _settings(dp: DePass, name: str) -> Settings:
 
 def _must_be_finite(bound: BoundModel, number: float, what: str) -> None:
     if not math.isfinite(number):
-        raise NonFiniteError(f"{what} is not finite ({number}) in {dtype_name(bound.dtype)}; try bfloat16 or float32")
+        raise NonFiniteError(f"{what} is not finite ({number}); {blame(bound)}")
 
 
 # --- passes of the model ------------------------------------------------------------------------------------------------

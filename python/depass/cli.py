@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import DePassError, OptionError, PromptError, SourceError, TargetError
+from .errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from .files import check_writable
 
 if TYPE_CHECKING:
@@ -48,8 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DePassError as error:
         return _fail(error, 1)
     except BrokenPipeError:  # the reader of a pipe left early, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except (ImportError, OSError) as error:
+        if not isinstance(error, OSError) or error.errno is None:  # a library; memory that is limited can be why
+            return _fail(f"cannot load what it needs: {error}", 1)
+        _drop_output()
+        where = "standard output" if error.filename is None else error.filename  # other files raise an OutputError
+        return _fail(f"cannot write {where}: {error.strerror}", 1)
+    except (MemoryError, RuntimeError) as error:
+        from .memory import asked_bytes
+
+        if asked_bytes(error) is None:
+            raise
+        return _fail("out of memory; `depass plan` says what a prompt takes", 1)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted", 143 if isinstance(stop, Terminated) else 130)
     finally:
@@ -58,17 +70,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _drop_output() -> None:
+    """Leave what could not be written, instead of failing once more when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _terminate(*_: object) -> None:
     raise Terminated("terminated")
 
 
 def _fail(why: object, code: int) -> int:
-    print(f"depass: {why}", file=sys.stderr)
+    print(f"depass: {escaped(str(why))}", file=sys.stderr)
     return code
 
 
+def say(text: str) -> None:
+    """Print a line on standard output; names of files in it command no terminal."""
+    print(escaped(text))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments without repeating their control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escaped(message))
+
+
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="depass", description="Which part of the input made a language model say what it said."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -202,7 +231,7 @@ def _attribute(options: argparse.Namespace) -> None:
     for path in (options.save_path, options.viz_path):
         if path is not None:
             check_writable(path)
-    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    prompt = _standard_input() if options.prompt == "-" else options.prompt
     if not prompt:
         raise PromptError("the prompt is empty; give at least one token")
 
@@ -212,7 +241,7 @@ def _attribute(options: argparse.Namespace) -> None:
     with _Progress() as progress:
         result = dp.attribute(prompt, target=targets, sources=options.sources, progress=progress.update)
     if options.json:
-        print(json.dumps(result.to_dict(), ensure_ascii=False))
+        print(json.dumps(result.to_dict()))
     else:
         result.show()
     if options.save_path is not None:
@@ -229,7 +258,7 @@ def _attribute_dataset(options: argparse.Namespace) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConservationWarning)  # every row says how far its scores miss
-        print(run(options))
+        say(run(options))
 
 
 def _view(options: argparse.Namespace) -> None:
@@ -241,7 +270,7 @@ def _view(options: argparse.Namespace) -> None:
     from .page import load, render
 
     render([(path, load(path)) for path in options.results], output)
-    print(output)
+    say(output)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -275,6 +304,12 @@ def _backends(_: argparse.Namespace) -> None:
     if info:
         cuda = f"nvcc {info['nvcc']} for {', '.join(info['cuda_architectures'])}" if info["nvcc"] else "no CUDA kernels"
         print(f"\ncompiled by {info['cxx']}; {cuda}")
+
+
+def _standard_input() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are refused with the prompt
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _target(text: str) -> Any:

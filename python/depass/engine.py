@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from depass_kernels import BackendError
+from depass_kernels.ops import FLOATS
 
 from . import lockstep, targets
 from .errors import DePassError, MemoryLimitError, MemoryLimitWarning, ModelError, NonFiniteError, OptionError
@@ -297,7 +298,7 @@ class Engine:
         logits_of = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
         error = conservation_error(torch.stack(rows, 1), logits_of[:, None])
         if not all(bool(row.isfinite().all()) for row in rows):
-            raise NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
+            raise NonFiniteError(f"scores are not finite; {blame(self.bound)}")
         shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
         layers = tuple(layer[0].layer for group in groups for layer in group)
         sources = [s for s in parts[0].sources if s.kind not in ("bias", "rest")]
@@ -357,7 +358,7 @@ class Engine:
         except NonFiniteError as error:
             return error
         if not bool(scores.isfinite().all()):
-            return NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
+            return NonFiniteError(f"scores are not finite; {blame(self.bound)}")
         return Attribution(
             scores=scores.float(),
             sources=case.parts.sources,
@@ -384,8 +385,7 @@ class Engine:
     def _must_be_finite(self, target: Target, logit: float) -> None:
         if not math.isfinite(logit):
             raise NonFiniteError(
-                f"the model's own logits are not finite ({logit} for {target.label!r}); "
-                f"its weights or its dtype ({dtype_name(self.bound.dtype)}) do not carry this prompt"
+                f"the model's own logits are not finite ({logit} for {target.label!r}); {blame(self.bound)}"
             )
 
     def _settings(self, options: Options, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
@@ -406,6 +406,15 @@ def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
     total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
     size = torch.maximum(logits.abs().expand_as(spread), spread).clamp(min=torch.finfo(torch.float64).tiny)
     return (total - logits).abs() / size
+
+
+def blame(bound: BoundModel) -> str:
+    """What makes numbers of a model not finite: a weight that is so itself, which is named, or else its dtype."""
+    for name, weight in bound.model.named_parameters():
+        plain = type(weight) is torch.nn.Parameter and weight.dtype in FLOATS and not weight.is_meta
+        if plain and weight.numel() and not all(bool(edge.isfinite()) for edge in weight.detach().aminmax()):
+            return f"the model's weight {name} holds NaN or infinity: load it from a file that is whole"
+    return f"the model's weights are, so {dtype_name(bound.dtype)} has too small a range for this; give another dtype"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -52,13 +52,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             with target.open("wb") as file:
                 file.write(content)
             return
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".depass-")
+        name = target.parent / f".depass-{os.urandom(8).hex()}"
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # else a crash of the machine could leave the name with nothing behind it
-            os.chmod(name, 0o666 & ~_umask())
             os.replace(name, target)
         except BaseException:
             with suppress(FileNotFoundError):  # it has its name already
@@ -109,12 +109,6 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 
 def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_result(path: str | os.PathLike[str], said: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from .checks import integer
-from .errors import OptionError
+from .errors import MemoryLimitError, OptionError
 from .families import BoundModel
 from .files import load_result, save_result
+from .memory import asked_bytes
 from .prompt import Prompt, encode
 from .result import TENSORS, Attribution, attribution
 from .sources import Spans, token_ranges
@@ -84,6 +85,7 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
 
     Raises:
         OptionError: options that ``generate`` does not take, or more tokens than the model has positions.
+        MemoryLimitError: it does not fit.
     """
     if integer("max_new_tokens", max_new_tokens, OptionError) < 1:
         raise OptionError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
@@ -107,9 +109,11 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
             return_dict_in_generate=False,
             **sampling,
         )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
+        if asked_bytes(error) is not None:
+            raise MemoryLimitError(
+                f"out of memory generating {max_new_tokens} tokens after a prompt of {length}; give fewer"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise OptionError(f"the model's generate does not take these options: {lines[0]}") from error
     found: list[int] = made[0, length:].tolist()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from . import smollm2
-from .errors import ModelError
+from .errors import MemoryLimitError, ModelError
 from .families import BoundModel, bind
+from .memory import asked_bytes
 
 
 def empty_model(name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> BoundModel:
@@ -39,7 +40,8 @@ def load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tup
     """A model and its tokenizer from a folder or a hub name.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or not all of it.
+        MemoryLimitError: it does not fit.
     """
     import transformers
 
@@ -51,10 +53,17 @@ def load(name: str, path: str, dtype: torch.dtype | str, device_map: Any) -> tup
         options["device_map"] = device_map
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         if device_map is not None and not spread:
             model = model.to(device_map)
     except Exception as error:  # loading runs transformers' and the model's own code, which raise what they like
+        if asked_bytes(error) is not None:
+            raise MemoryLimitError(
+                f"cannot load the model {name!r}: out of memory; `depass plan` says what it takes"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot load the model {name!r}: {lines[0]}") from error
+        anew = f"; delete {path} to have it fetched anew" if name == smollm2.NAME else ""
+        raise ModelError(f"cannot load the model {name!r}: {lines[0]}{anew}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers gives them random numbers
+        raise ModelError(f"cannot load the model {name!r}: its files lack {len(missing)} weights, {missing[0]} first")
     return model, tokenizer

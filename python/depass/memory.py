@@ -80,8 +80,8 @@ def asked_bytes(error: BaseException) -> int | None:
     said = str(error)
     if match := re.search(r"tried to allocate ([\d.]+)(?: (bytes)| ([KMGT]iB))", said, re.IGNORECASE):
         return int(float(match[1]) * UNITS[(match[3] or "").upper().removesuffix("B")])
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in said.lower()
-    return 0 if memory else None
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return 0 if memory or re.search(r"out of memory|cannot allocate memory|bad_alloc", said, re.IGNORECASE) else None
 
 
 def size_of(dtype: torch.dtype) -> int:

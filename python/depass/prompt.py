@@ -16,8 +16,8 @@ from .errors import PromptError, SourceError
 from .families import BoundModel
 
 _UNITS = {
-    "word": re.compile(r"\s*\S+"),
-    "sentence": re.compile(r"\s*\S[^.!?。！？\n]*[.!?。！？]*"),
+    "word": re.compile(r"\S+"),
+    "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
 }
 _CONTEXT = 8  # tokens before a token that can change how it decodes
 
@@ -50,7 +50,8 @@ class Prompt:
         check_unit(unit)
         if self.text is None:
             raise SourceError(f"{unit}s need text: the prompt was given as ids and there is no tokenizer")
-        begins = [match.start() for match in _UNITS[unit].finditer(self.text)]
+        # each begins with the space before it, where the one before ends
+        begins = [0, *(match.end() for match in _UNITS[unit].finditer(self.text))][:-1]
         ranges: list[tuple[int, int]] = []
         previous = None
         for index, (_, end) in enumerate(self.offsets):

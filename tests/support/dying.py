@@ -37,6 +37,7 @@ def run(
     after: float | None = None,
     send: int = signal.SIGKILL,
     largest_file: int | None = None,
+    memory: int | None = None,
 ) -> int:
     """Run ``depass`` and return its exit code, negative where a signal ended it; ``said`` gets what it prints.
 
@@ -47,8 +48,9 @@ def run(
         after: or the seconds after which it does.
         send: the signal.
         largest_file: bytes that a file of it may have.
+        memory: bytes of addresses that it may take beside those that it begins with.
     """
-    process = _SERVER.Process(target=_child, args=(list(arguments), str(said), at, after, send, largest_file))
+    process = _SERVER.Process(target=_child, args=(list(arguments), str(said), at, after, send, largest_file, memory))
     process.start()
     process.join(60)
     assert process.exitcode is not None, "it hangs"
@@ -56,7 +58,13 @@ def run(
 
 
 def _child(
-    arguments: list[str], said: str, at: Moment | None, after: float | None, send: int, largest_file: int | None
+    arguments: list[str],
+    said: str,
+    at: Moment | None,
+    after: float | None,
+    send: int,
+    largest_file: int | None,
+    memory: int | None,
 ) -> None:
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -66,6 +74,9 @@ def _child(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if memory is not None:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + memory, resource.RLIM_INFINITY))
     if at is not None:
         name, number, before = at
         setattr(os, name, _dying(getattr(os, name), number, before, send))

@@ -25,7 +25,7 @@ from depass_kernels.backends import RULES
 
 from ..api import DePass
 from ..components import Custom, Heads, Modules, Neurons
-from ..engine import refuse_dropout
+from ..engine import blame, refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
 from ..lockstep import Trace, run, running
@@ -102,7 +102,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         ids = self._encode(prompt)
         states = _residual_streams(self._bound, ids)
         if not bool(states[-1].isfinite().all()):
-            raise NonFiniteError(f"the model's residual stream is not finite in {self._bound.dtype}; use a wider dtype")
+            raise NonFiniteError(f"the model's residual stream is not finite; {blame(self._bound)}")
         self._ids, self.states = ids, states
         return states
 

@@ -46,4 +46,4 @@ def _run(options: argparse.Namespace) -> None:
     dp = cli.load_model(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConservationWarning)  # the reports say how far the scores miss
-        print(run(task, dp, options, Path(options.out)))
+        cli.say(str(run(task, dp, options, Path(options.out))))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
-from ..engine import refuse_dropout
-from ..errors import DataError, DePassError
+from ..engine import blame, refuse_dropout
+from ..errors import DataError, DePassError, NonFiniteError
 from ..prompt import Prompt, encode
 from . import data, forward
 
@@ -117,6 +117,9 @@ def streams(
 
     Returns:
         ``[layers, P, D]`` fp32 on the CPU, the positions of one prompt behind the other's.
+
+    Raises:
+        NonFiniteError: the stream is not finite.
     """
     bound = dp._bound
     refuse_dropout(bound)
@@ -130,4 +133,6 @@ def streams(
         for row, i in enumerate(batch):
             for at, layer in enumerate(layers):
                 found[at, begins[i] : begins[i + 1]] = states[layer][row, list(positions[i])].float().cpu()
+    if not bool(found.isfinite().all()):
+        raise NonFiniteError(f"the model's residual stream is not finite; {blame(bound)}")
     return found
