@@ -615,3 +615,11 @@ def test_a_signal_ends_an_evaluation_with_one_line(send: int, code: int, word: s
     assert dying.run(arguments, said, at=("replace", 1, False), send=send) == code
     assert said.read_text() == f"depass: {word}\n"
     assert os.listdir(out) == ["run.json"]
+
+
+def test_the_tests_that_the_document_names_are_there() -> None:
+    root = Path(__file__).parents[2]
+    there = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in root.glob("tests/depass/*.py")), re.M))
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "faults.md").read_text()))
+    assert len(named) > 30
+    assert named <= there
