@@ -19,7 +19,7 @@ from . import cli
 from .errors import DataError, DePassError, OptionError, OutputError
 from .files import check_writable, write_atomically
 from .rows import Columns, Data, Row, load_pyarrow, open_data
-from .runs import described, hold, progress, session, write_json
+from .runs import described, hold, progress, say_kept, session, write_json
 
 if TYPE_CHECKING:
     from .api import DePass
@@ -65,9 +65,8 @@ def run(options: argparse.Namespace) -> str:
             write_json(folder / "run.json", made)
             try:
                 _fill(shards, data, engine)
-            except (DePassError, KeyboardInterrupt) as error:
-                kept = f"{shards.done():,} of {data.count:,} rows are kept in {folder}, the same command goes on from there"
-                error.args = (f"{str(error) or 'interrupted'}; {kept}",)
+            except (DePassError, KeyboardInterrupt) as stop:
+                say_kept(stop, shards.done(), data.count, folder)
                 raise
             now["seconds"] = round(time.monotonic() - began, 1)
             write_json(folder / "run.json", made)

@@ -81,6 +81,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def say_kept(stop: BaseException, done: int, of: int, folder: Path) -> None:
+    """Add to the text of what stops a run how many of its rows are kept, and that it can go on."""
+    kept = f"{done:,} of {of:,} rows are kept in {folder}, the same command goes on from there"
+    stop.args = (f"{str(stop) or 'interrupted'}; {kept}",)
+
+
 def _read_json(path: Path, kind: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())

@@ -612,9 +612,14 @@ def test_an_evaluation_whose_disk_fills_up_keeps_whole_rows_and_goes_on(folder: 
 def test_a_signal_ends_an_evaluation_with_one_line(send: int, code: int, word: str, folder: str, tmp_path: Path) -> None:
     out, said = tmp_path / "out", tmp_path / "said"
     arguments = evaluation(folder, out, tmp_path / "data.jsonl")
-    assert dying.run(arguments, said, at=("replace", 1, False), send=send) == code
-    assert said.read_text() == f"depass: {word}\n"
-    assert os.listdir(out) == ["run.json"]
+    assert dying.run(arguments, said, at=("mkdir", 4, True), send=send) == code  # of the folder, then of rows
+    kept = f"2 of 12 rows are kept in {out}, the same command goes on from there"
+    assert said.read_text() == f"depass: {word}; {kept}\n"
+    there = evaluated(out)
+    assert len(there) == 2
+    assert dying.run(arguments, said) == 0
+    assert evaluated(out).items() >= there.items()
+    assert len(evaluated(out)) == 12
 
 
 def test_the_tests_that_the_document_names_are_there() -> None:

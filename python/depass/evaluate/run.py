@@ -14,9 +14,9 @@ from typing import Any
 
 from ..api import DePass
 from ..engine import dtype_name
-from ..errors import DataError
+from ..errors import DataError, OutputError
 from ..files import append_row, write_atomically
-from ..runs import described, hold, progress, session, write_json
+from ..runs import described, hold, progress, say_kept, session, write_json
 from .task import Item, Row, Task, failed
 
 _FORMAT = "depass-evaluation-1"
@@ -59,7 +59,11 @@ def run(task: Task, dp: DePass, options: argparse.Namespace, folder: str | os.Pa
             now = session()
             made["sessions"].append(now)
             write_json(folder / "run.json", made)
-            _measure(task, dp, items, rows, options, folder)
+            try:
+                _measure(task, dp, items, rows, options, folder)
+            except (OutputError, KeyboardInterrupt) as stop:
+                say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
+                raise
             now["seconds"] = round(time.monotonic() - began, 1)
             write_json(folder / "run.json", made)
         return _report(task, [rows[item.id] for item in items], made, options, folder)
