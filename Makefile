@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test lint test-kernels test-interpreted bench gpu gpu-large clean
+.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check bench gpu gpu-large clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -35,6 +35,29 @@ compile-for-%:
 test-interpreted:
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels tests/depass/test_served.py -k "triton or auto"
 
+# The pages, without a warning, into build/docs. The tutorial is run anew for them: what it says of its numbers is asserted there.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	! grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|url\([^)]*//' \
+		build/docs --include=*.html --include=*.css  # a page loads nothing from outside
+	@echo build/docs/index.html
+
+# The tutorial as it stands in the repository, with the outputs of this machine.
+tutorial: $(VENV)/docs
+	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False docs/tutorial.ipynb
+
+# The sdist, the wheel that is built out of it, and each of them alone in an environment that has nothing of this checkout.
+# Without isolation, because csrc needs the headers of a torch.
+release-check: $(VENV)/ready
+	rm -rf dist build/clean
+	DEPASS_BUILD_CPU=1 $(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet $(TORCH)
+	build/clean/bin/python -m pip install --quiet dist/*.whl
+	build/clean/bin/python -I tests/release.py
+	DEPASS_BUILD_CPU=1 build/clean/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.tar.gz
+	build/clean/bin/python -I tests/release.py
+
 # The CPU: tokens, heads, short prompts and a long context of the real SmolLM2 against every baseline, then the report.
 bench: $(VENV)/ready
 	status=0; $(BIN)/python -m benchmarks run $(BENCH) || status=$$?; \
@@ -56,5 +79,9 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 		$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/ready
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build depass_kernels/*.so *.egg-info
+	rm -rf $(VENV) build dist depass_kernels/*.so *.egg-info

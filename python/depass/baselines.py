@@ -53,7 +53,7 @@ class _Case:
 def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *, seed: int = 0) -> list[Attribution]:
     """Score the tokens of prompts by a baseline, several prompts in one pass; each result equals its own run's to rounding.
 
-    ==========================  =============================================================================================
+    =========================== =============================================================================================
     ``gradient_norm``           the norm of the logit's gradient with respect to each token's embedding
     ``input_x_gradient``        that gradient times the embedding (signed)
     ``integrated_gradients_20`` the embedding times the mean gradient along the line from zero embeddings, by the midpoint
@@ -67,7 +67,7 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
     ``leave_one_out``           by how much the logit falls without the token: a pass of the model for each; 0 behind the
                                 target's position
     ``random``                  normal numbers
-    ==========================  =============================================================================================
+    =========================== =============================================================================================
 
     Args:
         dp: the model.

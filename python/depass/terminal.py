@@ -25,15 +25,17 @@ _NUMBER, _GUTTER = 7, 7  # cells of a number and of a layer's
 def show(res: Attribution, file: TextIO | None = None, width: int | None = None) -> None:
     """Print ``res`` to ``file`` (stdout), wrapped to ``width`` columns (the terminal's)."""
     console = Console(file=file, width=width, highlight=False)
-    for row in range(len(res.targets)):
-        _print(console, strip(res, row, console.width))
+    with console:  # one output of a notebook's cell, not one a line
+        for row in range(len(res.targets)):
+            _print(console, strip(res, row, console.width))
 
 
 def show_sweep(sweep: Sweep, file: TextIO | None = None, width: int | None = None) -> None:
     """Print every target's grid to ``file`` (stdout), or its largest components where a grid is too wide."""
     console = Console(file=file, width=width, highlight=False)
-    for row in range(len(sweep.targets)):
-        _print(console, grid(sweep, row, console.width))
+    with console:
+        for row in range(len(sweep.targets)):
+            _print(console, grid(sweep, row, console.width))
 
 
 def _print(console: Console, lines: Sequence[Text]) -> None:

@@ -1,5 +1,7 @@
 """The published DePass manager's interface: the same names, arguments and shapes, with parts that add up.
 
+::
+
     from depass.compat.official import decomposed_state_manager
 
     manager = decomposed_state_manager(model, tokenizer)
