@@ -48,17 +48,22 @@ def test_tokens_are_depasss_and_add_up_to_the_logits(name: str) -> None:
 
 
 def test_words_are_sums_of_tokens() -> None:
-    _, tokens_found, _ = explained("llama")
-    _, found, res = explained("llama", granularity=interpreto.Granularity.WORD)
-    assert [word.strip() for word in found.elements] == ["the", "cat", "sat", "the", "cat"]
-    words = found.attributions.shape[0]
-    assert found.attributions.shape == (words, 5)
-    # the first target word against the prompt, where nothing is NaN
-    total = found.attributions[0, :2].sum()
-    first = [target.position for target in res.targets].index(len(res.prompt.ids) - len(res.targets))
-    assert first == 0
-    assert torch.isfinite(total)
-    assert tokens_found.attributions.nansum() != 0
+    prompt, target = "the cat bat", " Dr sat"
+    made = {}
+    for granularity in (interpreto.Granularity.ALL_TOKENS, interpreto.Granularity.WORD):
+        explainer = adapter.DePassExplainer(models.make("llama"), tokens.make(), granularity=granularity)
+        (made[granularity],) = explainer(prompt, target)
+    fine, found = made[interpreto.Granularity.ALL_TOKENS], made[interpreto.Granularity.WORD]
+    assert [word.strip() for word in found.elements] == ["the", "cat", "bat", "Dr", "sat"]
+    assert found.attributions.shape == (2, 5)
+    assert "".join(fine.elements) == prompt + target
+    ends = [len("".join(fine.elements[: i + 1])) for i in range(len(fine.elements))]  # in characters
+    words = [[i for i, end in enumerate(ends) if a < end <= b] for a, b in ((0, 3), (3, 7), (7, 11), (11, 14), (14, 18))]
+    length = len(fine.elements) - fine.attributions.shape[0]
+    for row, to in enumerate(words[3:]):
+        for column, of in enumerate(words[:3]):
+            block = fine.attributions[[i - length for i in to]][:, of]
+            torch.testing.assert_close(found.attributions[row, column], block.sum())
 
 
 def test_options_are_depasss() -> None:
@@ -95,6 +100,6 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     explainer = adapter.DePassExplainer(model, tokenizer)
     with pytest.raises(OptionError, match="targets are missing"):
         explainer(PROMPT)
-    with pytest.raises(PromptError, match="makes other ids of them"):  # <x> is decoded, but not read again as one token
-        explainer(PROMPT, torch.tensor([tokenizer.convert_tokens_to_ids("Ġ"), tokenizer.convert_tokens_to_ids("cat")
-                                        or tokenizer.convert_tokens_to_ids("ca"), tokenizer.convert_tokens_to_ids("at")]))  # fmt: skip
+    parts = torch.tensor([tokenizer.convert_tokens_to_ids(piece) for piece in ("Ġ", "t", "h", "e")])  # " the" is one token
+    with pytest.raises(PromptError, match="makes other ids of them"):
+        explainer(PROMPT, parts)

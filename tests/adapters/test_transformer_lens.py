@@ -23,7 +23,7 @@ IDS = models.prompt(9)
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt-neox"]
 
 
-def booted(name: str, **changes: Any) -> tuple[Any, Any]:
+def booted(name: str) -> tuple[Any, Any]:
     """A model of HuggingFace, and a bridge around a copy of it."""
     model = models.make(name)
     bridge = TransformerBridge.boot_transformers(name, hf_model=copy.deepcopy(model), tokenizer=tokens.make(), device="cpu")
@@ -67,7 +67,7 @@ def test_weights_are_shared() -> None:
 
 def test_the_tokenizer_is_the_bridges() -> None:
     _, bridge = booted("llama")
-    res = from_bridge(bridge).attribute("the cat", " sat"[:2])
+    res = from_bridge(bridge).attribute("the cat", 5)
     assert res.prompt.text == "the cat"
     assert from_bridge(bridge, tokenizer=None).tokenizer is None
 
