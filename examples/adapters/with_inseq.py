@@ -5,7 +5,7 @@ from pathlib import Path
 
 import inseq
 
-import depass.compat.inseq  # registers the method
+import depass.compat.inseq  # noqa: F401  # registers the method
 from depass import DePass
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
@@ -18,7 +18,8 @@ out = model.attribute(text, f"{text} Rome, Italy", attributed_fn="logit", show_p
 out.save(folder / "inseq.json", overwrite=True)
 
 (sequence,) = out.sequence_attributions
-print(f"the logits {sequence.step_scores['logit'].tolist()} are the columns' sums {sequence.target_attributions.nansum(0).tolist()}")
+sums = sequence.target_attributions.nansum(0).tolist()
+print(f"the columns add up to {sums}, the logits are {sequence.step_scores['logit'].tolist()}")
 
 layers = model.attribute(text, f"{text} Rome", attributed_fn="logit", outputs="layers", show_progress=False)
 print(f"of the stream entering each layer: {tuple(layers[0].target_attributions.shape)} (token, target, layer)")

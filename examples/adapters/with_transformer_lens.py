@@ -1,4 +1,4 @@
-"""TransformerLens: a bridge's model attributed, its figure by CircuitsVis. Usage: python with_transformer_lens.py [FOLDER]"""
+"""TransformerLens: a bridge's model attributed, drawn by CircuitsVis. Usage: python with_transformer_lens.py [FOLDER]"""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from depass.compat.transformer_lens import from_bridge
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 smollm2 = DePass.from_pretrained()
-bridge = TransformerBridge.boot_transformers("smollm2", hf_model=smollm2.model, tokenizer=smollm2.tokenizer, device="cpu")
+bridge = TransformerBridge.boot_transformers("smollm2", hf_model=smollm2.model, tokenizer=smollm2.tokenizer)
 dp = from_bridge(bridge)
 
 text = "The Eiffel Tower is in Paris. The Colosseum is in"

@@ -187,7 +187,7 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         method.attribute(inputs.float())
     with pytest.raises(PromptError, match="one run of ones"):
         method.attribute(inputs, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1]] * 2))
-    with pytest.raises(TargetError, match="a list of one for each of 2 rows"):
+    with pytest.raises(TargetError, match="a list of 2, one for each row"):
         method.attribute(inputs, target=[1, 2, 3])
     with pytest.raises(TargetError, match="position 7 of a target"):
         method.attribute(inputs, target=(7, 3))

@@ -58,7 +58,8 @@ def test_words_are_sums_of_tokens() -> None:
     assert found.attributions.shape == (2, 5)
     assert "".join(fine.elements) == prompt + target
     ends = [len("".join(fine.elements[: i + 1])) for i in range(len(fine.elements))]  # in characters
-    words = [[i for i, end in enumerate(ends) if a < end <= b] for a, b in ((0, 3), (3, 7), (7, 11), (11, 14), (14, 18))]
+    spans = ((0, 3), (3, 7), (7, 11), (11, 14), (14, 18))
+    words = [[i for i, end in enumerate(ends) if a < end <= b] for a, b in spans]
     length = len(fine.elements) - fine.attributions.shape[0]
     for row, to in enumerate(words[3:]):
         for column, of in enumerate(words[:3]):
@@ -100,6 +101,6 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     explainer = adapter.DePassExplainer(model, tokenizer)
     with pytest.raises(OptionError, match="targets are missing"):
         explainer(PROMPT)
-    parts = torch.tensor([tokenizer.convert_tokens_to_ids(piece) for piece in ("Ġ", "t", "h", "e")])  # " the" is one token
+    parts = torch.tensor(tokenizer.convert_tokens_to_ids(["Ġ", "t", "h", "e"]))  # together one token
     with pytest.raises(PromptError, match="makes other ids of them"):
         explainer(PROMPT, parts)

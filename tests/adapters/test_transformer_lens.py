@@ -26,8 +26,8 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "o
 def booted(name: str) -> tuple[Any, Any]:
     """A model of HuggingFace, and a bridge around a copy of it."""
     model = models.make(name)
-    bridge = TransformerBridge.boot_transformers(name, hf_model=copy.deepcopy(model), tokenizer=tokens.make(), device="cpu")
-    return model, bridge
+    theirs = copy.deepcopy(model)
+    return model, TransformerBridge.boot_transformers(name, hf_model=theirs, tokenizer=tokens.make(), device="cpu")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

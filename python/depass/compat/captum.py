@@ -31,7 +31,9 @@ try:
     from captum.attr import InterpretableInput, LLMAttributionResult, TextTemplateInput, TextTokenInput
     from captum.attr._core.llm_attr import BaseLLMAttribution
 except ImportError as error:
-    raise DePassError(f"depass.compat.captum needs captum 0.9 ({error}): pip install 'depass-kernels[captum]'") from error
+    raise DePassError(
+        f"depass.compat.captum needs captum 0.9 ({error}): pip install 'depass-kernels[captum]'"
+    ) from error
 
 _MARK = 0xF0000  # of a private plane of Unicode, which no text uses: two characters mark a feature's begin and end
 
@@ -122,8 +124,8 @@ class DePassAttribution(CaptumAttribution):
         """Each row's place in the padded inputs, and its result."""
         floats = isinstance(inputs, Tensor) and (inputs.is_floating_point() or inputs.dtype == torch.bool)
         if not isinstance(inputs, Tensor) or inputs.dim() != 2 or floats or not inputs.numel():
-            shape = f"{inputs.dtype} of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise PromptError(f"inputs must be token ids [B, N], got {shape}")
+            shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
+            raise PromptError(f"inputs must be token ids [B, N], got {getattr(inputs, 'dtype', type(inputs))}{shape}")
         if mask is not None and mask.shape != inputs.shape:
             raise PromptError(f"attention_mask must be {list(inputs.shape)} as the inputs, got {list(mask.shape)}")
         made = []
@@ -264,7 +266,7 @@ def _places(inp: Any) -> list[tuple[int, tuple[int, int]]]:
             found.append((value, (begun[value], len(plain))))
     pieces = all("".join(plain[begin:end]) == inp.values[value] for value, (begin, end) in found)
     if "".join(plain) != inp.to_model_input() or not pieces:
-        raise SourceError("the template changes its values, so their places in the text are not known; insert them as they are")
+        raise SourceError("the template changes its values, so nobody knows where they lie; insert them as they are")
     return found
 
 
@@ -287,7 +289,7 @@ def _targets(target: Any, inputs: Tensor) -> Sequence[Any]:
     if target is None or isinstance(target, (int, tuple)):
         return [target] * rows
     if not isinstance(target, list) or len(target) not in (1, rows):
-        raise TargetError(f"target must be None, an id, a pair (position, id), or a list of one for each of {rows} rows")
+        raise TargetError(f"target must be None, an id, a pair (position, id), or a list of {rows}, one for each row")
     return target * rows if len(target) == 1 else target
 
 

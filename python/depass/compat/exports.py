@@ -53,7 +53,11 @@ def to_inseq(res: Attribution) -> Any:
         attr_pos_start=0,
         attr_pos_end=len(res.targets),
     )
-    info = {"attribution_method": res.settings.method, "model_name": res.settings.model, "attribution_args": asdict(res.settings)}
+    info = {
+        "attribution_method": res.settings.method,
+        "model_name": res.settings.model,
+        "attribution_args": asdict(res.settings),
+    }
     return FeatureAttributionOutput(sequence_attributions=[sequence], info=info)
 
 

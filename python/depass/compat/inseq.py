@@ -43,7 +43,9 @@ try:
     from inseq.utils import get_aligned_idx
     from inseq.utils.typing import InseqAttribution
 except ImportError as error:
-    raise DePassError(f"depass.compat.inseq needs inseq 0.7.1 ({error}): pip install 'depass-kernels[inseq]'") from error
+    raise DePassError(
+        f"depass.compat.inseq needs inseq 0.7.1 ({error}): pip install 'depass-kernels[inseq]'"
+    ) from error
 
 _OUTPUTS = ("tokens", "layers", "heads")
 
@@ -198,7 +200,9 @@ class _Asked:
             return Token(token, position)
         where = get_aligned_idx(padded, self.alignments)
         if not 0 <= where < len(self.others):
-            raise TargetError(f"no token of contrast_targets is aligned to token {padded}; give contrast_targets_alignments")
+            raise TargetError(
+                f"no token of contrast_targets is aligned to token {padded}; give contrast_targets_alignments"
+            )
         return Contrast(token, self.others[where], position)
 
 
@@ -235,9 +239,7 @@ def _layers(
     return torch.stack([scores for scores, _ in made], -1), beside
 
 
-def _heads(
-    dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """``[N, targets, L, H]``, of every layer the scores of what each head wrote at each position; and the rests."""
     bound, made = dp._bound, encode(list(ids), dp.tokenizer, dp._bound)
     asked = check(list(targets), len(ids), range(0), dp.tokenizer, bound)

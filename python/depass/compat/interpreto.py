@@ -105,9 +105,8 @@ class DePassExplainer(GenerationAttributionExplainer):
             expected = own["input_ids"][0].tolist() + new
             if ids != expected:
                 raise PromptError(
-                    f"interpreto decodes and encodes input and target together, which makes other ids of them: {ids} instead "
-                    f"of {expected}; give a target that begins with a space, without special tokens, as ids where its text "
-                    "is not enough"
+                    f"interpreto decodes and encodes input and target together, which makes other ids of them: {ids}, not "
+                    f"{expected}; give a target that begins with a space and has no special token, if need be as ids"
                 )
             length = len(ids) - len(new)
             res = self.dp.attribute(

@@ -32,7 +32,9 @@ def from_nnsight(model: Any, **options: Any) -> DePass:
     except ImportError as error:
         raise DePassError(f"from_nnsight needs nnsight 0.8 ({error}): pip install 'depass-kernels[nnsight]'") from error
     if not isinstance(model, Envoy):
-        raise ModelError(f"expected a model of nnsight, got {type(model).__name__}; DePass(model) takes one of HuggingFace")
+        raise ModelError(
+            f"expected a model of nnsight, got {type(model).__name__}; DePass(model) takes one of HuggingFace"
+        )
     edited = _edited(model)
     if edited:
         raise ModelError(

@@ -72,10 +72,12 @@ def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         module = inner
     if id(module) not in done:
         if "forward" in vars(module):
-            raise ModelError(f"the forward of a {type(module).__name__} was replaced; the bridge's model cannot be read")
+            raise ModelError(
+                f"the forward of a {type(module).__name__} was replaced; it cannot be read from the bridge"
+            )
         made = done[id(module)] = copy.copy(module)
         for name, value in vars(module).items():
-            if isinstance(value, dict):  # parameters, buffers, hooks: what is put in later stays the one's or the other's
+            if isinstance(value, dict):  # of parameters, buffers, hooks: what is put in later stays with one of them
                 vars(made)[name] = copy.copy(value)
         for name, child in module._modules.items():
             made._modules[name] = None if child is None else _unwrapped(child, done)
