@@ -3,10 +3,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+ADAPTERS := .venv-adapters
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check bench gpu gpu-large clean
+.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check bench gpu gpu-large adapters clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -71,6 +72,22 @@ gpu:
 gpu-large:
 	PYTHONPATH=python:. $(PYTHON) benchmarks/gpu.py $(RESULTS) large
 
+# Other tools' adapters (docs/adapters.md), each in an environment of its own, since the tools do not install together. The
+# pins are what was tried; those of pyproject.toml's extras. Tests of tools that an environment does not have skip.
+adapters: adapters-inseq adapters-transformer-lens adapters-nnsight
+
+adapters-%: $(ADAPTERS)/%/ready
+	PYTHONPATH=python:. OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(ADAPTERS)/$*/bin/python -m pytest -rs tests/adapters
+
+$(ADAPTERS)/inseq/ready: TOOLS := inseq==0.7.1 captum==0.9.0 interpreto==0.5.2
+$(ADAPTERS)/transformer-lens/ready: TOOLS := transformer-lens==4.3.0 circuitsvis==1.43.3
+$(ADAPTERS)/nnsight/ready: TOOLS := nnsight==0.8.1
+$(ADAPTERS)/%/ready: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet $(TORCH) $(TOOLS) "transformers>=5,<6" gguf rich pytest
+	touch $@
+
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
@@ -84,4 +101,4 @@ $(VENV)/docs: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist depass_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(ADAPTERS) build dist depass_kernels/*.so *.egg-info

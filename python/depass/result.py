@@ -168,6 +168,36 @@ class Attribution:
         ]  # fmt: skip
         return pandas.DataFrame(rows).astype({"start": "Int64", "end": "Int64"})
 
+    def to_captum(self) -> Any:
+        """captum's ``LLMAttributionResult``: see :mod:`depass.compat.exports`.
+
+        Raises:
+            DePassError: captum is not installed.
+        """
+        from .compat.exports import to_captum
+
+        return to_captum(self)
+
+    def to_inseq(self) -> Any:
+        """inseq's ``FeatureAttributionOutput``: see :mod:`depass.compat.exports`.
+
+        Raises:
+            DePassError: inseq is not installed.
+        """
+        from .compat.exports import to_inseq
+
+        return to_inseq(self)
+
+    def to_circuitsvis(self) -> Any:
+        """CircuitsVis's coloured tokens: see :mod:`depass.compat.exports`.
+
+        Raises:
+            DePassError: CircuitsVis is not installed.
+        """
+        from .compat.exports import to_circuitsvis
+
+        return to_circuitsvis(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write scores and all that belongs to them as safetensors with JSON metadata; :meth:`load` reads it.
 
