@@ -200,12 +200,11 @@ def local(dp: DePass, options: argparse.Namespace) -> Engine:
 
 def batch_tokens(dp: DePass) -> int:
     """How many tokens go in one pass: so many that a prompt of them all would take at most half of what memory is free."""
-    from .memory import free_memory, needs
+    from .memory import needs, room
     from .plan import rows_and_sources
-    from .streaming import weight_bytes
 
     bound, tokens = dp._bound, _MOST_TOKENS
-    free = free_memory(bound.device) - (0 if bound.stream_to is None else weight_bytes(bound))
+    free = room(bound)
 
     def taken(count: int) -> int:
         rows, _ = rows_and_sources(bound, count, "token")
