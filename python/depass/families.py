@@ -418,7 +418,7 @@ def _refuse_absent(model: Any, name: str) -> None:
     for path, module in model.named_modules():
         if not weights.is_offloaded(module) and any(tensor.is_meta for tensor in weights.own_tensors(module)):
             raise ModelError(
-                f"{path} of {name} has no weights, only shapes, and no hook of accelerate that brings them; load it with "
+                f"the weights of {path} of {name} are offloaded where no hook of accelerate brings them; load it with "
                 "from_pretrained(device_map=...)"
             )
 

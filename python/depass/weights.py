@@ -47,7 +47,9 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def is_packed(module: Any) -> bool:
     """Whether a linear module's weight is quantised, or otherwise no matrix of numbers."""
-    weight = module.weight
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return True
     if type(weight).__name__ == "Params4bit":
         return weight.quant_state is not None
     return _library(weight) == "torchao" or weight.dim() != 2 or weight.dtype not in _FLOATS
