@@ -209,7 +209,8 @@ def load_model(options: argparse.Namespace, **more: Any) -> DePass:
         dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype),
         say=lambda message: print(message, file=sys.stderr),
         backend=options.backend,
-        device_map=options.device_map or (None if options.stream or options.device == "cpu" else _device(options.device)),
+        device_map=options.device_map
+        or (None if options.stream or options.device == "cpu" else _device(options.device)),
         quantization=options.quantization,
         trust_remote_code=options.trust_remote_code,
         stream_to=_device(options.device) if options.stream else None,
@@ -219,7 +220,9 @@ def load_model(options: argparse.Namespace, **more: Any) -> DePass:
 
 def _check_stream(options: argparse.Namespace) -> None:
     if options.stream and options.quantization is not None:
-        raise OptionError(f"--stream brings weights as they are; leave it out, or --quantization {options.quantization}")
+        raise OptionError(
+            f"--stream brings weights as they are; leave it out, or --quantization {options.quantization}"
+        )
 
 
 def _attribute(options: argparse.Namespace) -> None:

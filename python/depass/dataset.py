@@ -32,7 +32,18 @@ Engine = Callable[[Iterator[Shard], Callable[[int], None]], Work]  # may tell ho
 
 FORMAT = "depass-dataset-1"
 TASK = "attribute-dataset"
-SETTINGS = ("model", "dtype", "quantization", "sources", "mlp_rule", "temperature", "backend", "subset", "split", "shard_rows")
+SETTINGS = (
+    "model",
+    "dtype",
+    "quantization",
+    "sources",
+    "mlp_rule",
+    "temperature",
+    "backend",
+    "subset",
+    "split",
+    "shard_rows",
+)
 _MOST_TOKENS = 1024  # of one pass
 _LONGEST_ERROR = 500  # characters
 

@@ -408,8 +408,8 @@ def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
 
 
 _LOAD_DENSE = (
-    f"known are {' and '.join(weights.QUANTIZATIONS)}, not offloaded: load the unquantised weights, with quantization='4bit' "
-    "where memory is short"
+    f"known are {' and '.join(weights.QUANTIZATIONS)}, not offloaded: load the unquantised weights, with "
+    "quantization='4bit' where memory is short"
 )
 
 

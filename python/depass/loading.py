@@ -92,7 +92,9 @@ def load(
             options |= {"device_map": device_map, "max_memory": max_memory}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **{key: value for key, value in options.items() if value is not None}
+            path,
+            trust_remote_code=trust_remote_code,
+            **{key: value for key, value in options.items() if value is not None},
         )
         if device_map is not None and not spread:
             model = model.to(device_map)
@@ -113,8 +115,9 @@ def _method(name: str, config: Any, given: Any) -> str | None:
     saved = quantization_method(getattr(config, "quantization_config", None))
     if saved is not None and saved not in QUANTIZATIONS:
         raise ModelError(
-            f"{name!r} is quantised by {saved}, whose weights cannot be read here (those of {' and '.join(QUANTIZATIONS)} "
-            "can); load the model that it was made from, with quantization='4bit' (--quantization 4bit) where memory is short"
+            f"{name!r} is quantised by {saved}, whose weights cannot be read here (those of "
+            f"{' and '.join(QUANTIZATIONS)} can); load the model that it was made from, with quantization='4bit' "
+            "(--quantization 4bit) where memory is short"
         )
     if given is None or saved is not None:
         if given is not None:
@@ -151,7 +154,9 @@ def _saved_bits(name: str, config: Any, method: str) -> int:
     given = config.quantization_config
     given = given if isinstance(given, dict) else given.to_dict()
     if method != "bitsandbytes":
-        raise ModelError(f"what {method} made of {name!r} does not show before it is loaded; load it and call DePass.plan")
+        raise ModelError(
+            f"what {method} made of {name!r} does not show before it is loaded; load it and call DePass.plan"
+        )
     return 4 if given.get("load_in_4bit") else 8
 
 

@@ -214,6 +214,7 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
         bound: the model.
         tokenizer: for labels; may be None.
     """
+
     def name(token: int) -> str:
         return str(token) if tokenizer is None else tokenizer.decode([token])
 

@@ -1,8 +1,8 @@
 """A module's weights for the decomposed pass, wherever and however the model keeps them.
 
-The model's own pass runs on what it has: accelerate's hooks bring offloaded weights, quantised kernels read packed ones. The
-decomposed pass needs a weight as numbers, on the device where its layer works, and gets it here and nowhere else. What had to
-be read or dequantised for that is a copy, which its user alone holds: one layer's at a time.
+The model's own pass runs on what it has: accelerate's hooks bring offloaded weights, quantised kernels read packed ones.
+The decomposed pass needs a weight as numbers, on the device where its layer works, and gets it here and nowhere else. What
+had to be read or dequantised for that is a copy, which its user alone holds: one layer's at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def dense(module: Any, name: str = "weight") -> Tensor | None:
     if hook is not None:
         offloaded: Tensor = hook.weights_map[name]
         return offloaded.to(device_of(module))
-    return _dequantized(module) if name == "weight" and is_packed(module) else tensor
+    return tensor if name != "weight" or _library(module) is None else _dequantized(module)
 
 
 def device_of(module: Any) -> torch.device:
@@ -48,18 +48,14 @@ def is_offloaded(module: nn.Module) -> bool:
 def is_packed(module: Any) -> bool:
     """Whether a linear module's weight is quantised, or otherwise no matrix of numbers."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in _FLOATS:
         return True
-    if type(weight).__name__ == "Params4bit":
-        return weight.quant_state is not None
-    return _library(weight) == "torchao" or weight.dim() != 2 or weight.dtype not in _FLOATS
+    return _library(module) is not None
 
 
 def is_readable(module: Any) -> bool:
     """Whether :func:`dense` can give the weight of a linear module as a matrix."""
-    if not isinstance(getattr(module, "weight", None), Tensor):
-        return False
-    return not is_packed(module) or (_library(module.weight) is not None and not is_offloaded(module))
+    return not is_packed(module) or (_library(module) is not None and not is_offloaded(module))
 
 
 def rounds_inputs(module: Any) -> bool:
@@ -85,7 +81,7 @@ def brought_bytes(model: nn.Module) -> int:
 
 
 def lent_bytes(module: Any, dtype: torch.dtype) -> int:
-    """What the copy takes that :func:`dense` makes of a linear module's weight, in a model of ``dtype``; 0: it makes none."""
+    """What the copy takes that :func:`dense` makes of a linear module's weight, in a model of ``dtype``; 0 where none."""
     if not is_packed(module):
         return int(module.weight.nbytes) if is_offloaded(module) else 0
     size = 4 if type(module.weight).__name__ == "Int8Params" else torch.finfo(dtype).bits // 8
@@ -96,8 +92,8 @@ def numbers(model: nn.Module) -> int:
     """How many weights a model multiplies by, however they are kept."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = {id(module.weight): module for module in linear if is_packed(module)}
-    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
-    return dense + sum(module.out_features * module.in_features for module in packed.values())
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
+    return others + sum(module.out_features * module.in_features for module in packed.values())
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
@@ -112,9 +108,13 @@ def _offloading(module: nn.Module) -> Any:
     return next((one for one in hooks if getattr(one, "offload", False) and one.weights_map is not None), None)
 
 
-def _library(weight: Tensor) -> str | None:
-    """The library that quantised a weight, if it is one of those that are known."""
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+def _library(module: Any) -> str | None:
+    """The library that quantised a module's weight, of those that are known."""
+    weight = getattr(module, "weight", None)
+    kind = type(weight).__name__
+    if (kind == "Params4bit" and weight.quant_state is not None) or (
+        kind == "Int8Params" and weight.dtype == torch.int8
+    ):
         return "bitsandbytes"
     return "torchao" if type(weight).__module__.partition(".")[0] == "torchao" else None
 
@@ -129,13 +129,12 @@ def _dequantized(module: Any) -> Tensor:
 
         scales = module.state.SCB if weight.SCB is None else weight.SCB  # its first pass takes them from the weight
         found: Tensor = int8_vectorwise_dequant(weight.data, scales)
-        return found
-    if type(weight).dequantize is not Tensor.dequantize and getattr(weight, "act_pre_scale", None) is None:
+    elif type(weight).dequantize is not Tensor.dequantize and getattr(weight, "act_pre_scale", None) is None:
         found = weight.dequantize()
-        return found
-    # packed for one kernel, in an order that only it knows: what it multiplies by is its product with the identity
-    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return functional.linear(identity, weight).T
+    else:  # packed for one kernel, in an order that only it knows: what it multiplies by is its product with the identity
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        found = functional.linear(identity, weight).T
+    return found
 
 
 def _from_4_bits(weight: Any) -> Tensor:

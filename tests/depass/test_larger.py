@@ -1,4 +1,4 @@
-"""Models that are offloaded or quantised are attributed as what they are, and their weights are in memory one layer at a time."""
+"""Offloaded and quantised models are attributed as what they are, with one layer's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -222,7 +222,9 @@ def by_hand(module: Any) -> Tensor:
         scales = state.absmax
         if state.nested:
             of = state.state2
-            scales = of.code[state.absmax.int()] * of.absmax.repeat_interleave(of.blocksize)[: len(scales)] + state.offset
+            scales = (
+                of.code[state.absmax.int()] * of.absmax.repeat_interleave(of.blocksize)[: len(scales)] + state.offset
+            )
         numbers = state.code[torch.stack([packed >> 4, packed & 15], 1).flatten()]
         return (numbers * scales.repeat_interleave(state.blocksize)[: len(numbers)]).reshape(state.shape)
     if type(weight).__name__ == "Int8Params":
@@ -330,7 +332,9 @@ def test_a_model_saved_quantised_is_loaded_as_it_is(tmp_path: Path, capsys: pyte
     torch.testing.assert_close(
         DePass.from_pretrained(packed).attribute(ids, 5).scores, dp.attribute(ids, 5).scores, rtol=1e-5, atol=1e-6
     )
-    with pytest.raises(OptionError, match=r"quantization='8bit': .* is quantised already, by bitsandbytes; leave it out"):
+    with pytest.raises(
+        OptionError, match=r"quantization='8bit': .* is quantised already, by bitsandbytes; leave it out"
+    ):
         DePass.from_pretrained(packed, quantization="8bit")
     assert empty_model(packed).is_quantized
     assert main(["attribute", "the cat", "-m", str(tmp_path / "dense"), "--quantization", "4bit", "--json"]) == 0
@@ -425,7 +429,11 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("options", "package", "says"),
     [
-        ({"device_map": "auto"}, "accelerate", r"device_map='auto' needs accelerate: pip install 'depass-kernels\[offload"),
+        (
+            {"device_map": "auto"},
+            "accelerate",
+            r"device_map='auto' needs accelerate: pip install 'depass-kernels\[offload",
+        ),
         ({"quantization": "4bit"}, "bitsandbytes", r"needs bitsandbytes: pip install 'depass-kernels\[quantized"),
     ],
 )
@@ -444,7 +452,7 @@ def test_options_that_there_are_not(tmp_path: Path, capsys: pytest.CaptureFixtur
     for given in ("3bit", {"quant_method": "gptq"}, 4):
         with pytest.raises(OptionError, match="quantization must be '8bit' or '4bit', or a config"):
             DePass.from_pretrained(folder, quantization=given)
-    with pytest.raises(OptionError, match="max_memory=.* belongs to a map over several devices"):
+    with pytest.raises(OptionError, match=r"max_memory=.* belongs to a map over several devices"):
         DePass.from_pretrained(folder, max_memory={"cpu": "1GB"})
     for wrong, says in (
         (["--device-map", "auto", "--stream"], "--device-map auto chooses the devices itself"),
