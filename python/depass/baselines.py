@@ -186,7 +186,7 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
             readouts: list[Readout] = []
             for asked in cases[i].asked:
                 vector = row[asked.position]
-                logits = bound.head(vector[None].to(bound.head.weight.device))[0].to(bound.state_dtype)
+                logits = bound.logits(vector[None])[0].to(bound.state_dtype)
                 readouts += targets.fill(asked, vector.to(logits), logits, bound, dp.tokenizer)
             for readout in readouts:
                 _must_be_finite(bound, readout.logit, f"the model's own logit of {readout.target.label!r}")
@@ -262,21 +262,16 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _normed(bound: BoundModel, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
     """``[B, T, D]``, the stream after the final norm."""
-    given = {"inputs_embeds": embeddings} if ids is None else {"input_ids": ids.to(_device(bound))}
+    given = {"inputs_embeds": embeddings} if ids is None else {"input_ids": ids.to(bound.input_device)}
     with lockstep.running:  # another thread's hooks would take this pass for their own
         normed: Tensor = bound.backbone(**given, use_cache=False, return_dict=True).last_hidden_state
     return normed
 
 
-def _device(bound: BoundModel) -> torch.device:
-    device: torch.device = bound.model.get_input_embeddings().weight.device
-    return device
-
-
 @torch.no_grad()
 def _embedded(bound: BoundModel, case: _Case) -> Tensor:
     """``[N, D]``"""
-    embedded: Tensor = bound.model.get_input_embeddings()(torch.tensor([case.prompt.ids], device=_device(bound)))[0]
+    embedded: Tensor = bound.model.get_input_embeddings()(torch.tensor([case.prompt.ids], device=bound.input_device))[0]
     return embedded
 
 

@@ -131,6 +131,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--stream", action="store_true", help="with the weights in host memory, as of `depass attribute`")
+    _add_loading(plan)
     _add_dataset(commands.add_parser("attribute-dataset", help="attribute every row of a data set, into Parquet files"))
     backends = commands.add_parser("backends", help="which backend can serve which op on this machine")
     backends.set_defaults(run=_backends)
@@ -183,7 +184,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--stream", action="store_true", help="keep the weights in host memory, bring each layer's to --device in turn")
+    add(
+        "--device-map", choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the weights over all GPUs, then host memory, then disk, instead of --device (needs accelerate)",
+    )  # fmt: skip
+    _add_loading(parser)
     add("--backend", default="auto", choices=BACKENDS, help="what computes (default: the first that can)")
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--quantization", choices=("8bit", "4bit"), help="of the weights, by bitsandbytes (default: as saved)")
+    add("--trust-remote-code", action="store_true", help="run code that the model brings along (default: refuse it)")
 
 
 def natural(text: str) -> int:
@@ -206,9 +218,14 @@ def load_model(options: argparse.Namespace, **more: Any) -> DePass:
     """The model that was asked for; ``more`` as :class:`DePass` takes it.
 
     Raises:
-        OptionError: no such device.
+        OptionError: no such device, or options that exclude each other.
         ModelError: no such model, or it cannot be attributed.
     """
+    if options.device_map is not None and (options.stream or options.device != "cpu"):
+        raise OptionError(
+            f"--device-map {options.device_map} chooses the devices itself; leave out --device and --stream"
+        )
+    _check_stream(options)
     import torch
     from transformers.utils import logging
 
@@ -221,10 +238,20 @@ def load_model(options: argparse.Namespace, **more: Any) -> DePass:
         dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype),
         say=lambda message: print(message, file=sys.stderr),
         backend=options.backend,
-        device_map=None if options.stream or options.device == "cpu" else _device(options.device),
+        device_map=options.device_map
+        or (None if options.stream or options.device == "cpu" else _device(options.device)),
+        quantization=options.quantization,
+        trust_remote_code=options.trust_remote_code,
         stream_to=_device(options.device) if options.stream else None,
         **more,
     )
+
+
+def _check_stream(options: argparse.Namespace) -> None:
+    if options.stream and options.quantization is not None:
+        raise OptionError(
+            f"--stream brings weights as they are; leave it out, or --quantization {options.quantization}"
+        )
 
 
 def _attribute(options: argparse.Namespace) -> None:
@@ -282,10 +309,12 @@ def _plan(options: argparse.Namespace) -> None:
     from .loading import empty_model
     from .plan import make, measured_rate
 
+    _check_stream(options)
     device = torch.device(_device(options.device))
     budget = None if options.budget is None else byte_count(options.budget)
     sources = int(options.sources) if options.sources.isdecimal() else options.sources
-    bound = empty_model(options.model, None if options.dtype == "auto" else getattr(torch, options.dtype))
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    bound = empty_model(options.model, dtype, options.quantization, options.trust_remote_code)
     if budget is None and device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory
     if budget is None:

@@ -32,7 +32,18 @@ Engine = Callable[[Iterator[Shard], Callable[[int], None]], Work]  # may tell ho
 
 FORMAT = "depass-dataset-1"
 TASK = "attribute-dataset"
-SETTINGS = ("model", "dtype", "sources", "mlp_rule", "temperature", "backend", "subset", "split", "shard_rows")
+SETTINGS = (
+    "model",
+    "dtype",
+    "quantization",
+    "sources",
+    "mlp_rule",
+    "temperature",
+    "backend",
+    "subset",
+    "split",
+    "shard_rows",
+)
 _MOST_TOKENS = 1024  # of one pass
 _LONGEST_ERROR = 500  # characters
 
@@ -199,12 +210,11 @@ def local(dp: DePass, options: argparse.Namespace) -> Engine:
 
 def batch_tokens(dp: DePass) -> int:
     """How many tokens go in one pass: so many that a prompt of them all would take at most half of what memory is free."""
-    from .memory import free_memory, needs
+    from .memory import needs, room
     from .plan import rows_and_sources
-    from .streaming import weight_bytes
 
     bound, tokens = dp._bound, _MOST_TOKENS
-    free = free_memory(bound.device) - (0 if bound.stream_to is None else weight_bytes(bound))
+    free = room(bound)
 
     def taken(count: int) -> int:
         rows, _ = rows_and_sources(bound, count, "token")

@@ -18,14 +18,14 @@ from . import lockstep, targets
 from .errors import DePassError, MemoryLimitError, MemoryLimitWarning, ModelError, NonFiniteError, OptionError
 from .families import BoundModel
 from .graphs import Recordings
-from .memory import asked_bytes, free_memory, needs, shown
+from .memory import asked_bytes, needs, room, shown
 from .prompt import Prompt
 from .propagate import COMPONENT_BYTES, MLPSharing, Propagation, workspace
 from .result import Attribution, Settings
 from .sources import Decomposition, Moment
-from .streaming import weight_bytes
 from .sweep import Sweep
 from .targets import Asked, Readout, Target
+from .weights import device_of
 
 Progress = Callable[[int, int], None]
 
@@ -186,10 +186,7 @@ class Engine:
         if propagation is None:
             rows = sum(made.layout.rows for made, _ in joining)
             lengths = [len(made.ids) for made in prompts]
-            needed, free = needs(bound, rows, lengths, workspace_bytes, bound.device), free_memory(bound.device)
-            if bound.stream_to is not None:
-                free -= weight_bytes(bound)
-            if needed.total_bytes > free:
+            if needs(bound, rows, lengths, workspace_bytes, bound.device).total_bytes > room(bound):
                 raise MemoryLimitError(self._needed(prompts, joining))
             propagation = Propagation(bound, options.sharing, workspace_bytes, lengths, rows)
         going: Propagation = propagation
@@ -200,7 +197,7 @@ class Engine:
                 going.join(now, trace)
 
         def on_layer(index: int, trace: lockstep.Trace) -> None:
-            device = bound.layers[index].down.module.weight.device  # a model may be spread over several
+            device = bound.layers[index].device  # a model may be spread over several
             trace = trace.map(lambda tensor: tensor.to(device))
             join(index, "start", trace)
             if keep is not None and going.layout is not None:
@@ -217,7 +214,7 @@ class Engine:
             raise OptionError(str(error)) from error
         if options.stop < len(bound.layers):
             norm = bound.final_norm.module
-            normed = norm(stream[None].to(norm.weight.device))[0]
+            normed = norm(stream[None].to(device_of(norm)))[0]
         if keep is not None:
             keep(options.stop, going, stream)
         return Pass(going, stream, normed)
@@ -229,7 +226,7 @@ class Engine:
         return (
             f"{rows:,} rows of {sum(lengths):,} tokens take {shown(needed.total_bytes)} beside the model (state "
             f"{shown(needed.state_bytes)}, the model's pass {shown(needed.pass_bytes)}, buffers "
-            f"{shown(needed.buffer_bytes)}) and {shown(free_memory(self.bound.device))} are free; give fewer or longer "
+            f"{shown(needed.buffer_bytes)}) and {shown(max(0, room(self.bound)))} are free; give fewer or longer "
             "spans, fewer tokens or components; `depass plan` says what fits"
         )
 
@@ -318,13 +315,13 @@ class Engine:
 
     def _logits(self, asked: Sequence[Sequence[Asked]], done: Pass) -> dict[int, Tensor]:
         """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
-        starts, head = done.propagation.prompt_start, self.bound.head
+        starts = done.propagation.prompt_start
         wanted = sorted(
             {starts[i] + one.position for i, of_one in enumerate(asked) for one in of_one if one.layer is None}
         )
         if not wanted:
             return {}
-        return dict(zip(wanted, head(done.normed[wanted].to(head.weight.device)), strict=True))
+        return dict(zip(wanted, self.bound.logits(done.normed[wanted]), strict=True))
 
     def _readouts(self, asked: Asked, position: int, done: Pass, logits: dict[int, Tensor]) -> list[Readout]:
         at = logits[position].to(self.bound.state_dtype)
@@ -374,7 +371,7 @@ class Engine:
         norm, position = self.bound.final_norm, readout.target.position
         rows = done.propagation.rows_at(staircase, position)
         w = readout.w.to(rows.device)
-        folded = norm.fold(w[None].to(norm.module.weight.device))[0].to(rows.device)  # [D]
+        folded = norm.fold(w[None].to(device_of(norm.module)))[0].to(rows.device)  # [D]
         scale = norm.scale(done.stream[done.propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
         scores = (rows @ folded * scale).cpu()
         if self.bound.has_bias:
@@ -391,7 +388,7 @@ class Engine:
     def _settings(self, options: Options, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
         return Settings(
             model=self.name,
-            dtype=dtype_name(self.bound.dtype),
+            dtype=dtype_name(self.bound.dtype) + (", quantised" if self.bound.is_quantized else ""),
             rule=options.sharing.rule,
             temperature=options.sharing.temperature,
             exclude_bos=excluded,

@@ -100,7 +100,7 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
     config = bound.model.generation_config
     if config.pad_token_id is None:  # nothing is padded, but generate warns without one
         sampling = {"pad_token_id": 0, **sampling}
-    ids = torch.tensor([prompt.ids], device=bound.model.get_input_embeddings().weight.device)
+    ids = torch.tensor([prompt.ids], device=bound.input_device)
     try:
         made = bound.model.generate(
             ids,

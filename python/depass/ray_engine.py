@@ -32,6 +32,10 @@ def on_ray(options: argparse.Namespace) -> Engine:
         import ray.data
     except ImportError as error:
         raise OptionError(_INSTALL) from error
+    if options.device_map is not None:
+        raise OptionError(
+            f"--device-map {options.device_map}: with --engine ray each worker has one device; leave it out"
+        )
     if options.device not in ("cpu", "cuda"):
         raise OptionError(f"--device {options.device}: with --engine ray each worker has a GPU of its own; write cuda")
 

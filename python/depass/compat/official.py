@@ -209,14 +209,14 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             TargetError: a position or a token that there is not.
             SourceError: something else than a state.
         """
-        head = self._bound.head
-        _check_state(attribute_state, (None, None, head.weight.shape[1]), "[N, M, D]")
+        head = self._bound.unembedding
+        _check_state(attribute_state, (None, None, self._bound.width), "[N, M, D]")
         length = len(attribute_state)
         if not _is_integer(token_idx) or not -length <= token_idx < length:
             raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
         token = token_id(decode_token_id, None, self._bound)
         scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
-        bias = getattr(head, "bias", None)
+        bias = head.bias
         if bias is not None and not self.reproduce_published:
             scores[0] += bias[token].detach().to(scores)
         return scores
@@ -239,7 +239,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             OptionError: options that ask for several texts, or for none.
         """
         given = self._encode(prompt)
-        ids = torch.tensor([given], device=self._bound.model.get_input_embeddings().weight.device)
+        ids = torch.tensor([given], device=self._bound.input_device)
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate_options)
         sequences = getattr(output, "sequences", output)
         if len(sequences) != 1:
@@ -335,7 +335,7 @@ class _Exact:
         return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
-        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.weight.shape[1])
+        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.shape[1])
 
     def subspace_states(
         self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False

@@ -233,14 +233,14 @@ def generated(dp: DePass, part: Kind, ids: Sequence[int], masks: Tensor, count: 
     """
     bound, found = dp._bound, []
     mask = masking.heads if part == "heads" else masking.neurons
-    device = bound.model.get_input_embeddings().weight.device
+    device = bound.input_device
     for some in torch.split(masks, max(1, _TOKENS // len(ids))):
         given, cache, made = torch.tensor([ids], device=device).expand(len(some), -1), None, []
         with mask(dp, some):
             for _ in range(count):
                 out = bound.backbone(input_ids=given, past_key_values=cache, use_cache=True, return_dict=True)
                 cache = out.past_key_values
-                logits = bound.head(out.last_hidden_state[:, -1].to(bound.head.weight.device))  # [V, vocabulary]
+                logits = bound.logits(out.last_hidden_state[:, -1])  # [V, vocabulary]
                 if bool(logits.isnan().any()):
                     raise NonFiniteError(f"the model's own logits are not finite; {blame(bound)}")
                 given = logits.argmax(-1, keepdim=True).to(device)

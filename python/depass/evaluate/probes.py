@@ -124,7 +124,7 @@ def streams(
     bound = dp._bound
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
-    found = torch.empty(len(layers), begins[-1], bound.head.weight.shape[1])
+    found = torch.empty(len(layers), begins[-1], bound.width)
     for batch in forward.batches([len(ids) for ids in prompts]):
         ids = forward.padded(dp, [prompts[i] for i in batch])
         states = bound.backbone(

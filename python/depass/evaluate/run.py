@@ -27,7 +27,9 @@ _NOT_SETTINGS = (
     "out",
     "model",
     "device",
+    "device_map",
     "stream",
+    "trust_remote_code",
 )  # the name is DePass's; where it lies changes no answer
 
 
