@@ -7,7 +7,7 @@ ADAPTERS := .venv-adapters
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check bench gpu gpu-large adapters clean
+.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check audit bench gpu gpu-large adapters clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -58,6 +58,13 @@ release-check: $(VENV)/ready
 	build/clean/bin/python -I tests/release.py
 	DEPASS_BUILD_CPU=1 build/clean/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.tar.gz
 	build/clean/bin/python -I tests/release.py
+
+# Known vulnerabilities of what the environment holds, from PyPI's advisories. A package that cannot be asked about is a failure.
+audit: $(VENV)/ready
+	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > build/audited.txt  # advisories know no local versions
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r build/audited.txt
 
 # The CPU: tokens, heads, short prompts and a long context of the real SmolLM2 against every baseline, then the report.
 bench: $(VENV)/ready

@@ -97,9 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="depass", description="Which part of the input made a language model say what it said."
-    )
+    parser = _Parser(prog="depass", description="Which part of the input made a language model say what it said.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     attribute = commands.add_parser("attribute", help="attribute a model's next token to the parts of a prompt")
     attribute.set_defaults(run=_attribute)

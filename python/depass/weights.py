@@ -110,7 +110,7 @@ def _offloading(module: nn.Module) -> Any:
 
 def _library(module: Any) -> str | None:
     """The library that quantised a module's weight, of those that are known."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     kind = type(weight).__name__
     if (kind == "Params4bit" and weight.quant_state is not None) or (
         kind == "Int8Params" and weight.dtype == torch.int8

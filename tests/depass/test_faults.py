@@ -29,7 +29,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depass import Attribution, DePass, Heads, MemoryLimitError, NonFiniteError, OutputError, PromptError, Spans, TargetError, cli
+from depass import (
+    Attribution,
+    DePass,
+    Heads,
+    MemoryLimitError,
+    NonFiniteError,
+    OutputError,
+    PromptError,
+    Spans,
+    TargetError,
+    cli,
+)
 from depass.evaluate import probes
 from depass.files import write_atomically
 from depass.generation import generated_ids
@@ -300,7 +311,9 @@ def test_a_damaged_model_file_is_one_line(
     assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
-def test_weights_that_a_file_lacks_are_not_made_up(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_a_file_lacks_are_not_made_up(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     model = broken_weights(folder, tmp_path / "model", lambda weights: weights.pop(name))
     said = fails(["attribute", "the cat", "-m", model], capsys)
@@ -385,7 +398,9 @@ def test_the_command_with_weights_that_are_no_numbers(
 
 # Memory.
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set by what /proc says is held")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the limit is set by what /proc says is held"
+)
 
 
 @needs_proc
@@ -396,7 +411,9 @@ def test_a_prompt_that_a_memory_limit_has_no_room_for_is_one_line(folder: str, t
     arguments = ["attribute", "x" * 4000, "-m", str(wide), "--save-path", str(tmp_path / "res")]
     assert dying.run(arguments, tmp_path / "said", memory=900_000_000) == 1  # its state alone takes 1 GB
     said = (tmp_path / "said").read_text()
-    assert re.fullmatch(r"depass: 8,002,000 rows of 4,000 tokens take .* beside the model .* are free; .* fits\n", said), said
+    assert re.fullmatch(
+        r"depass: 8,002,000 rows of 4,000 tokens take .* beside the model .* are free; .* fits\n", said
+    ), said
     assert sorted(os.listdir(tmp_path)) == ["said", "wide"]
 
 
@@ -407,7 +424,14 @@ def test_a_memory_limit_is_an_error_of_the_rows_that_do_not_fit(folder: str, tmp
     tokens.byte_level().save_pretrained(tmp_path / "wide")
     prompts = ["the cat", "x" * 4000, "a cat"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    arguments = ["attribute-dataset", str(tmp_path / "data.jsonl"), "-m", str(tmp_path / "wide"), "--out", str(tmp_path / "out")]
+    arguments = [
+        "attribute-dataset",
+        str(tmp_path / "data.jsonl"),
+        "-m",
+        str(tmp_path / "wide"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert dying.run(arguments, tmp_path / "said", memory=900_000_000) == 0, (tmp_path / "said").read_text()
     rows = parquet.read_table(tmp_path / "out" / "rows").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "error", "ok"]
@@ -417,7 +441,9 @@ def test_a_memory_limit_is_an_error_of_the_rows_that_do_not_fit(folder: str, tmp
 @needs_proc
 def test_a_model_that_a_memory_limit_has_no_room_for_is_one_line(tmp_path: Path) -> None:
     large = saved(tmp_path / "large", tokens.byte_level())
-    config = LlamaConfig(vocab_size=400, hidden_size=512, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=512, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=4
+    )
     LlamaForCausalLM(config).save_pretrained(large)  # 160 MB
     assert dying.run(["attribute", "x", "-m", large], tmp_path / "said", memory=60_000_000) == 1
     said = (tmp_path / "said").read_text()
@@ -448,9 +474,9 @@ print(torch.equal(dp.attribute([3] * 9, 5).scores, expected))
 @needs_proc
 def test_an_allocation_that_fails_in_the_middle_is_an_error_and_leaves_the_model_whole() -> None:
     done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
-    assert re.fullmatch(r"out of memory twice, with blocks of .*45,150 rows of 300 tokens take .*\nTrue\n", done.stdout), (
-        done.stdout + done.stderr
-    )
+    assert re.fullmatch(
+        r"out of memory twice, with blocks of .*45,150 rows of 300 tokens take .*\nTrue\n", done.stdout
+    ), done.stdout + done.stderr
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:
@@ -565,7 +591,8 @@ def test_writers_of_one_file_do_not_mix_and_change_nothing_of_the_process(tmp_pa
     before = os.umask(0o027)
     try:
         threads = [
-            threading.Thread(target=lambda c=content: [write_atomically(path, c) for _ in range(20)]) for content in contents
+            threading.Thread(target=lambda c=content: [write_atomically(path, c) for _ in range(20)])
+            for content in contents
         ]
         write_atomically(path, contents[0])
         for thread in threads:
@@ -608,8 +635,12 @@ def test_an_evaluation_whose_disk_fills_up_keeps_whole_rows_and_goes_on(folder: 
     assert evaluated(out).keys() == evaluated(whole).keys()
 
 
-@pytest.mark.parametrize(("send", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
-def test_a_signal_ends_an_evaluation_with_one_line(send: int, code: int, word: str, folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("send", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_an_evaluation_with_one_line(
+    send: int, code: int, word: str, folder: str, tmp_path: Path
+) -> None:
     out, said = tmp_path / "out", tmp_path / "said"
     arguments = evaluation(folder, out, tmp_path / "data.jsonl")
     assert dying.run(arguments, said, at=("mkdir", 4, True), send=send) == code  # of the folder, then of rows
@@ -624,7 +655,9 @@ def test_a_signal_ends_an_evaluation_with_one_line(send: int, code: int, word: s
 
 def test_the_tests_that_the_document_names_are_there() -> None:
     root = Path(__file__).parents[2]
-    there = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in root.glob("tests/depass/*.py")), re.M))
+    there = set(
+        re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in root.glob("tests/depass/*.py")), re.M)
+    )
     named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "faults.md").read_text()))
     assert len(named) > 30
     assert named <= there

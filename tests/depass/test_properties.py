@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from torch import Tensor
 
-from depass import Attribution, ConservationWarning, DePass, Heads, Spans, TopK
+from depass import Attribution, DePass, Heads, Spans, TopK
 from depass.prompt import encode
 from depass_kernels import SourceLayout, backends, mix_values, share_hidden
 
@@ -72,7 +72,9 @@ def test_a_layout_has_every_reachable_row_once(stairs: Stairs, most: int, data: 
     assert layout.rows == len(rows)
     assert layout.positions == sum(positions for _, positions, _ in stairs)
     for t in range(layout.positions):
-        assert [row for row, cell in enumerate(rows) if cell[2] == t] == list(range(*layout.row_start[t : t + 2].tolist()))
+        assert [row for row, cell in enumerate(rows) if cell[2] == t] == list(
+            range(*layout.row_start[t : t + 2].tolist())
+        )
     skipped = [
         -1 if one is None or t <= starts[one] or sum(start <= t for start in starts) == 1 else one
         for starts, positions, one in stairs for t in range(positions)
@@ -83,7 +85,9 @@ def test_a_layout_has_every_reachable_row_once(stairs: Stairs, most: int, data: 
     for first, last in layout.source_blocks(most):
         block, there = layout.slice_sources(first, last)
         assert block.rows == len(there) <= most or last == first + 1
-        assert [rows[row][2] for row in there] == torch.arange(layout.positions).repeat_interleave(block.counts).tolist()
+        assert [rows[row][2] for row in there] == torch.arange(layout.positions).repeat_interleave(
+            block.counts
+        ).tolist()
         assert {rows[row][3] for row in there} <= set(range(first, last))
         seen += there.tolist()
     assert sorted(seen) == list(range(len(rows)))
@@ -231,10 +235,14 @@ def test_parts_of_random_shapes_add_up_alone_and_together(data: st.DataObject) -
     prompts = data.draw(
         st.lists(st.lists(st.integers(3, models.VOCABULARY - 1), min_size=1, max_size=24), min_size=1, max_size=4)
     )
-    dp = DePass(its, mlp_rule=data.draw(st.sampled_from(RULES[:-1])), workspace_bytes=data.draw(st.sampled_from([None, 999])))
+    dp = DePass(
+        its, mlp_rule=data.draw(st.sampled_from(RULES[:-1])), workspace_bytes=data.draw(st.sampled_from([None, 999]))
+    )
     sources = data.draw(st.sampled_from(["token", Heads(0), Spans([(0, 1)])]))
     asked = [TopK(1), data.draw(st.integers(0, models.VOCABULARY - 1))]
-    together = dp.attribute_many(prompts, asked, sources=sources, batch_tokens=data.draw(st.sampled_from([1, 30, 1000])))
+    together = dp.attribute_many(
+        prompts, asked, sources=sources, batch_tokens=data.draw(st.sampled_from([1, 30, 1000]))
+    )
     for ids, found in zip(prompts, together, strict=True):
         alone = dp.attribute(ids, asked, sources=sources)
         with torch.no_grad():

@@ -58,7 +58,14 @@ def byte_level(prefix_space: bool = False, bos: bool = True) -> Any:
 
 def byte_fallback() -> Any:
     """As Llama 2's: a space before the first word, BOS before all, and bytes for what the vocabulary lacks."""
-    pieces = ["<pad>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz."]
+    pieces = [
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz.",
+    ]
     tokenizer = Tokenizer(_merged(pieces, "▁", unk_token="<pad>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

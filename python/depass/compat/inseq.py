@@ -248,7 +248,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     groups = list(grouped(parts, len(ids), free_memory(bound.device) // 2, bound, dp.workspace_bytes))
     found = dp._engine().sweep(made, groups, asked, settings, "heads")
     dp._judge(found, strict=False)
-    scores = found.scores.unflatten(2, (len(ids), bound.heads))  # [targets, L, N, H]
+    scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.heads)  # [targets, L, N, H]
     beside = {"logit": found.target_logits}
     for name, rows in (("rest", found.rest), ("bias", found.bias)):
         if name == "rest" or bound.has_bias:
