@@ -43,7 +43,9 @@ def to_inseq(res: Attribution) -> Any:
         from inseq.utils.typing import TokenWithId
     except ImportError as error:
         raise DePassError(f"to_inseq needs inseq 0.7.1 ({error}): pip install 'depass-kernels[inseq]'") from error
-    ids = [-1 if source.start is None or source.kind != "token" else res.prompt.ids[source.start] for source in res.sources]
+    ids = [
+        -1 if source.start is None or source.kind != "token" else res.prompt.ids[source.start] for source in res.sources
+    ]
     sequence = CoarseFeatureAttributionSequenceOutput(
         source=[TokenWithId(source.label, number) for source, number in zip(res.sources, ids, strict=True)],
         target=[TokenWithId(one.label, one.token_ids[0] if one.kind == "token" else -1) for one in res.targets],
