@@ -4,8 +4,8 @@
 
 DePass scores every prompt, the naive decomposition a sample, evenly spread over the prompts' lengths; both in bf16 and in
 fp32, for a CPU without bf16 instructions is slower in bf16. Everything once in every round. Each prompt's target is the
-first token of its answer. Before anything is timed, both must agree in fp32 on the sample. ``--data
-facts`` takes the built-in set.
+first token of its answer. Before anything is timed, both must agree in fp32 on the sample.
+``--data facts`` takes the built-in set.
 """
 
 from __future__ import annotations

@@ -448,7 +448,7 @@ def quantization_method(given: Any) -> str | None:
     """The method that a quantisation config of transformers names (``gptq``), or None where there is no config."""
     if given is None:
         return None
-    entries = given if isinstance(given, dict) else vars(given)
+    entries = given if isinstance(given, dict) else getattr(given, "__dict__", {})
     method = entries.get("quant_method")
     if method is None:  # as bitsandbytes' were saved at first
         return "bitsandbytes" if any(str(key).startswith("load_in_") for key in entries) else "an unnamed method"

@@ -13,7 +13,6 @@ from .checks import integer
 from .errors import MemoryLimitError, OptionError
 from .families import BoundModel
 from .files import load_result, save_result
-from .memory import asked_bytes
 from .prompt import Prompt, encode
 from .result import TENSORS, Attribution, attribution
 from .sources import Spans, token_ranges
@@ -110,6 +109,8 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
             **sampling,
         )
     except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
+        from .memory import asked_bytes  # not above: to look at a saved generation needs no model
+
         if asked_bytes(error) is not None:
             raise MemoryLimitError(
                 f"out of memory generating {max_new_tokens} tokens after a prompt of {length}; give fewer"

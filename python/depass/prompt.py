@@ -6,6 +6,7 @@ import bisect
 import itertools
 import operator
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ _UNITS = {
     "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
 }
 _CONTEXT = 8  # tokens before a token that can change how it decodes
+_BYTES = 4  # of a character in UTF-8, at most
 
 
 @dataclass(frozen=True)
@@ -171,17 +173,28 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
 def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
     if tokenizer is None:
         return Prompt(tuple(ids), tuple(str(token) for token in ids))
-    tokens, unfinished = [], []
-    for index in range(len(ids)):
-        before = ids[max(0, index - _CONTEXT) : index]
-        known, piece = _decode(tokenizer, before), _decode(tokenizer, [*before, ids[index]])
+    tokens: list[str] = []
+    unfinished: list[bool] = []
+    begins_at = deque([0])  # tokens at which a character begins: the window is from the first of them on
+    for index, token in enumerate(ids):
+        start, done = begins_at[0], begins_at[-1]
+        known = _decode(tokenizer, ids[start:done]) + "".join(tokens[done:])
+        piece = _decode(tokenizer, ids[start : index + 1])
         # bytes of an unfinished character decode to U+FFFD; the token that finishes it gets it
-        unfinished.append(piece.endswith("\ufffd"))
-        known, piece = known.rstrip("\ufffd"), piece.rstrip("\ufffd")
-        tokens.append(piece[len(known) :] if piece.startswith(known) else _decode(tokenizer, [ids[index]]))
+        whole = piece.rstrip("\ufffd")
+        unfinished.append(whole != piece and index - done < _BYTES - 1)
+        if not unfinished[index]:
+            whole = piece
+            begins_at.append(index + 1)
+            while begins_at[1] <= index + 1 - _CONTEXT:
+                begins_at.popleft()
+        if whole.startswith(known):
+            tokens.append(whole[len(known) :])
+        else:  # some decoders show nothing of a run of bytes as long as its last character is unfinished
+            tokens.append("" if unfinished[index] else _decode(tokenizer, [token]))
     text = "".join(tokens)
     ends = list(itertools.accumulate(len(token) for token in tokens))
-    begins = [end - len(token) for token, end in zip(tokens, ends, strict=True)]
+    begins = [end - len(piece) for piece, end in zip(tokens, ends, strict=True)]
     for index in reversed(range(len(ids) - 1)):  # ... and the tokens that began it lie over it as well
         if unfinished[index]:
             ends[index] = ends[index + 1]

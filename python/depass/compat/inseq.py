@@ -30,7 +30,7 @@ from ..engine import grouped
 from ..errors import DePassError, OptionError, PromptError, TargetError
 from ..families import BoundModel
 from ..lockstep import Trace
-from ..memory import free_memory
+from ..memory import room
 from ..prompt import encode
 from ..sources import Decomposition, Source
 from ..targets import Contrast, Token, check
@@ -245,7 +245,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     asked = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
     settings = dp._options(0, None, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
-    groups = list(grouped(parts, len(ids), free_memory(bound.device) // 2, bound, dp.workspace_bytes))
+    groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.workspace_bytes))
     found = dp._engine().sweep(made, groups, asked, settings, "heads")
     dp._judge(found, strict=False)
     scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.heads)  # [targets, L, N, H]
