@@ -45,7 +45,7 @@ docs: $(VENV)/docs
 
 # The tutorial as it stands in the repository, with the outputs of this machine.
 tutorial: $(VENV)/docs
-	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False docs/tutorial.ipynb
+	PYTHONWARNINGS=ignore:IProgress $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False docs/tutorial.ipynb
 
 # The sdist, the wheel that is built out of it, and each of them alone in an environment that has nothing of this checkout.
 # Without isolation, because csrc needs the headers of a torch.

@@ -16,6 +16,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell
 nb_execution_in_temp = True
+nb_output_stderr = "remove"
 
 add_module_names = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
