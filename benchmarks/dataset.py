@@ -17,6 +17,8 @@ SHARD_ROWS, WINDOW = 100, 1000
 
 def main(rows: int) -> None:
     """Print the rate, and the largest memory while the first and the last thousand rows were made."""
+    if rows < 2 * WINDOW:
+        sys.exit(f"{rows} rows have no first and last {WINDOW}; give at least {2 * WINDOW}")
     prompts = [{"prompt": prompt, "target": f" {answer}"} for prompt, answer in FACTS]
     prompts += ioi(rows - len(prompts), seed=0)
     with tempfile.TemporaryDirectory() as work:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_DIGITS = 18  # of a number that is counted with
 PATIENCE = 2.0  # seconds before a progress bar is worth its lines
 
 
@@ -33,6 +34,9 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lasts
     options = _parser(given).parse_args(given)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets escapes, not an error
@@ -310,7 +314,8 @@ def _plan(options: argparse.Namespace) -> None:
     _check_stream(options)
     device = torch.device(_device(options.device))
     budget = None if options.budget is None else byte_count(options.budget)
-    sources = int(options.sources) if options.sources.isdecimal() else options.sources
+    counted = options.sources.isdecimal() and len(options.sources) <= _DIGITS
+    sources = int(options.sources) if counted else options.sources
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     bound = empty_model(options.model, dtype, options.quantization, options.trust_remote_code)
     if budget is None and device.type == "cuda":
@@ -345,7 +350,7 @@ def _target(text: str) -> Any:
     kind, _, number = text.partition(":")
     if kind not in ("id", "top") or not number:
         return Token(text)
-    if not number.isdecimal():
+    if not number.isdecimal() or len(number) > _DIGITS:
         raise TargetError(f"--target {text}: {number!r} is no number; write id:1910 or top:5")
     return Token(int(number)) if kind == "id" else TopK(int(number))
 

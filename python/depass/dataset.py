@@ -68,9 +68,13 @@ def run(options: argparse.Namespace) -> str:
     with hold(folder):
         made = described(folder / "run.json", FORMAT, TASK, settings)
         shards = Shards(folder / "rows", data.count, options.shard_rows)
+        if not (folder / "run.json").exists() and len(shards.missing()) < len(shards):
+            raise DataError(f"{shards.folder} has rows, and {folder} no run.json that says what of; give another --out")
         shards.tidy()
         if shards.missing():
             check_writable(folder / "run.json")  # before the model is loaded, which may take minutes
+            if shards.folder.exists():
+                check_writable(shards.path(0))
             engine, began, now = _engine(options), time.monotonic(), session()
             made["sessions"].append(now)
             write_json(folder / "run.json", made)
@@ -113,6 +117,9 @@ class Shards:
 
     def __init__(self, folder: Path, rows: int, size: int) -> None:
         self.folder, self.rows, self.size = folder, rows, size
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.size)
 
     def path(self, first: int) -> Path:
         """Of the shard that begins with a row; names sort as the rows do."""
@@ -208,8 +215,11 @@ def local(dp: DePass, options: argparse.Namespace) -> Engine:
     return work
 
 
-def batch_tokens(dp: DePass) -> int:
-    """How many tokens go in one pass: so many that a prompt of them all would take at most half of what memory is free."""
+def batch_tokens(dp: DePass, beside: int = 1) -> int:
+    """How many tokens go in one pass: so many that a prompt of them all would take at most half of what memory is free.
+
+    Of that half each of ``beside`` processes that share the memory has an equal part.
+    """
     from .memory import needs, room
     from .plan import rows_and_sources
 
@@ -220,7 +230,7 @@ def batch_tokens(dp: DePass) -> int:
         rows, _ = rows_and_sources(bound, count, "token")
         return needs(bound, rows, [count], dp.workspace_bytes, bound.device).total_bytes
 
-    while tokens > 1 and taken(tokens) > free // 2:
+    while tokens > 1 and taken(tokens) > free // (2 * beside):
         tokens //= 2
     return tokens
 

@@ -407,11 +407,16 @@ def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
 
 def blame(bound: BoundModel) -> str:
     """What makes numbers of a model not finite: a weight that is so itself, which is named, or else its dtype."""
+    unseen = False
     for name, weight in bound.model.named_parameters():
         plain = type(weight) is torch.nn.Parameter and weight.dtype in FLOATS and not weight.is_meta
+        unseen = unseen or not plain
         if plain and weight.numel() and not all(bool(edge.isfinite()) for edge in weight.detach().aminmax()):
             return f"the model's weight {name} holds NaN or infinity: load it from a file that is whole"
-    return f"the model's weights are, so {dtype_name(bound.dtype)} has too small a range for this; give another dtype"
+    small = f"{dtype_name(bound.dtype)} has too small a range for this"
+    if unseen:
+        return f"a weight that is offloaded or quantised holds NaN or infinity, or {small}"
+    return f"the model's weights are, so {small}; give another dtype"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

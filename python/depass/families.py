@@ -7,6 +7,7 @@ in one shape, whatever the family: fused weights are slices, GPT-2's transposed 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
@@ -296,9 +297,11 @@ class BoundModel:
 
         Of quantised models whose kernels round the activations to 8 bits as much as of bf16, which keeps as many.
         """
-        rounded = any(weights.rounds_inputs(part.module) for layer in self.layers for part in layer.projections)
-        of_dtype = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(self.dtype, 5e-2)
-        return 5e-2 if rounded else of_dtype
+        modules = [part.module for layer in self.layers for part in layer.projections]
+        if any(weights.rounds_inputs(module) for module in modules):
+            return 5e-2
+        dtypes = {self.dtype, *(getattr(module, "compute_dtype", None) or self.dtype for module in modules)}
+        return max({torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(dtype, 5e-2) for dtype in dtypes)
 
 
 @cache
@@ -362,12 +365,11 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
         raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
     heads: int = text.num_attention_heads
     backbone: Any = model.get_submodule(family.backbone)
-    layers = tuple(_bind_layer(layer, family, heads) for layer in backbone.get_submodule(family.layers))
+    blocks = list(backbone.get_submodule(family.layers))
+    if not empty:
+        _refuse_unreadable(blocks, head, family, config, name)
+    layers = tuple(_bind_layer(layer, family, heads) for layer in blocks)
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
-    for index, layer in enumerate(layers):
-        _refuse_unreadable(index, layer, config, name)
-    if not weights.is_readable(head):
-        raise ModelError(f"the head of {name} holds {_said_of(head, config)}; {_LOAD_DENSE}")
     biased = any(layer.has_bias() for layer in layers)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return BoundModel(
@@ -423,17 +425,21 @@ def _refuse_absent(model: Any, name: str) -> None:
             )
 
 
-def _refuse_unreadable(index: int, layer: Layer, config: Any, name: str) -> None:
-    """Raise a ModelError where a layer's weights cannot be had as numbers, or lie on several devices."""
-    for part, projection in zip(("value", "output", "gate", "down"), layer.projections, strict=True):
-        if not weights.is_readable(projection.module):
-            said = _said_of(projection.module, config)
-            raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
-    devices = sorted({str(weights.device_of(projection.module)) for projection in layer.projections})
-    if len(devices) > 1:
-        raise ModelError(
-            f"layer {index} of {name} lies on {' and '.join(devices)}; give each layer one device in the device_map"
-        )
+def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config: Any, name: str) -> None:
+    """Raise a ModelError where weights cannot be had as numbers, or a layer's lie on several devices."""
+    for index, block in enumerate(blocks):
+        devices = set()
+        for part in ("value", "output", "gate", "down"):
+            module = block.get_submodule(getattr(family, part))
+            if not weights.is_readable(module):
+                said = _said_of(module, config)
+                raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
+            devices.add(str(weights.device_of(module)))
+        if len(devices) > 1:
+            where = " and ".join(sorted(devices))
+            raise ModelError(f"layer {index} of {name} lies on {where}; give each layer one device in the device_map")
+    if not weights.is_readable(head):
+        raise ModelError(f"the head of {name} holds {_said_of(head, config)}; {_LOAD_DENSE}")
 
 
 def _said_of(module: Any, config: Any) -> str:

@@ -144,7 +144,7 @@ def load_result(
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in names}
         return make(tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"})
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
 
 

@@ -79,6 +79,8 @@ def load(
         _require("accelerate", f"device_map={device_map!r}", "offload")
     elif max_memory is not None:
         raise OptionError(f"max_memory={max_memory!r} belongs to a map over several devices; give device_map='auto'")
+    if isinstance(device_map, dict) and max_memory is not None:
+        raise OptionError(f"max_memory={max_memory!r}: the device_map says already where everything goes; leave it out")
     _refuse_pickles(name, path)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "use_safetensors": True}
@@ -151,7 +153,8 @@ def _quantization_config(given: Any, dtype: torch.dtype | str, config: Any) -> A
     if BITS[given] == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     # NF4 loses less than FP4, transformers' default; and products are taken in the model's dtype, not in fp32
-    computed = dtype if isinstance(dtype, torch.dtype) else _saved_dtype(config)
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    computed = named if isinstance(named, torch.dtype) else _saved_dtype(config)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
 
 

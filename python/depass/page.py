@@ -29,9 +29,11 @@ _NUMBERED = 16  # columns of a sweep whose cells have room for their numbers
 _LISTED, _LISTED_COMPONENTS = 12, 50  # largest contributions, and those that are shown nowhere else
 _LONGEST = 60  # characters of a name; longer ones are cut in the middle
 _DIGITS = 5  # of a score, significant
-# control characters and those that turn the direction of what follows; nothing that a program reading SVG would refuse
+# control characters, those that turn the direction of what follows, and those without any shape but the joiners of emoji and
+# scripts; nothing that a program reading SVG would refuse
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\u3164\ud800-\udfff\ufeff"
+    "\uffa0\ufffe\uffff\U000e0000-\U000e007f]"
 )
 
 
@@ -39,7 +41,7 @@ def render(results: Sequence[tuple[str, Result]], path: str | os.PathLike[str] |
     """One page of named results, which loads nothing from outside and parses no token as HTML; written to ``path`` if given.
 
     Raises:
-        OutputError: the path cannot be written.
+        OutputError: the path cannot be written, or a score is no number.
     """
     views = []
     for called, result in results:
@@ -49,6 +51,8 @@ def render(results: Sequence[tuple[str, Result]], path: str | os.PathLike[str] |
             view = _generation(result)
         else:
             view = _attribution(result)
+        if not bool(_scores(result).isfinite().all()):
+            raise OutputError(f"{called} cannot be shown: a score is NaN or infinite")
         views.append({"name": _seen(called), **view})
     folder = files(__package__)
     template, style, script = (
@@ -66,6 +70,10 @@ def render(results: Sequence[tuple[str, Result]], path: str | os.PathLike[str] |
     if path is not None:
         write_atomically(path, html.encode())
     return html
+
+
+def _scores(result: Result) -> Tensor:
+    return result.attribution.scores if isinstance(result, Generation) else result.scores
 
 
 def load(path: str | os.PathLike[str]) -> Result:

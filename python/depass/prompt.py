@@ -176,13 +176,16 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
     tokens: list[str] = []
     unfinished: list[bool] = []
     begins_at = deque([0])  # tokens at which a character begins: the window is from the first of them on
+    known, piece, grown = "", "", 0  # the last token that finished a character, be it that it begins another
     for index, token in enumerate(ids):
         start, done = begins_at[0], begins_at[-1]
         known = _decode(tokenizer, ids[start:done]) + "".join(tokens[done:])
         piece = _decode(tokenizer, ids[start : index + 1])
         # bytes of an unfinished character decode to U+FFFD; the token that finishes it gets it
         whole = piece.rstrip("\ufffd")
-        unfinished.append(whole != piece and index - done < _BYTES - 1)
+        if len(whole) > len(known):
+            grown = index
+        unfinished.append(whole != piece and index - max(done, grown) < _BYTES - 1)
         if not unfinished[index]:
             whole = piece
             begins_at.append(index + 1)
@@ -192,6 +195,8 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
             tokens.append(whole[len(known) :])
         else:  # some decoders show nothing of a run of bytes as long as its last character is unfinished
             tokens.append("" if unfinished[index] else _decode(tokenizer, [token]))
+    if unfinished and unfinished[-1] and piece.startswith(known):  # it stays unfinished
+        tokens[-1] = piece[len(known) :]
     text = "".join(tokens)
     ends = list(itertools.accumulate(len(token) for token in tokens))
     begins = [end - len(piece) for piece, end in zip(tokens, ends, strict=True)]

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from . import cli
@@ -42,6 +41,8 @@ def on_ray(options: argparse.Namespace) -> Engine:
     def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
         _connect(options.ray_address)
         try:
+            if options.device == "cuda" and ray.cluster_resources().get("GPU", 0) < 1:
+                raise OptionError("--device cuda: the cluster has no GPU, and its workers would wait for one for ever")
             blocks = [
                 ray.put(_block(first, rows)) for first, rows in shards
             ]  # Ray moves to disk what memory cannot hold
@@ -73,7 +74,8 @@ class Worker:
     def __init__(self, options: argparse.Namespace) -> None:
         self.dp = cli.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
         self.sources = options.sources
-        self.tokens = options.batch_tokens or batch_tokens(self.dp)
+        beside = 1 if options.device == "cuda" else options.workers  # that share this machine's memory, at most
+        self.tokens = options.batch_tokens or batch_tokens(self.dp, beside)
 
     def __call__(self, block: Any) -> Any:
         """A table of one shard's rows to one of its Parquet file."""
@@ -83,9 +85,15 @@ class Worker:
 
 
 def _block(first: int, rows: list[Row]) -> Any:
+    return load_pyarrow().table({"first": [first], "rows": [f"[{','.join(map(_described, rows))}]"]})
+
+
+def _described(row: Row) -> str:
     # what JSON does not know is no prompt, and as a text it is none either: its row says so all the same
-    content = json.dumps([asdict(row) for row in rows], default=str)
-    return load_pyarrow().table({"first": [first], "rows": [content]})
+    try:
+        return json.dumps(vars(row), default=str)
+    except RecursionError:
+        return json.dumps({"id": row.id, "broken": "the prompt is nested too deep"})
 
 
 def _connect(address: str | None) -> None:
@@ -98,7 +106,8 @@ def _connect(address: str | None) -> None:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise OptionError(f"--ray-address {address}: no cluster there: {said[0]}") from error
+        where = f"--ray-address {address}: no cluster there" if address else "cannot start a cluster on this machine"
+        raise OptionError(f"{where}: {said[0]}") from error
     finally:
         signal.signal(signal.SIGTERM, ended)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -238,7 +238,11 @@ def attribution(tensors: dict[str, Any], said: dict[str, Any]) -> Attribution:
         ValueError: the two do not fit.
     """
     check_shape(tensors["scores"], said["targets"], said["sources"])
-    return Attribution(**tensors, sources=tuple(Source(**one) for one in said["sources"]), **common(said))
+    sources, length = tuple(Source(**one) for one in said["sources"]), len(said["prompt"]["tokens"])
+    for source in sources:
+        if source.start is not None and not 0 <= source.start < (source.end or 0) <= length:
+            raise ValueError(f"its source {source.label!r} lies at {source.start} to {source.end} of {length} tokens")
+    return Attribution(**tensors, sources=sources, **common(said))
 
 
 def check_shape(scores: Tensor, *axes: Sized) -> None:
@@ -253,8 +257,15 @@ def check_shape(scores: Tensor, *axes: Sized) -> None:
 
 
 def common(described: dict[str, Any]) -> dict[str, Any]:
-    """Targets, prompt and settings of a result, from what ``to_dict`` said of them."""
+    """Targets, prompt and settings of a result, from what ``to_dict`` said of them.
+
+    Raises:
+        ValueError: a target lies where the prompt has no token.
+    """
     prompt = described["prompt"]
+    for target in described["targets"]:
+        if not 0 <= target["position"] < len(prompt["tokens"]):
+            raise ValueError(f"its target at {target['position']} is behind no token of {len(prompt['tokens'])}")
     return {
         "targets": tuple(Target(**{**one, "token_ids": tuple(one["token_ids"])}) for one in described["targets"]),
         "prompt": Prompt(

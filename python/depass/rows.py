@@ -20,6 +20,7 @@ Record = dict[str, Any] | str  # a row's cells by column, or what is broken abou
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 _AT_ONCE = 256  # rows of a Parquet file that are in memory
+_BUFFER = 1 << 20  # bytes of one that are read together
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,13 @@ def open_data(source: str, columns: Columns, subset: str | None = None, split: s
     """
     path = Path(source)
     if path.suffix not in SUFFIXES and not path.is_file():
-        return _library(source, columns, subset, split or "train")
+        return _library(source, columns, subset, split)
     if subset is not None or split is not None:
         raise OptionError(f"{source} is a file; --subset and --split are of what the library `datasets` reads")
     if path.suffix not in SUFFIXES:
         raise DataError(f"cannot tell what {source} is; give a file that ends in {', '.join(SUFFIXES)}")
     try:
+        before = _stamp(path)
         with path.open("rb") as file:
             found = hashlib.sha256()
             while block := file.read(1 << 20):
@@ -94,9 +96,20 @@ def open_data(source: str, columns: Columns, subset: str | None = None, split: s
         count, names = _parquet_head(path)
         records = partial(_parquet, path, [name for name in _wanted(source, columns, names) if name is not None])
     else:
-        records = partial(_csv if path.suffix == ".csv" else _jsonl, path)
+        records = partial(_csv, path, columns.prompt) if path.suffix == ".csv" else partial(_jsonl, path)
         count, names = _looked_through(records())
-    return _made(source, columns, count, names, found.hexdigest(), records)
+
+    def check() -> None:
+        if _stamp(path) != before:
+            raise DataError(f"{source} was changed since the run began; leave it alone while it is read")
+
+    return _made(source, columns, count, names, found.hexdigest(), records, check)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _made(
@@ -106,6 +119,7 @@ def _made(
     names: Sequence[str],
     fingerprint: str,
     records: Callable[[], Iterator[Record]],
+    check: Callable[[], None] = lambda: None,
 ) -> Data:
     if not count:
         raise DataError(f"{source} has no rows")
@@ -114,8 +128,10 @@ def _made(
     def read() -> Iterator[Row]:
         number = -1
         try:
+            check()
             for number, record in enumerate(itertools.islice(records(), count)):
                 yield _row(number, record, of_prompt, of_target, of_id)
+            check()
         except OSError as error:
             raise DataError(f"cannot read {source}: {_first_line(error)}") from error
         if number + 1 < count:
@@ -204,13 +220,14 @@ def _jsonl(path: Path) -> Iterator[Record]:
             yield row if isinstance(row, dict) else f"line {number} is no JSON object"
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path, of_prompt: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     # bytes that are no UTF-8 pass as surrogates: they are one row's error, and it is the prompt's check that says so
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         names: list[str] | None = None
         while True:
+            began = reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
@@ -218,7 +235,8 @@ def _csv(path: Path) -> Iterator[Record]:
             except csv.Error as error:
                 if names is None:
                     raise DataError(f"{path} has no header of columns: {error}") from error
-                yield f"line {reader.line_num}: {error}"
+                lines = f"line {began}" if reader.line_num <= began else f"lines {began} to {reader.line_num}, one row"
+                yield f"{lines}: {error}"
                 continue
             if not cells:
                 continue
@@ -228,7 +246,9 @@ def _csv(path: Path) -> Iterator[Record]:
                 yield f"line {reader.line_num} has {len(cells)} cells, the header has {len(names)}"
             else:
                 # a CSV file has neither lists nor empty cells of their own
-                yield {name: _ids(cell) or cell if cell else None for name, cell in zip(names, cells, strict=True)}
+                row: dict[str, Any] = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+                prompt = row.get(of_prompt)
+                yield row if prompt is None else {**row, of_prompt: _ids(prompt) or prompt}
 
 
 def load_pyarrow() -> Any:
@@ -257,7 +277,7 @@ def _parquet_head(path: Path) -> tuple[int, list[str]]:
 def _parquet(path: Path, names: list[str]) -> Iterator[Record]:
     arrow = load_pyarrow()
     try:
-        with arrow.parquet.ParquetFile(path) as file:
+        with arrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:  # not a row group at once
             for batch in file.iter_batches(batch_size=_AT_ONCE, columns=names):
                 for index in range(batch.num_rows):
                     try:
@@ -268,7 +288,7 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Record]:
         raise DataError(f"cannot read {path}: {_first_line(error)}") from error
 
 
-def _library(source: str, columns: Columns, subset: str | None, split: str) -> Data:
+def _library(source: str, columns: Columns, subset: str | None, split: str | None) -> Data:
     try:
         import datasets
     except ImportError as error:
@@ -280,9 +300,16 @@ def _library(source: str, columns: Columns, subset: str | None, split: str) -> D
     try:
         if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):  # save_to_disk's
             found = datasets.load_from_disk(source)
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            several = isinstance(found, datasets.DatasetDict)
+            if subset is not None or (split is not None and not several):
+                raise OptionError(
+                    f"{source} holds one data set without {'subsets' if several else 'subsets or splits'}"
+                )
+            found = found[split or "train"] if several else found
         else:
-            found = datasets.load_dataset(source, subset, split=split)
+            found = datasets.load_dataset(source, subset, split=split or "train")
+    except OptionError:
+        raise
     except Exception as error:  # runs other people's code, which raises what it likes
         raise DataError(f"cannot read the data set {source!r}: {_first_line(error)}") from error
     names = [name for name in _wanted(source, columns, found.column_names) if name is not None]

@@ -38,6 +38,8 @@ def hold(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"another process is at work in {folder}; wait for it or give another --out") from None
+        except OSError as error:
+            raise OutputError(f"cannot lock {folder} against other processes: {error.strerror or error}") from error
         yield
     finally:
         os.close(handle)

@@ -7,6 +7,7 @@ had to be read or dequantised for that is a copy, which its user alone holds: on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,9 @@ def is_readable(module: Any) -> bool:
 def rounds_inputs(module: Any) -> bool:
     """Whether a module's kernel rounds what it is given to 8 bits, and not its weight alone."""
     weight = module.weight
-    dynamic = getattr(weight, "act_quant_kwargs", None) is not None or "ActivationQuantized" in type(weight).__name__
+    names = ("act_quant_kwargs", "activation_quantization")  # of torchao's tensors
+    dynamic = any(getattr(weight, name, None) is not None for name in names)
+    dynamic = dynamic or "ActivationQuantized" in type(weight).__name__
     return is_packed(module) and (type(weight).__name__ == "Int8Params" or dynamic)
 
 
@@ -85,7 +88,8 @@ def lent_bytes(module: Any, dtype: torch.dtype) -> int:
     if not is_packed(module):
         return int(module.weight.nbytes) if is_offloaded(module) else 0
     size = 4 if type(module.weight).__name__ == "Int8Params" else torch.finfo(dtype).bits // 8
-    return int(module.out_features * module.in_features * size)
+    identity = module.in_features if _library(module) == "torchao" and _is_multiplied(module.weight) else 0
+    return int((module.out_features + identity) * module.in_features * size)
 
 
 def numbers(model: nn.Module) -> int:
@@ -129,12 +133,17 @@ def _dequantized(module: Any) -> Tensor:
 
         scales = module.state.SCB if weight.SCB is None else weight.SCB  # its first pass takes them from the weight
         found: Tensor = int8_vectorwise_dequant(weight.data, scales)
-    elif type(weight).dequantize is not Tensor.dequantize and getattr(weight, "act_pre_scale", None) is None:
+    elif not _is_multiplied(weight):
         found = weight.dequantize()
-    else:  # packed for one kernel, in an order that only it knows: what it multiplies by is its product with the identity
+    else:  # what it multiplies by is its product with the identity
         identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         found = functional.linear(identity, weight).T
     return found
+
+
+def _is_multiplied(weight: Any) -> bool:
+    """Whether a weight of torchao is packed for one kernel, in an order that only it knows."""
+    return type(weight).dequantize is Tensor.dequantize or getattr(weight, "act_pre_scale", None) is not None
 
 
 def _from_4_bits(weight: Any) -> Tensor:
@@ -142,7 +151,10 @@ def _from_4_bits(weight: Any) -> Tensor:
 
     data, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):  # on some CPUs its first pass packs the weight anew
+        state = copy.copy(state)  # the model's own stays as it is
+        state.original_nested = False  # the scales are what its kernel multiplies by, and not rounded once more
         data, state = bitsandbytes._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.T.reshape(-1).float()
     found: Tensor = bitsandbytes.dequantize_4bit(data, state)
     return found
 

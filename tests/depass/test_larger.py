@@ -350,15 +350,29 @@ def test_a_cpu_s_own_packing_of_4_bits_is_undone() -> None:
     pack = getattr(bitsandbytes.functional, "_convert_weight_packed_for_cpu", None)
     if pack is None:
         pytest.skip("this version of bitsandbytes packs no weights for a CPU")
-    module = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    module = module.to(torch.bfloat16).to("cpu")
-    expected = weights.dense(module)
-    module.weight.data, module.weight.quant_state = pack(module.weight.data, module.weight.quant_state)
-    assert module.weight.quant_state.packing_format_for_cpu
-    found = weights.dense(module)
-    assert found is not None
-    assert expected is not None
-    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=0)  # its scales are bf16
+    for nested in (False, True):
+        module = bitsandbytes.nn.Linear4bit(192, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+                                            compress_statistics=nested)  # fmt: skip
+        module = module.to(torch.bfloat16).to("cpu")
+        expected = weights.dense(module)
+        assert expected is not None
+        module.weight.data, module.weight.quant_state = pack(module.weight.data, module.weight.quant_state)
+        before = vars(module.weight.quant_state).copy()
+        for _ in range(2):
+            found = weights.dense(module)
+            assert found is not None
+            torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=0)  # its scales are bf16
+            assert vars(module.weight.quant_state) == before
+        assert module.weight.quant_state.packing_format_for_cpu
+
+
+def test_a_plan_of_quantised_weights_needs_no_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path, "llama", **WIDE)
+    assert main(["plan", "-m", folder, "--tokens", "9"]) == 0
+    for kind in ("8bit", "4bit"):
+        assert main(["plan", "-m", folder, "--tokens", "9", "--quantization", kind]) == 0
+    dense, eight, four = (empty_model(folder, None, kind) for kind in (None, "8bit", "4bit"))
+    assert weight_bytes(dense) > weight_bytes(eight) > weight_bytes(four)
 
 
 def test_what_excludes_quantisation_says_so(quantised: Any, capsys: pytest.CaptureFixture[str]) -> None:
