@@ -3,10 +3,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+ADAPTERS := .venv-adapters
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test lint test-kernels test-interpreted bench gpu gpu-large clean
+.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check audit bench gpu gpu-large adapters clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -35,6 +36,36 @@ compile-for-%:
 test-interpreted:
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels tests/depass/test_served.py -k "triton or auto"
 
+# The pages, without a warning, into build/docs. The tutorial is run anew for them: what it says of its numbers is asserted there.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	! grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|url\([^)]*//' \
+		build/docs --include=*.html --include=*.css  # a page loads nothing from outside
+	@echo build/docs/index.html
+
+# The tutorial as it stands in the repository, with the outputs of this machine.
+tutorial: $(VENV)/docs
+	PYTHONWARNINGS=ignore:IProgress $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False docs/tutorial.ipynb
+
+# The sdist, the wheel that is built out of it, and each of them alone in an environment that has nothing of this checkout.
+# Without isolation, because csrc needs the headers of a torch.
+release-check: $(VENV)/ready
+	rm -rf dist build/clean
+	DEPASS_BUILD_CPU=1 $(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet $(TORCH)
+	build/clean/bin/python -m pip install --quiet dist/*.whl
+	build/clean/bin/python -I tests/release.py
+	DEPASS_BUILD_CPU=1 build/clean/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.tar.gz
+	build/clean/bin/python -I tests/release.py
+
+# Known vulnerabilities of what the environment holds, from PyPI's advisories. A package that cannot be asked about is a failure.
+audit: $(VENV)/ready
+	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > build/audited.txt  # advisories know no local versions
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r build/audited.txt
+
 # The CPU: tokens, heads, short prompts and a long context of the real SmolLM2 against every baseline, then the report.
 bench: $(VENV)/ready
 	status=0; $(BIN)/python -m benchmarks run $(BENCH) || status=$$?; \
@@ -48,6 +79,22 @@ gpu:
 gpu-large:
 	PYTHONPATH=python:. $(PYTHON) benchmarks/gpu.py $(RESULTS) large
 
+# Other tools' adapters (docs/adapters.md), each in an environment of its own, since the tools do not install together. The
+# pins are what was tried; those of pyproject.toml's extras. Tests of tools that an environment does not have skip.
+adapters: adapters-inseq adapters-transformer-lens adapters-nnsight
+
+adapters-%: $(ADAPTERS)/%/ready
+	PYTHONPATH=python:. OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(ADAPTERS)/$*/bin/python -m pytest -rs tests/adapters
+
+$(ADAPTERS)/inseq/ready: TOOLS := inseq==0.7.1 captum==0.9.0 interpreto==0.5.2
+$(ADAPTERS)/transformer-lens/ready: TOOLS := transformer-lens==4.3.0 circuitsvis==1.43.3
+$(ADAPTERS)/nnsight/ready: TOOLS := nnsight==0.8.1
+$(ADAPTERS)/%/ready: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet $(TORCH) $(TOOLS) "transformers>=5,<6" gguf rich pytest
+	touch $@
+
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
@@ -56,5 +103,9 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 		$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/ready
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build depass_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(ADAPTERS) build dist depass_kernels/*.so *.egg-info

@@ -232,7 +232,8 @@ def _against(row: Row | None, ours: Row) -> str:
         return ""
     if row["status"] != "ok":
         return "out of memory" if row["status"] == "oom" else row["status"]
-    return f"{row['seconds_p50'] / ours['seconds_p50']:.2g}×"
+    times = row["seconds_p50"] / ours["seconds_p50"]
+    return f"{times:.0f}×" if times >= 100 else f"{times:.2g}×"
 
 
 def _ops(newest: Newest, _: Path) -> str:

@@ -13,4 +13,4 @@ print(f"The model goes on: {made.text!r}")
 for row, token in enumerate(made.tokens):
     best = ", ".join(f"{source.label!r} {score:+.2f}" for source, score in made.attribution.top(3, target=row))
     print(f"  {token!r} owes most to {best}")
-made.attribution.to_html(folder / "generation.html")
+made.to_html(folder / "generation.html")

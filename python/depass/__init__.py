@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PublishedDifferenceWarning,
         SourceError,
         TargetError,
+        WorkerError,
     )
     from .families import FAMILIES, Family
     from .generation import Generation
@@ -45,7 +46,7 @@ _MODULES = {
     "errors": (
         "ConservationError", "ConservationWarning", "DataError", "DePassError", "MemoryLimitError",
         "MemoryLimitWarning", "ModelError", "NonFiniteError", "OptionError", "OutputError", "PromptError",
-        "PublishedDifferenceWarning", "SourceError", "TargetError",
+        "PublishedDifferenceWarning", "SourceError", "TargetError", "WorkerError",
     ),
     "families": ("FAMILIES", "Family"),
     "generation": ("Generation",),
@@ -64,7 +65,7 @@ __all__ = [
     "ModelError", "Modules",
     "Neurons", "NonFiniteError", "OptionError", "OutputError", "Plan", "Prompt", "PromptError",
     "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep",
-    "Target", "TargetError", "Token", "TopK",
+    "Target", "TargetError", "Token", "TopK", "WorkerError",
 ]  # fmt: skip
 
 

@@ -20,13 +20,13 @@ from . import plan as plans
 from . import smollm2, streaming
 from .checks import integer, integers
 from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
-from .engine import Case, Engine, Options, Progress, decomposed_layers, dtype_name, grouped, refuse_dropout
+from .engine import Case, Engine, Options, Progress, blame, decomposed_layers, grouped, refuse_dropout
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
-from .families import Family, bind
+from .families import BoundModel, Family, bind
 from .generation import Generation, continued, generated_ids, sources_of
 from .graphs import Recordings
 from .loading import load
-from .memory import free_memory
+from .memory import room
 from .plan import Plan
 from .prompt import Prompt, encode
 from .propagate import MLPSharing, Propagation
@@ -111,9 +111,9 @@ class DePass:
         self._sharing(mlp_rule, temperature)
         _check_exclude(exclude_bos)
         devices = {parameter.device for parameter in model.parameters()}
-        if cuda_graphs and (len(devices) > 1 or next(iter(devices)).type != "cuda"):
+        if cuda_graphs and (len(devices) > 1 or next(iter(devices)).type != "cuda" or self._bound.is_quantized):
             raise OptionError(
-                f"cuda_graphs=True needs a model on one CUDA device, this one lies on {', '.join(map(str, devices))}"
+                f"cuda_graphs=True needs an unquantised model on one CUDA device, this one {_lies_on(self._bound, devices)}"
             )
         self._recordings = Recordings(self._bound) if cuda_graphs else None
         if stream_to is not None:
@@ -125,26 +125,36 @@ class DePass:
         *,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
+        max_memory: dict[int | str, int | str] | None = None,
+        quantization: Any = None,
+        trust_remote_code: bool = False,
         say: Callable[[str], None] = lambda message: None,
         **options: Any,
     ) -> DePass:
-        """Load a model and its tokenizer with transformers.
+        """Load a model and its tokenizer with transformers, from safetensors alone.
 
         Args:
             name_or_path: a folder, a name on the hub, or ``"smollm2"``, the embedded default.
             dtype: of the weights; ``"auto"``: as saved.
-            device_map: one device, or a map over several as transformers takes it (which needs accelerate).
+            device_map: one device; or several (and host memory and disk, as ``"cpu"`` and ``"disk"``) as transformers takes
+                them, ``"auto"`` or a dict from modules to devices, which needs accelerate.
+            max_memory: with a ``device_map`` such as ``"auto"``, how much of each device the weights may take, as
+                transformers takes it: ``{0: "20GiB", "cpu": "64GiB"}``. The decomposed state needs room beside them.
+            quantization: ``"8bit"`` or ``"4bit"`` weights by bitsandbytes, or a quantisation config of transformers
+                for bitsandbytes or torchao. Models that were saved so need none.
+            trust_remote_code: run code that the model's folder or repository brings along.
             say: told in a line what takes long.
             options: of :class:`DePass`.
 
         Raises:
             ModelError: there is no such model, or it cannot be attributed.
+            OptionError: an option that does not fit the model, or a package that it needs is not installed.
         """
         name = os.fspath(name_or_path)
         path = os.fspath(smollm2.folder(say)) if name == smollm2.NAME else name
         if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith((".", "~"))):
             raise ModelError(f"the model path {name!r} is no folder")
-        model, tokenizer = load(name, path, dtype, device_map)
+        model, tokenizer = load(name, path, dtype, device_map, max_memory, quantization, trust_remote_code)
         made = DePass(model, tokenizer, **options)
         made.name = name
         return made
@@ -385,7 +395,7 @@ class DePass:
         parts.sort(key=lambda of_layer: of_layer[0].layer)
         if memory_bytes is not None and integer("memory_bytes", memory_bytes, OptionError) < 1:
             raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
-        budget = free_memory(bound.device) // 2 if memory_bytes is None else memory_bytes
+        budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
         groups = list(grouped(parts, len(made.ids), budget, bound, self.workspace_bytes))
         found = self._engine().sweep(made, groups, asked, options, kind, _callable("progress", progress))
         self._judge(found, strict)
@@ -453,15 +463,15 @@ class DePass:
         Args:
             tokens: ``N``.
             sources: ``"token"``, a number of spans, or ``"heads"`` or ``"neurons"`` of one layer.
-            budget_bytes: what there is, the model's weights included; without it what is free now and the weights.
+            budget_bytes: what there is, the model's weights included; without it what is free now and the weights (of a
+                model on several devices all of them, and what is free where least is).
             measure: whether this device's matrix products are timed, so that the plan has seconds.
 
         Raises:
             OptionError: sources or sizes that there are not.
         """
         bound = self._bound
-        there = streaming.weight_bytes(bound) if bound.stream_to is None else 0  # already
-        budget = there + free_memory(bound.device) if budget_bytes is None else budget_bytes
+        budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes
         rate = plans.measured_rate(bound, bound.device) if measure else None
         return plans.make(bound, tokens, sources, bound.device, budget, self.workspace_bytes, rate)
 
@@ -515,9 +525,7 @@ class DePass:
             if layer not in wanted:
                 return
             if not bool(propagation.state.isfinite().all()):
-                raise NonFiniteError(
-                    f"the state entering layer {layer} is not finite in {dtype_name(self._bound.dtype)}"
-                )
+                raise NonFiniteError(f"the state entering layer {layer} is not finite; {blame(self._bound)}")
             if on_state is not None:
                 on_state(layer, propagation.state, stream)
             else:
@@ -535,10 +543,10 @@ class DePass:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of a device that it does not have
             raise OptionError(f"stream_to={given!r} is no device of this machine") from error
-        if devices != {torch.device("cpu")}:
+        if devices != {torch.device("cpu")} or self._bound.is_quantized:
             raise OptionError(
-                f"stream_to needs a model in host memory, this one lies on {', '.join(map(str, devices))}; load it without "
-                "a device"
+                f"stream_to needs an unquantised model in host memory, this one {_lies_on(self._bound, devices)}; load it "
+                "without a device"
             )
         if device.type == "cuda":
             streaming.pin(self.model)
@@ -609,6 +617,11 @@ class DePass:
             if strict:
                 raise ConservationError(message)
             warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+
+
+def _lies_on(bound: BoundModel, devices: set[torch.device]) -> str:
+    where = ", ".join("no device (offloaded)" if device.type == "meta" else str(device) for device in devices)
+    return f"{'is quantised and ' if bound.is_quantized else ''}lies on {where}"
 
 
 def _callable(name: str, given: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import lockstep, targets
 from .api import DePass
 from .checks import integer
-from .engine import dtype_name, refuse_dropout
+from .engine import blame, dtype_name, refuse_dropout
 from .errors import DePassError, NonFiniteError, OptionError, PromptError
 from .families import BoundModel, Layer, Norm, Projection
 from .masking import Kind, width
@@ -53,7 +53,7 @@ class _Case:
 def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *, seed: int = 0) -> list[Attribution]:
     """Score the tokens of prompts by a baseline, several prompts in one pass; each result equals its own run's to rounding.
 
-    ==========================  =============================================================================================
+    =========================== =============================================================================================
     ``gradient_norm``           the norm of the logit's gradient with respect to each token's embedding
     ``input_x_gradient``        that gradient times the embedding (signed)
     ``integrated_gradients_20`` the embedding times the mean gradient along the line from zero embeddings, by the midpoint
@@ -67,7 +67,7 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
     ``leave_one_out``           by how much the logit falls without the token: a pass of the model for each; 0 behind the
                                 target's position
     ``random``                  normal numbers
-    ==========================  =============================================================================================
+    =========================== =============================================================================================
 
     Args:
         dp: the model.
@@ -186,7 +186,7 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
             readouts: list[Readout] = []
             for asked in cases[i].asked:
                 vector = row[asked.position]
-                logits = bound.head(vector[None].to(bound.head.weight.device))[0].to(bound.state_dtype)
+                logits = bound.logits(vector[None])[0].to(bound.state_dtype)
                 readouts += targets.fill(asked, vector.to(logits), logits, bound, dp.tokenizer)
             for readout in readouts:
                 _must_be_finite(bound, readout.logit, f"the model's own logit of {readout.target.label!r}")
@@ -237,7 +237,7 @@ def _settings(dp: DePass, name: str) -> Settings:
 
 def _must_be_finite(bound: BoundModel, number: float, what: str) -> None:
     if not math.isfinite(number):
-        raise NonFiniteError(f"{what} is not finite ({number}) in {dtype_name(bound.dtype)}; try bfloat16 or float32")
+        raise NonFiniteError(f"{what} is not finite ({number}); {blame(bound)}")
 
 
 # --- passes of the model ------------------------------------------------------------------------------------------------
@@ -262,21 +262,16 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _normed(bound: BoundModel, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
     """``[B, T, D]``, the stream after the final norm."""
-    given = {"inputs_embeds": embeddings} if ids is None else {"input_ids": ids.to(_device(bound))}
+    given = {"inputs_embeds": embeddings} if ids is None else {"input_ids": ids.to(bound.input_device)}
     with lockstep.running:  # another thread's hooks would take this pass for their own
         normed: Tensor = bound.backbone(**given, use_cache=False, return_dict=True).last_hidden_state
     return normed
 
 
-def _device(bound: BoundModel) -> torch.device:
-    device: torch.device = bound.model.get_input_embeddings().weight.device
-    return device
-
-
 @torch.no_grad()
 def _embedded(bound: BoundModel, case: _Case) -> Tensor:
     """``[N, D]``"""
-    embedded: Tensor = bound.model.get_input_embeddings()(torch.tensor([case.prompt.ids], device=_device(bound)))[0]
+    embedded: Tensor = bound.model.get_input_embeddings()(torch.tensor([case.prompt.ids], device=bound.input_device))[0]
     return embedded
 
 

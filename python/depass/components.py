@@ -236,7 +236,7 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
 
 def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
-    count = layer.down.weight.shape[1]
+    count = layer.down.shape[1]
     ids = _indices(_named("ids", spec), spec.ids, count)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
     given = [name for name in ("basis", "projection", "parts") if getattr(spec, name) is not None]
     if len(given) != 1:
         raise SourceError(f"Subspace takes one of basis, projection and parts, got {', '.join(given) or 'none'}")
-    width = bound.head.weight.shape[1]
+    width = bound.width
     if spec.basis is not None:
         basis = _finite("basis of Subspace", spec.basis, (None, width)).double()
         lengths = basis.norm(dim=1, keepdim=True)
@@ -312,7 +312,7 @@ def _custom(spec: Custom, length: int, bound: BoundModel) -> _Parts:
 
 
 def _given(spec: Any, given: Any, kind: Kind, length: int, bound: BoundModel, has_rest: bool) -> _Parts:
-    width = bound.head.weight.shape[1]
+    width = bound.width
     parts = _finite(f"parts of {type(spec).__name__}", given, (None, length, width))
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
@@ -357,9 +357,10 @@ def _with_gamma(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor
 
 def _output_bias(projection: Projection, norm: Norm | None, scale: Tensor | None, trace: Trace) -> Tensor | None:
     """A sublayer's output bias at every position ``[N, D]``, through the norm on the output where there is one."""
-    if projection.bias is None:
+    bias = projection.bias
+    if bias is None:
         return None
-    bias = projection.bias.to(torch.float64 if projection.bias.dtype == torch.float64 else torch.float32)
+    bias = bias.to(torch.float64 if bias.dtype == torch.float64 else torch.float32)
     if norm is not None and scale is not None:
         return bias * norm.gamma(bias.dtype) * scale[:, None]
     return bias.expand(len(trace.stream), -1)

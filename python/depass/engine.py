@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from depass_kernels import BackendError
+from depass_kernels.ops import FLOATS
 
 from . import lockstep, targets
 from .errors import DePassError, MemoryLimitError, MemoryLimitWarning, ModelError, NonFiniteError, OptionError
 from .families import BoundModel
 from .graphs import Recordings
-from .memory import asked_bytes, free_memory, needs, shown
+from .memory import asked_bytes, needs, room, shown
 from .prompt import Prompt
 from .propagate import COMPONENT_BYTES, MLPSharing, Propagation, workspace
 from .result import Attribution, Settings
 from .sources import Decomposition, Moment
-from .streaming import weight_bytes
 from .sweep import Sweep
 from .targets import Asked, Readout, Target
+from .weights import device_of
 
 Progress = Callable[[int, int], None]
 
@@ -185,10 +186,7 @@ class Engine:
         if propagation is None:
             rows = sum(made.layout.rows for made, _ in joining)
             lengths = [len(made.ids) for made in prompts]
-            needed, free = needs(bound, rows, lengths, workspace_bytes, bound.device), free_memory(bound.device)
-            if bound.stream_to is not None:
-                free -= weight_bytes(bound)
-            if needed.total_bytes > free:
+            if needs(bound, rows, lengths, workspace_bytes, bound.device).total_bytes > room(bound):
                 raise MemoryLimitError(self._needed(prompts, joining))
             propagation = Propagation(bound, options.sharing, workspace_bytes, lengths, rows)
         going: Propagation = propagation
@@ -199,7 +197,7 @@ class Engine:
                 going.join(now, trace)
 
         def on_layer(index: int, trace: lockstep.Trace) -> None:
-            device = bound.layers[index].down.module.weight.device  # a model may be spread over several
+            device = bound.layers[index].device  # a model may be spread over several
             trace = trace.map(lambda tensor: tensor.to(device))
             join(index, "start", trace)
             if keep is not None and going.layout is not None:
@@ -216,7 +214,7 @@ class Engine:
             raise OptionError(str(error)) from error
         if options.stop < len(bound.layers):
             norm = bound.final_norm.module
-            normed = norm(stream[None].to(norm.weight.device))[0]
+            normed = norm(stream[None].to(device_of(norm)))[0]
         if keep is not None:
             keep(options.stop, going, stream)
         return Pass(going, stream, normed)
@@ -228,7 +226,7 @@ class Engine:
         return (
             f"{rows:,} rows of {sum(lengths):,} tokens take {shown(needed.total_bytes)} beside the model (state "
             f"{shown(needed.state_bytes)}, the model's pass {shown(needed.pass_bytes)}, buffers "
-            f"{shown(needed.buffer_bytes)}) and {shown(free_memory(self.bound.device))} are free; give fewer or longer "
+            f"{shown(needed.buffer_bytes)}) and {shown(max(0, room(self.bound)))} are free; give fewer or longer "
             "spans, fewer tokens or components; `depass plan` says what fits"
         )
 
@@ -297,7 +295,7 @@ class Engine:
         logits_of = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
         error = conservation_error(torch.stack(rows, 1), logits_of[:, None])
         if not all(bool(row.isfinite().all()) for row in rows):
-            raise NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
+            raise NonFiniteError(f"scores are not finite; {blame(self.bound)}")
         shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
         layers = tuple(layer[0].layer for group in groups for layer in group)
         sources = [s for s in parts[0].sources if s.kind not in ("bias", "rest")]
@@ -317,13 +315,13 @@ class Engine:
 
     def _logits(self, asked: Sequence[Sequence[Asked]], done: Pass) -> dict[int, Tensor]:
         """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
-        starts, head = done.propagation.prompt_start, self.bound.head
+        starts = done.propagation.prompt_start
         wanted = sorted(
             {starts[i] + one.position for i, of_one in enumerate(asked) for one in of_one if one.layer is None}
         )
         if not wanted:
             return {}
-        return dict(zip(wanted, head(done.normed[wanted].to(head.weight.device)), strict=True))
+        return dict(zip(wanted, self.bound.logits(done.normed[wanted]), strict=True))
 
     def _readouts(self, asked: Asked, position: int, done: Pass, logits: dict[int, Tensor]) -> list[Readout]:
         at = logits[position].to(self.bound.state_dtype)
@@ -357,7 +355,7 @@ class Engine:
         except NonFiniteError as error:
             return error
         if not bool(scores.isfinite().all()):
-            return NonFiniteError(f"scores are not finite in {dtype_name(self.bound.dtype)}; try bfloat16 or float32")
+            return NonFiniteError(f"scores are not finite; {blame(self.bound)}")
         return Attribution(
             scores=scores.float(),
             sources=case.parts.sources,
@@ -373,7 +371,7 @@ class Engine:
         norm, position = self.bound.final_norm, readout.target.position
         rows = done.propagation.rows_at(staircase, position)
         w = readout.w.to(rows.device)
-        folded = norm.fold(w[None].to(norm.module.weight.device))[0].to(rows.device)  # [D]
+        folded = norm.fold(w[None].to(device_of(norm.module)))[0].to(rows.device)  # [D]
         scale = norm.scale(done.stream[done.propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
         scores = (rows @ folded * scale).cpu()
         if self.bound.has_bias:
@@ -384,14 +382,13 @@ class Engine:
     def _must_be_finite(self, target: Target, logit: float) -> None:
         if not math.isfinite(logit):
             raise NonFiniteError(
-                f"the model's own logits are not finite ({logit} for {target.label!r}); "
-                f"its weights or its dtype ({dtype_name(self.bound.dtype)}) do not carry this prompt"
+                f"the model's own logits are not finite ({logit} for {target.label!r}); {blame(self.bound)}"
             )
 
     def _settings(self, options: Options, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
         return Settings(
             model=self.name,
-            dtype=dtype_name(self.bound.dtype),
+            dtype=dtype_name(self.bound.dtype) + (", quantised" if self.bound.is_quantized else ""),
             rule=options.sharing.rule,
             temperature=options.sharing.temperature,
             exclude_bos=excluded,
@@ -406,6 +403,20 @@ def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
     total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
     size = torch.maximum(logits.abs().expand_as(spread), spread).clamp(min=torch.finfo(torch.float64).tiny)
     return (total - logits).abs() / size
+
+
+def blame(bound: BoundModel) -> str:
+    """What makes numbers of a model not finite: a weight that is so itself, which is named, or else its dtype."""
+    unseen = False
+    for name, weight in bound.model.named_parameters():
+        plain = type(weight) is torch.nn.Parameter and weight.dtype in FLOATS and not weight.is_meta
+        unseen = unseen or not plain
+        if plain and weight.numel() and not all(bool(edge.isfinite()) for edge in weight.detach().aminmax()):
+            return f"the model's weight {name} holds NaN or infinity: load it from a file that is whole"
+    small = f"{dtype_name(bound.dtype)} has too small a range for this"
+    if unseen:
+        return f"a weight that is offloaded or quantised holds NaN or infinity, or {small}"
+    return f"the model's weights are, so {small}; give another dtype"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,8 +1,16 @@
 """What DePass raises when it is given something it cannot attribute. Every message is one line that says what to do."""
 
 
+def escaped(text: str) -> str:
+    """Text with escapes for what is not printable: what a file or a model is called must not command a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class DePassError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 class PromptError(DePassError, ValueError):
@@ -55,3 +63,7 @@ class OutputError(DePassError, OSError):
 
 class DataError(DePassError, ValueError):
     """A data set that cannot be read, or rows that an evaluation cannot go on from."""
+
+
+class WorkerError(DePassError, RuntimeError):
+    """A worker of a cluster that could not start, or ended twice at the same rows."""

@@ -7,7 +7,7 @@ in one shape, whatever the family: fused weights are slices, GPT-2's transposed 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import weights
 from .errors import ModelError
 
 
@@ -107,12 +108,14 @@ class Norm:
 
     def gamma(self, dtype: torch.dtype) -> Tensor:  # [D]
         """The weight that multiplies the normed vector."""
-        weight: Tensor = self.module.weight.to(dtype)
+        weight = weights.dense(self.module)
+        assert weight is not None
+        weight = weight.to(dtype)
         return weight + 1 if self.kind == "rms_plus_one" else weight
 
     def beta(self) -> Tensor | None:  # [D]
         """The bias, which belongs to the bias source."""
-        return getattr(self.module, "bias", None)
+        return weights.dense(self.module, "bias")
 
     def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``1/rms`` or ``1/σ`` of whole vectors ``[..., D]``, in ``dtype``: the frozen number of design section 1."""
@@ -138,16 +141,28 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]``, a view of the model's own weight."""
-        weight: Tensor = self.module.weight
-        # transformers' Conv1D keeps [in, out]; nn.Linear and its likes keep [out, in]
-        return self._select(weight.T if type(self.module).__name__ == "Conv1D" else weight)
+        """``[out, in]`` where its layer works: a view of the model's own or, offloaded or quantised, a copy of one's own."""
+        weight = weights.dense(self.module)
+        assert weight is not None
+        return self._select(self._turned(weight))
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[out, in]``; the weight is not read."""
+        module = self.module
+        if not weights.is_packed(module):
+            return self._select(self._turned(module.weight)).shape
+        return self._select(torch.empty(module.out_features, module.in_features, device="meta")).shape
 
     @property
     def bias(self) -> Tensor | None:
         """``[out]``, or None."""
-        bias: Tensor | None = self.module.bias
+        bias = weights.dense(self.module, "bias")
         return None if bias is None else self._select(bias)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        # transformers' Conv1D keeps [in, out]; nn.Linear and its likes keep [out, in]
+        return weight.T if type(self.module).__name__ == "Conv1D" else weight
 
     def select_output(self, output: Tensor) -> Tensor:
         """The projection's part ``[P, out]`` of the module's own output ``[P, all]``."""
@@ -178,11 +193,20 @@ class Layer:
     attention_post_norm: Norm | None
     mlp_post_norm: Norm | None
 
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
+        """What of its weights a decomposition multiplies by."""
+        return self.value, self.output, self.gate, self.down
+
+    @property
+    def device(self) -> torch.device:
+        """Where it works."""
+        return weights.device_of(self.down.module)
+
     def has_bias(self) -> bool:
         """Whether anything in this layer adds to the stream without reading it."""
-        projections = (self.value, self.output, self.gate, self.down)
         norms = (norm for norm in (self.attention_norm, self.mlp_norm) if norm is not None)
-        return any(p.bias is not None for p in projections) or any(norm.beta() is not None for norm in norms)
+        return any(p.bias is not None for p in self.projections) or any(norm.beta() is not None for norm in norms)
 
 
 @dataclass(frozen=True)
@@ -207,22 +231,51 @@ class BoundModel:
         return self.model.get_output_embeddings()
 
     @property
+    def unembedding(self) -> Projection:
+        """The head's weight and bias."""
+        return Projection(self.head)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's output ``[..., V]`` for vectors ``[..., D]`` after the final norm, wherever they lie."""
+        made: Tensor = self.head(hidden.to(weights.device_of(self.head)))
+        return made
+
+    @property
     def vocabulary(self) -> int:
         """The number of tokens that the head scores."""
-        rows: int = self.head.weight.shape[0]
-        return rows
+        return self.unembedding.shape[0]
+
+    @property
+    def width(self) -> int:
+        """``D``, of the residual stream."""
+        return self.unembedding.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights."""
-        weight: Tensor = self.layers[0].value.module.weight
+        """The dtype of the model's weights or, where they are quantised, of its residual stream."""
+        module = self.layers[0].value.module
+        weight: Tensor = (self.model.get_input_embeddings() if weights.is_packed(module) else module).weight
         return weight.dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any layer's weights are."""
+        return any(weights.is_packed(projection.module) for layer in self.layers for projection in layer.projections)
 
     @property
     def device(self) -> torch.device:
         """Where the last layer works."""
-        weight: Tensor = self.layers[-1].down.module.weight
-        return self.stream_to or weight.device
+        return self.stream_to or self.layers[-1].device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where any layer works."""
+        return [self.stream_to] if self.stream_to else list(dict.fromkeys(layer.device for layer in self.layers))
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where the tokens' ids go in."""
+        return weights.device_of(self.model.get_input_embeddings())
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -240,8 +293,15 @@ class BoundModel:
 
     @property
     def tolerance(self) -> float:
-        """By how much, of their size, sums of parts may miss what they are parts of."""
-        return {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(self.dtype, 5e-2)
+        """By how much, of their size, sums of parts may miss what they are parts of.
+
+        Of quantised models whose kernels round the activations to 8 bits as much as of bf16, which keeps as many.
+        """
+        modules = [part.module for layer in self.layers for part in layer.projections]
+        if any(weights.rounds_inputs(module) for module in modules):
+            return 5e-2
+        dtypes = {self.dtype, *(getattr(module, "compute_dtype", None) or self.dtype for module in modules)}
+        return max({torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(dtype, 5e-2) for dtype in dtypes)
 
 
 @cache
@@ -293,8 +353,8 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
         raise ModelError(f"{name} ({kind}) lacks what its family was looked up by: {', '.join(missing)}")
     if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
         raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
-    if not empty and any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(f"some weights of {name} are offloaded; load it onto real devices (device_map without 'disk')")
+    if not empty:
+        _refuse_absent(model, name)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
         if getattr(text, factor, None) not in (None, 1, 1.0):
@@ -305,13 +365,11 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
         raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
     heads: int = text.num_attention_heads
     backbone: Any = model.get_submodule(family.backbone)
-    layers = tuple(_bind_layer(layer, family, heads) for layer in backbone.get_submodule(family.layers))
+    blocks = list(backbone.get_submodule(family.layers))
+    if not empty:
+        _refuse_unreadable(blocks, head, family, config, name)
+    layers = tuple(_bind_layer(layer, family, heads) for layer in blocks)
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
-    for path, weight in _weights(layers):
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise ModelError(
-                f"{path} of {name} holds {weight.dtype} weights of shape {list(weight.shape)}; load it unquantised"
-            )
     biased = any(layer.has_bias() for layer in layers)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return BoundModel(
@@ -336,7 +394,7 @@ def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
     fused = layer.get_submodule(family.value)
     rows: str = family.value_rows
     if rows == "last":  # q has as many rows as the output projection has columns; k and v halve the others
-        rows = f"last:{(len(Projection(fused).weight) - output.weight.shape[1]) // 2}"
+        rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
     return Layer(
         module=layer,
         attention=layer.get_submodule(family.attention),
@@ -351,10 +409,56 @@ def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
     )
 
 
-def _weights(layers: Sequence[Layer]) -> Iterator[tuple[str, Tensor]]:
-    for index, layer in enumerate(layers):
+_LOAD_DENSE = (
+    f"known are {' and '.join(weights.QUANTIZATIONS)}, not offloaded: load the unquantised weights, with "
+    "quantization='4bit' where memory is short"
+)
+
+
+def _refuse_absent(model: Any, name: str) -> None:
+    """Raise a ModelError where weights are shapes alone, which nothing brings when they are needed."""
+    for path, module in model.named_modules():
+        if not weights.is_offloaded(module) and any(tensor.is_meta for tensor in weights.own_tensors(module)):
+            raise ModelError(
+                f"the weights of {path} of {name} are offloaded where no hook of accelerate brings them; load it with "
+                "from_pretrained(device_map=...)"
+            )
+
+
+def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config: Any, name: str) -> None:
+    """Raise a ModelError where weights cannot be had as numbers, or a layer's lie on several devices."""
+    for index, block in enumerate(blocks):
+        devices = set()
         for part in ("value", "output", "gate", "down"):
-            yield f"the {part} projection of layer {index}", getattr(layer, part).module.weight
+            module = block.get_submodule(getattr(family, part))
+            if not weights.is_readable(module):
+                said = _said_of(module, config)
+                raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
+            devices.add(str(weights.device_of(module)))
+        if len(devices) > 1:
+            where = " and ".join(sorted(devices))
+            raise ModelError(f"layer {index} of {name} lies on {where}; give each layer one device in the device_map")
+    if not weights.is_readable(head):
+        raise ModelError(f"the head of {name} holds {_said_of(head, config)}; {_LOAD_DENSE}")
+
+
+def _said_of(module: Any, config: Any) -> str:
+    """What a module's weights are, which are none that are known."""
+    method = quantization_method(getattr(config, "quantization_config", None))
+    weight = getattr(module, "weight", None)
+    held = f"{weight.dtype} weights of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+    return f"{held} ({type(module).__name__}{f', quantised by {method}' if method else ''})"
+
+
+def quantization_method(given: Any) -> str | None:
+    """The method that a quantisation config of transformers names (``gptq``), or None where there is no config."""
+    if given is None:
+        return None
+    entries = given if isinstance(given, dict) else getattr(given, "__dict__", {})
+    method = entries.get("quant_method")
+    if method is None:  # as bitsandbytes' were saved at first
+        return "bitsandbytes" if any(str(key).startswith("load_in_") for key in entries) else "an unnamed method"
+    return str(getattr(method, "value", method))
 
 
 def _refuse_other_kinds(config: Any, name: str) -> None:

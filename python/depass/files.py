@@ -8,9 +8,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -49,14 +52,17 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             with target.open("wb") as file:
                 file.write(content)
             return
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".depass-")
+        name = target.parent / f".depass-{os.urandom(8).hex()}"
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            os.chmod(name, 0o666 & ~_umask())
+                file.flush()
+                os.fsync(file.fileno())  # else a crash of the machine could leave the name with nothing behind it
             os.replace(name, target)
         except BaseException:
-            os.unlink(name)
+            with suppress(FileNotFoundError):  # it has its name already
+                os.unlink(name)
             raise
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
@@ -105,23 +111,17 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save_result(path: str | os.PathLike[str], result: Any, names: Sequence[str]) -> None:
-    """Write a result as safetensors: the tensors that ``names`` names, and what else its ``to_dict()`` says as metadata.
+def save_result(path: str | os.PathLike[str], said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a result as safetensors: its tensors, and what else its ``to_dict()`` has ``said`` as metadata.
 
     Raises:
         OutputError: the path cannot be written.
     """
     from safetensors.torch import save
 
-    described = {key: value for key, value in result.to_dict().items() if key not in names}
+    described = {key: value for key, value in said.items() if key not in tensors}
     metadata = {key: value if key == "format" else json.dumps(value) for key, value in described.items()}
-    write_atomically(path, save({name: getattr(result, name).contiguous() for name in names}, metadata))
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def load_result(
@@ -137,14 +137,28 @@ def load_result(
     """
     from safetensors import SafetensorError, safe_open
 
+    if saved_format(path) != kind:
+        raise OutputError(f"{os.fspath(path)} is no saved {kind.split('-')[1]} ({kind})")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                raise OutputError(f"{os.fspath(path)} is no saved {kind.split('-')[1]} ({kind})")
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in names}
         return make(tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"})
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, OutputError):
-            raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
+
+
+def saved_format(path: str | os.PathLike[str]) -> str | None:
+    """Which format :func:`save_result` wrote a file in; None where it was not written by it.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: str | None = (file.metadata() or {}).get("format")
+            return found
+    except (OSError, SafetensorError, ValueError) as error:
         raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 from .checks import integer
-from .errors import OptionError
+from .errors import MemoryLimitError, OptionError
 from .families import BoundModel
+from .files import load_result, save_result
 from .prompt import Prompt, encode
-from .result import Attribution
+from .result import TENSORS, Attribution, attribution
 from .sources import Spans, token_ranges
 
+_FORMAT = "depass-generation-1"
 _OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate", "num_return_sequences")
 
 
@@ -39,12 +42,49 @@ class Generation:
     def __repr__(self) -> str:
         return f"Generation({self.text!r}, {self.attribution!r})"
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One standalone page, on which a click on a generated token shows its sources; written to ``path`` where given.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        from .page import render
+
+        return render([("generation", self)], path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings: the attribution's, and what was generated."""
+        made = {"text": self.text, "tokens": list(self.tokens), "ids": list(self.ids)}
+        return {**self.attribution.to_dict(), "format": _FORMAT, **made}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write text, tokens and their attribution as safetensors with JSON metadata; :meth:`load` reads it.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        save_result(path, self.to_dict(), {name: getattr(self.attribution, name) for name in TENSORS})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Generation:
+        """Read what :meth:`save` wrote; needs no model.
+
+        Raises:
+            OutputError: the file cannot be read or is no generation.
+        """
+
+        def make(tensors: dict[str, Any], said: dict[str, Any]) -> Generation:
+            return Generation(said["text"], tuple(said["tokens"]), tuple(said["ids"]), attribution(tensors, said))
+
+        return load_result(path, _FORMAT, TENSORS, make)
+
 
 def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampling: dict[str, Any]) -> list[int]:
     """What the model's own ``generate`` puts behind a prompt, at least one token.
 
     Raises:
         OptionError: options that ``generate`` does not take, or more tokens than the model has positions.
+        MemoryLimitError: it does not fit.
     """
     if integer("max_new_tokens", max_new_tokens, OptionError) < 1:
         raise OptionError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
@@ -59,7 +99,7 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
     config = bound.model.generation_config
     if config.pad_token_id is None:  # nothing is padded, but generate warns without one
         sampling = {"pad_token_id": 0, **sampling}
-    ids = torch.tensor([prompt.ids], device=bound.model.get_input_embeddings().weight.device)
+    ids = torch.tensor([prompt.ids], device=bound.input_device)
     try:
         made = bound.model.generate(
             ids,
@@ -68,9 +108,13 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
             return_dict_in_generate=False,
             **sampling,
         )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
+        from .memory import asked_bytes  # not above: to look at a saved generation needs no model
+
+        if asked_bytes(error) is not None:
+            raise MemoryLimitError(
+                f"out of memory generating {max_new_tokens} tokens after a prompt of {length}; give fewer"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise OptionError(f"the model's generate does not take these options: {lines[0]}") from error
     found: list[int] = made[0, length:].tolist()

@@ -132,8 +132,9 @@ def run(
             _hook_layer(stack, bound, index, on_layer, pack, with_gate_total, final)
         if bound.stream_to is not None:
             stack.enter_context(streamed(bound, bound.stream_to))
-        device = bound.model.get_input_embeddings().weight.device
-        output = bound.backbone(input_ids=ids.to(device), use_cache=False, return_dict=True).last_hidden_state
+        output = bound.backbone(
+            input_ids=ids.to(bound.input_device), use_cache=False, return_dict=True
+        ).last_hidden_state
     return last[0], pack(output)
 
 

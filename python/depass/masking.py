@@ -77,7 +77,7 @@ def width(bound: BoundModel, kind: Kind) -> int:
     """
     if kind == "heads":
         return bound.heads
-    widths = {layer.down.weight.shape[1] for layer in bound.layers}
+    widths = {layer.down.shape[1] for layer in bound.layers}
     if len(widths) > 1:
         raise OptionError(f"the layers of {bound.name} have {sorted(widths)} neurons; they must have equally many")
     return int(widths.pop())

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from . import weights
 from .checks import UNITS
 from .families import BoundModel
 from .propagate import rows_at_once, workspace
+from .streaming import arriving_bytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Needs:
     Attributes:
         state_bytes: the decomposed state ``[R, D]``.
         pass_bytes: of the model's own pass over the prompts, at its largest: patterns and hidden vectors of one layer.
-        buffer_bytes: blocks of values and gates, and a weight while it is folded.
+        buffer_bytes: blocks of values and gates, a weight while it is folded, and of a layer with offloaded or quantised
+            weights the copies that are made of them.
     """
 
     state_bytes: int
@@ -44,12 +47,13 @@ def needs(
     From shapes alone: no weight is read.
     """
     layer = bound.layers[0]
-    (neurons, width), values, heads = layer.gate.weight.shape, len(layer.value.weight), layer.output.weight.shape[1]
+    (neurons, width), values, heads = layer.gate.shape, layer.value.shape[0], layer.output.shape[1]
     number, product, own = (size_of(d) for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
     attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
     blocks = max(min(rows, attention) * (product * (values + heads + width) + number * width),
                  min(rows, mlp) * (neurons * (product + number) + width * product))  # fmt: skip
     folded = max(neurons, values) * width * (number + product)
+    folded += max(sum(weights.lent_bytes(part.module, bound.dtype) for part in one.projections) for one in bound.layers)
     padded = len(lengths) * max(lengths)
     patterns = bound.heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
@@ -62,6 +66,11 @@ def needs(
         pass_bytes=scores + activations,
         buffer_bytes=max(0, patterns * own + blocks + folded - scores) + with_rows,
     )
+
+
+def room(bound: BoundModel) -> int:
+    """Bytes that a run may take beside the model's weights, on the device with the least of those where layers work."""
+    return min(free_memory(device) for device in bound.devices) - arriving_bytes(bound)
 
 
 def free_memory(device: torch.device) -> int:
@@ -80,8 +89,8 @@ def asked_bytes(error: BaseException) -> int | None:
     said = str(error)
     if match := re.search(r"tried to allocate ([\d.]+)(?: (bytes)| ([KMGT]iB))", said, re.IGNORECASE):
         return int(float(match[1]) * UNITS[(match[3] or "").upper().removesuffix("B")])
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in said.lower()
-    return 0 if memory else None
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return 0 if memory or re.search(r"out of memory|cannot allocate memory|bad_alloc", said, re.IGNORECASE) else None
 
 
 def size_of(dtype: torch.dtype) -> int:

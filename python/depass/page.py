@@ -1,156 +1,193 @@
-"""The HTML views: standalone pages, readable without scripts; with them, a click on a target recolours the page."""
+"""The page: results as one standalone HTML file. Here is what it says; ``page.js`` draws it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .errors import OutputError
+from .files import saved_format, write_atomically
+from .generation import Generation
 from .result import Attribution, Settings
+from .sources import Source
 from .sweep import Sweep
 from .views import GRID, abridged, beside, components, headings, name, scale
 
-_CHIPS = 200  # components of an attribution; the others are one sum
+Result: TypeAlias = Attribution | Sweep | Generation
+
+_KEPT = 200  # components of an attribution; the others are one sum
 _NUMBERED = 16  # columns of a sweep whose cells have room for their numbers
+_LISTED, _LISTED_COMPONENTS = 12, 50  # largest contributions, and those that are shown nowhere else
+_LONGEST = 60  # characters of a name; longer ones are cut in the middle
+_DIGITS = 5  # of a score, significant
+# control characters, those that turn the direction of what follows, and those without any shape but the joiners of emoji and
+# scripts; nothing that a program reading SVG would refuse
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\u3164\ud800-\udfff\ufeff"
+    "\uffa0\ufffe\uffff\U000e0000-\U000e007f]"
+)
 
 
-def render(res: Attribution) -> str:
-    """An attribution's page. Every token's text is escaped, and nothing outside of the page is loaded."""
+def render(results: Sequence[tuple[str, Result]], path: str | os.PathLike[str] | None = None) -> str:
+    """One page of named results, which loads nothing from outside and parses no token as HTML; written to ``path`` if given.
+
+    Raises:
+        OutputError: the path cannot be written, or a score is no number.
+    """
+    views = []
+    for called, result in results:
+        if isinstance(result, Sweep):
+            view = _sweep(result)
+        elif isinstance(result, Generation):
+            view = _generation(result)
+        else:
+            view = _attribution(result)
+        if not bool(_scores(result).isfinite().all()):
+            raise OutputError(f"{called} cannot be shown: a score is NaN or infinite")
+        views.append({"name": _seen(called), **view})
+    folder = files(__package__)
+    template, style, script = (
+        folder.joinpath(file).read_text(encoding="utf-8") for file in ("page.html", "page.css", "page.js")
+    )
+    parts = {
+        "STYLE": style.strip(),
+        "SCRIPT": script,
+        "HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        # no text may end the script element that it stands in
+        "DATA": json.dumps(views).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
+    }
+    # one pass over the template, so that nothing a prompt says is taken for a place in it
+    html = re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], template)
+    if path is not None:
+        write_atomically(path, html.encode())
+    return html
+
+
+def _scores(result: Result) -> Tensor:
+    return result.attribution.scores if isinstance(result, Generation) else result.scores
+
+
+def load(path: str | os.PathLike[str]) -> Result:
+    """Read a saved result of whichever kind.
+
+    Raises:
+        OutputError: the file cannot be read or is no result.
+    """
+    said = saved_format(path)
+    kinds: dict[str, Callable[[str | os.PathLike[str]], Result]]
+    kinds = {"attribution": Attribution.load, "sweep": Sweep.load, "generation": Generation.load}
+    kind = (said or "").removeprefix("depass-").partition("-")[0]
+    if kind not in kinds:
+        raise OutputError(
+            f"{os.fspath(path)} is no saved result; there are: {', '.join(kinds)}, as their save() writes them"
+        )
+    return kinds[kind](path)
+
+
+def _attribution(res: Attribution) -> dict[str, Any]:
     largest = [scale(res, row) for row in range(len(res.targets))]
-    res = abridged(res, res.scores.abs().amax(0), _CHIPS)
-    nowhere = [index for index, source in enumerate(res.sources) if source.start is None]
-    settings = res.settings
-    facts = _facts(settings)
-    if settings.adds_up:
-        facts.append("first token excluded from later MLPs" if settings.exclude_bos else "no token excluded")
-    if settings.aggregated:
-        facts.append(f"summed up to {settings.aggregated}s")
-    data = {
+    res = abridged(res, res.scores.abs().amax(0), _KEPT)
+    among = components(res)
+    ranked = among[:_KEPT] or list(range(len(res.sources)))  # behind those is the sum of the others
+    many = len(ranked) > GRID and bool(among)
+    facts = _facts(res.settings)
+    if res.settings.adds_up:
+        facts.append("first token excluded from later MLPs" if res.settings.exclude_bos else "no token excluded")
+    if res.settings.aggregated:
+        facts.append(f"summed up to {res.settings.aggregated}s")
+    what = "the model's own parts" if among else "each part of its prompt"
+    return {
+        "question": f"What the model's next token owes to {what}",
+        "facts": " · ".join(facts),
+        **_words(res.settings, "They are signed, and all of them together add up to the target's logit."),
+        "targets": [_target(res, row, _after(res, row)) for row in range(len(res.targets))],
         "scores": _rounded(res.scores),
         "largest": largest,
-        "labels": [name(source) for source in res.sources],
-        "starts": [source.start for source in res.sources],
+        "names": [_short(name(source)) for source in res.sources],
+        "places": [_place(source) for source in res.sources],
+        "ranked": ranked,
+        "listed": _LISTED_COMPONENTS if many else _LISTED,
+        "prompt": _pieces(res, len(res.prompt.tokens)),
+        "chips": [i for i, source in enumerate(res.sources) if source.start is None and not (many and i in ranked)],
     }
-    return _filled(
-        "page.html",
-        {
-            **_words(
-                settings,
-                "They are signed, and all of them together, rest and bias included, add up to the target's logit.",
-            ),
-            "WHAT": "the model's own parts" if components(res) else "each part of its prompt",
-            "FACTS": escape(" · ".join(facts)),
-            "TARGETS": _targets(res),
-            "PROMPT": _prompt(res, largest[0]),
-            "OTHERS": " ".join(
-                _source(res, index, largest[0], name(res.sources[index]), " other") for index in nowhere
-            ),
-            "DATA": _json(data),
-        },
-    )
 
 
-class _Column(NamedTuple):
-    """One column of a sweep's map."""
+def _generation(made: Generation) -> dict[str, Any]:
+    res = made.attribution
+    begin = len(res.prompt.tokens) - len(made.ids) + 1  # the last generated token is the source of nothing
+    sources = {source.start: index for index, source in enumerate(res.sources)}
+    return {
+        **_attribution(res),
+        "question": "What each generated token owes to the text before it",
+        "targets": [_target(res, row, f"generated token {row + 1}") for row in range(len(res.targets))],
+        "prompt": _pieces(res, begin),
+        "generated": [[_seen(text) or "·", sources.get(begin + row)] for row, text in enumerate(made.tokens)],
+    }
 
-    heading: str
-    names: list[str]  # by layer
-    scores: Tensor  # [targets, layers]
-    beside: bool  # rest or bias, which stand beside the components and take no colour
 
-
-def render_sweep(sweep: Sweep) -> str:
-    """A sweep's page: a map of layers and components, or for more than a map can show their sums and the largest."""
+def _sweep(sweep: Sweep) -> dict[str, Any]:
+    """A map of layers and components, or for more than a map can show their sums by layer, and the largest."""
+    kind, rows = sweep.kind, range(len(sweep.targets))
     whole = len(sweep.columns) <= GRID
-    columns = _columns(sweep, whole)
-    coloured = [column for column in columns if not column.beside]
-    sizes = torch.stack([column.scores for column in coloured]).abs().amax((0, 2))  # [targets]
-    largest = [size or 1.0 for size in sizes.tolist()]
-    top = [
-        [(source.label, round(score, 6)) for source, score in sweep.top(12 if whole else 50, t)] for t in _rows(sweep)
-    ]
-    data = {
-        "scores": _rounded(torch.stack([column.scores for column in columns], 2).flatten(1)),
-        "largest": largest,
-        "top": top,
-    }
-    facts = [*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {sweep.kind}"]
-    numbered = len(coloured) <= _NUMBERED
-    across = sweep.kind.removesuffix("s") if whole else f"sum of the {sweep.kind} that"
-    return _filled(
-        "sweep.html",
-        {
-            **_words(
-                sweep.settings,
-                "A row with what stands beside it adds up to the target's logit: every layer is a decomposition of its own, "
-                "and layers are compared, not added up.",
-            ),
-            "KIND": "attention heads" if sweep.kind == "heads" else sweep.kind,
-            "FACTS": escape(" · ".join(facts)),
-            "TARGETS": _targets(sweep),
-            "PROMPT": escape("".join(sweep.prompt.tokens)),
-            "DENSE": "" if numbered else "dense",
-            "WIDTH": f"{3 + (3 if numbered else 0.7) * len(coloured) + 6 * (len(columns) - len(coloured)):g}",
-            "COLUMNS": "<col>" + "".join('<col class="beside">' if column.beside else "<col>" for column in columns),
-            "ACROSS": f'<th></th><th colspan="{len(coloured)}">{across}</th>',
-            "HEADINGS": "<th>layer</th>" + "".join(_heading(column) for column in columns),
-            "MAP": "\n".join(
-                f'<tr><th scope="row">{layer}</th>{_line(columns, row, largest[0], numbered)}</tr>'
-                for row, layer in enumerate(sweep.layers)
-            ),
-            "TOP": "".join(_entry(label, score, top[0][0][1]) for label, score in top[0]),
-            "DATA": _json(data),
-        },
-    )
-
-
-def _columns(sweep: Sweep, whole: bool) -> list[_Column]:
     if whole:
-        made = [
-            _Column(
-                heading, [sweep.source(row, c).label for row in range(len(sweep.layers))], sweep.scores[:, :, c], False
-            )
-            for c, heading in enumerate(headings(sweep))
-        ]
+        columns = list(zip(headings(sweep), sweep.scores.unbind(2), strict=True))
+        names = [[sweep.source(row, c).label for c in range(len(columns))] for row in range(len(sweep.layers))]
     else:
-        sums = (("raise", sweep.scores.clamp(min=0).sum(2)), ("lower", sweep.scores.clamp(max=0).sum(2)))
-        made = [
-            _Column(does, [f"L{layer} {sweep.kind} that {does}" for layer in sweep.layers], scores, False)
-            for does, scores in sums
-        ]
-    for what, scores in beside(sweep):
-        made.append(_Column(what, [f"L{layer} {what}" for layer in sweep.layers], scores, True))
-    return made
-
-
-def _heading(column: _Column) -> str:
-    return f'<th scope="col"{" class=beside" if column.beside else ""}>{column.heading}</th>'
-
-
-def _line(columns: list[_Column], row: int, largest: float, numbered: bool) -> str:
-    """One layer's cells, coloured for the first target."""
-    cells = []
-    for column in columns:
-        score = float(column.scores[0, row])
-        look = ' class="beside"' if column.beside else f' style="background:{_paper(score / largest)}"'
-        number = _signed(score, 2) if numbered or column.beside else ""
-        cells.append(f'<td tabindex="0" aria-label="{column.names[row]} {_signed(score, 3)}"{look}>{number}</td>')
-    return "".join(cells)
-
-
-def _filled(template: str, parts: Mapping[str, str]) -> str:
-    folder = files(__package__)
-    filled = {**parts, "STYLE": folder.joinpath("page.css").read_text(encoding="utf-8").strip()}
-    # one pass over the template, so that nothing a prompt says is taken for a place in it
-    return re.sub(
-        r"\{\{([A-Z]+)\}\}", lambda place: filled[place[1]], folder.joinpath(template).read_text(encoding="utf-8")
+        signs = (("raise", sweep.scores.clamp(min=0)), ("lower", sweep.scores.clamp(max=0)))
+        columns = [(does, scores.sum(2)) for does, scores in signs]
+        names = [[f"L{layer} {kind} that {does}" for does, _ in columns] for layer in sweep.layers]
+    apart = beside(sweep)
+    names = [
+        [*line, *(f"L{layer} {what}" for what, _ in apart)] for layer, line in zip(sweep.layers, names, strict=True)
+    ]
+    width = len(columns) + len(apart)
+    cells = torch.stack([scores for _, scores in [*columns, *apart]], 2)  # [targets, layers, width]
+    largest = cells[:, :, : len(columns)].abs().amax((1, 2)).tolist()
+    scores, labels = cells.flatten(1), [label for line in names for label in line]
+    ranked = [cell for cell in range(len(labels)) if cell % width < len(columns)]
+    if not whole:  # the largest neurons stand behind the cells and are listed alone
+        order = sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)
+        best = sorted(set(order[:, :_LISTED_COMPONENTS].flatten().tolist()))
+        ranked = list(range(len(labels), len(labels) + len(best)))
+        scores = torch.cat([scores, sweep.scores.flatten(1)[:, best]], 1)
+        labels += [sweep.source(*divmod(cell, len(sweep.columns))).label for cell in best]
+    sums = (
+        "A row with what stands beside it adds up to the target's logit: every layer is a decomposition of its own, and "
+        "layers are compared, not added up."
     )
+    return {
+        "question": f"Which {'attention heads' if kind == 'heads' else kind} raise or lower the model's next token, "
+        "layer by layer",
+        "facts": " · ".join([*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {kind}"]),
+        **_words(sweep.settings, sums),
+        "targets": [_target(sweep, row, _after(sweep, row)) for row in rows],
+        "scores": _rounded(scores),
+        "largest": [size or 1.0 for size in largest],
+        "names": labels,
+        "places": [""] * len(labels),
+        "ranked": ranked,
+        "listed": _LISTED if whole else _LISTED_COMPONENTS,
+        "prompt": [[_seen("".join(sweep.prompt.tokens)), None]],
+        "chips": [],
+        "map": {
+            "columns": [
+                {"name": heading, "beside": index >= len(columns)}
+                for index, (heading, _) in enumerate([*columns, *apart])
+            ],
+            "layers": list(sweep.layers),
+            "across": kind.removesuffix("s") if whole else f"sum of the {kind} that",
+            "numbered": len(columns) <= _NUMBERED,
+        },
+    }
 
 
 def _facts(settings: Settings) -> list[str]:
@@ -164,79 +201,59 @@ def _facts(settings: Settings) -> list[str]:
 def _words(settings: Settings, sums: str) -> dict[str, str]:
     """What scores are in and what their signs mean; ``sums`` says what they add up to."""
     if settings.adds_up:
-        return {"LOW": "lowers the logit", "HIGH": "raises the logit", "HINT": f"Scores are logits. {sums}"}
+        return {"low": "lowers the logit", "high": "raises the logit", "hint": f"Scores are logits. {sums}"}
     hint = f"Scores are by {settings.method}, in units of its own. They promise no sum."
-    return {"LOW": "lowest", "HIGH": "highest", "HINT": escape(hint)}
+    return {"low": "lowest", "high": "highest", "hint": hint}
 
 
-def _rows(res: Attribution | Sweep) -> range:
-    return range(len(res.targets))
-
-
-def _targets(res: Attribution | Sweep) -> str:
-    return "\n".join(_target(res, row) for row in _rows(res))
-
-
-def _target(res: Attribution | Sweep, row: int) -> str:
-    target = res.targets[row]
-    after = escape(repr(res.prompt.tokens[target.position]))
+def _target(res: Attribution | Sweep, row: int, where: str) -> dict[str, str]:
     error = f", conservation error {float(res.conservation_error[row].max()):.0e}" if res.settings.adds_up else ""
-    return (
-        f'<button class="target" data-target="{row}" aria-pressed="{"true" if row == 0 else "false"}">'
-        f"<b>{escape(repr(target.label))}</b> after token {target.position + 1} "
-        f"({after}), logit {float(res.target_logits[row]):.2f}{error}</button>"
-    )
+    logit = f"{float(res.target_logits[row]):.2f}".replace("-", "−")
+    return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": f"{where}, logit {logit}{error}"}
 
 
-def _prompt(res: Attribution, largest: float) -> str:
-    """The prompt's tokens, runs of one source together, coloured for the first target; plain where no source is of it."""
+def _after(res: Attribution | Sweep, row: int) -> str:
+    position = res.targets[row].position
+    return f"after token {position + 1} ({res.prompt.tokens[position]!r})"
+
+
+def _pieces(res: Attribution, end: int) -> list[list[Any]]:
+    """The first ``end`` tokens, runs of one source together, each with its source's index; None where none is of it."""
+    tokens = res.prompt.tokens[:end]
     if components(res):
-        return escape("".join(res.prompt.tokens))
-    rest = next((index for index, source in enumerate(res.sources) if source.kind == "rest"), -1)
-    owner = [rest] * len(res.prompt.tokens)  # where there is no rest, the sources cover every token
+        return [[_seen("".join(tokens)), None]]
+    rest = next((index for index, source in enumerate(res.sources) if source.kind == "rest"), None)
+    owner: list[int | None] = [rest] * len(res.prompt.tokens)  # where there is no rest, the sources cover every token
     for index, source in enumerate(res.sources):
         if source.start is not None and source.end is not None:
             owner[source.start : source.end] = [index] * (source.end - source.start)
-    pieces, at = [], 0
-    while at < len(owner):
-        end = at
-        while end < len(owner) and owner[end] == owner[at]:
-            end += 1
-        pieces.append(_source(res, owner[at], largest, "".join(res.prompt.tokens[at:end]) or "·"))
-        at = end
-    return "".join(pieces)
+    pieces: list[list[Any]] = []
+    for token, its in zip(tokens, owner, strict=False):
+        if pieces and pieces[-1][1] == its:
+            pieces[-1][0] += token
+        else:
+            pieces.append([token, its])
+    return [[_seen(text) or "·", its] for text, its in pieces]
 
 
-def _source(res: Attribution, index: int, largest: float, text: str, look: str = "") -> str:
-    score = float(res.scores[0, index])
-    return (
-        f'<span class="source{look}" data-source="{index}" title="{_signed(score, 3)}" '
-        f'style="background:{_paper(score / largest)}">{escape(text)}</span>'
-    )
+def _place(source: Source) -> str:
+    """A source's tokens, counted from 1."""
+    if source.start is None or source.end is None:
+        return ""
+    return str(source.end) if source.end == source.start + 1 else f"{source.start + 1}–{source.end}"
 
 
-def _entry(label: str, score: float, most: float) -> str:
-    """A line of the largest contributions, of which the first has ``most``."""
-    look = f"width:{100 * abs(score / (most or 1.0)):.1f}%;background:{_paper(1.0 if score > 0 else -1.0)}"
-    return (
-        f'<tr><td>{escape(label)}</td><td>{_signed(score, 2)}</td><td><div class="bar" style="{look}"></div></td></tr>'
-    )
+def _seen(text: str) -> str:
+    """Text with an escape for each character that would not be seen, or would change how others are."""
+    marked = text.replace("\n", "↵\n").replace("\t", "→\t")
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), marked)
 
 
-def _paper(share: float) -> str:
-    """Red for positive, blue for negative; the pages' scripts have the same two colours."""
-    ink = "205,50,45" if share > 0 else "45,90,205"
-    return f"rgba({ink},{0.75 * min(1.0, abs(share)):.2f})"
-
-
-def _signed(score: float, digits: int) -> str:
-    return f"{score:+.{digits}f}".replace("-", "−")
+def _short(label: str) -> str:
+    half = _LONGEST // 2
+    cut = label if len(label) <= _LONGEST else f"{label[:half]} … {label[-half:]}"
+    return _seen(cut if cut.strip(" ") else "␣" * len(cut)).replace("\n", "") or "·"
 
 
 def _rounded(scores: Tensor) -> list[list[float]]:
-    return [[round(score, 6) for score in row] for row in scores.tolist()]
-
-
-def _json(data: Any) -> str:
-    # no text may end the script element that it stands in
-    return json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return [[float(f"{score:.{_DIGITS}g}") for score in row] for row in scores.tolist()]

@@ -17,6 +17,7 @@ from .families import BoundModel
 from .memory import needs, shown
 from .propagate import rows_at_once, workspace
 from .streaming import weight_bytes
+from .weights import numbers
 
 SOURCES = ("token", "heads", "neurons")
 _MARGIN = 1.15  # seconds over those of the matrix products alone, as measured end to end
@@ -33,10 +34,11 @@ class Plan:
         positions: ``N`` tokens.
         sources: ``M``, the bias source included.
         rows: ``R`` of the state.
-        weights_bytes: the model's own, as far as they are on the device at once.
+        weights_bytes: the model's own, as far as they are on its devices at once.
         state_bytes: the decomposed state ``[R, D]``.
         pass_bytes: of the model's own pass over the prompt, at its largest: patterns and hidden vectors of one layer.
-        buffer_bytes: blocks of values and gates, and a weight while it is folded.
+        buffer_bytes: blocks of values and gates, a weight while it is folded, and the copies that are made of a layer's
+            offloaded or quantised weights.
         source_block_rows: rows of the attention that are worked on at once.
         position_block_rows: rows of the MLP that are worked on at once.
         operations: of the matrix products of all layers, for targets at the last position.
@@ -140,7 +142,7 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
         if sources == "token":
             return positions * (positions + 1) // 2 + bias * positions, positions + bias
         if sources in SOURCES:
-            named = bound.heads if sources == "heads" else bound.layers[0].down.weight.shape[1]
+            named = bound.heads if sources == "heads" else bound.layers[0].down.shape[1]
             return (named + 1 + bias) * positions, named + 1 + bias
         raise OptionError(
             f"unknown sources {sources!r} of a plan; there are: {', '.join(SOURCES)} and a number of spans"
@@ -154,7 +156,7 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
 
 def measured_rate(bound: BoundModel, device: torch.device) -> float:
     """Operations per second of this device's own matrix products in the shapes of this model's MLP."""
-    neurons, width = bound.layers[0].gate.weight.shape
+    neurons, width = bound.layers[0].gate.shape
     dtype = bound.product_dtype_on(device)
     rows = 4096 if device.type == "cuda" else 256
     a = torch.randn(rows, width, device=device).to(dtype)
@@ -180,12 +182,10 @@ def _sized(
     rows, count = rows_and_sources(bound, positions, sources)
     layer = bound.layers[0]
     attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
-    value, output, gate, down = (
-        2 * part.weight.numel() for part in (layer.value, layer.output, layer.gate, layer.down)
-    )
+    value, output, gate, down = (2 * part.shape.numel() for part in layer.projections)
     others = rows * (len(bound.layers) - 1) + count  # of the last layer only the last position's rows
     operations = rows * len(bound.layers) * value + others * (output + gate + down)
-    forward = 2 * positions * sum(parameter.numel() for parameter in bound.backbone.parameters())
+    forward = 2 * positions * numbers(bound.backbone)
     needed = needs(bound, rows, [positions], workspace_bytes, device)
     return Plan(
         model=bound.name,

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import operator
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from .errors import PromptError, SourceError
 from .families import BoundModel
 
 _UNITS = {
-    "word": re.compile(r"\s*\S+"),
-    "sentence": re.compile(r"\s*\S[^.!?。！？\n]*[.!?。！？]*"),
+    "word": re.compile(r"\S+"),
+    "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
 }
 _CONTEXT = 8  # tokens before a token that can change how it decodes
+_BYTES = 4  # of a character in UTF-8, at most
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Prompt:
         check_unit(unit)
         if self.text is None:
             raise SourceError(f"{unit}s need text: the prompt was given as ids and there is no tokenizer")
-        begins = [match.start() for match in _UNITS[unit].finditer(self.text)]
+        # each begins with the space before it, where the one before ends
+        begins = [0, *(match.end() for match in _UNITS[unit].finditer(self.text))][:-1]
         ranges: list[tuple[int, int]] = []
         previous = None
         for index, (_, end) in enumerate(self.offsets):
@@ -88,11 +91,10 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
         raise PromptError("the prompt is empty; give at least one token")
     if limit is not None and len(made.ids) > limit:
         raise PromptError(f"the prompt has {len(made.ids)} tokens, {bound.name} has {limit} positions; shorten it")
+    vocabulary = bound.vocabulary
     for index, token in enumerate(made.ids):
-        if not 0 <= token < bound.vocabulary:
-            raise PromptError(
-                f"id {token} at position {index} is out of range: the vocabulary has {bound.vocabulary} tokens"
-            )
+        if not 0 <= token < vocabulary:
+            raise PromptError(f"id {token} at position {index} is out of range: the vocabulary has {vocabulary} tokens")
     return made
 
 
@@ -170,17 +172,33 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
 def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
     if tokenizer is None:
         return Prompt(tuple(ids), tuple(str(token) for token in ids))
-    tokens, unfinished = [], []
-    for index in range(len(ids)):
-        before = ids[max(0, index - _CONTEXT) : index]
-        known, piece = _decode(tokenizer, before), _decode(tokenizer, [*before, ids[index]])
+    tokens: list[str] = []
+    unfinished: list[bool] = []
+    begins_at = deque([0])  # tokens at which a character begins: the window is from the first of them on
+    known, piece, grown = "", "", 0  # the last token that finished a character, be it that it begins another
+    for index, token in enumerate(ids):
+        start, done = begins_at[0], begins_at[-1]
+        known = _decode(tokenizer, ids[start:done]) + "".join(tokens[done:])
+        piece = _decode(tokenizer, ids[start : index + 1])
         # bytes of an unfinished character decode to U+FFFD; the token that finishes it gets it
-        unfinished.append(piece.endswith("\ufffd"))
-        known, piece = known.rstrip("\ufffd"), piece.rstrip("\ufffd")
-        tokens.append(piece[len(known) :] if piece.startswith(known) else _decode(tokenizer, [ids[index]]))
+        whole = piece.rstrip("\ufffd")
+        if len(whole) > len(known):
+            grown = index
+        unfinished.append(whole != piece and index - max(done, grown) < _BYTES - 1)
+        if not unfinished[index]:
+            whole = piece
+            begins_at.append(index + 1)
+            while begins_at[1] <= index + 1 - _CONTEXT:
+                begins_at.popleft()
+        if whole.startswith(known):
+            tokens.append(whole[len(known) :])
+        else:  # some decoders show nothing of a run of bytes as long as its last character is unfinished
+            tokens.append("" if unfinished[index] else _decode(tokenizer, [token]))
+    if unfinished and unfinished[-1] and piece.startswith(known):  # it stays unfinished
+        tokens[-1] = piece[len(known) :]
     text = "".join(tokens)
     ends = list(itertools.accumulate(len(token) for token in tokens))
-    begins = [end - len(token) for token, end in zip(tokens, ends, strict=True)]
+    begins = [end - len(piece) for piece, end in zip(tokens, ends, strict=True)]
     for index in reversed(range(len(ids) - 1)):  # ... and the tokens that began it lie over it as well
         if unfinished[index]:
             ends[index] = ends[index + 1]

@@ -34,9 +34,9 @@ def workspace(workspace_bytes: int | None, device: torch.device) -> int:
 
 def rows_at_once(bound: BoundModel, layer: Layer, workspace: int) -> tuple[int, int]:
     """How many rows of the attention, and of the MLP, a block's buffers hold: their numbers, and what a cast takes."""
-    numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.head.weight.shape[1]
-    attention = len(layer.value.weight) + layer.output.weight.shape[1] + width
-    return max(1, numbers // attention), max(1, numbers // (len(layer.gate.weight) + width))
+    numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.width
+    attention = layer.value.shape[0] + layer.output.shape[1] + width
+    return max(1, numbers // attention), max(1, numbers // (layer.gate.shape[0] + width))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Propagation:
         """Memory for the state in the GEMMs' dtype, which every update then leaves there: no pass to cast it is needed."""
         layer = self.bound.layers[0]
         one_block = len(self._blocks_of_sources(layer)) == 1 and len(self._blocks_of_positions(layer)) == 1
-        whole = one_block and self._position_blocks[0].neurons == len(layer.gate.weight)
+        whole = one_block and self._position_blocks[0].neurons == layer.gate.shape[0]
         if not whole or self.bound.product_dtype == self.state.dtype or self.bound.parallel:
             return None
         return torch.empty_like(self.state, dtype=self.bound.product_dtype)
@@ -150,7 +150,7 @@ class Propagation:
     ) -> None:
         layer = self.bound.layers[index]
         if self.layout is not None:
-            self._to(layer.down.module.weight.device)  # a model may be spread over several
+            self._to(layer.device)  # a model may be spread over several
             attention = _Attention(self, layer, trace)
             blocks, kept = self._blocks_of_sources(layer), self._kept(read)
             if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
@@ -165,6 +165,7 @@ class Propagation:
                 attention.mix(block, attention.values(block), kept)
             self._narrow(kept)
             attention.add_bias(trace)
+            del attention  # and with it copies of weights
         if self.bound.parallel:
             return
         between()
@@ -255,9 +256,10 @@ class Propagation:
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
-        if projection.bias is None:
+        bias = projection.bias
+        if bias is None:
             return
-        bias = projection.bias.to(self.state.dtype)
+        bias = bias.to(self.state.dtype)
         if post_norm is not None:
             assert post_scale is not None
             bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
@@ -280,7 +282,7 @@ class Propagation:
     def _blocks_of_positions(self, layer: Layer) -> list[_PositionBlock]:
         assert self.layout is not None
         if not self._position_blocks:
-            neurons, allowed = len(layer.gate.weight), workspace(self.workspace_bytes, self.state.device)
+            neurons, allowed = layer.gate.shape[0], workspace(self.workspace_bytes, self.state.device)
             _, at_once = rows_at_once(self.bound, layer, allowed)
             gates = allowed // (2 * self.state.element_size())  # numbers
             for first, last in self.layout.position_blocks(at_once):
@@ -400,10 +402,10 @@ def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype
 
 def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
     """What a projection puts out without reading the stream, ``W β + b``, or None: it belongs to the bias source."""
-    beta = None if norm is None else norm.beta()
+    beta, bias = None if norm is None else norm.beta(), projection.bias
     parts = [] if beta is None else [projection.weight.to(dtype) @ beta.to(dtype)]
-    if projection.bias is not None:
-        parts.append(projection.bias.to(dtype))
+    if bias is not None:
+        parts.append(bias.to(dtype))
     return sum(parts[1:], start=parts[0]) if parts else None
 
 

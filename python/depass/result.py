@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import DePassError, SourceError, TargetError
-from .files import load_result, save_result, write_atomically
+from .files import load_result, save_result
 from .prompt import Prompt
 from .sources import Source
 from .targets import Target
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pandas
 
 _FORMAT = "depass-attribution-1"
+TENSORS = ("scores", "target_logits", "conservation_error")
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,7 @@ class Attribution:
         """
         from .page import render
 
-        html = render(self)
-        if path is not None:
-            write_atomically(path, html.encode())
-        return html
+        return render([("attribution", self)], path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, as ``depass attribute --json`` prints them."""
@@ -169,13 +168,43 @@ class Attribution:
         ]  # fmt: skip
         return pandas.DataFrame(rows).astype({"start": "Int64", "end": "Int64"})
 
+    def to_captum(self) -> Any:
+        """captum's ``LLMAttributionResult``: see :mod:`depass.compat.exports`.
+
+        Raises:
+            DePassError: captum is not installed.
+        """
+        from .compat.exports import to_captum
+
+        return to_captum(self)
+
+    def to_inseq(self) -> Any:
+        """inseq's ``FeatureAttributionOutput``: see :mod:`depass.compat.exports`.
+
+        Raises:
+            DePassError: inseq is not installed.
+        """
+        from .compat.exports import to_inseq
+
+        return to_inseq(self)
+
+    def to_circuitsvis(self) -> Any:
+        """CircuitsVis's coloured tokens: see :mod:`depass.compat.exports`.
+
+        Raises:
+            DePassError: CircuitsVis is not installed.
+        """
+        from .compat.exports import to_circuitsvis
+
+        return to_circuitsvis(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write scores and all that belongs to them as safetensors with JSON metadata; :meth:`load` reads it.
 
         Raises:
             OutputError: the path cannot be written.
         """
-        save_result(path, self, _TENSORS)
+        save_result(path, self.to_dict(), {name: getattr(self, name) for name in TENSORS})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Attribution:
@@ -184,11 +213,7 @@ class Attribution:
         Raises:
             OutputError: the file cannot be read or is no attribution.
         """
-
-        def make(tensors: dict[str, Any], said: dict[str, Any]) -> Attribution:
-            return Attribution(**tensors, sources=tuple(Source(**one) for one in said["sources"]), **common(said))
-
-        return load_result(path, _FORMAT, _TENSORS, make)
+        return load_result(path, _FORMAT, TENSORS, attribution)
 
     def _row(self, target: int) -> int:
         if not -len(self.targets) <= target < len(self.targets):
@@ -206,9 +231,41 @@ def listed(numbers: Tensor) -> Any:
     return None if bool(numbers.isnan().all()) else numbers.tolist()
 
 
+def attribution(tensors: dict[str, Any], said: dict[str, Any]) -> Attribution:
+    """An attribution of its tensors and what ``to_dict`` said of it.
+
+    Raises:
+        ValueError: the two do not fit.
+    """
+    check_shape(tensors["scores"], said["targets"], said["sources"])
+    sources, length = tuple(Source(**one) for one in said["sources"]), len(said["prompt"]["tokens"])
+    for source in sources:
+        if source.start is not None and not 0 <= source.start < (source.end or 0) <= length:
+            raise ValueError(f"its source {source.label!r} lies at {source.start} to {source.end} of {length} tokens")
+    return Attribution(**tensors, sources=sources, **common(said))
+
+
+def check_shape(scores: Tensor, *axes: Sized) -> None:
+    """Refuse a file whose scores are not of what it says that they are.
+
+    Raises:
+        ValueError: a dimension of the scores is not as long as its axis.
+    """
+    wanted = tuple(map(len, axes))
+    if scores.shape != wanted:
+        raise ValueError(f"its scores are {tuple(scores.shape)}, and it names {wanted}")
+
+
 def common(described: dict[str, Any]) -> dict[str, Any]:
-    """Targets, prompt and settings of a result, from what ``to_dict`` said of them."""
+    """Targets, prompt and settings of a result, from what ``to_dict`` said of them.
+
+    Raises:
+        ValueError: a target lies where the prompt has no token.
+    """
     prompt = described["prompt"]
+    for target in described["targets"]:
+        if not 0 <= target["position"] < len(prompt["tokens"]):
+            raise ValueError(f"its target at {target['position']} is behind no token of {len(prompt['tokens'])}")
     return {
         "targets": tuple(Target(**{**one, "token_ids": tuple(one["token_ids"])}) for one in described["targets"]),
         "prompt": Prompt(
@@ -220,6 +277,3 @@ def common(described: dict[str, Any]) -> dict[str, Any]:
         ),
         "settings": Settings(**described["settings"]),
     }
-
-
-_TENSORS = ("scores", "target_logits", "conservation_error")

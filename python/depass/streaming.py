@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import weights
 from .families import BoundModel
 
 
@@ -33,12 +34,17 @@ def streamed(bound: BoundModel, device: torch.device) -> Iterator[None]:
 
 
 def weight_bytes(bound: BoundModel) -> int:
-    """What of the model's weights is on the device where it works, at most."""
-    everything = sum(tensor.nbytes for tensor in _tensors(bound.model))
+    """What of the model's weights is on the devices where it works, at most, during its own pass."""
+    everything = weights.held_bytes(bound.model) + weights.brought_bytes(bound.model)
     if bound.stream_to is None:
         return everything
-    layers = [sum(tensor.nbytes for tensor in _tensors(layer.module)) for layer in bound.layers]
+    layers = [weights.held_bytes(layer.module) for layer in bound.layers]
     return everything - sum(layers) + sum(sorted(layers)[-2:])
+
+
+def arriving_bytes(bound: BoundModel) -> int:
+    """What of that comes for a pass, and is not there between passes."""
+    return weights.brought_bytes(bound.model) if bound.stream_to is None else weight_bytes(bound)
 
 
 def pin(model: nn.Module) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from torch import Tensor
 
 from .errors import DePassError, SourceError, TargetError
-from .files import load_result, save_result, write_atomically
+from .files import load_result, save_result
 from .prompt import Prompt
-from .result import Settings, common, judged, listed
+from .result import Settings, check_shape, common, judged, listed
 from .sources import Source
 from .targets import Target
 
@@ -97,12 +97,9 @@ class Sweep:
         Raises:
             OutputError: the path cannot be written.
         """
-        from .page import render_sweep
+        from .page import render
 
-        html = render_sweep(self)
-        if path is not None:
-            write_atomically(path, html.encode())
-        return html
+        return render([("sweep", self)], path)
 
     def plot(self, path: str | os.PathLike[str], target: int = 0) -> None:
         """Draw one target's map of layers and components; the suffix (``.png``, ``.svg``, ``.pdf``) says as what.
@@ -155,7 +152,7 @@ class Sweep:
         Raises:
             OutputError: the path cannot be written.
         """
-        save_result(path, self, _TENSORS)
+        save_result(path, self.to_dict(), {name: getattr(self, name) for name in _TENSORS})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Sweep:
@@ -167,6 +164,7 @@ class Sweep:
 
         def make(tensors: dict[str, Any], said: dict[str, Any]) -> Sweep:
             layers, columns = tuple(said["layers"]), tuple(said["columns"])
+            check_shape(tensors["scores"], said["targets"], layers, columns)
             return Sweep(**tensors, layers=layers, columns=columns, kind=said["kind"], **common(said))
 
         return load_result(path, _FORMAT, _TENSORS, make)

@@ -140,7 +140,7 @@ def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: Bound
     if isinstance(target, Contrast):
         ids = tuple(token_id(token, tokenizer, bound) for token in (target.token, target.other))
         return Asked("contrast", position, ids)
-    width = bound.head.weight.shape[1]
+    width = bound.width
     try:
         w = torch.as_tensor(target.w)
     except (TypeError, ValueError, RuntimeError):
@@ -181,6 +181,8 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
     if isinstance(token, str):
         if tokenizer is None:
             raise TargetError(f"target {token!r} needs a tokenizer: DePass(model, tokenizer); or give its token id")
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise TargetError(f"target {token!r} is not text: it holds bytes that are no UTF-8")
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
             parts = ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids)
@@ -212,7 +214,6 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
         bound: the model.
         tokenizer: for labels; may be None.
     """
-    bias = getattr(bound.head, "bias", None)
 
     def name(token: int) -> str:
         return str(token) if tokenizer is None else tokenizer.decode([token])
@@ -220,12 +221,12 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
     if asked.w is not None:
         w = asked.w.to(vector)
         return [Readout(Target(asked.label, asked.kind, asked.position), w, 0.0, float(w @ vector))]
-    made = []
+    made, rows, bias = [], bound.unembedding.weight, bound.unembedding.bias
     for ids in [asked.ids] if asked.ids is not None else [(int(i),) for i in logits.topk(asked.k).indices]:
-        w, logit = bound.head.weight[ids[0]].to(vector), float(logits[ids[0]])
+        w, logit = rows[ids[0]].to(vector), float(logits[ids[0]])
         constant = 0.0 if bias is None else float(bias[ids[0]])
         if asked.kind == "contrast":
-            w, logit = w - bound.head.weight[ids[1]].to(vector), logit - float(logits[ids[1]])
+            w, logit = w - rows[ids[1]].to(vector), logit - float(logits[ids[1]])
             constant -= 0.0 if bias is None else float(bias[ids[1]])
         label = " - ".join(name(token) for token in ids)
         made.append(Readout(Target(label, asked.kind, asked.position, ids), w.detach(), constant, logit))

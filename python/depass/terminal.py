@@ -25,15 +25,17 @@ _NUMBER, _GUTTER = 7, 7  # cells of a number and of a layer's
 def show(res: Attribution, file: TextIO | None = None, width: int | None = None) -> None:
     """Print ``res`` to ``file`` (stdout), wrapped to ``width`` columns (the terminal's)."""
     console = Console(file=file, width=width, highlight=False)
-    for row in range(len(res.targets)):
-        _print(console, strip(res, row, console.width))
+    with console:  # one output of a notebook's cell, not one a line
+        for row in range(len(res.targets)):
+            _print(console, strip(res, row, console.width))
 
 
 def show_sweep(sweep: Sweep, file: TextIO | None = None, width: int | None = None) -> None:
     """Print every target's grid to ``file`` (stdout), or its largest components where a grid is too wide."""
     console = Console(file=file, width=width, highlight=False)
-    for row in range(len(sweep.targets)):
-        _print(console, grid(sweep, row, console.width))
+    with console:
+        for row in range(len(sweep.targets)):
+            _print(console, grid(sweep, row, console.width))
 
 
 def _print(console: Console, lines: Sequence[Text]) -> None:
@@ -54,6 +56,7 @@ def strip(res: Attribution, row: int, width: int) -> list[Text]:
 def grid(sweep: Sweep, row: int, width: int) -> list[Text]:
     """One target's lines: what is explained, then a line for each layer with its components' scores."""
     count, columns = len(sweep.columns), beside(sweep)
+    named = [printable(heading) for heading in headings(sweep)]
     others = " + rest + bias" if bool(sweep.bias.any()) else " + rest"
     parts = f"attention{others} = MLP{others}" if sweep.kind == "modules" else f"{count} {sweep.kind}{others}"
     head = _head(sweep, row, f"{parts}, in each of {len(sweep.layers)} layers")
@@ -64,10 +67,10 @@ def grid(sweep: Sweep, row: int, width: int) -> list[Text]:
         head.append(f"; the {len(top)} largest:", style="not bold")
         labels, scores = [source.label for source, _ in top], [score for _, score in top]
         return [head, *_strip(labels, scores, abs(scores[0]) or 1.0, width), Text()]
-    widest = max(_NUMBER, *(len(heading) + 2 for heading in headings(sweep)))
+    widest = max(_NUMBER, *(len(heading) + 2 for heading in named))
     size = widest if room >= widest else 2 if room >= 2 else 1
     largest = float(sweep.scores[row].abs().max()) or 1.0
-    over = Text("layer".rjust(_GUTTER - 2) + "  " + _ruler(headings(sweep), size), style="dim")
+    over = Text("layer".rjust(_GUTTER - 2) + "  " + _ruler(named, size), style="dim")
     over.append("".join(label.rjust(last) for label, _ in columns))
     lines = [head, over]
     for index, layer in enumerate(sweep.layers):
@@ -89,7 +92,7 @@ def _head(res: Attribution | Sweep, row: int, what: str) -> Text:
     if res.settings.adds_up:
         said = f"{logit} = {what} (error {float(res.conservation_error[row].max()):.0e})"
     else:
-        said = f"{logit}; scores by {res.settings.method}, which promise no sum"
+        said = f"{logit}; scores by {printable(res.settings.method)}, which promise no sum"
     where = f" after token {target.position + 1} of {len(res.prompt.tokens)} ({after!r}): "
     return head.append(where + said, style="not bold")
 

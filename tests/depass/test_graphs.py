@@ -117,7 +117,7 @@ def test_a_model_that_was_cast_and_states_in_between() -> None:
 
 
 def test_cuda_graphs_need_a_gpu() -> None:
-    with pytest.raises(OptionError, match="cuda_graphs=True needs a model on one CUDA device, this one lies on cpu"):
+    with pytest.raises(OptionError, match="needs an unquantised model on one CUDA device, this one lies on cpu"):
         DePass(make("llama"), cuda_graphs=True)
 
 

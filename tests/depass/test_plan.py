@@ -23,7 +23,7 @@ from depass import (
     OptionError,
     Spans,
     Token,
-    engine,
+    memory,
     propagate,
 )
 from depass.cli import main
@@ -107,7 +107,7 @@ def test_the_largest_prompt_fits_and_one_more_token_does_not(sources: Any) -> No
 
 def test_what_cannot_fit_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     dp = DePass(models.make("llama"))
-    monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     says = r"45 rows of 9 tokens take .* beside the model \(state 0.0 MB, .*\) and 0.0 MB are free.*`depass plan`"
     with pytest.raises(MemoryLimitError, match=says):
         dp.attribute(models.prompt(9))

@@ -197,50 +197,6 @@ def test_the_strip_shows_no_control_characters(device: str) -> None:
     assert "evil↵" in text
 
 
-def page(res: Attribution) -> str:
-    return res.to_html()
-
-
-def test_the_page_is_standalone_and_escaped(res: Attribution, tmp_path: Path) -> None:
-    html = page(res)
-    assert not re.search(r"(src|href)\s*=|@import|url\(|https?:", html)
-    assert "<b>cat" not in html
-    assert "&lt;" in html
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
-    assert data is not None
-    assert "<" not in data[1]
-    assert len(json.loads(data[1])["scores"]) == len(res.targets)
-    assert html.count('class="target"') == len(res.targets)
-    assert "{{" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.S)
-    res.to_html(tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text() == html
-
-
-def test_a_prompt_cannot_break_out_of_the_page(device: str) -> None:
-    class Evil:
-        all_special_ids: tuple[int, ...] = ()
-        bos_token_id = None
-
-        def decode(self, some: list[int], **_: Any) -> str:
-            return "</script><script>alert(1)</script>{{DATA}}\"'" * len(some)
-
-    html = page(DePass(models.make("llama", device=device), Evil()).attribute([5, 6]))
-    assert "<script>alert" not in html
-    assert html.count("</script>") == 2
-
-
-def test_the_page_colours_red_for_positive_and_blue_for_negative(device: str) -> None:
-    res = DePass(models.make("llama", device=device), tokens.make()).attribute("the cat sat")
-    for index, score in enumerate(res.scores[0].tolist()):
-        ink = "205,50,45" if score > 0 else "45,90,205"
-        assert re.search(rf'data-source="{index}" title="[^"]*" style="background:rgba\({ink},', page(res))
-
-
-def test_spans_and_rest_are_drawn_over_the_whole_prompt(device: str) -> None:
+def test_the_strip_names_the_rest(device: str) -> None:
     dp = DePass(models.make("llama", device=device), tokens.make())
-    res = dp.attribute("the cat sat at the cat", sources=Spans([(1, 3), (5, 6)]))
-    html = page(res)
-    pieces = re.findall(r'<span class="source" data-source="(\d)"[^>]*>([^<]*)</span>', html)
-    assert "".join(text for _, text in pieces) == "the cat sat at the cat"
-    assert [source for source, _ in pieces] == ["0", "1", "0", "2", "0"]
-    assert "[rest]" in shown(res)
+    assert "[rest]" in shown(dp.attribute("the cat sat at the cat", sources=Spans([(1, 3), (5, 6)])))

@@ -60,10 +60,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 NORMS_IN_FP32 = tuple(name for name in CONFIGS if not name.startswith("gpt"))
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
-    """A random model in eval mode: weights, norm weights and biases all random and nonzero."""
+def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **others: Any) -> Any:
+    """A random model in eval mode: weights, norm weights and biases all random and nonzero. ``others``: of its config."""
     prefix, sizes = {**CONFIGS, **OTHERS}[name]
-    sizes = dict(sizes)
+    sizes = {**sizes, **others}
     if prefix == "GPTNeoX":
         sizes.pop("num_key_value_heads")
     config_class = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")

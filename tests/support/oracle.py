@@ -7,9 +7,9 @@ published outputs) tests which shares they are.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-import models
 import torch
 from torch import Tensor
 
@@ -18,7 +18,11 @@ class Oracle:
     """X[m][t] as D-vectors in Python lists; one method per sentence of the definition."""
 
     def __init__(self, name: str, run: Any, ids: list[int], starts: list[int], owner: list[int], bias: bool) -> None:
-        self.name, self.model, self.ids = name, models.make(name, torch.float64), ids  # the loop itself runs on the CPU
+        self.name, self.ids = name, ids
+        self.model = copy.deepcopy(run).to("cpu", torch.float64)  # the loop itself runs on the CPU
+        config = run.config
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.groups = getattr(config, "num_key_value_heads", self.heads)
         self.starts, self.owner, self.bias = starts, owner, bias
         self.captured: dict[str, Tensor] = {}
         self._capture(run)
@@ -116,16 +120,13 @@ class Oracle:
 
     def value(self, path: str, x: Tensor, bias_source: bool) -> list[Tensor]:
         """The value vectors of all query heads, one after another."""
-        heads = 4
+        heads, groups = self.heads, self.groups
         y = self.linear(path, x, bias_source)
         if self.name.startswith("gpt-neox"):
             d = len(y) // (3 * heads)
             return [y[h * 3 * d + 2 * d : (h + 1) * 3 * d] for h in range(heads)]
-        if self.name.startswith("gpt2"):
-            y = y[2 * len(y) // 3 :]
-        if self.name == "phi3":  # 4 query heads and 2 key/value heads: 4 + 2 + 2 eighths
-            y = y[6 * len(y) // 8 :]
-        groups = 2 if not self.name.startswith("gpt") else heads
+        if self.name.startswith("gpt2") or self.name == "phi3":  # queries, keys and values in one
+            y = y[len(y) // (heads + 2 * groups) * (heads + groups) :]
         d = len(y) // groups
         return [y[h * groups // heads * d : (h * groups // heads + 1) * d] for h in range(heads)]
 
@@ -145,7 +146,7 @@ class Oracle:
     ) -> list[list[list[Tensor]]]:
         """The states from ``x``, which enters layer ``first``, to the end."""
         states = [x]
-        for layer in range(first, models.LAYERS):
+        for layer in range(first, self.layers):
             with torch.no_grad():
                 x = self.layer(x, layer, rule, tau, excluded)
             states.append(x)
@@ -168,7 +169,7 @@ class Oracle:
                 values.append(self.value(p["v"], normed, is_bias))
             for q in range(len(self.ids)):
                 mixed = []
-                for h in range(4):
+                for h in range(self.heads):
                     total = torch.zeros_like(values[0][h])
                     for k in range(q + 1):
                         total = total + self.patterns[layer][0, h, q, k] * values[k][h]

@@ -1,5 +1,7 @@
 """The published DePass manager's interface: the same names, arguments and shapes, with parts that add up.
 
+::
+
     from depass.compat.official import decomposed_state_manager
 
     manager = decomposed_state_manager(model, tokenizer)
@@ -25,7 +27,7 @@ from depass_kernels.backends import RULES
 
 from ..api import DePass
 from ..components import Custom, Heads, Modules, Neurons
-from ..engine import refuse_dropout
+from ..engine import blame, refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
 from ..families import BoundModel, bind
 from ..lockstep import Trace, run, running
@@ -102,7 +104,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         ids = self._encode(prompt)
         states = _residual_streams(self._bound, ids)
         if not bool(states[-1].isfinite().all()):
-            raise NonFiniteError(f"the model's residual stream is not finite in {self._bound.dtype}; use a wider dtype")
+            raise NonFiniteError(f"the model's residual stream is not finite; {blame(self._bound)}")
         self._ids, self.states = ids, states
         return states
 
@@ -207,14 +209,14 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             TargetError: a position or a token that there is not.
             SourceError: something else than a state.
         """
-        head = self._bound.head
-        _check_state(attribute_state, (None, None, head.weight.shape[1]), "[N, M, D]")
+        head = self._bound.unembedding
+        _check_state(attribute_state, (None, None, self._bound.width), "[N, M, D]")
         length = len(attribute_state)
         if not _is_integer(token_idx) or not -length <= token_idx < length:
             raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
         token = token_id(decode_token_id, None, self._bound)
         scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
-        bias = getattr(head, "bias", None)
+        bias = head.bias
         if bias is not None and not self.reproduce_published:
             scores[0] += bias[token].detach().to(scores)
         return scores
@@ -237,7 +239,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             OptionError: options that ask for several texts, or for none.
         """
         given = self._encode(prompt)
-        ids = torch.tensor([given], device=self._bound.model.get_input_embeddings().weight.device)
+        ids = torch.tensor([given], device=self._bound.input_device)
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate_options)
         sequences = getattr(output, "sequences", output)
         if len(sequences) != 1:
@@ -333,7 +335,7 @@ class _Exact:
         return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
-        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.weight.shape[1])
+        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.shape[1])
 
     def subspace_states(
         self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False

@@ -136,7 +136,7 @@ class Published:
 
         def keep(index: int, trace: Trace) -> None:
             layer = self.bound.layers[index]
-            device = layer.down.module.weight.device
+            device = layer.device
             trace = trace.map(lambda tensor: tensor.to(device))
             assert trace.pattern is not None
             assert trace.hidden is not None
@@ -171,7 +171,7 @@ class Published:
     def _mix(self, state: Tensor, here: _Frozen) -> Tensor:
         """Every head's values ``[M, N, H, d]``, mixed by the frozen pattern and without the value bias (quirk 3)."""
         values = _read(state, here.attention_scale, here.layer.value, here.layer.attention_norm)  # [M, N, K·d]
-        width = here.layer.output.weight.shape[1] // self.bound.heads
+        width = here.layer.output.shape[1] // self.bound.heads
         values = values.view(*state.shape[:2], -1, width)  # [M, N, K, d]
         values = values.repeat_interleave(self.bound.heads // values.shape[2], dim=2)
         return torch.einsum("hqk,mkhd->mqhd", here.pattern, values)

@@ -1,6 +1,8 @@
 """Does the attribution tell the truth? The paper's experiments (DePass, section 4), on a model of one's own.
 
-depass evaluate tokens -m MODEL --data known_1000.json --out DIR
+::
+
+    depass evaluate tokens -m MODEL --data known_1000.json --out DIR
 """
 
 from .components import Components

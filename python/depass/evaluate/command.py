@@ -36,8 +36,8 @@ def _add(parser: argparse.ArgumentParser, task: Task) -> None:
     default = "required" if task.data is None else f"default: {task.data}"
     add("--data", metavar="FILE", default=task.data, required=task.data is None, help=f"{task.data_help} ({default})")
     add("--out", metavar="DIR", default=f"depass-{task.name}", help="where rows and report go (default: %(default)s)")
-    add("--seed", type=_natural, default=0, help="of everything random (default: 0)")
-    add("--limit", type=_positive, metavar="N", help="measure only the first N items")
+    add("--seed", type=cli.natural, default=0, help="of everything random (default: 0)")
+    add("--limit", type=cli.positive, metavar="N", help="measure only the first N items")
     task.add_arguments(parser)
 
 
@@ -46,18 +46,4 @@ def _run(options: argparse.Namespace) -> None:
     dp = cli.load_model(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConservationWarning)  # the reports say how far the scores miss
-        print(run(task, dp, options, Path(options.out)))
-
-
-def _natural(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _integer(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer from {least}")
-    return int(text)
+        cli.say(str(run(task, dp, options, Path(options.out))))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import baselines, masking
 from ..api import DePass
-from ..errors import DePassError
+from ..engine import blame
+from ..errors import DePassError, NonFiniteError
 from ..masking import Kind
 from . import data, summary
 from .task import Item, Row, Task, failed, skipped
@@ -225,17 +226,23 @@ def masked(scores: Tensor, percent: Sequence[float], end: str) -> Tensor:
 
 @torch.no_grad()
 def generated(dp: DePass, part: Kind, ids: Sequence[int], masks: Tensor, count: int) -> Tensor:
-    """Greedily generated ids ``[V, count]`` of one prompt under each of the masks ``[V, layers, C]``."""
+    """Greedily generated ids ``[V, count]`` of one prompt under each of the masks ``[V, layers, C]``.
+
+    Raises:
+        NonFiniteError: logits are NaN.
+    """
     bound, found = dp._bound, []
     mask = masking.heads if part == "heads" else masking.neurons
-    device = bound.model.get_input_embeddings().weight.device
+    device = bound.input_device
     for some in torch.split(masks, max(1, _TOKENS // len(ids))):
         given, cache, made = torch.tensor([ids], device=device).expand(len(some), -1), None, []
         with mask(dp, some):
             for _ in range(count):
                 out = bound.backbone(input_ids=given, past_key_values=cache, use_cache=True, return_dict=True)
                 cache = out.past_key_values
-                logits = bound.head(out.last_hidden_state[:, -1].to(bound.head.weight.device))  # [V, vocabulary]
+                logits = bound.logits(out.last_hidden_state[:, -1])  # [V, vocabulary]
+                if bool(logits.isnan().any()):
+                    raise NonFiniteError(f"the model's own logits are not finite; {blame(bound)}")
                 given = logits.argmax(-1, keepdim=True).to(device)
                 made.append(given)
         found.append(torch.cat(made, 1).cpu())

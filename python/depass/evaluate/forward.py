@@ -77,7 +77,7 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 def padded(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Prompts as ``[B, T]`` ids, padded on the right, where causal attention does not see it, on the model's device."""
     longest = max(map(len, prompts))
-    device = dp._bound.model.get_input_embeddings().weight.device
+    device = dp._bound.input_device
     return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device=device)
 
 
@@ -98,7 +98,6 @@ def _stream(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:
     """fp32 logits ``[..., V]``, soft-capped where the model does it."""
-    head = dp._bound.head
-    logits: Tensor = head(stream.to(head.weight.device)).float()
+    logits = dp._bound.logits(stream).float()
     cap = getattr(dp._bound.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

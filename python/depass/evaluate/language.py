@@ -223,10 +223,10 @@ def _measure(dp: DePass, prepared: Prepared, case: Case) -> Row:
         for prompt, remainder in zip(case.prompts, remainders, strict=True)
     ]
     parts = final_parts(dp, case.prompts, specs)  # [languages, parts, D]
-    head = dp._bound.head
-    said = (parts.to(head.weight) @ head.weight.T).float().cpu()  # [languages, parts, V]
-    if getattr(head, "bias", None) is not None:
-        said[:, 0] += head.bias.float().cpu()
+    weight, bias = dp._bound.unembedding.weight, dp._bound.unembedding.bias
+    said = (parts.to(weight) @ weight.T).float().cpu()  # [languages, parts, V]
+    if bias is not None:
+        said[:, 0] += bias.float().cpu()
     answers = said[..., case.answers]  # [languages, parts, languages]
     right = answers.diagonal(dim1=0, dim2=2).T  # [languages, parts]
     rank = (said > right[..., None]).sum(-1) + 1

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
-from ..engine import refuse_dropout
-from ..errors import DataError, DePassError
+from ..engine import blame, refuse_dropout
+from ..errors import DataError, DePassError, NonFiniteError
 from ..prompt import Prompt, encode
 from . import data, forward
 
@@ -117,11 +117,14 @@ def streams(
 
     Returns:
         ``[layers, P, D]`` fp32 on the CPU, the positions of one prompt behind the other's.
+
+    Raises:
+        NonFiniteError: the stream is not finite.
     """
     bound = dp._bound
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
-    found = torch.empty(len(layers), begins[-1], bound.head.weight.shape[1])
+    found = torch.empty(len(layers), begins[-1], bound.width)
     for batch in forward.batches([len(ids) for ids in prompts]):
         ids = forward.padded(dp, [prompts[i] for i in batch])
         states = bound.backbone(
@@ -130,4 +133,6 @@ def streams(
         for row, i in enumerate(batch):
             for at, layer in enumerate(layers):
                 found[at, begins[i] : begins[i + 1]] = states[layer][row, list(positions[i])].float().cpu()
+    if not bool(found.isfinite().all()):
+        raise NonFiniteError(f"the model's residual stream is not finite; {blame(bound)}")
     return found

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..api import DePass
 from ..engine import dtype_name
-from ..errors import DataError, OptionError, OutputError
+from ..errors import DataError, OutputError
 from ..files import append_row, write_atomically
+from ..runs import described, hold, progress, say_kept, session, write_json
 from .task import Item, Row, Task, failed
 
 _FORMAT = "depass-evaluation-1"
@@ -32,7 +27,9 @@ _NOT_SETTINGS = (
     "out",
     "model",
     "device",
+    "device_map",
     "stream",
+    "trust_remote_code",
 )  # the name is DePass's; where it lies changes no answer
 
 
@@ -56,18 +53,22 @@ def run(task: Task, dp: DePass, options: argparse.Namespace, folder: str | os.Pa
     if not items:
         raise DataError(f"{options.data}: there is nothing to measure in it; give a data set with rows")
     assert len({item.id for item in items}) == len(items), "an item's id names it"
-    with _alone(folder):
-        described = _described(folder / "run.json", task, settings)
+    with hold(folder):
+        made = described(folder / "run.json", _FORMAT, task.name, settings)
         rows = _read(folder / "rows.jsonl")
         if any(item.id not in rows for item in items):
             began = time.monotonic()
-            session = {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), **_versions(), "seconds": None}
-            described["sessions"].append(session)
-            _write_json(folder / "run.json", described)
-            _measure(task, dp, items, rows, options, folder)
-            session["seconds"] = round(time.monotonic() - began, 1)
-            _write_json(folder / "run.json", described)
-        return _report(task, [rows[item.id] for item in items], described, options, folder)
+            now = session()
+            made["sessions"].append(now)
+            write_json(folder / "run.json", made)
+            try:
+                _measure(task, dp, items, rows, options, folder)
+            except (OutputError, KeyboardInterrupt) as stop:
+                say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
+                raise
+            now["seconds"] = round(time.monotonic() - began, 1)
+            write_json(folder / "run.json", made)
+        return _report(task, [rows[item.id] for item in items], made, options, folder)
 
 
 def _measure(
@@ -89,31 +90,13 @@ def _measure(
     if not missing:
         return
     prepared = task.prepare(dp, whole, options)
-    with _progress(task.name, len(items)) as update:
+    with progress(task.name, len(items)) as update:
         update(len(rows))
         for row in task.measure(dp, prepared, missing, options):
             add(row)
             update(len(rows))
     lost = [item.id for item in missing if item.id not in rows]
     assert not lost, f"no rows of the items {', '.join(lost)}"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it: two processes would measure the same items."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is at work in {folder}; wait for it or give another --out") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 # What a run is of.
@@ -144,65 +127,7 @@ def _bytes(path: str) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _described(path: Path, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-    """What ``run.json`` says; a run that is there must be of the same task and settings."""
-    if not path.exists():
-        return {"format": _FORMAT, "task": task.name, "settings": settings, "sessions": []}
-    described = _read_json(path)
-    there: dict[str, Any] = {"task": described["task"], **described["settings"]}
-    wanted: dict[str, Any] = {"task": task.name, **settings}
-    for name in sorted(there.keys() | wanted.keys()):
-        if there.get(name) != wanted.get(name):
-            raise OptionError(
-                f"{path.parent} holds a run with {name} {there.get(name)!r}, this one has {wanted.get(name)!r}; "
-                "give the same options, or another --out"
-            )
-    return described
-
-
-def _versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "commit": _commit()}
-    for name in ("depass-kernels", "torch", "transformers"):
-        with suppress(PackageNotFoundError):  # a checkout on the path is not installed
-            found[name] = version(name)
-    return found
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file belongs to, ``+`` behind it where files are changed; None where it is in none."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", "../../../depass_kernels")
-    return f"{git('rev-parse', 'HEAD')}{'+' if changed else ''}"
-
-
 # Files.
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if found["format"] != _FORMAT:
-            raise ValueError(f"its format is {found['format']!r}")
-        _ = found["task"], found["settings"].items(), found["sessions"].append
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no run of this command ({error}); give another --out") from error
-    described: dict[str, Any] = found
-    return described
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Row]:
@@ -224,32 +149,6 @@ def _read(path: Path) -> dict[str, Row]:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number} is no row ({error}); delete the line") from error
     return rows
-
-
-@contextmanager
-def _progress(name: str, of: int) -> Iterator[Any]:
-    """A function that is told how many items are done; the bar is drawn on standard error where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        shown = bar.add_task(name, total=of, rate="")
-        began, first = time.monotonic(), [0]
-
-        def update(done: int) -> None:
-            first[0] = first[0] or done
-            took = time.monotonic() - began
-            bar.update(shown, completed=done, rate=f"{(done - first[0]) / took:.2g}/s" if took > 1 else "")
-
-        yield update
 
 
 # The report.

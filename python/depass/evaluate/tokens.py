@@ -175,6 +175,10 @@ def _measured(dp: DePass, going: Sequence[Asked], methods: Mapping[str, Scorer],
         if isinstance(plan, DePassError):
             yield failed(pair.item, plan, **begun)
             continue
+        left = [i for curves_of in plan.values() for curve in curves_of.values() for i in curve]
+        if not all(math.isfinite(probabilities[i]) for i in left):
+            yield failed(pair.item, "the answer's probability is not finite after what is left of the prompt", **begun)
+            continue
         yield {
             "id": pair.item.id, "status": "ok", **begun,
             **{curve: {name: [probabilities[i] for i in plan[name][curve]] for name in plan} for curve in CURVES},

@@ -1,0 +1,328 @@
+"use strict";
+// Draws the results in #data. Text goes into the page as text nodes alone, so nothing that a token says is ever parsed.
+const views = JSON.parse(document.getElementById("data").textContent);
+const tip = document.getElementById("tip");
+const ink = share => `rgb(${share > 0 ? "205 50 45" : "60 105 225"} / ${(0.75 * Math.min(1, Math.abs(share))).toFixed(3)})`;
+
+function make(tag, className, ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+function button(what, act) {
+  const made = make("button", "", what);
+  made.type = "button";
+  made.onclick = act;
+  return made;
+}
+
+// One stop for the tab key; from there the arrows go on by reading order, and up and down by what lies nearest.
+function arrows(group, items, choose) {
+  items.forEach((item, index) => { item.tabIndex = index ? -1 : 0; });
+  group.addEventListener("focusin", event => {
+    if (!items.includes(event.target)) return;
+    items.forEach(item => { if (item.tabIndex === 0) item.tabIndex = -1; });
+    event.target.tabIndex = 0;
+  });
+  group.addEventListener("keydown", event => {
+    const at = items.indexOf(event.target);
+    if (at < 0) return;
+    const onward = getComputedStyle(group).direction === "rtl" ? -1 : 1;
+    const next = {
+      ArrowLeft: () => items[at - onward], ArrowRight: () => items[at + onward], Home: () => items[0], End: () => items.at(-1),
+      ArrowUp: () => beyond(items, at, -1), ArrowDown: () => beyond(items, at, 1),
+    }[event.key]?.();
+    if (!next) return;
+    event.preventDefault();
+    next.focus();
+    choose?.(items.indexOf(next));
+  });
+}
+
+function beyond(items, at, down) {
+  const centre = item => {
+    const box = item.getClientRects()[0];
+    return [box.left + box.width / 2, box.top + box.height / 2];
+  };
+  const [x, y] = centre(items[at]);
+  let found, least = Infinity;
+  for (const item of items) {
+    const [left, top] = centre(item), lines = (top - y) * down;
+    const far = 1000 * lines + Math.abs(left - x);  // the nearest line first, then the nearest in it
+    if (lines > 4 && far < least) [found, least] = [item, far];
+  }
+  return found;
+}
+
+function radios(group, items, choose) {
+  group.setAttribute("role", "radiogroup");
+  const check = chosen => items.forEach((item, index) => item.setAttribute("aria-checked", index === chosen));
+  const pick = index => { check(index); choose(index); };
+  items.forEach((item, index) => {
+    item.setAttribute("role", "radio");
+    item.addEventListener("click", () => pick(index));
+  });
+  group.addEventListener("keydown", event => {
+    const index = items.indexOf(event.target);
+    if (index >= 0 && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); pick(index); }
+  });
+  arrows(group, items, pick);
+  check(0);
+}
+
+// Layers down, components across; ``mark`` makes a cell.
+function heatMap({columns, layers, across, numbered}, mark) {
+  const own = columns.filter(({beside}) => !beside).length, side = ({beside}) => beside ? "beside" : "";
+  const table = make("table", "map " + (numbered ? "numbered" : "dense")), over = make("th", "", across);
+  const width = cell => `${3.5 + own * cell + 5.5 * (columns.length - own)}rem`;
+  table.style.width = numbered ? `clamp(${width(2.9)}, 100%, ${width(7)})` : `clamp(${width(0.7)}, 100%, ${width(1.6)})`;
+  over.colSpan = own;
+  const heading = (column, index) => make("th", side(column), numbered || column.beside || index % 4 === 0 ? column.name : "");
+  table.append(
+    make("colgroup", "", make("col", "layer"), ...columns.map(column => make("col", side(column)))),
+    make("tr", "", make("th", ""), over),
+    make("tr", "", make("th", "", "layer"), ...columns.map(heading)));
+  layers.forEach((layer, row) => {
+    const cells = columns.map((column, index) =>
+      mark("td", side(column), row * columns.length + index, "", numbered || column.beside));
+    table.append(make("tr", "", make("th", "", String(layer)), ...cells));
+  });
+  return make("div", "wide", table);
+}
+
+function legend(low, high) {
+  const scale = make("span", "scale");
+  for (let step = -10; step <= 10; step++) scale.append(make("span", ""));
+  [...scale.children].forEach((swatch, step) => { swatch.style.backgroundColor = ink((step - 10) / 10); });
+  return make("div", "legend", low, scale, high);
+}
+
+function draw(view) {
+  let row = 0;
+  const section = make("section", "");
+  const digits = () => Math.min(9, Math.max(2, 1 - Math.floor(Math.log10(view.largest[row]))));
+  const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits());
+  const marks = [];  // what is coloured: elements with the index of their score
+
+  function mark(tag, className, index, text, number) {
+    const element = make(tag, "mark " + className, ...text.split(/(?=\n+$)/));
+    element.dataset.index = index;
+    if (number) addNumber(element);
+    marks.push(element);
+    return element;
+  }
+  const addNumber = element => element.firstChild.after(make("span", "number"));  // before the break that a line ends with
+  const said = index => [view.places[index] && `token ${view.places[index]}`, view.names[index], signed(view.scores[row][index])]
+    .filter(Boolean).join("  ");
+
+  function text(pieces) {
+    const shown = make("p", "text");
+    shown.dir = "auto";
+    for (const [piece, index] of pieces)
+      shown.append(index === null ? make("span", "", piece) : mark("span", "", index, piece));
+    return shown;
+  }
+
+  const caption = make("figcaption", ""), figure = make("figure", "", caption);
+  section.append(make("h1", "", view.question), make("p", "hint", view.facts));
+  if (view.targets.length > 1 && !view.generated) {
+    const choices = make("div", "targets", ...view.targets.map(target => button(target.label, () => {})));
+    [...choices.children].forEach((choice, index) => choice.append(make("span", "", view.targets[index].logit)));
+    choices.setAttribute("aria-label", "targets");
+    radios(choices, [...choices.children], select);
+    section.append(make("h2", "", "Target"), choices);
+  }
+  if (view.generated)
+    section.append(make("p", "hint", "Choose a generated token, with a click or the arrow keys, to see what it owes to what."));
+  section.append(figure);
+
+  const prompt = text(view.prompt);
+  if (view.map) {
+    figure.append(heatMap(view.map, mark));
+    section.insertBefore(prompt, figure);
+    section.insertBefore(make("h2", "", "Prompt"), prompt);
+  } else {
+    figure.append(prompt);
+  }
+  const tokens = [...marks];  // without a number until one is asked for
+  if (view.chips.length)
+    figure.append(make("p", "chips", ...view.chips.map(index =>
+      mark("span", view.ranked.includes(index) ? "" : "beside", index, view.names[index], true))));
+  arrows(figure, [...marks]);
+  let generated = [];
+  if (view.generated) {
+    const after = text(view.generated);
+    after.setAttribute("aria-label", "generated tokens");
+    generated = [...after.children];
+    generated.forEach(token => token.classList.add("choice"));
+    tokens.push(...generated.filter(token => token.dataset.index));
+    figure.append(make("h2", "", "Generated"), after);
+    radios(after, generated, select);
+  }
+
+  const low = make("span", ""), high = make("span", "");
+  figure.append(legend(low, high));
+  const tools = make("div", "tools", button("Save as SVG", () => save(figure, view.name)));
+  if (!view.map && tokens.length) {
+    const box = make("input", "numbers");
+    box.type = "checkbox";
+    box.onchange = () => {
+      for (const token of tokens)
+        if (box.checked) addNumber(token); else token.querySelector(".number").remove();
+      paint();
+    };
+    tools.append(make("label", "", box, "numbers"));
+  }
+  const lines = make("tbody", ""), most = make("figcaption", ""), largest = make("figure", "", most, make("table", "top", lines));
+  section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))));
+  section.append(make("p", "hint", view.hint));
+
+  function paint() {
+    const scores = view.scores[row], largest = view.largest[row];
+    for (const element of marks) {
+      const score = scores[element.dataset.index], number = element.querySelector(".number");
+      if (!element.classList.contains("beside")) element.style.backgroundColor = ink(score / largest);
+      if (number) number.textContent = signed(score);
+    }
+    generated.forEach((token, index) => token.classList.toggle("later", index > row));
+  }
+
+  function line(index, most) {
+    const score = view.scores[row][index], bar = make("div", "bar");
+    bar.style.width = 100 * Math.min(1, Math.abs(score) / most) + "%";
+    bar.style.backgroundColor = ink(Math.sign(score));
+    const made = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)), make("td", "", bar));
+    if (view.places.some(Boolean)) made.prepend(make("td", "place", view.places[index]));
+    const outline = on => () => marks.forEach(mark => mark.classList.toggle("shown", on && mark.dataset.index === String(index)));
+    made.onpointerenter = outline(true);
+    made.onpointerleave = outline(false);
+    return made;
+  }
+
+  function select(chosen) {
+    row = chosen;
+    const size = index => Math.abs(view.scores[row][index]);
+    const {label, about} = view.targets[row];
+    caption.replaceChildren(make("b", "", label), make("span", "", about));
+    most.replaceChildren("Largest contributions to ", make("b", "", label));
+    low.textContent = `${signed(-view.largest[row])} ${view.low}`;
+    high.textContent = `${view.high} ${signed(view.largest[row])}`;
+    paint();
+    const best = view.ranked.filter(size).sort((a, b) => size(b) - size(a)).slice(0, view.listed);
+    lines.replaceChildren(...best.map(index => line(index, size(best[0]))));
+  }
+
+  for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
+    section.addEventListener(begin, event => {
+      const element = event.target.closest(".mark");
+      if (element && !generated.slice(row).includes(element)) explain(element, said(element.dataset.index));
+    });
+    section.addEventListener(end, () => { tip.hidden = true; });
+  }
+  select(0);
+  return section;
+}
+
+function explain(element, what) {
+  tip.textContent = what;
+  tip.hidden = false;
+  const box = element.getClientRects()[0], {width, height} = tip.getBoundingClientRect();
+  const left = Math.min(box.left + box.width / 2 - width / 2, document.documentElement.clientWidth - width - 8);
+  tip.style.left = Math.max(8, left) + "px";
+  tip.style.top = (box.top > height + 6 ? box.top - height - 5 : box.bottom + 5) + "px";
+}
+
+// A figure as it stands on the page, of rectangles and texts alone, which every program that reads SVG can show.
+function picture(figure) {
+  const space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg"), origin = figure.getBoundingClientRect();
+  let wide = 0, high = 0;  // of what is drawn so far
+  const round = x => Math.round(100 * x) / 100;
+  function put(tag, box, attributes, content = "") {
+    const element = document.createElementNS(space, tag);
+    for (const [name, value] of Object.entries(attributes))
+      element.setAttribute(name, typeof value === "number" ? round(value) : value);
+    element.textContent = content;
+    svg.append(element);
+    [wide, high] = [Math.max(wide, box.right - origin.left), Math.max(high, box.bottom - origin.top)];
+  }
+  const clear = colour => colour === "rgba(0, 0, 0, 0)" || colour === "transparent";
+  const pen = document.createElement("canvas").getContext("2d");
+  const at = box => [box.left - origin.left, box.top - origin.top];
+
+  for (const element of figure.querySelectorAll("*")) {
+    const style = getComputedStyle(element), chosen = style.outlineStyle !== "none";
+    const bordered = element.matches(".chips .mark, .scale, .text");
+    if (clear(style.backgroundColor) && !bordered && !chosen) continue;
+    for (const box of element.getClientRects()) {
+      const [x, y] = at(box);
+      put("rect", box, {
+        x, y, width: box.width, height: box.height, rx: parseFloat(style.borderTopLeftRadius) || 0,
+        fill: clear(style.backgroundColor) ? "none" : style.backgroundColor, opacity: style.opacity,
+        stroke: chosen ? style.outlineColor : bordered ? style.borderTopColor : "none",
+      });
+    }
+  }
+  const range = document.createRange(), nodes = document.createTreeWalker(figure, NodeFilter.SHOW_TEXT);
+  while (nodes.nextNode()) {
+    const node = nodes.currentNode, parent = node.parentElement, style = getComputedStyle(parent);
+    pen.font = style.font;
+    const {fontBoundingBoxAscent: ascent} = pen.measureText("x");
+    for (const {text, left, right, top} of broken(node, range)) put("text", {right, bottom: top}, {
+      x: left - origin.left, y: top - origin.top + ascent, textLength: right - left, lengthAdjust: "spacingAndGlyphs",
+      "font-family": style.fontFamily, "font-size": style.fontSize, "font-weight": style.fontWeight, fill: style.color,
+      opacity: parent.closest(".later") ? 0.5 : 1, style: "white-space: pre",
+    }, text);
+  }
+  const size = {width: round(wide + 16), height: round(high + 16)}, paper = document.createElementNS(space, "rect");
+  const fill = getComputedStyle(document.body).backgroundColor;
+  for (const [name, value] of Object.entries({x: -8, y: -8, ...size, fill})) paper.setAttribute(name, value);
+  for (const [name, value] of Object.entries({viewBox: `-8 -8 ${size.width} ${size.height}`, ...size})) svg.setAttribute(name, value);
+  svg.prepend(paper);
+  return new XMLSerializer().serializeToString(svg);
+}
+
+// A text node in runs of letters that touch: broken at the end of a line, and where the direction of writing turns.
+function broken(node, range) {
+  const runs = [];
+  for (const {segment: letter, index} of new Intl.Segmenter().segment(node.data)) {
+    range.setStart(node, index);
+    range.setEnd(node, index + letter.length);
+    const box = range.getBoundingClientRect(), run = runs.at(-1), near = (a, b) => Math.abs(a - b) < 1;
+    if (letter === "\n" || letter === "\t") continue;
+    if (run && !box.width) {
+      run.text += letter;
+    } else if (run && near(run.top, box.top) && (near(run.right, box.left) || near(run.left, box.right))) {
+      [run.text, run.left, run.right] = [run.text + letter, Math.min(run.left, box.left), Math.max(run.right, box.right)];
+    } else if (box.width) {
+      runs.push({text: letter, left: box.left, right: box.right, top: box.top});
+    }
+  }
+  return runs;
+}
+
+function save(figure, name) {
+  const link = document.createElement("a");
+  figure.classList.add("whole");  // what a box scrolls as well
+  link.href = URL.createObjectURL(new Blob([picture(figure)], {type: "image/svg+xml"}));
+  figure.classList.remove("whole");
+  link.download = name.replace(/[^\w.-]+/g, "-") + ".svg";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+const drawn = [], results = document.getElementById("results");
+function open(index) {
+  drawn[index] ??= draw(views[index]);
+  document.getElementById("result").replaceChildren(drawn[index]);
+}
+if (views.length > 1) {
+  results.append(...views.map(view => button(view.name, () => {})));
+  radios(results, [...results.children], open);
+}
+document.getElementById("theme").onclick = () => {
+  const root = document.documentElement.style, asked = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  root.colorScheme = (root.colorScheme || asked) === "dark" ? "light" : "dark";
+};
+open(0);

@@ -1,0 +1,105 @@
+"""TransformerLens: the model behind a bridge, against the model that the bridge was booted from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import models
+import pytest
+import tokens
+import torch
+
+from depass import DePass, Heads, ModelError, OptionError, TopK
+
+transformer_lens = pytest.importorskip(
+    "transformer_lens", reason="TransformerLens is not installed in this environment (make adapters)"
+)
+from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
+
+from depass.compat.transformer_lens import from_bridge  # noqa: E402
+
+IDS = models.prompt(9)
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt-neox"]
+
+
+def booted(name: str) -> tuple[Any, Any]:
+    """A model of HuggingFace, and a bridge around a copy of it."""
+    model = models.make(name)
+    theirs = copy.deepcopy(model)
+    return model, TransformerBridge.boot_transformers(name, hf_model=theirs, tokenizer=tokens.make(), device="cpu")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_the_attribution_of_the_model(name: str) -> None:
+    model, bridge = booted(name)
+    before = bridge(torch.tensor([IDS]))
+    res, own = from_bridge(bridge).attribute(IDS, TopK(3)), DePass(model, tokens.make()).attribute(IDS, TopK(3))
+    assert [target.token_ids for target in res.targets] == [target.token_ids for target in own.targets]
+    torch.testing.assert_close(res.scores, own.scores, rtol=1e-5, atol=1e-5)
+    ids = [target.token_ids[0] for target in res.targets]
+    theirs = before[0, -1, ids]
+    if name == "gemma2":  # before the soft-capping of its head
+        theirs = 5 * torch.atanh(theirs / 5)
+    torch.testing.assert_close(res.scores.sum(1), theirs, rtol=1e-4, atol=1e-4)
+    assert bridge(torch.tensor([IDS])).equal(before)  # the bridge is what it was
+
+
+def test_patterns_are_the_bridges() -> None:
+    _, bridge = booted("llama")
+    dp = from_bridge(bridge)
+    _, cache = bridge.run_with_cache(torch.tensor([IDS]))
+    kept: list[torch.Tensor] = []
+    from depass.lockstep import run
+
+    run(dp._bound, [IDS], lambda _, trace: kept.append(trace.pattern[0].clone()), range(models.LAYERS))
+    for layer, pattern in enumerate(kept):
+        torch.testing.assert_close(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_shared() -> None:
+    _, bridge = booted("gpt2")
+    dp = from_bridge(bridge)
+    theirs = {parameter.data_ptr() for parameter in bridge.original_model.parameters()}
+    assert {parameter.data_ptr() for parameter in dp.model.parameters()} <= theirs
+    assert dp.attribute(IDS, sources=Heads(1)).conservation_error.max() < 1e-5
+
+
+def test_the_tokenizer_is_the_bridges() -> None:
+    _, bridge = booted("llama")
+    res = from_bridge(bridge).attribute("the cat", 5)
+    assert res.prompt.text == "the cat"
+    assert from_bridge(bridge, tokenizer=None).tokenizer is None
+
+
+def test_what_cannot_be_done_is_refused_by_name() -> None:
+    model, bridge = booted("llama")
+    with pytest.raises(ModelError, match="expected a TransformerBridge, got LlamaForCausalLM"):
+        from_bridge(model)
+    with pytest.raises(OptionError, match="unknown mlp_rule"):
+        from_bridge(bridge, mlp_rule="mean")
+    bridge.add_hook("blocks.1.mlp.hook_out", lambda tensor, hook: tensor * 0)
+    with pytest.raises(ModelError, match=r"the bridge has hooks \(blocks.1.mlp.hook_out\)"):
+        from_bridge(bridge)
+    bridge.reset_hooks()
+    from_bridge(bridge)
+    bridge.enable_compatibility_mode()
+    with pytest.raises(ModelError, match="compatibility mode, which rewrites"):
+        from_bridge(bridge)
+
+
+def test_a_bridge_that_computes_something_else_is_refused() -> None:
+    _, bridge = booted("gpt2")
+    with torch.no_grad():  # in GPT-2's bridge the split values are copies of the model's fused ones
+        bridge.blocks[1].attn.v.original_component.weight.mul_(2)
+    with pytest.raises(ModelError, match="the bridge's logits differ from its model's"):
+        from_bridge(bridge)
+
+
+def test_a_result_becomes_a_figure_of_circuitsvis() -> None:
+    pytest.importorskip("circuitsvis", reason="CircuitsVis is not installed in this environment (make adapters)")
+    res = DePass(models.make("llama"), tokens.make()).attribute("the cat sat", TopK(2))
+    figure = res.to_circuitsvis()
+    for score in res.scores.flatten().tolist():
+        assert f"{score:.4f}"[:-1] in figure.local_src
+    assert "ColoredTokensMulti" in figure.local_src
