@@ -28,6 +28,8 @@ def test_every_example_is_tested() -> None:
 def test_an_example_runs(tool: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed in this environment (make adapters)")
+    if tool == "nnsight" and not hasattr(importlib.import_module(tool), "TransformersModel"):
+        pytest.skip("the nnsight of this environment is older than 0.8 (make adapters)")  # interpreto brings it along
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"with_{tool}.py"), str(tmp_path)], capture_output=True, text=True, check=False
     )

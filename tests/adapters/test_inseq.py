@@ -160,7 +160,7 @@ def test_a_contrast_is_depasss() -> None:
 def test_it_is_shown_saved_and_loaded(tmp_path: Path) -> None:
     model = loaded("qwen2")
     out = attributed(model)
-    assert "sat" in out.show(display=False, return_html=True)
+    assert "<th>at</th>" in out.show(display=False, return_html=True)
     out.save(tmp_path / "out.json")
     again = inseq.FeatureAttributionOutput.load(tmp_path / "out.json")
     torch.testing.assert_close(

@@ -239,6 +239,7 @@ def _layers(
     return torch.stack([scores for scores, _ in made], -1), beside
 
 
+@torch.no_grad()
 def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """``[N, targets, L, H]``, of every layer the scores of what each head wrote at each position; and the rests."""
     bound, made = dp._bound, encode(list(ids), dp.tokenizer, dp._bound)

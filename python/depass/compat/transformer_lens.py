@@ -79,6 +79,9 @@ def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         for name, value in vars(module).items():
             if isinstance(value, dict):  # of parameters, buffers, hooks: what is put in later stays with one of them
                 vars(made)[name] = copy.copy(value)
+        if isinstance(made, nn.Linear) and "bias" in made._buffers:  # zeros, which the bridge gave a module without
+            del made._buffers["bias"]  # a bias would be a source, and have a share in the MLPs
+            made.register_parameter("bias", None)
         for name, child in module._modules.items():
             made._modules[name] = None if child is None else _unwrapped(child, done)
     return done[id(module)]
