@@ -84,6 +84,10 @@ def _terminate(*_: object) -> None:
 
 
 def _fail(why: object, code: int) -> int:
+    try:
+        sys.stdout.flush()  # what was said before stands before it
+    except OSError:
+        _drop_output()
     print(f"depass: {escaped(str(why))}", file=sys.stderr)
     return code
 
