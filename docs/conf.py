@@ -1,9 +1,9 @@
 """How the pages are built (`make docs`): Markdown, the tutorial run anew, and the reference out of the docstrings."""
 
-from importlib.metadata import version
+import importlib.metadata
 
 project = "depass-kernels"
-release = version("depass-kernels")
+version = release = importlib.metadata.version(project)
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 html_theme = "furo"  # light and dark; loads nothing from outside
