@@ -39,7 +39,7 @@ test-interpreted:
 # The pages, without a warning, into build/docs. The tutorial is run anew for them: what it says of its numbers is asserted there.
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
-	! grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|url\([^)]*//' \
+	! grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|url\(["'"'"']?(https?:)?//' \
 		build/docs --include=*.html --include=*.css  # a page loads nothing from outside
 	@echo build/docs/index.html
 
