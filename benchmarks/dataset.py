@@ -20,7 +20,10 @@ def main(rows: int) -> None:
     if rows < 2 * WINDOW:
         sys.exit(f"{rows} rows have no first and last {WINDOW}; give at least {2 * WINDOW}")
     prompts = [{"prompt": prompt, "target": f" {answer}"} for prompt, answer in FACTS]
-    prompts += ioi(rows - len(prompts), seed=0)
+    sentences = (row["prompt"].split() for row in ioi(rows - len(prompts), seed=0))
+    prompts += [
+        {"prompt": " ".join(words[: 4 + i % 9])} for i, words in enumerate(sentences)
+    ]  # as long as Known_1000's
     with tempfile.TemporaryDirectory() as work:
         data, out = Path(work) / "data.jsonl", Path(work) / "out"
         data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
