@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import pty
@@ -22,7 +24,8 @@ import tokens
 import torch
 
 from depass import DePass, cli, dataset, memory, plan, runs
-from depass.rows import Columns, open_data
+from depass.ray_engine import _described
+from depass.rows import Columns, Row, open_data
 
 arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed, and data sets need it")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -647,6 +650,9 @@ def test_what_ray_cannot_do_is_one_line(
 ) -> None:
     assert run(data, model, tmp_path, "--engine", "ray", "--device", "cuda:1") == 2
     assert "with --engine ray each worker has a GPU of its own; write cuda" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert run(data, model, tmp_path / "a", "--engine", "ray", "--device", "cuda") == 2
+        assert "the cluster has no GPU" in capsys.readouterr().err
     assert run(data, "/no/such/folder", tmp_path / "b", "--engine", "ray") == 1
     assert "the model path '/no/such/folder' is no folder" in capsys.readouterr().err
 
@@ -660,3 +666,64 @@ def test_without_ray_the_engine_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert run(data, model, tmp_path) == 1
     assert "pip install 'depass-kernels[data]'" in capsys.readouterr().err
+
+
+# What was found by reading.
+
+
+def test_rows_without_a_run_are_not_adopted(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = written(tmp_path / "data.jsonl", [{"prompt": "the"}] * 3)
+    assert run(given, model, tmp_path / "out") == 0
+    (tmp_path / "out" / "run.json").unlink()
+    capsys.readouterr()
+    assert run(given, model, tmp_path / "out") == 1
+    assert "no run.json that says what of; give another --out" in capsys.readouterr().err
+
+
+def test_a_quote_that_is_not_closed_names_the_lines_that_it_takes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt\nthe\n"cat\nsat\nthe\n')
+    errors = [row.broken for row in open_data(str(tmp_path / "a.csv"), Columns()).read()]
+    assert errors == [None, "lines 3 to 5, one row: unexpected end of data"]
+
+
+def test_only_a_prompts_cell_is_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,id,target\n"[5, 6]","[1,2]","[1]"\n')
+    (row,) = open_data(str(tmp_path / "a.csv"), Columns()).read()
+    assert (row.prompt, row.id, row.target) == ([5, 6], "[1,2]", "[1]")
+
+
+def test_a_saved_data_set_without_splits_has_none(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
+    datasets.Dataset.from_list([{"prompt": "the"}]).save_to_disk(tmp_path / "saved")
+    for given in ({"split": "test"}, {"subset": "a"}):
+        with pytest.raises(cli.OptionError, match="holds one data set without subsets or splits"):
+            open_data(str(tmp_path / "saved"), Columns(), **given)
+
+
+def test_a_prompt_that_is_nested_too_deep_for_ray_is_a_row_with_its_error() -> None:
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert json.loads(_described(Row("a", nested))) == {"id": "a", "broken": "the prompt is nested too deep"}
+    assert json.loads(_described(Row("b", [5, 6], 7))) == {"id": "b", "prompt": [5, 6], "target": 7, "broken": None}
+
+
+def test_processes_that_share_memory_share_it_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dp = DePass.from_pretrained(model)
+    rows, _ = plan.rows_and_sources(dp._bound, 1024, "token")
+    needed = memory.needs(dp._bound, rows, [1024], None, dp._bound.device).total_bytes
+    monkeypatch.setattr(memory, "room", lambda bound: 2 * needed)
+    assert dataset.batch_tokens(dp) == 1024
+    assert dataset.batch_tokens(dp, 8) < 1024
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(cli.DePassError, match=r"cannot lock .* against other processes: No locks available"),
+        runs.hold(tmp_path),
+    ):
+        pass

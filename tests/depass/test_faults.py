@@ -44,7 +44,7 @@ from depass import (
 from depass.evaluate import probes
 from depass.files import write_atomically
 from depass.generation import generated_ids
-from depass.prompt import Prompt
+from depass.prompt import Prompt, encode
 
 TOKENIZERS = {
     "byte-level": tokens.byte_level, "without-bos": lambda: tokens.byte_level(bos=False),
@@ -660,3 +660,49 @@ def test_the_tests_that_the_document_names_are_there() -> None:
     named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "faults.md").read_text()))
     assert len(named) > 30
     assert named <= there
+
+
+# What was found by reading.
+
+
+class Pieces:
+    """A tokenizer whose token ``i`` is the ``i``th piece of a text's bytes, cut wherever one likes."""
+
+    is_fast = False
+    all_special_ids: tuple[int, ...] = ()
+
+    def __init__(self, text: str, sizes: list[int]) -> None:
+        whole, self.pieces = text.encode(), list[bytes]()
+        for size in sizes:
+            self.pieces.append(whole[:size])
+            whole = whole[size:]
+        assert not whole
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("สวัสดีครับ", [2, *[3] * 9, 1]), ("สวัสดีครับ", [1] * 30), ("a cat \ufffd", [6, 1, 1, 1]), ("\ufffd cat", [3, 4])],
+)
+def test_tokens_that_end_inside_a_character_lose_none(text: str, sizes: list[int], dp: DePass) -> None:
+    made = encode(list(range(len(sizes))), Pieces(text, sizes), dp._bound)
+    assert made.text == "".join(made.tokens) == text
+    assert made.offsets[-1][1] == len(text)
+
+
+def test_streams_that_are_closed_are_no_traceback() -> None:
+    for closed, code in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)):
+        command = ["sh", "-c", f'exec "$0" -m depass backends {closed}', sys.executable]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, "")
+    command = ["sh", "-c", 'exec "$0" -m depass attribute - <&-', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "depass: the prompt is empty; give at least one token\n")
+
+
+def test_numbers_that_are_too_long_are_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(["attribute", "x", "-m", folder, "--target", f"id:{'9' * 5000}"], capsys, 2)
+    assert "is no number; write id:1910 or top:5" in said
+    assert run("plan", "-m", folder, "--tokens", "9", "--sources", "9" * 5000) == 2

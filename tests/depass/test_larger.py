@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from depass import DePass, Heads, Modules, Neurons, OptionError, baselines, masking, weights
 from depass.cli import main
+from depass.engine import blame
 from depass.errors import ModelError
 from depass.families import bind
 from depass.loading import empty_model
@@ -497,3 +498,24 @@ def no_error() -> Any:
     from contextlib import nullcontext
 
     return nullcontext()
+
+
+def test_a_map_that_says_where_everything_goes_needs_no_memory(accelerate: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"max_memory=.*the device_map says already where everything goes"):
+        DePass.from_pretrained(saved(tmp_path, "llama"), device_map={"": "cpu"}, max_memory={"cpu": "1GB"})
+
+
+def test_weights_that_cannot_be_looked_at_are_not_called_finite(offloaded: Any) -> None:
+    assert blame(offloaded("llama")[1]._bound).startswith(
+        "a weight that is offloaded or quantised holds NaN or infinity"
+    )
+
+
+def test_a_transposed_weight_of_integers_is_refused() -> None:
+    model = models.make("gpt2")
+    packed = torch.zeros_like(model.transformer.h[0].attn.c_attn.weight, dtype=torch.uint8)
+    model.transformer.h[0].attn.c_attn.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(
+        ModelError, match=r"the value projection of layer 0 of GPT2LMHeadModel holds torch.uint8 weights"
+    ):
+        DePass(model)

@@ -415,3 +415,36 @@ def test_two_thousand_tokens_do_not_stutter(browser: Browser) -> None:
     assert all(after > before - 2 for before, after in pairwise(heights))  # what a box scrolls lies over nothing else
     assert times[2] < 250  # ms; what a hand takes for at once, on a machine that does other things
     assert moves[2] < 250
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    made = attribution(3)
+    made.scores[0, 1] = float("nan")
+    with pytest.raises(OutputError, match="attribution cannot be shown: a score is NaN or infinite"):
+        made.to_html()
+
+
+def test_a_file_whose_parts_do_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = token_attribution(("the", " cat", " sat"))
+    late = dataclasses.replace(good, targets=tuple(dataclasses.replace(one, position=9) for one in good.targets))
+    wide = dataclasses.replace(good, sources=(*good.sources[:2], dataclasses.replace(good.sources[2], end=9)))
+    for made, says in ((late, "its target at 9 is behind no token of 3"), (wide, "lies at 2 to 9 of 3 tokens")):
+        made.save(tmp_path / "res")
+        assert cli.main(["view", str(tmp_path / "res")]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_hidden_characters_are_shown() -> None:
+    hidden = ("a\u200bb", "\u2060", "\u00ad", "\ufeff", "\U000e0041", "\u3164", "end")
+    html = token_attribution(hidden).to_html()
+    shown = json.dumps(data(html), ensure_ascii=False)
+    assert not any(token in shown for token in hidden[:-1])
+    assert all(f"\\{name}" in shown for name in ("u200b", "u2060", "xad", "ufeff", "U000e0041", "u3164"))
+    family = "\U0001f469\u200d\U0001f467"  # its joiner makes one picture of two
+    assert family in json.dumps(data(token_attribution((family, " cat", "end")).to_html()), ensure_ascii=False)
+
+
+def test_a_files_method_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    made = token_attribution(("the", " cat", "end"))
+    dataclasses.replace(made, settings=dataclasses.replace(made.settings, method="\x1b]0;mine\x07")).show()
+    assert "\x1b]" not in capsys.readouterr().out
