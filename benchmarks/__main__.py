@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--runs", type=int, default=Options.runs)
     one.add_argument("--budget", type=float, default=Options.budget_seconds, metavar="SECONDS",
                      help="a method starts no further run beyond it (default %(default)s)")  # fmt: skip
+    one.add_argument("--limit", type=float, default=Options.limit_seconds, metavar="SECONDS",
+                     help="a method whose first run takes longer is stopped (default %(default)s)")  # fmt: skip
     one.add_argument("--memory-limit", type=size, help="cap the CUDA allocator, as 48GB")
     one.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     one.add_argument("--commit", help="of the code, where this is no checkout")
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("case")
     one.add_argument("method")
     one.add_argument("--backend", default="auto")
+    one.add_argument("--limit", type=float, default=Options.limit_seconds)
     one.set_defaults(do=_memory)
 
     one = commands.add_parser("compare", help="rows of two commits on the same machine; 1 where something is slower")
@@ -116,8 +119,10 @@ def _run(options: argparse.Namespace) -> int:
             raise BenchmarkError(f"unknown method {name!r}; these cases have: {', '.join(sorted(there))}")
     if options.runs < 1:
         raise BenchmarkError(f"--runs {options.runs}: at least one")
+    if not 0 < options.limit < 1e9:
+        raise BenchmarkError(f"--limit {options.limit:g}: a number of seconds, more than none")
     machine = Machine(options.device, options.memory_limit)
-    chosen = Options(methods, options.backend, options.runs, options.budget, not options.no_memory)
+    chosen = Options(methods, options.backend, options.runs, options.budget, options.limit, not options.no_memory)
     described = machine.describe()
     stamp = {**commit(), **({"commit": options.commit} if options.commit else {}), **described,
              "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "session": uuid.uuid4().hex[:12]}  # fmt: skip
@@ -157,7 +162,7 @@ def _memory(options: argparse.Namespace) -> int:
     there = methods_of(case, "cpu")
     if options.method not in there:
         raise BenchmarkError(f"unknown method {options.method!r}; there are: {', '.join(there)}")
-    print(json.dumps(measure_memory(case, options.method, options.backend)))
+    print(json.dumps(measure_memory(case, options.method, options.backend, options.limit)))
     return 0
 
 

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "evaluation.json")
     options = parser.parse_args(arguments)
+    code = commit()  # as it is now, whatever is edited while it runs
     models = {name: DePass.from_pretrained(dtype=getattr(torch, name)) for name in ("bfloat16", "float32")}
     pairs, unread = readable(models["float32"], options.data, options.limit)
     sample = spread(pairs, options.sample)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, rate in rates.items()
             if name.startswith("depass")
         },
-        **commit(), **machine.describe(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **code, **machine.describe(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
     write_atomically(options.out, (json.dumps(row, indent=1) + "\n").encode())
     print(json.dumps(row, indent=1))

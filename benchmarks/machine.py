@@ -7,10 +7,11 @@ import os
 import platform
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,14 @@ ROOT = Path(__file__).parents[1]
 
 class BenchmarkError(Exception):
     """Something asked of the benchmarks that cannot be done, in words for who asked."""
+
+
+class StoppedError(Exception):
+    """A run took longer than it may; ``seconds`` is how long it was given before it let itself be stopped."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"after {seconds:.4g} s")
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,23 @@ def limit_to_what_is_free() -> None:
     held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = held + there["MemAvailable"]
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises :class:`StoppedError` within, at Python's next step after so many seconds. Main thread only."""
+    begin = time.perf_counter()
+
+    def stop(*_: object) -> None:
+        raise StoppedError(time.perf_counter() - begin)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @cache

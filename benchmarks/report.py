@@ -57,12 +57,23 @@ def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iter
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each machine, case, method and backend, in the registry's order."""
+    """The last row of each machine, case, method and backend, in the registry's order.
+
+    Each with ``times_ours``: its time over that of ours beside it, of the same session, where there is one.
+    """
     found: dict[tuple[Any, ...], Row] = {}
+    ours: dict[tuple[Any, ...], float] = {}
     for row in rows:
         names = ("machine", "case", "method", "op", "model", "dtype", "backend", "asked_backend", "sizes",
                  "memory_limit_bytes")  # fmt: skip
-        found[tuple(row.get(name) for name in names)] = row
+        beside = (row.get("machine"), row.get("session"), row.get("case"))
+        if row.get("method") == OURS and row["status"] == "ok":
+            ours[beside] = row["seconds_p50"]
+        found[tuple(row.get(name) for name in names)] = {**row, "beside": beside}
+    for row in found.values():
+        seconds = row.get("seconds_p50", row.get("seconds_at_least"))  # the latter of a run that was stopped
+        if row.get("method") not in (None, OURS) and seconds is not None and row["beside"] in ours:
+            row["times_ours"] = seconds / ours[row["beside"]]
     order = {case.name: index for index, case in enumerate(all_cases())}
     models = list(SHAPES)
 
@@ -166,8 +177,7 @@ def _question(question: str) -> Callable[[Newest, Path], str]:
         rows = [row for row in newest.rows if row.get("question") == question and row["model"] != "tiny"]
         parts = []
         for of_machine in _by_machine(rows).values():
-            ours = {row["case"]: row for row in of_machine if row["method"] == OURS and row["status"] == "ok"}
-            lines = [_line(row, ours.get(row["case"])) for row in of_machine]
+            lines = [_line(row) for row in of_machine]
             head = ["model, dtype", UNITS[question], "method", "p50", "p20 to p80", "runs", "times ours",
                     "memory beyond a plain pass", "prompts/s", "tokens/s", "rows/s", "TFLOP/s", "of the floor",
                     "misses logit by", "differs from ours by", "served by"]  # fmt: skip
@@ -178,20 +188,23 @@ def _question(question: str) -> Callable[[Newest, Path], str]:
     return made
 
 
-def _line(row: Row, ours: Row | None) -> list[str]:
+def _line(row: Row) -> list[str]:
     begin = [f"{_model(row['model'])}, {row['dtype']}", row["size"], row["method"]]
+    if row["status"] == "stopped":
+        times = _format(row, "times_ours", "over {:.2f}")
+        return [*begin, f"over {_seconds(row['seconds_at_least'])}: stopped", "", "", times, *[""] * 9]
     if row["status"] != "ok":
         what = row["status"]
         if what == "oom":
             what = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
         return [*begin, what, *[""] * 12]
-    times = "" if ours is None or row is ours else f"{row['seconds_p50'] / ours['seconds_p50']:.2f}"
     return [
         *begin, _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
-        str(row["runs"]), times, _format(row, "beyond_plain_bytes", _bytes), _format(row, "prompts_per_second", "{:.3g}"),
-        _format(row, "tokens_per_second", "{:.3g}"), _format(row, "rows_per_second", "{:.3g}"),
-        _format(row, "tflops", "{:.3g}"), _format(row, "share_of_floor", "{:.0%}"),
-        _format(row, "conservation_error", "{:.0e}"), _format(row, "difference", "{:.0e}"),
+        str(row["runs"]), _format(row, "times_ours", "{:.2f}"), _format(row, "beyond_plain_bytes", _bytes),
+        _format(row, "prompts_per_second", "{:.3g}"), _format(row, "tokens_per_second", "{:.3g}"),
+        _format(row, "rows_per_second", "{:.3g}"), _format(row, "tflops", "{:.3g}"),
+        _format(row, "share_of_floor", "{:.0%}"), _format(row, "conservation_error", "{:.0e}"),
+        _format(row, "difference", "{:.0e}"),
         ", ".join(f"{op} {name}" for op, name in row.get("backends", {}).items()),
     ]  # fmt: skip
 
@@ -218,7 +231,7 @@ def _speed(newest: Newest, _: Path) -> str:
             ours = of_case.get(OURS, {})
             if ours.get("status") != "ok":
                 continue
-            cells = [_against(of_case.get(name), ours) for name in rivals]
+            cells = [_against(of_case.get(name)) for name in rivals]
             size = [_seconds(ours["seconds_p50"]), _format(ours, "beyond_plain_bytes", _bytes)]
             lines.append([f"`{case}`", *size, f"{ours['share_of_floor']:.0%}", *cells])
         if lines:
@@ -227,13 +240,15 @@ def _speed(newest: Newest, _: Path) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def _against(row: Row | None, ours: Row) -> str:
+def _against(row: Row | None) -> str:
     if row is None:
         return ""
-    if row["status"] != "ok":
+    if row["status"] not in ("ok", "stopped"):
         return "out of memory" if row["status"] == "oom" else row["status"]
-    times = row["seconds_p50"] / ours["seconds_p50"]
-    return f"{times:.0f}×" if times >= 100 else f"{times:.2g}×"
+    if "times_ours" not in row:
+        return ""
+    times = f"{row['times_ours']:.0f}×" if row["times_ours"] >= 100 else f"{row['times_ours']:.2g}×"
+    return times if row["status"] == "ok" else f"over {times}"
 
 
 def _ops(newest: Newest, _: Path) -> str:
@@ -320,6 +335,8 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
         for row in rows:  # an out-of-memory is a result: a cross at what was asked for
             if row["method"] == method and row["status"] == "oom" and row.get("asked_bytes"):
                 right.plot(int(row["size"]), row["asked_bytes"] / 1e6, "x", color=colour, markersize=11, mew=2.5)
+            if row["method"] == method and row["status"] == "stopped":
+                left.plot(int(row["size"]), row["seconds_at_least"], "^", color=colour, markersize=11, fillstyle="none")
     ours = sorted((r for r in rows if r["method"] == OURS and r["status"] == "ok"), key=lambda r: int(r["size"]))
     if ours:
         left.plot(
@@ -327,7 +344,7 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
             label="floor: the GEMMs alone, measured",
         )  # fmt: skip
     for axes, what in (
-        (left, "seconds (median, p20 to p80)"),
+        (left, "seconds (median, p20 to p80); hollow: stopped there"),
         (right, "memory beyond a plain pass, MB; x: did not fit"),
     ):
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)

@@ -21,7 +21,7 @@ from depass.errors import DePassError
 from depass.families import bind
 from depass.memory import asked_bytes
 
-from .machine import ROOT, BenchmarkError, Machine, limit_to_what_is_free
+from .machine import ROOT, BenchmarkError, Machine, StoppedError, limit_to_what_is_free, limited
 from .registry import (
     METHODS,
     OTHER_QUESTIONS,
@@ -61,6 +61,7 @@ class Options:
         runs: timed ones, after one that warms up and is checked.
         budget_seconds: a method starts no further run after it. The first is always made; of a method for which even that
             is too long, the run that is checked is the one that counts.
+        limit_seconds: a method whose first run takes longer is stopped there, and that is its result.
         memory: whether to measure it, in a child process for each method on the CPU.
     """
 
@@ -68,12 +69,13 @@ class Options:
     backend: str = "auto"
     runs: int = 7
     budget_seconds: float = 60.0
+    limit_seconds: float = 1800.0
     memory: bool = True
 
 
 def run(case: Case, machine: Machine, options: Options, methods: Mapping[str, Method] | None = None) -> Iterator[Row]:
-    """A row for each method: ``ok``, ``oom`` with the bytes asked for, ``refused`` (a check failed: not timed) or
-    ``failed`` (it raised). Nothing is timed where ours is wrong.
+    """A row for each method: ``ok``, ``oom`` with the bytes asked for, ``stopped`` with the seconds it had, ``refused`` (a
+    check failed: not timed) or ``failed`` (it raised). Nothing is timed where ours is wrong.
     """
     there = methods_of(case, machine.device) if methods is None else methods
     chosen = [name for name in there if options.methods is None or name in options.methods]
@@ -90,7 +92,8 @@ def run(case: Case, machine: Machine, options: Options, methods: Mapping[str, Me
         with _recorded(rows[name], machine):
             work = there[name](model, case, options.backend)
             found: list[Outcome] = []
-            first = machine.seconds(lambda w=work, f=found: f.append(w()))  # type: ignore[misc]
+            with limited(options.limit_seconds):
+                first = machine.seconds(lambda w=work, f=found: f.append(w()))  # type: ignore[misc]
             if first > options.budget_seconds and name != "compiled":  # whose first run compiles
                 long[name] = first
             works[name], outcomes[name] = work, found[0]
@@ -108,7 +111,7 @@ def run(case: Case, machine: Machine, options: Options, methods: Mapping[str, Me
             row.update(figures(case, model, name, times, outcomes, machine.device))
             if machine.device == "cuda" and options.memory:
                 with _recorded(row, machine):
-                    row.update(cuda_memory(works[name], plain(model, case), machine))
+                    row.update(peaks(works[name], plain(model, case), machine, options.limit_seconds))
         yield row
 
 
@@ -126,7 +129,9 @@ def _recorded(row: Row, machine: Machine) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a rival or its compiler raises must not cost the other measurements
         asked = asked_bytes(error)
-        if asked is None:
+        if isinstance(error, StoppedError):
+            row.update(status="stopped", seconds_at_least=error.seconds, reason=str(error))
+        elif asked is None:
             row.update(status="failed", reason=f"{type(error).__name__}: {error}"[:2000])
         else:
             row.update(status="oom", asked_bytes=asked, reason=str(error)[:500])
@@ -275,14 +280,16 @@ def percentile(values: Sequence[float], share: float) -> float:
 # Memory.
 
 
-def cuda_memory(work: Work, plain_pass: Callable[[], object], machine: Machine) -> dict[str, int]:
-    """The allocator's peaks in bytes, model included: of the plain pass and of the method."""
-    ordinary, peak = machine.peak_bytes(plain_pass), machine.peak_bytes(work)
+def peaks(work: Work, plain_pass: Callable[[], object], machine: Machine, limit_seconds: float) -> dict[str, int]:
+    """The peaks in bytes, model included: of the plain pass and of the method."""
+    ordinary = machine.peak_bytes(plain_pass)
+    with limited(limit_seconds):
+        peak = machine.peak_bytes(work)
     return {"plain_peak_bytes": ordinary, "peak_bytes": peak, "beyond_plain_bytes": max(0, peak - ordinary)}
 
 
-def measure_memory(case: Case, method: str, backend: str) -> Row:
-    """In a process of its own, on the CPU: the peaks of the plain pass and then of the method, or what did not fit."""
+def measure_memory(case: Case, method: str, backend: str, limit_seconds: float = Options.limit_seconds) -> Row:
+    """In a process of its own, on the CPU: the :func:`peaks`, or what did not fit, or that it was stopped."""
     machine = Machine("cpu")
     row: Row = {"status": "ok"}
     limit_to_what_is_free()
@@ -290,7 +297,8 @@ def measure_memory(case: Case, method: str, backend: str) -> Row:
         model = load(case, machine)
         plain_pass = plain(model, case)
         plain_pass()
-        row.update(cuda_memory(METHODS[case.question][method](model, case, backend), plain_pass, machine))
+        work = METHODS[case.question][method](model, case, backend)
+        row.update(peaks(work, plain_pass, machine, limit_seconds))
     return row
 
 
@@ -298,7 +306,8 @@ def _memory_of(case: Case, method: str, machine: Machine, options: Options) -> R
     """What :func:`measure_memory` finds in a child process: peaks never fall within one."""
     if machine.device != "cpu" or method not in methods_of(case, "cpu"):
         return {}
-    command = [sys.executable, "-m", "benchmarks", "memory", case.name, method, "--backend", options.backend]
+    command = [sys.executable, "-m", "benchmarks", "memory", case.name, method, "--backend", options.backend,
+               "--limit", str(options.limit_seconds)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode in (-9, 137):
         return {"status": "oom", "asked_bytes": 0, "reason": "the system ended its process for want of memory"}

@@ -85,6 +85,27 @@ def test_the_short_table_holds_rivals_against_ours(tmp_path: Path) -> None:
     assert "| `tokens/llama-2-7b/bfloat16/64` | 500 ms | 3 MB | 50% | out of memory |" in table
 
 
+def test_a_rival_is_held_against_ours_of_the_same_session(tmp_path: Path) -> None:
+    rows = [
+        case_row(OURS, 16, 1.0, session="first"),
+        case_row("naive", 16, 2.0, session="first"),
+        case_row(OURS, 16, 0.5, session="second"),
+        case_row("eager", 16, 3.0, session="second"),
+        case_row("ablation", 16, 9.0, session="third"),
+    ]
+    assert "/16` | 500 ms | 3 MB | 50% | 2× | 6× |  |" in made(tmp_path, "speed", rows)
+
+
+def test_what_was_stopped_says_when(tmp_path: Path) -> None:
+    stopped = {**case_row("naive", 64, 0), "status": "stopped", "seconds_at_least": 300.0}
+    for missing in ("seconds_p20", "seconds_p50", "seconds_p80", "beyond_plain_bytes"):
+        del stopped[missing]
+    rows = [case_row(OURS, 16, 0.25), case_row(OURS, 64, 0.5), stopped]
+    assert "| naive | over 300 s: stopped |  |  | over 600.00 |" in made(tmp_path, "tokens", rows)
+    assert "| over 600× |" in made(tmp_path, "speed", rows)
+    assert "tokens-a-card" in made(tmp_path, "figures", rows)
+
+
 def test_figures_are_drawn_and_linked(tmp_path: Path) -> None:
     table = made(tmp_path, "figures", [*ROWS, OP])
     for name in ("tokens-a-card-llama-2-7b-bfloat16.png", "roofline-a-card-bfloat16-full.png"):

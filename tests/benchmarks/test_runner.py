@@ -194,6 +194,35 @@ def test_a_slow_method_stops_at_its_budget_and_has_one_run_at_least() -> None:
     assert rows[OURS]["runs"] == 1
 
 
+def endless(model: Any, case: Case, backend: str) -> Work:
+    def work() -> Outcome:
+        while True:
+            torch.ones(10).sum()
+
+    return work
+
+
+def test_what_takes_too_long_is_stopped_and_the_others_go_on() -> None:
+    rows = rows_of(
+        {OURS: METHODS["tokens"][OURS], "naive": endless, "eager": METHODS["tokens"]["eager"]},
+        Options(runs=1, limit_seconds=0.5, memory=False),
+    )
+    assert {name: row["status"] for name, row in rows.items()} == {OURS: "ok", "naive": "stopped", "eager": "ok"}
+    assert 0.5 <= rows["naive"]["seconds_at_least"] < 5
+    assert "seconds" not in rows["naive"]
+
+
+def test_the_process_that_measures_memory_is_stopped_as_well_and_the_method_not_tried_again() -> None:
+    calls: list[int] = []
+    naive = altered(METHODS["tokens"]["naive"], lambda o: o, calls)
+    rows = rows_of(
+        {OURS: METHODS["tokens"][OURS], "naive": naive}, Options(methods=("naive",), runs=1, limit_seconds=1e-4)
+    )
+    assert rows["naive"]["status"] == "stopped", rows["naive"]
+    assert 1e-4 <= rows["naive"]["seconds_at_least"] < 5
+    assert not calls
+
+
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), *sys.path])
@@ -306,6 +335,8 @@ def test_run_appends_rows_that_compare_finds_slower(tmp_path: Path, capsys: pyte
         (["run", "tokens/gpt-9/float32/10"], "unknown model 'gpt-9'; there are: smollm2"),
         (["run", CASE.name, "--methods", "magic"], "unknown method 'magic'; these cases have: ablation"),
         (["run", CASE.name, "--runs", "0"], "--runs 0: at least one"),
+        (["run", CASE.name, "--limit", "0"], "--limit 0: a number of seconds"),
+        (["run", CASE.name, "--limit", "nan"], "--limit nan: a number of seconds"),
         (["run", CASE.name, "--device", "cpu", "--memory-limit", "48GB"], "caps the CUDA allocator"),
         (["memory", CASE.name, "magic"], "unknown method 'magic'"),
     ],
