@@ -63,7 +63,7 @@ release-check: $(VENV)/ready
 audit: $(VENV)/ready
 	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
 	mkdir -p build
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > build/audited.txt  # advisories know no local versions
+	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+[^ ]*$$//' > build/audited.txt  # advisories know no local versions
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r build/audited.txt
 
 # The CPU: tokens, heads, short prompts and a long context of the real SmolLM2 against every baseline, then the report.

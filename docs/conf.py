@@ -20,6 +20,7 @@ nb_output_stderr = "remove"
 
 add_module_names = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_mock_imports = ["captum", "inseq", "interpreto"]  # adapters import their tools
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False

@@ -37,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started the process
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lasts
-    options = _parser(given).parse_args(given)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets escapes, not an error
             stream.reconfigure(errors="backslashreplace")
     alone = threading.current_thread() is threading.main_thread()  # no other one may ask for signals
     before = signal.signal(signal.SIGTERM, _terminate) if alone else None
     try:
+        options = _parser(given).parse_args(given)
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
         sys.stdout.flush()
@@ -165,7 +165,12 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         "--shard-rows", type=positive, default=256, metavar="N",
         help="rows of a file; after a stop those of the unfinished one are done again (default: 256)",
     )  # fmt: skip
-    add("--batch-tokens", type=positive, metavar="N", help="tokens of one pass (default: what memory has room for)")
+    add(
+        "--batch-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens of one pass (default: 1024, or what memory has room for)",
+    )
     add(
         "--engine",
         default="local",

@@ -27,8 +27,8 @@ class Sweep:
     """How much each head, neuron or module of every layer contributed to each target's logit.
 
     Every layer is a decomposition of its own: ``scores[t, l].sum() + rest[t, l] + bias[t, l]`` is the logit of target
-    ``t``, for each ``l``. Layers are compared, not added up. A baseline's scores promise no sum: its ``rest``, ``bias`` and
-    ``conservation_error`` are NaN.
+    ``t``, for each ``l``; of modules each column is one, ``scores[t, l, i] + rest[t, l, i] + bias[t, l, i]``. Layers are
+    compared, not added up. A baseline's scores promise no sum: its ``rest``, ``bias`` and ``conservation_error`` are NaN.
 
     Attributes:
         scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits; ``C`` heads, neurons, or attention and MLP.

@@ -512,6 +512,32 @@ def test_a_library_that_cannot_be_loaded_is_one_line(
         assert said == "depass: cannot load what it needs: libtorch.so: failed to map segment\n"
 
 
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        (ImportError("libtorch.so: cannot be mapped"), 1, "cannot load what it needs: libtorch.so: cannot be mapped"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+    ],
+    ids=["library", "interrupt", "signal"],
+)
+def test_what_ends_the_command_while_it_reads_its_arguments_is_one_line(
+    how: BaseException | signal.Signals,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(_: Any) -> None:  # the tasks of `evaluate` need torch
+        if isinstance(how, BaseException):
+            raise how
+        signal.raise_signal(how)
+
+    monkeypatch.setattr("depass.evaluate.command.add_tasks", stop)
+    assert run("evaluate", "tokens") == code
+    assert capsys.readouterr().err == f"depass: {said}\n"
+
+
 # Files.
 
 
