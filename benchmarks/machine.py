@@ -98,9 +98,8 @@ class Machine:
         rows at once and in blocks whose operands stay in a CPU's cache. Measured on ``rows`` rows, at most some thousands.
         """
         rows = min(rows, 32768 if self.device == "cuda" else 8192)
-        repeats = min(
-            20, max(1, 4096 // rows)
-        )  # or a few rows would be timed with the start of a kernel and the wait for it
+        # or a few rows would be timed with the start of a kernel and the wait for it
+        repeats = min(20, max(1, 4096 // rows))
         found = []
         for outputs, inputs in shapes:
             a = self.random(rows, inputs, dtype=dtype)

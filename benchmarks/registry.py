@@ -59,10 +59,8 @@ UNITS = {  # of a size
 KNOWN_1000 = {4: 5, 5: 39, 6: 84, 7: 130, 8: 174, 9: 167, 10: 171, 11: 142, 12: 78, 13: 53, 14: 48, 15: 36, 16: 17,
               17: 29, 18: 7, 19: 10, 20: 7, 21: 4, 22: 2, 23: 3, 26: 1, 27: 1, 28: 1}  # fmt: skip
 TARGET = 5  # the token whose logit is explained
-BATCH_TOKENS = {
-    "cpu": 2048,
-    "cuda": 1 << 17,
-}  # that the baselines put through a model at once, halved while it is too much
+# that the baselines put through a model at once, halved while it is too much
+BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
 
 
 @dataclass(frozen=True)

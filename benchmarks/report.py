@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from depass.evaluate.summary import table
 from depass.files import write_atomically
 
 from .machine import BenchmarkError
@@ -131,11 +132,6 @@ def _read(path: Path) -> str:
 # Tables.
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-
-
 def _by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -182,7 +178,7 @@ def _question(question: str) -> Callable[[Newest, Path], str]:
                     "memory beyond a plain pass", "prompts/s", "tokens/s", "rows/s", "TFLOP/s", "of the floor",
                     "misses logit by", "differs from ours by", "served by"]  # fmt: skip
             command = f"`python -m benchmarks run '{question}/*'`"
-            parts.append(f"{command} on {_where(of_machine)}\n\n{_table(head, lines)}")
+            parts.append(f"{command} on {_where(of_machine)}\n\n{table(head, lines)}")
         return "\n\n".join(parts) or NOTHING
 
     return made
@@ -236,7 +232,7 @@ def _speed(newest: Newest, _: Path) -> str:
             lines.append([f"`{case}`", *size, f"{ours['share_of_floor']:.0%}", *cells])
         if lines:
             head = ["case", "ours", "memory", "of the floor", *(name.replace("_", " ") for name in rivals)]
-            parts.append(f"{_where(of_machine)}\n\n{_table(head, lines)}")
+            parts.append(f"{_where(of_machine)}\n\n{table(head, lines)}")
     return "\n\n".join(parts) or NOTHING
 
 
@@ -269,7 +265,7 @@ def _ops(newest: Newest, _: Path) -> str:
             f"beside {dtype}, a copy moved {row['copy_bytes_per_second'] / 1e9:.3g} GB/s and a GEMM did "
             f"{row['gemm_operations_per_second'] / 1e12:.3g} TFLOP/s" for dtype, row in rates.items()
         )  # fmt: skip
-        parts.append(f"{command} on {_where(of_machine)} Measured {said}.\n\n{_table(head, lines)}")
+        parts.append(f"{command} on {_where(of_machine)} Measured {said}.\n\n{table(head, lines)}")
     return "\n\n".join(parts) or NOTHING
 
 

@@ -123,6 +123,34 @@ def _wide_scale(**scales: Tensor | None) -> str | None:
     return None
 
 
+Refusal = Callable[..., str | None]
+
+
+def _refuses_mix(device: Refusal, fp32_scales: bool = True, largest_head: int | None = None) -> Refusal:
+    def refuses(
+        pattern: Tensor, values: Tensor, kv_heads: int, key_scale: Tensor | None, query_scale: Tensor | None, out: Tensor,
+        **_: object,
+    ) -> str | None:  # fmt: skip
+        head_dim = values.shape[1] // kv_heads
+        if largest_head is not None and head_dim > largest_head:
+            return f"its largest head dim is {largest_head}, this one is {head_dim}"
+        reason = device(pattern, values, out) or _spread(pattern=pattern, values=values, out=out)
+        return reason or (_wide_scale(key_scale=key_scale, query_scale=query_scale) if fp32_scales else None)
+
+    return refuses
+
+
+def _refuses_share(device: Refusal, fp32_scales: bool = True) -> Refusal:
+    def refuses(
+        gate: Tensor, hidden: Tensor, gate_scale: Tensor | None, gate_total: Tensor | None, out: Tensor, **_: object
+    ) -> str | None:
+        reason = device(gate, hidden, gate_total, out)
+        reason = reason or _spread(gate=gate, hidden=hidden, gate_total=gate_total, out=out)
+        return reason or (_wide_scale(gate_scale=gate_scale) if fp32_scales else None)
+
+    return refuses
+
+
 # csrc, on the CPU and on CUDA.
 
 
@@ -155,26 +183,6 @@ def _cpu_refuses(*tensors: Tensor | None) -> str | None:
     return None if given[0].device.type == "cpu" else f"its tensors lie on {given[0].device}"
 
 
-def _cpu_refuses_mix(
-    pattern: Tensor, values: Tensor, key_scale: Tensor | None, query_scale: Tensor | None, out: Tensor, **_: object
-) -> str | None:
-    return (
-        _cpu_refuses(pattern, values, out)
-        or _spread(pattern=pattern, values=values, out=out)
-        or _wide_scale(key_scale=key_scale, query_scale=query_scale)
-    )
-
-
-def _cpu_refuses_share(
-    gate: Tensor, hidden: Tensor, gate_scale: Tensor | None, gate_total: Tensor | None, out: Tensor, **_: object
-) -> str | None:
-    return (
-        _cpu_refuses(gate, hidden, gate_total, out)
-        or _spread(gate=gate, hidden=hidden, gate_total=gate_total, out=out)
-        or _wide_scale(gate_scale=gate_scale)
-    )
-
-
 @cache
 def _cuda_missing() -> str | None:
     if (missing := csrc_missing()) is not None:
@@ -193,29 +201,6 @@ def _cuda_refuses(*tensors: Tensor | None) -> str | None:
     if torch.cuda.get_device_capability(given[0].device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or more"
     return None
-
-
-def _cuda_refuses_mix(
-    pattern: Tensor, values: Tensor, kv_heads: int, key_scale: Tensor | None, query_scale: Tensor | None, out: Tensor,
-    **_: object,
-) -> str | None:  # fmt: skip
-    if values.shape[1] // kv_heads > 256:
-        return f"its largest head dim is 256, this one is {values.shape[1] // kv_heads}"
-    return (
-        _cuda_refuses(pattern, values, out)
-        or _spread(pattern=pattern, values=values, out=out)
-        or _wide_scale(key_scale=key_scale, query_scale=query_scale)
-    )
-
-
-def _cuda_refuses_share(
-    gate: Tensor, hidden: Tensor, gate_scale: Tensor | None, gate_total: Tensor | None, out: Tensor, **_: object
-) -> str | None:
-    return (
-        _cuda_refuses(gate, hidden, gate_total, out)
-        or _spread(gate=gate, hidden=hidden, gate_total=gate_total, out=out)
-        or _wide_scale(gate_scale=gate_scale)
-    )
 
 
 def _csrc_mix_values(
@@ -265,22 +250,6 @@ def _triton_refuses(*tensors: Tensor | None) -> str | None:
     return _cuda_refuses(*given)
 
 
-def _triton_refuses_mix(
-    pattern: Tensor, values: Tensor, kv_heads: int, out: Tensor, **_: object
-) -> str | None:  # scales of any floating dtype
-    if values.shape[1] // kv_heads > 256:
-        return f"its largest head dim is 256, this one is {values.shape[1] // kv_heads}"
-    return _triton_refuses(pattern, values, out) or _spread(pattern=pattern, values=values, out=out)
-
-
-def _triton_refuses_share(
-    gate: Tensor, hidden: Tensor, gate_total: Tensor | None, out: Tensor, **_: object
-) -> str | None:
-    return _triton_refuses(gate, hidden, gate_total, out) or _spread(
-        gate=gate, hidden=hidden, gate_total=gate_total, out=out
-    )
-
-
 def _triton_refuses_update(
     state: Tensor, operand: Tensor, weight: Tensor, cast: Tensor | None, **_: object
 ) -> str | None:
@@ -317,15 +286,15 @@ def _triton_share_hidden(rule: str, temperature: float, gate_total: Tensor | Non
 CPU = Backend(
     "cpu",
     lambda: csrc_missing(),
-    {"mix_values": _cpu_refuses_mix, "share_hidden": _cpu_refuses_share},
+    {"mix_values": _refuses_mix(_cpu_refuses), "share_hidden": _refuses_share(_cpu_refuses)},
     {"mix_values": _csrc_mix_values, "share_hidden": _csrc_share_hidden},
 )
 TRITON = Backend(
     "triton",
     _triton_missing,
     {
-        "mix_values": _triton_refuses_mix,
-        "share_hidden": _triton_refuses_share,
+        "mix_values": _refuses_mix(_triton_refuses, fp32_scales=False, largest_head=256),
+        "share_hidden": _refuses_share(_triton_refuses, fp32_scales=False),
         "residual_update": _triton_refuses_update,
         "gate_share": _triton_refuses_gate_share,
     },
@@ -340,7 +309,7 @@ TRITON = Backend(
 CUDA = Backend(
     "cuda",
     _cuda_missing,
-    {"mix_values": _cuda_refuses_mix, "share_hidden": _cuda_refuses_share},
+    {"mix_values": _refuses_mix(_cuda_refuses, largest_head=256), "share_hidden": _refuses_share(_cuda_refuses)},
     {"mix_values": _csrc_mix_values, "share_hidden": _csrc_share_hidden},
 )
 REFERENCE = Backend(

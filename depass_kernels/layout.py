@@ -239,9 +239,8 @@ class SourceLayout:
     def source_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
         """Cut the sources into runs ``(first, last)`` of at most ``max_rows`` rows over all positions, or of one source."""
         ending = torch.bincount(self.counts.cpu(), minlength=self.most + 1)  # positions by their number of sources
-        rows = (
-            ending.flip(0).cumsum(0).flip(0)[1:].tolist()
-        )  # of each source: the positions with more sources than its number
+        # of each source: the positions with more sources than its number
+        rows = ending.flip(0).cumsum(0).flip(0)[1:].tolist()
         first = held = 0
         for last in range(1, self.most + 1):
             held += rows[last - 1]

@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 
 from ..layout import SourceLayout
-from .launch import INTERPRETED, Launch, power_of_two
+from .launch import INTERPRETED, TYPES, Launch, power_of_two
 from .share_hidden import WIDEST, share
-
-_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def launch(
@@ -39,7 +37,7 @@ def launch(
         (operand, weight, hidden, out, gate_scale, offsets.row_start, offsets.skipped, layout.positions, columns, inner,
          operand.stride(0), weight.stride(0), hidden.stride(0), out.stride(0), min(1 / temperature, 3e38)),
         {
-            "RULE": rule, "DOT": tl.float32 if INTERPRETED else _TL[operand.dtype], "SOURCES": sources,
+            "RULE": rule, "DOT": tl.float32 if INTERPRETED else TYPES[operand.dtype], "SOURCES": sources,
             "FEW": max(16, sources // 4), "BLOCK_F": block,
             "BLOCK_D": power_of_two(inner, 16, 64 if narrow else 16), "num_warps": 8 if sources > 64 else 4,
             "num_stages": 3 if narrow else 2,

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from ..layout import SourceLayout
-from .launch import INTERPRETED, Launch, computing_type, power_of_two
+from .launch import INTERPRETED, TYPES, Launch, computing_type, power_of_two
 
 LARGEST_HEAD = 256
-_TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def launch(
@@ -44,7 +43,7 @@ def launch(
          heads, pattern.stride(0), pattern.stride(1), pattern.stride(2), values.stride(0), out.stride(0)),
         {
             # the interpreter computes on bf16's bits as if they were integers
-            "DOT": accumulator if INTERPRETED else _TL[operand], "ACC": accumulator, "GROUP": heads // kv_heads,
+            "DOT": accumulator if INTERPRETED else TYPES[operand], "ACC": accumulator, "GROUP": heads // kv_heads,
             "HEAD_DIM": head_dim, "BLOCK_D": block_d, "SOURCES": sources, "QUERIES": queries,
             "KEYS": power_of_two(layout.longest, 16, 64 if narrow else 16),
             "num_warps": 8 if block_d * sources > 128 or not narrow else 4, "num_stages": 3 if narrow else 2,

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, Launch, power_of_two
+from .launch import INTERPRETED, TYPES, Launch, power_of_two
 
-_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 GROUP = 8  # row tiles that share a column tile of the weight while it is in the cache
 
 
@@ -33,7 +32,7 @@ def launch(
         (state, operand, weight, rows, cast, n, len(weight), inner, state.stride(0), operand.stride(0),
          weight.stride(0), 0 if cast is None else cast.stride(0)),
         {
-            "DOT": tl.float32 if INTERPRETED else _TL[operand.dtype], "BLOCK_N": block_n, "BLOCK_D": block_d,
+            "DOT": tl.float32 if INTERPRETED else TYPES[operand.dtype], "BLOCK_N": block_n, "BLOCK_D": block_d,
             "BLOCK_E": power_of_two(inner, 16, 64 if narrow else 16), "GROUP": GROUP, "num_warps": 8,
             "num_stages": 3 if narrow else 2,
         },

@@ -275,11 +275,8 @@ class DePass:
         strict: bool,
     ) -> Iterator[Attribution | DePassError]:
         batch: list[Case | DePassError] = []
-        longest, begin, index = (
-            0,
-            0,
-            -1,
-        )  # the batch's longest prompt, the index of its first, and of the last one taken
+        # the batch's longest prompt, the index of its first, and of the last one taken
+        longest, begin, index = 0, 0, -1
         pairs = _with_targets(prompts, target, targets)
         while True:
             try:
@@ -458,7 +455,7 @@ class DePass:
     def plan(
         self, tokens: int, *, sources: Any = "token", budget_bytes: int | None = None, measure: bool = True
     ) -> Plan:
-        """What an attribution of a prompt of so many tokens takes; nothing is run.
+        """What an attribution of a prompt of so many tokens takes; the model is not run.
 
         Args:
             tokens: ``N``.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from .api import DePass
 from .checks import integer
 from .engine import blame, dtype_name, refuse_dropout
 from .errors import DePassError, NonFiniteError, OptionError, PromptError
-from .families import BoundModel, Layer, Norm, Projection
+from .families import BoundModel, Layer, into_stream
 from .masking import Kind, width
 from .prompt import Prompt, encode
 from .result import Attribution, Settings
@@ -180,8 +180,8 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
     """The cases with their readouts, from the model's own run."""
     bound = dp._bound
     done: dict[int, _Case] = {}
-    for some in _batches([len(case.prompt.ids) for case in cases]):
-        normed = _normed(bound, _padded([cases[i].prompt.ids for i in some]))  # [B, T, D]
+    for some in lockstep.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
+        normed = _normed(bound, [cases[i].prompt.ids for i in some])  # [B, T, D]
         for row, i in zip(normed, some, strict=True):
             readouts: list[Readout] = []
             for asked in cases[i].asked:
@@ -243,29 +243,9 @@ def _must_be_finite(bound: BoundModel, number: float, what: str) -> None:
 # --- passes of the model ------------------------------------------------------------------------------------------------
 
 
-def _batches(lengths: Sequence[int], each: int = 1) -> Iterator[list[int]]:
-    """Which prompts go in one pass, shortest first; a prompt stands ``each`` times in it."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and lengths[i] * each * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """``[B, T]``, padded on the right, where causal attention does not see it."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-
-
-def _normed(bound: BoundModel, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
+def _normed(bound: BoundModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """``[B, T, D]``, the stream after the final norm."""
-    given = {"inputs_embeds": embeddings} if ids is None else {"input_ids": ids.to(bound.input_device)}
-    with lockstep.running:  # another thread's hooks would take this pass for their own
-        normed: Tensor = bound.backbone(**given, use_cache=False, return_dict=True).last_hidden_state
-    return normed
+    return lockstep.normed(bound, input_ids=lockstep.padded(prompts).to(bound.input_device))
 
 
 @torch.no_grad()
@@ -301,7 +281,7 @@ def _by_gradients(
         seed: for ``points``.
     """
     found: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids)) for case in cases]
-    for some in _batches([len(case.prompt.ids) for case in cases], samples):
+    for some in lockstep.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
         longest = max(len(cases[i].prompt.ids) for i in some)
         at, by = zip(*(points(cases[i], _embedded(bound, cases[i]), seed) for i in some), strict=True)
         owners = [i for i in some for _ in range(samples)]
@@ -322,7 +302,7 @@ def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case]) ->
     """``[targets, T, D]`` of each case, at embeddings ``[B, T, D]``: one pass forward, one back for each of the targets."""
     with torch.enable_grad():
         embeddings = embeddings.detach().requires_grad_()
-        normed = _normed(bound, embeddings=embeddings)
+        normed = lockstep.normed(bound, inputs_embeds=embeddings)
         most = max(len(case.readouts) for case in cases)
         made = []
         for j in range(most):
@@ -368,7 +348,7 @@ def _product(gradient: Tensor, factor: Tensor) -> Tensor:
 def _by_attention(reduce: Callable[[list[Tensor]], Tensor], bound: BoundModel, cases: Any, _: int) -> list[Tensor]:
     """Scores ``[targets, N]``: each target's row of what ``reduce`` makes of the layers' patterns ``[B, T, T]``."""
     found: dict[int, Tensor] = {}
-    for some in _batches([len(case.prompt.ids) for case in cases]):
+    for some in lockstep.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
         patterns: list[Tensor] = []  # by layer, mean over heads
 
         def keep(_: int, trace: lockstep.Trace, patterns: list[Tensor] = patterns) -> None:
@@ -411,8 +391,8 @@ def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Te
                 )
             without += [(i, q, t) for t in range(q + 1)]
     rows = [cases[i].prompt.ids[:t] + cases[i].prompt.ids[t + 1 : q + 1] for i, q, t in without]
-    for some in _batches([len(row) for row in rows]):
-        normed = _normed(bound, _padded([rows[k] for k in some]))
+    for some in lockstep.batches([len(row) for row in rows], BATCH_TOKENS):
+        normed = _normed(bound, [rows[k] for k in some])
         for of_row, k in zip(normed, some, strict=True):
             i, q, t = without[k]
             for j, readout in enumerate(cases[i].readouts):
@@ -459,7 +439,7 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
             module = (layer.output if kind == "heads" else layer.down).module
             stack.callback(module.register_forward_pre_hook(keep).remove)
         # the graph begins at the embeddings, also where a caller has frozen the weights
-        normed = _normed(bound, embeddings=_embedded(bound, case)[None].requires_grad_())[0]
+        normed = lockstep.normed(bound, inputs_embeds=_embedded(bound, case)[None].requires_grad_())[0]
         made = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)
@@ -488,16 +468,10 @@ def _at_the_target(
     return torch.stack(made, 1)
 
 
-def _written(projection: Projection, post_norm: Norm | None) -> Tensor:
-    """``[D, in]`` fp32: what a projection writes into the stream, but for the scale of a post-norm."""
-    weight = projection.weight.float()
-    return weight if post_norm is None else post_norm.gamma(torch.float32)[:, None] * weight
-
-
 def _output_norm(heads: int, layer: Layer, trace: lockstep.Trace, positions: list[int]) -> Tensor:
     assert trace.mixed is not None
     mixed = trace.mixed[positions].float().view(len(positions), heads, -1)  # [targets, H, d]
-    weight = _written(layer.output, layer.attention_post_norm)
+    weight = into_stream(layer.output.weight, layer.attention_post_norm, torch.float32)
     weight = weight.reshape(len(weight), heads, -1)  # [D, H, d]
     sizes: Tensor = torch.linalg.vector_norm(torch.einsum("thd,ohd->tho", mixed, weight), dim=-1)
     scale = trace.scales.get("attention_post_norm")
@@ -510,7 +484,8 @@ def _activation(_: Layer, trace: lockstep.Trace, positions: list[int]) -> Tensor
 
 
 def _activation_x_norm(layer: Layer, trace: lockstep.Trace, positions: list[int]) -> Tensor:
-    columns: Tensor = torch.linalg.vector_norm(_written(layer.down, layer.mlp_post_norm), dim=0)  # [F]
+    weight = into_stream(layer.down.weight, layer.mlp_post_norm, torch.float32)
+    columns: Tensor = torch.linalg.vector_norm(weight, dim=0)  # [F]
     sizes = _activation(layer, trace, positions) * columns
     scale = trace.scales.get("mlp_post_norm")
     return sizes if scale is None else sizes * scale[positions, None]

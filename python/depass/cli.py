@@ -219,6 +219,17 @@ def positive(text: str) -> int:
     return _integer(text, 1)
 
 
+def fraction(text: str, most: float = 1.0) -> float:
+    """An option's value that is a number above 0, up to ``most``."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, up to {most:g}")
+    return number
+
+
 def _integer(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no integer from {least}")

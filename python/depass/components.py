@@ -19,7 +19,7 @@ from depass_kernels.ops import FLOATS
 
 from .checks import integer, integers
 from .errors import OptionError, SourceError
-from .families import BoundModel, Layer, Norm, Projection
+from .families import BoundModel, Layer, Norm, Projection, into_stream
 from .lockstep import Trace
 from .propagate import COMPONENT_BYTES
 from .sources import Decomposition, Kind, Moment, Source, check_labels
@@ -129,9 +129,6 @@ def _keep_iterators(spec: Any) -> None:
             object.__setattr__(spec, name, tuple(getattr(spec, name)))
 
 
-COMPONENTS = (Heads, Neurons, Modules, Subspace, Custom)
-
-
 class _Parts(NamedTuple):
     """What a component spec comes to."""
 
@@ -151,14 +148,7 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
         SourceError: heads, neurons, positions or shapes that do not fit.
     """
     layer = check_layer(spec, bound)
-    makers: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {
-        Heads: _heads,
-        Neurons: _neurons,
-        Modules: _modules,
-        Subspace: _subspace,
-        Custom: _custom,
-    }
-    made = makers[type(spec)](spec, length, bound)
+    made = _MAKERS[type(spec)](spec, length, bound)
     positions = _indices(_named("positions", spec), getattr(spec, "positions", None), length, negative=True)
     first = positions[0]
     always = [Source("bias", "bias")] if bound.has_bias else []
@@ -217,7 +207,7 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
         assert trace.mixed is not None
-        weight = _output_weight(layer.output, layer.attention_post_norm, bound.state_dtype)
+        weight = into_stream(layer.output.weight, layer.attention_post_norm, bound.state_dtype)
         mixed = trace.mixed[where].to(weight).view(len(where), bound.heads, -1)  # [p, H, d]
         weight = weight.reshape(len(weight), bound.heads, -1)
         if len(ids) < bound.heads:
@@ -245,7 +235,7 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
         if len(ids) < count:
             chosen = torch.tensor(ids, device=hidden.device)
             weight, hidden = weight[:, chosen], hidden[:, chosen]
-        weight = _with_gamma(weight, layer.mlp_post_norm, bound.state_dtype)
+        weight = into_stream(weight, layer.mlp_post_norm, bound.state_dtype)
         made = hidden.to(weight)[:, :, None] * weight.T
         return _post_scaled(made, trace.scales.get("mlp_post_norm"), where)
 
@@ -268,12 +258,8 @@ def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
         return _Parts("middle", [source], attention, lambda trace: _after_attention(trace, layer, bound))
 
     def mlp(trace: Trace, where: Tensor) -> Tensor:
-        assert trace.hidden is not None
-        weight = _output_weight(layer.down, layer.mlp_post_norm, bound.state_dtype)
         scale = trace.scales.get("mlp_post_norm")
-        made = _post_scaled((trace.hidden[where].to(weight) @ weight.T)[:, None], scale, where)
-        bias = _output_bias(layer.down, layer.mlp_post_norm, scale, trace)
-        return made if bias is None else made + bias[where, None]
+        return _output(trace.hidden, layer.down, layer.mlp_post_norm, scale, trace, bound)[where, None]
 
     return _Parts("end", [source], mlp, _after)
 
@@ -307,10 +293,6 @@ def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
     return _Parts("start", _labelled(spec, len(maps), "subspace"), outputs, lambda trace: trace.stream)
 
 
-def _custom(spec: Custom, length: int, bound: BoundModel) -> _Parts:
-    return _given(spec, spec.parts, "part", length, bound, has_rest=False)
-
-
 def _given(spec: Any, given: Any, kind: Kind, length: int, bound: BoundModel, has_rest: bool) -> _Parts:
     width = bound.width
     parts = _finite(f"parts of {type(spec).__name__}", given, (None, length, width))
@@ -319,6 +301,16 @@ def _given(spec: Any, given: Any, kind: Kind, length: int, bound: BoundModel, ha
         return parts.to(trace.stream.device, bound.state_dtype)[:, where].transpose(0, 1)
 
     return _Parts("start", _labelled(spec, len(parts), kind), outputs, lambda trace: trace.stream, has_rest=has_rest)
+
+
+_MAKERS: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {
+    Heads: _heads,
+    Neurons: _neurons,
+    Modules: _modules,
+    Subspace: _subspace,
+    Custom: lambda spec, length, bound: _given(spec, spec.parts, "part", length, bound, has_rest=False),
+}
+COMPONENTS = tuple(_MAKERS)
 
 
 def _labelled(spec: Any, count: int, kind: Kind) -> list[Source]:
@@ -338,21 +330,25 @@ def _after_attention(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:
 
 
 def _attention_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N, D]
-    assert trace.mixed is not None
     scale = trace.scales.get("attention_post_norm")
-    weight = _output_weight(layer.output, layer.attention_post_norm, bound.state_dtype)
-    made = trace.mixed.to(weight) @ weight.T
+    return _output(trace.mixed, layer.output, layer.attention_post_norm, scale, trace, bound)
+
+
+def _output(
+    read: Tensor | None,
+    projection: Projection,
+    norm: Norm | None,
+    scale: Tensor | None,
+    trace: Trace,
+    bound: BoundModel,
+) -> Tensor:  # [N, D]
+    """What a sublayer adds to the stream, made of what its output projection ``read`` ``[N, in]``."""
+    assert read is not None
+    weight = into_stream(projection.weight, norm, bound.state_dtype)
+    made = read.to(weight) @ weight.T
     made = made if scale is None else made * scale[:, None]
-    bias = _output_bias(layer.output, layer.attention_post_norm, scale, trace)
+    bias = _output_bias(projection, norm, scale, trace)
     return made if bias is None else made + bias
-
-
-def _output_weight(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    return _with_gamma(projection.weight, norm, dtype)
-
-
-def _with_gamma(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if norm is None else weight.to(dtype) * norm.gamma(dtype)[:, None]
 
 
 def _output_bias(projection: Projection, norm: Norm | None, scale: Tensor | None, trace: Trace) -> Tensor | None:

@@ -1,6 +1,11 @@
 """What DePass raises when it is given something it cannot attribute. Every message is one line that says what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def escaped(text: str) -> str:
     """Text with escapes for what is not printable: what a file or a model is called must not command a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -125,10 +125,21 @@ class Norm:
         epsilon: float = self.module.eps if hasattr(self.module, "eps") else self.module.variance_epsilon
         return torch.rsqrt(x.square().mean(-1) + epsilon)
 
+    def of_parts(self, parts: Tensor, scale: Tensor) -> Tensor:
+        """Parts ``[..., D]`` of vectors, normed with the frozen ``scale`` ``[..., 1]`` of the whole; ``β`` is in none."""
+        parts = parts - parts.mean(-1, keepdim=True) if self.kind == "layer" else parts
+        return parts * scale * self.gamma(parts.dtype).to(parts.device)
+
     def fold(self, weight: Tensor) -> Tensor:
         """``W`` such that ``W x = weight · γ ⊙ centre(x)``, for weights ``[out, D]``: a norm without a pass over x."""
         weight = weight * self.gamma(weight.dtype)
         return weight - weight.mean(1, keepdim=True) if self.kind == "layer" else weight
+
+
+def into_stream(weight: Tensor, post_norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection's weight ``[D, in]`` in ``dtype`` with the ``γ`` of the norm on its output, whose scale is left out."""
+    weight = weight.to(dtype)
+    return weight if post_norm is None else weight * post_norm.gamma(dtype)[:, None]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .checks import integer
-from .errors import MemoryLimitError, OptionError
+from .errors import MemoryLimitError, OptionError, first_line
 from .families import BoundModel
 from .files import load_result, save_result
 from .prompt import Prompt, encode
@@ -115,8 +115,7 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
             raise MemoryLimitError(
                 f"out of memory generating {max_new_tokens} tokens after a prompt of {length}; give fewer"
             ) from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise OptionError(f"the model's generate does not take these options: {lines[0]}") from error
+        raise OptionError(f"the model's generate does not take these options: {first_line(error)}") from error
     found: list[int] = made[0, length:].tolist()
     return found
 

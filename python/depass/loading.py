@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import smollm2
-from .errors import DePassError, MemoryLimitError, ModelError, OptionError
+from .errors import DePassError, MemoryLimitError, ModelError, OptionError, first_line
 from .families import BoundModel, Projection, bind, quantization_method
 from .memory import asked_bytes
 from .weights import QUANTIZATIONS
@@ -209,13 +209,12 @@ _CONVERT = (
 
 def _said(error: Exception) -> str:
     """What transformers says is wrong, in a line, with what to do where its own advice is none."""
-    said = str(error)
-    lines = said.strip().splitlines() or [type(error).__name__]
+    said, line = str(error), first_line(error)
     if "custom code" in said or "trust_remote_code" in said:
         return (
-            f"{lines[0].rstrip('. ')}; it is not run: read it, and where you trust it give trust_remote_code=True "
+            f"{line.rstrip('. ')}; it is not run: read it, and where you trust it give trust_remote_code=True "
             "(--trust-remote-code)"
         )
     if "use_safetensors" in said:  # a repository without
         return f"it has no weights as safetensors; {_CONVERT}"
-    return lines[0]
+    return line

@@ -81,6 +81,38 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
+def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Prompts as ids ``[B, T]``, padded on the right, where causal attention does not see it."""
+    longest = max(map(len, prompts))
+    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts])
+
+
+def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | None = None) -> Iterator[list[int]]:
+    """The indices of prompts that go together in one pass, shortest first.
+
+    Args:
+        lengths: of the prompts.
+        tokens: of one pass at most, padding included; a longer prompt goes alone.
+        each: how often a prompt stands in it.
+        prompts: of one pass at most.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == prompts or lengths[index] * each * (len(batch) + 1) > tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def normed(bound: BoundModel, **inputs: Tensor) -> Tensor:
+    """``[B, T, D]``: the stream after the final norm, of the model's own pass alone."""
+    with running:  # another thread's hooks would take this pass for their own
+        found: Tensor = bound.backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    return found
+
+
 @contextmanager
 def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
     """Within it the model runs on our attention function, whose outputs are exactly the eager ones."""
@@ -119,8 +151,7 @@ def run(
     Returns:
         The residual stream after the last of ``layers`` ``[P, D]``, and the backbone's output after its final norm.
     """
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
+    ids = padded(prompts)
     pack = _packer([len(prompt) for prompt in prompts])
     last: list[Tensor] = []
     with running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model

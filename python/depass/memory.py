@@ -48,7 +48,7 @@ def needs(
     """
     layer = bound.layers[0]
     (neurons, width), values, heads = layer.gate.shape, layer.value.shape[0], layer.output.shape[1]
-    number, product, own = (size_of(d) for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
+    number, product, own = (d.itemsize for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
     attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
     blocks = max(min(rows, attention) * (product * (values + heads + width) + number * width),
                  min(rows, mlp) * (neurons * (product + number) + width * product))  # fmt: skip
@@ -91,11 +91,6 @@ def asked_bytes(error: BaseException) -> int | None:
         return int(float(match[1]) * UNITS[(match[3] or "").upper().removesuffix("B")])
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return 0 if memory or re.search(r"out of memory|cannot allocate memory|bad_alloc", said, re.IGNORECASE) else None
-
-
-def size_of(dtype: torch.dtype) -> int:
-    """Bytes of one number."""
-    return torch.finfo(dtype).bits // 8
 
 
 def shown(count: int) -> str:

@@ -20,12 +20,11 @@ from .generation import Generation
 from .result import Attribution, Settings
 from .sources import Source
 from .sweep import Sweep
-from .views import GRID, abridged, beside, components, headings, name, scale
+from .views import GRID, NUMBERED, abridged, beside, components, headings, name, scale
 
 Result: TypeAlias = Attribution | Sweep | Generation
 
 _KEPT = 200  # components of an attribution; the others are one sum
-_NUMBERED = 16  # columns of a sweep whose cells have room for their numbers
 _LISTED, _LISTED_COMPONENTS = 12, 50  # largest contributions, and those that are shown nowhere else
 _LONGEST = 60  # characters of a name; longer ones are cut in the middle
 _DIGITS = 5  # of a score, significant
@@ -185,7 +184,7 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
             ],
             "layers": list(sweep.layers),
             "across": kind.removesuffix("s") if whole else f"sum of the {kind} that",
-            "numbered": len(columns) <= _NUMBERED,
+            "numbered": len(columns) <= NUMBERED,
         },
     }
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DePassError, OutputError
 from .files import write_atomically
-from .views import GRID, headings
+from .views import GRID, NUMBERED, headings
 
 if TYPE_CHECKING:
     from .sweep import Sweep
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _RAISES, _LOWERS = "#da6662", "#6283da"  # the pages' red and blue on white
-_NUMBERED = 16  # columns whose cells have room for their numbers
 _TICKS = 40  # layers or columns that have room for a label each
 _LISTED = 20  # neurons that are named
 
@@ -55,7 +54,7 @@ def _map(figure: Any, sweep: Sweep, target: int) -> None:
 
     scores, names = sweep.scores[target], headings(sweep)
     rows, columns = scores.shape
-    numbered = columns <= _NUMBERED
+    numbered = columns <= NUMBERED
     largest = float(scores.abs().max()) or 1.0
     cell = 0.9 if sweep.kind == "modules" else 0.46 if numbered else 0.24
     figure.set_size_inches(max(4.2, 1.6 + cell * columns), max(2.8, 1.2 + 0.22 * rows))

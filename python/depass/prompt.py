@@ -212,11 +212,8 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     try:
         text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    except (
-        OverflowError,
-        TypeError,
-        IndexError,
-    ):  # an id that the tokenizer lacks; the model's vocabulary is checked later
+    except (OverflowError, TypeError, IndexError):
+        # an id that the tokenizer lacks; the model's vocabulary is checked later
         text = "".join(f"<{token}>" for token in ids)
     return text
 

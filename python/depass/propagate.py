@@ -19,7 +19,7 @@ from torch import Tensor
 from depass_kernels import SourceLayout, backends, mix_values, residual_update, share_hidden
 from depass_kernels.reference import matmul
 
-from .families import BoundModel, Layer, Norm, Projection
+from .families import BoundModel, Layer, Norm, Projection, into_stream
 from .lockstep import Trace
 from .sources import Decomposition
 
@@ -393,10 +393,7 @@ def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype)
 
 def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     """A projection with the ``γ`` of the norm on its output folded in."""
-    weight = projection.weight
-    if norm is not None:
-        wide = _at_least_fp32(dtype)
-        weight = weight.to(wide) * norm.gamma(wide)[:, None]
+    weight = into_stream(projection.weight, norm, dtype if norm is None else _at_least_fp32(dtype))
     return weight.to(dtype).contiguous()  # GPT-2 stores its projections transposed
 
 

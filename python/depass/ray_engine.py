@@ -12,7 +12,7 @@ from typing import Any
 
 from . import cli
 from .dataset import Engine, Shard, Work, attributed, batch_tokens
-from .errors import OptionError, WorkerError
+from .errors import OptionError, WorkerError, first_line
 from .rows import Row, load_pyarrow
 
 _INSTALL = "--engine ray needs Ray Data: pip install 'depass-kernels[ray]'"
@@ -43,9 +43,8 @@ def on_ray(options: argparse.Namespace) -> Engine:
         try:
             if options.device == "cuda" and ray.cluster_resources().get("GPU", 0) < 1:
                 raise OptionError("--device cuda: the cluster has no GPU, and its workers would wait for one for ever")
-            blocks = [
-                ray.put(_block(first, rows)) for first, rows in shards
-            ]  # Ray moves to disk what memory cannot hold
+            # Ray moves to disk what memory cannot hold
+            blocks = [ray.put(_block(first, rows)) for first, rows in shards]
             finished = ray.data.from_arrow_refs(blocks).map_batches(
                 Worker,
                 fn_constructor_args=(options,),
@@ -105,9 +104,8 @@ def _connect(address: str | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
         where = f"--ray-address {address}: no cluster there" if address else "cannot start a cluster on this machine"
-        raise OptionError(f"{where}: {said[0]}") from error
+        raise OptionError(f"{where}: {first_line(error)}") from error
     finally:
         signal.signal(signal.SIGTERM, ended)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, OptionError
+from .errors import DataError, OptionError, first_line
 
 Record = dict[str, Any] | str  # a row's cells by column, or what is broken about it
 
@@ -326,4 +326,4 @@ def _library(source: str, columns: Columns, subset: str | None, split: str | Non
 def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

@@ -86,12 +86,7 @@ def _fetch(work: Path) -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the tokenizer's files from a llama GGUF."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"converting the default model needs gguf: pip install 'depass-kernels[demo]', or {_ELSE}"
-        ) from error
+    import gguf
     import torch
     from safetensors.torch import save_file
 

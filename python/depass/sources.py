@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from depass_kernels import SourceLayout
 
+from .checks import integers
 from .errors import SourceError
 from .prompt import Prompt, check_unit
 
@@ -197,8 +197,8 @@ def token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
     found = []
     for span in spans.ranges:
         try:
-            begin, end = (operator.index(edge) for edge in span)
-        except (TypeError, ValueError):
+            begin, end = integers("a span", span, SourceError)
+        except (SourceError, ValueError):
             raise SourceError(f"a span is a pair of integers (begin, end), got {span!r}") from None
         inside = 0 <= begin < end <= length
         if not inside:

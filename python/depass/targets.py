@@ -119,22 +119,21 @@ def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundM
 def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> Asked:
     if target is None:
         target = TopK(1)
-    elif isinstance(target, str) or (isinstance(target, int) and not isinstance(target, bool)):
+    elif isinstance(target, str) or (hasattr(target, "__index__") and not isinstance(target, bool)):
         target = Token(target)
     if not isinstance(target, (TopK, Token, Contrast, Direction)):
         raise TargetError(
             f"a target is None, a string, an id, TopK, Token, Contrast or Direction, got {type(target).__name__}"
         )
-    position = target.position
-    if not isinstance(position, int) or isinstance(position, bool):
-        raise TargetError(f"a position is an integer, got {position!r}")
+    position = integer("a position", target.position, TargetError)
     if not -length <= position < length:
         raise TargetError(f"position {position} is outside of the prompt's {length} tokens ({-length} to {length - 1})")
     position %= length
     if isinstance(target, TopK):
-        if not isinstance(target.k, int) or isinstance(target.k, bool) or not 1 <= target.k <= bound.vocabulary:
-            raise TargetError(f"TopK({target.k!r}): k must be an integer from 1 to the vocabulary's {bound.vocabulary}")
-        return Asked("token", position, None, target.k)
+        k = integer("k of TopK", target.k, TargetError)
+        if not 1 <= k <= bound.vocabulary:
+            raise TargetError(f"TopK({k}): k must be from 1 to the vocabulary's {bound.vocabulary}")
+        return Asked("token", position, None, k)
     if isinstance(target, Token):
         return Asked("token", position, (token_id(target.token, tokenizer, bound),))
     if isinstance(target, Contrast):
@@ -190,8 +189,9 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
                 f"target {token!r} is {len(ids)} tokens, not one: {parts or 'none'}; pass one of them as a string or an id"
             )
         return int(ids[0])
-    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < bound.vocabulary:
-        raise TargetError(f"target id {token!r} is out of range: the vocabulary has {bound.vocabulary} tokens")
+    token = integer("a target id", token, TargetError)
+    if not 0 <= token < bound.vocabulary:
+        raise TargetError(f"target id {token} is out of range: the vocabulary has {bound.vocabulary} tokens")
     return token
 
 

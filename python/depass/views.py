@@ -11,6 +11,7 @@ from .result import Attribution
 from .sources import Source
 from .sweep import Sweep
 
+NUMBERED = 16  # columns of a sweep whose cells have room for their numbers
 GRID = 64  # columns of a sweep that are drawn one by one; more of them (neurons) are summed up or listed
 
 

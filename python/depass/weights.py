@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from depass_kernels.ops import FLOATS
+
 QUANTIZATIONS = ("bitsandbytes", "torchao")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def dense(module: Any, name: str = "weight") -> Tensor | None:
@@ -49,7 +50,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def is_packed(module: Any) -> bool:
     """Whether a linear module's weight is quantised, or otherwise no matrix of numbers."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in _FLOATS:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in FLOATS:
         return True
     return _library(module) is not None
 

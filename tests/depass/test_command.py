@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 import time
@@ -102,14 +101,6 @@ def test_a_hub_name_that_is_not_there_is_one_line(
     assert capsys.readouterr().err.startswith("depass: cannot load the model 'nobody/no-such-model'")
 
 
-def test_a_broken_weights_file_is_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert run("attribute", "x", "-m", str(broken)) == 1
-    assert capsys.readouterr().err.startswith(f"depass: cannot load the model '{broken}'")
-
-
 def test_a_terminal_without_unicode_gets_escapes(folder: str) -> None:
     command = [sys.executable, "-m", "depass", "attribute", "the\ncat", "-m", folder]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -183,8 +174,7 @@ def test_an_interruption_is_one_line(
 def test_a_reader_that_leaves_early_is_no_error(folder: str) -> None:
     command = f"{sys.executable} -m depass attribute 'the cat' -m {folder} --json | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 SLOW = (

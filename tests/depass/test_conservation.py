@@ -134,10 +134,6 @@ def test_the_random_models_share_neither_flat_nor_one_hot(name: str, device: str
     """Otherwise conservation of these models would prove little."""
     its, shares = bind(model(name, torch.float32, device)), []
 
-    def look(index: int, gate: torch.Tensor, temperature: float) -> None:
-        alpha = torch.softmax(gate / temperature, dim=0)  # [M, F]
-        shares.append(alpha.amax(0).mean().item())
-
     dp = DePass(its.model)
     states = dp.states(models.prompt(17))
     for index, layer in enumerate(its.layers):
@@ -147,7 +143,8 @@ def test_the_random_models_share_neither_flat_nor_one_hot(name: str, device: str
         x = states.dense(index)[:, -1]  # before the attention; near enough to what the gate reads
         stream = states.residual[index][-1]
         scale = 1.0 if layer.mlp_norm is None else layer.mlp_norm.scale(stream, torch.float32)
-        look(index, x @ weight.T * scale, 0.1)
+        alpha = torch.softmax(x @ weight.T * scale / 0.1, dim=0)  # [M, F]
+        shares.append(alpha.amax(0).mean().item())
     assert 1.5 / 17 < sum(shares) / len(shares) < 0.95
 
 

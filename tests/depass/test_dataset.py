@@ -433,7 +433,7 @@ def test_a_signal_is_one_line_and_the_run_goes_on_later(
 
 
 def test_the_second_of_two_runs_in_one_folder_is_refused(
-    data: Path, model: str, finished: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with runs.hold(tmp_path):
         assert run(data, model, tmp_path) == 1

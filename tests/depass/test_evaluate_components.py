@@ -142,10 +142,10 @@ def test_a_model_that_gets_nothing_right_has_a_report(device: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["0", "101", "nan", "x"])
-def test_no_percentage_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_percentage_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         options_of(TASKS["heads"], ["--percent", text])
-    assert "is no percentage" in capsys.readouterr().err
+    assert "is no number above 0, up to 100" in capsys.readouterr().err
 
 
 def test_an_answer_is_a_whole_word_of_what_was_said() -> None:

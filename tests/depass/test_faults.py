@@ -204,7 +204,7 @@ LONG = 100_000
     ["the cat sat. " * (LONG // 13), "x" * LONG, " " * LONG, "\n" * LONG, "🦜" * (LONG // 4), "\0" * LONG],
     ids=["words", "a-word", "spaces", "newlines", "emoji", "nulls"],
 )
-def test_a_prompt_of_100_kb_is_refused_at_once(text: str, dp: DePass, tmp_path: Path) -> None:
+def test_a_prompt_of_100_kb_is_refused_at_once(text: str, dp: DePass) -> None:
     """By the model's positions where it has few, by what it takes where it has many."""
     began = time.monotonic()
     with pytest.raises(PromptError, match=r"has 320 positions; shorten it"):
@@ -403,7 +403,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-def test_a_prompt_that_a_memory_limit_has_no_room_for_is_one_line(folder: str, tmp_path: Path) -> None:
+def test_a_prompt_that_a_memory_limit_has_no_room_for_is_one_line(tmp_path: Path) -> None:
     wide = tmp_path / "wide"
     models.make("llama", vocab_size=400, max_position_embeddings=1 << 16).save_pretrained(wide)
     tokens.byte_level().save_pretrained(wide)
@@ -417,7 +417,7 @@ def test_a_prompt_that_a_memory_limit_has_no_room_for_is_one_line(folder: str, t
 
 
 @needs_proc
-def test_a_memory_limit_is_an_error_of_the_rows_that_do_not_fit(folder: str, tmp_path: Path) -> None:
+def test_a_memory_limit_is_an_error_of_the_rows_that_do_not_fit(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed, and data sets need it")
     models.make("llama", vocab_size=400, max_position_embeddings=1 << 16).save_pretrained(tmp_path / "wide")
     tokens.byte_level().save_pretrained(tmp_path / "wide")
@@ -544,7 +544,7 @@ def test_what_ends_the_command_while_it_reads_its_arguments_is_one_line(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])
 def test_a_result_that_cannot_be_written_leaves_the_old_one(
-    function: str, number: int, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "res"
     path.write_bytes(b"old")

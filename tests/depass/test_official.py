@@ -326,7 +326,7 @@ WRONG: dict[str, tuple[type[DePassError], str, Callable[[Any], object]]] = {
     "start": (OptionError, "start_layer_idx=3: .* 0 to 2", lambda m: m.get_middle_to_last_decomposed_state("x", 3)),
     "end": (OptionError, "end_layer_idx=1: .* 2 to 3", lambda m: m.get_middel_to_middle_decomposed_state("x", 1, 1)),
     "negative": (OptionError, "start_layer_idx=-1", lambda m: m.get_mlp_neuron_decomposed_state("x", -1)),
-    "float": (OptionError, "start_layer_idx=1.0", lambda m: m.get_mlp_neuron_decomposed_state("x", 1.0)),
+    "float": (OptionError, "start_layer_idx must be an integer", lambda m: m.get_mlp_neuron_decomposed_state("x", 1.0)),
     "compute-num": (OptionError, "compute_num=0", lambda m: m.get_mlp_neuron_decomposed_state("x", 0, compute_num=0)),
     "block": (OptionError, "single_compute_token=0", lambda m: m.get_last_layer_decomposed_state("x", 0)),
     "type": (OptionError, "type='ffn'; there are", lambda m: m.get_layer_module_decomposed_state("x", 0, type="ffn")),

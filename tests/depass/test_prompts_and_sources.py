@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import tokens
 import torch
 import transformers
 
 from depass import DePass, ModelError, OptionError, PromptError, SourceError, Spans, TargetError, Token, TopK
-from depass.families import bind
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +193,13 @@ def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> 
         (1.5, "got float"),
         (Token(5, position=9), "position 9 is outside of the prompt's 9 tokens"),
         (Token(5, position=-10), "position -10"),
-        (Token(5, position="last"), "a position is an integer, got 'last'"),  # type: ignore[arg-type]
-        (Token(5, position=1.0), "a position is an integer, got 1.0"),  # type: ignore[arg-type]
-        (Token(True), "target id True"),
-        (TopK(2.5), "k must be an integer"),  # type: ignore[arg-type]
-        (TopK(True), "k must be an integer"),
-        (TopK(0), r"TopK\(0\): k must be an integer from 1"),
+        (Token(5, position="last"), "a position must be an integer, got 'last'"),  # type: ignore[arg-type]
+        (Token(5, position=1.0), "a position must be an integer, got 1.0"),  # type: ignore[arg-type]
+        (Token(True), "a target id must be an integer, got True"),
+        (torch.tensor([1, 2]), "a target id must be an integer, got tensor"),
+        (TopK(2.5), "k of TopK must be an integer, got 2.5"),  # type: ignore[arg-type]
+        (TopK(True), "k of TopK must be an integer, got True"),
+        (TopK(0), r"TopK\(0\): k must be from 1"),
         (TopK(102), "vocabulary's 101"),
         ([], r"target=\[\] names no target"),
     ],
@@ -206,6 +207,14 @@ def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> 
 def test_targets_that_are_none_are_refused(dp: DePass, target: Any, says: str) -> None:
     with pytest.raises(TargetError, match=says):
         dp.attribute("the cat sat at the cat", target=target)
+
+
+def test_integers_of_any_kind_are_targets(dp: DePass) -> None:
+    five, last = np.int64(5), torch.tensor(-1)
+    expected = dp.attribute("the cat", target=Token(5)).scores
+    for target in (five, torch.tensor(5), Token(five, position=last), [five]):
+        assert torch.equal(dp.attribute("the cat", target=target).scores, expected)
+    assert dp.attribute("the cat", target=TopK(np.int64(2))).scores.shape[0] == 2
 
 
 def test_a_direction_must_have_the_models_width(dp: DePass) -> None:
@@ -355,15 +364,3 @@ def test_a_resized_head_is_noticed(device: str) -> None:
         assert res.target_logits[0].item() == pytest.approx(
             its(torch.tensor([[5, 105]], device=device)).logits[0, -1, 104].item(), abs=1e-5
         )
-
-
-def test_offloaded_and_quantised_weights_are_refused() -> None:
-    meta = models.make("llama").to("meta")
-    with pytest.raises(ModelError, match="offloaded"):
-        bind(meta)
-    packed = models.make("llama")
-    packed.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(
-        torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False
-    )
-    with pytest.raises(ModelError, match=r"down projection of layer 1 .*uint8 .*unquantised"):
-        bind(packed)

@@ -29,10 +29,10 @@ def test_shares_the_gates_of_its_product(name: str, rule: str, dtype: torch.dtyp
     expected = share_hidden(gate, hidden.double(), layout, **call, backend="reference")
     eager = gate_share(operand, weight, hidden, layout, **call, backend="reference").double()
     # where two gates nearly tie, max may choose the other: their product is known to fp32 only
-    error = (out.double() - expected).abs()
-    eps = torch.finfo(dtype).eps
-    bound = 2 * (eager - expected).abs() + 2 * eps * expected.abs() + 3e-5
-    assert (error <= bound).all()
+    off, eps = (eager - expected).abs(), torch.finfo(dtype).eps
+    assert ((out.double() - expected).abs() <= 2 * off + 2 * eps * expected.abs() + 3e-5).all()
+    if dtype == torch.float32:  # eager itself; a CPU's library rounds the gates to bf16
+        assert (off <= 2 * eps * expected.abs() + 3e-5).all()
 
 
 def test_more_sources_than_a_tile_are_refused_by_name(backend: str, device: str) -> None:

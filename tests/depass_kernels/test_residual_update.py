@@ -38,7 +38,10 @@ def test_adds_the_product_and_leaves_the_next_operand(
     magnitude[index] = operand.double().abs() @ weight.double().abs().T + before[index].abs()
     # eager's own error, or fp32's on a sum of this many terms in another order
     tiny = magnitude * torch.finfo(torch.float32).eps * (2 + inner**0.5)
-    assert ((state.double() - expected).abs() <= 2 * (eager.double() - expected).abs() + tiny).all()
+    off = (eager.double() - expected).abs()
+    assert ((state.double() - expected).abs() <= 2 * off + tiny).all()
+    # eager itself: a CPU's library leaves the product in the operand's dtype before it is added
+    assert (off <= magnitude * torch.finfo(dtype).eps + tiny).all()
     # Triton's interpreter cuts bf16 off where everything else rounds it
     assert ((cast.double() - state[index].double()).abs() <= torch.finfo(dtype).eps * state[index].abs()).all()
     untouched = torch.ones(len(state), dtype=torch.bool, device=device)

@@ -156,10 +156,8 @@ def test_max_gives_ties_to_the_first(backend: str, device: str) -> None:
     assert out[:, 0].tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("rule", RULES[:-1])
+@pytest.mark.parametrize("rule", ["softmax", "max", "relu"])  # linear's g - min g is infinite there
 def test_minus_infinity_in_a_whole_block_of_sources_takes_nothing(rule: str, backend: str, device: str) -> None:
-    if rule == "linear":
-        pytest.skip("g - min g is infinite there")
     gate = torch.full((300, 2), -math.inf, device=device)
     gate[[5, 290]] = 1.0
     out = share_hidden(gate, torch.ones(1, 2, device=device), SourceLayout.dense(300, 1), rule=rule, backend=backend)
@@ -203,9 +201,7 @@ def test_agrees_on_random_layouts(
     sources = sorted([0, *(start % positions for start in starts)])
     layout = SourceLayout.from_starts(sources, positions, excluded=len(sources) // 2 if exclude else None)
     call = arguments(layout, columns, torch.float32, device, rule)
-    assert torch.allclose(
-        share_hidden(**call, backend=backend), share_hidden(**call, backend="reference"), rtol=1e-4, atol=1e-6
-    )
+    check(call, share_hidden(**call, backend=backend))
 
 
 @pytest.mark.parametrize(

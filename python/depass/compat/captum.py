@@ -25,6 +25,7 @@ from ..prompt import encode
 from ..result import Attribution
 from ..sources import Spans, token_ranges
 from ..targets import Token, TopK
+from . import check_options
 
 try:
     from captum.attr import Attribution as CaptumAttribution
@@ -43,7 +44,8 @@ class DePassAttribution(CaptumAttribution):
 
     Args:
         dp: the model and how it is decomposed.
-        options: of :meth:`DePass.attribute`: ``start_layer``, ``mlp_rule``, ``temperature``, ``exclude_bos``, ``strict``.
+        options: of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
+            ``exclude_bos``, ``strict``.
 
     Raises:
         OptionError: no :class:`DePass`, or options that its ``attribute`` does not have.
@@ -52,10 +54,7 @@ class DePassAttribution(CaptumAttribution):
     def __init__(self, dp: DePass, **options: Any) -> None:
         if not isinstance(dp, DePass):
             raise OptionError(f"dp must be a DePass, got {type(dp).__name__}; DePass(model, tokenizer) makes one")
-        known = ("start_layer", "stop_layer", "mlp_rule", "temperature", "exclude_bos", "strict")
-        for name in options:
-            if name not in known:
-                raise OptionError(f"DePassAttribution({name}=...): there are {', '.join(known)}")
+        check_options("DePassAttribution", options)
         super().__init__(dp.model)
         self.dp, self.options = dp, options
 

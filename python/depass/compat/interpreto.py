@@ -19,6 +19,7 @@ from ..api import DePass
 from ..errors import DePassError, ModelError, OptionError, PromptError
 from ..result import Attribution
 from ..targets import Token
+from . import check_options
 
 try:
     from interpreto import Granularity
@@ -41,7 +42,8 @@ class DePassExplainer(GenerationAttributionExplainer):
         granularity_aggregation_strategy: how tokens become words or sentences; scores and logits add up, so the default is
             their sum.
         inference_mode: ``InferenceModes.LOGITS``, what DePass adds up to; others are refused.
-        options: of :meth:`DePass.attribute`: ``start_layer``, ``mlp_rule``, ``temperature``, ``exclude_bos``, ``strict``.
+        options: of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
+            ``exclude_bos``, ``strict``.
 
     Attributes:
         results: our own results of the last call, one for each input. They also have what is in no column of interpreto's:
@@ -64,10 +66,7 @@ class DePassExplainer(GenerationAttributionExplainer):
         if inference_mode is not InferenceModes.LOGITS:
             name = getattr(inference_mode, "name", inference_mode)
             raise OptionError(f"inference_mode={name}: DePass adds up to logits; there is only InferenceModes.LOGITS")
-        known = ("start_layer", "stop_layer", "mlp_rule", "temperature", "exclude_bos", "strict")
-        for option in options:
-            if option not in known:
-                raise OptionError(f"DePassExplainer({option}=...): there are {', '.join(known)}")
+        check_options("DePassExplainer", options)
         if tokenizer is None:
             raise ModelError("interpreto's inputs are text: give the model's tokenizer")
         self.dp = DePass(model, tokenizer)

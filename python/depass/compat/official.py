@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from torch import Tensor
 from depass_kernels.backends import RULES
 
 from ..api import DePass
+from ..checks import integer
 from ..components import Custom, Heads, Modules, Neurons
 from ..engine import blame, refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
@@ -212,7 +212,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         head = self._bound.unembedding
         _check_state(attribute_state, (None, None, self._bound.width), "[N, M, D]")
         length = len(attribute_state)
-        if not _is_integer(token_idx) or not -length <= token_idx < length:
+        if not -length <= integer("token_idx", token_idx, TargetError) < length:
             raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
         token = token_id(decode_token_id, None, self._bound)
         scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
@@ -284,8 +284,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         """``[M, N, D]`` to ``[N, M, D]`` after the final norm, whose own bias goes to row 0."""
         norm = self._bound.final_norm
         scale = norm.scale(self.states[-1][0], state.dtype)  # [N]
-        state = state - state.mean(-1, keepdim=True) if norm.kind == "layer" else state
-        state = state * scale[:, None] * norm.gamma(state.dtype).cpu()
+        state = norm.of_parts(state, scale[:, None])
         beta = norm.beta()
         if beta is not None:
             state[0] += beta.to(state)
@@ -389,19 +388,12 @@ def _by_position(state: Tensor) -> Tensor:
     return state.transpose(0, 1).contiguous()
 
 
-def _is_integer(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
-
-
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    if not _is_integer(value) or value < low or (high is not None and value > high):
+    number = integer(name, value, OptionError)
+    if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise OptionError(f"{name}={value!r}: need an integer {bounds}")
-    return operator.index(value)
+        raise OptionError(f"{name}={number}: need an integer {bounds}")
+    return number
 
 
 def _check_options(rule: Any, temperature: Any, ignore: Any, reproduce: Any) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import baselines, masking
+from .. import baselines, cli, masking
 from ..api import DePass
 from ..engine import blame
 from ..errors import DePassError, NonFiniteError
@@ -54,7 +55,7 @@ class Components(Task):
         """``--percent`` and ``--positions``."""
         default = PERCENT[self.part]
         parser.add_argument(
-            "--percent", type=_percent, nargs="+", default=list(default), metavar="X",
+            "--percent", type=partial(cli.fraction, most=100.0), nargs="+", default=list(default), metavar="X",
             help=f"how many of the model's {self.part} are masked (default: {' '.join(f'{x:g}' for x in default)})",
         )  # fmt: skip
         parser.add_argument(
@@ -162,16 +163,6 @@ class Components(Task):
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         return summary.save(figure, folder / f"{self.part}.png")
-
-
-def _percent(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage: a number over 0 and up to 100")
-    return number
 
 
 def _ascending(accuracy: Tensor, options: argparse.Namespace) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .. import lockstep
 from ..api import DePass
 
 _TOKENS, _PROMPTS = 4096, 256  # of one pass; every prompt has a row of the whole vocabulary
@@ -28,7 +29,7 @@ def next_tokens(dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[
         ``[B]`` fp32 probabilities of the answers as the next token, and ``[B]`` the most likely next tokens' ids.
     """
     probabilities, tops = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
-    for batch in batches([len(ids) for ids in prompts]):
+    for batch in batches(prompts):
         logits = _logits(dp, [prompts[i] for i in batch])  # [b, V]
         asked = torch.tensor([answers[i] for i in batch], device=logits.device)
         chosen = logits.gather(1, asked[:, None])[:, 0] - logits.logsumexp(1)
@@ -52,7 +53,7 @@ def continuations(
     """
     found, tops = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
     whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    for batch in batches([len(ids) for ids in whole]):
+    for batch in batches(whole):
         stream = _stream(dp, [whole[i] for i in batch])
         for row, i in enumerate(batch):
             logits = _head(dp, stream[row, len(prompts[i]) - 1 : len(whole[i])])  # [answer, V]
@@ -62,23 +63,9 @@ def continuations(
     return found, tops
 
 
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+def batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """The indices of prompts that go together in one pass, those of like length with each other."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == _PROMPTS or lengths[index] * (len(batch) + 1) > _TOKENS):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def padded(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Prompts as ``[B, T]`` ids, padded on the right, where causal attention does not see it, on the model's device."""
-    longest = max(map(len, prompts))
-    device = dp._bound.input_device
-    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device=device)
+    return lockstep.batches([len(ids) for ids in prompts], _TOKENS, prompts=_PROMPTS)
 
 
 def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -90,10 +77,7 @@ def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def _stream(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
     """``[B, T, D]`` after the final norm."""
-    stream: Tensor = dp._bound.backbone(
-        input_ids=padded(dp, prompts), use_cache=False, return_dict=True
-    ).last_hidden_state
-    return stream
+    return lockstep.normed(dp._bound, input_ids=lockstep.padded(prompts).to(dp._bound.input_device))
 
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..api import DePass
 from ..components import Subspace, check_layer, decompose_components
 from ..errors import DePassError
-from ..families import Norm
 from ..prompt import Prompt, encode
 from . import data, probes, summary
 from .probes import Probe
@@ -204,16 +203,9 @@ def final_parts(dp: DePass, prompts: Sequence[Prompt], specs: Sequence[Sequence[
         parts = [done.normed[at : at + 1]]
         for staircase in range(i * len(specs[0]), (i + 1) * len(specs[0])):
             rows = done.propagation.rows_at(staircase, len(prompt.ids) - 1)[-2:]  # rest, inside; before them a bias row
-            parts.append(_normed(rows.flip(0), done.stream[at].to(rows.device), norm))
+            parts.append(norm.of_parts(rows.flip(0), norm.scale(done.stream[at].to(rows.device), rows.dtype)))
         found.append(torch.cat([part.float().cpu() for part in parts]))
     return torch.stack(found)
-
-
-def _normed(parts: Tensor, stream: Tensor, norm: Norm) -> Tensor:
-    """Parts ``[M, D]`` of a stream after a norm with the frozen scale of the whole ``[D]``; its ``β`` is in none."""
-    if norm.kind == "layer":
-        parts = parts - parts.mean(-1, keepdim=True)
-    return parts * norm.gamma(parts.dtype).to(parts.device) * norm.scale(stream, parts.dtype)
 
 
 def _measure(dp: DePass, prepared: Prepared, case: Case) -> Row:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import lockstep
 from ..api import DePass
 from ..engine import blame, refuse_dropout
 from ..errors import DataError, DePassError, NonFiniteError
@@ -125,11 +126,12 @@ def streams(
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
     found = torch.empty(len(layers), begins[-1], bound.width)
-    for batch in forward.batches([len(ids) for ids in prompts]):
-        ids = forward.padded(dp, [prompts[i] for i in batch])
-        states = bound.backbone(
-            input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
-        ).hidden_states
+    for batch in forward.batches(prompts):
+        ids = lockstep.padded([prompts[i] for i in batch]).to(bound.input_device)
+        with lockstep.running:
+            states = bound.backbone(
+                input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
+            ).hidden_states
         for row, i in enumerate(batch):
             for at, layer in enumerate(layers):
                 found[at, begins[i] : begins[i + 1]] = states[layer][row, list(positions[i])].float().cpu()

@@ -154,13 +154,9 @@ def _read(path: Path) -> dict[str, Row]:
 # The report.
 
 
-def _report(
-    task: Task, rows: Sequence[Row], described: dict[str, Any], options: argparse.Namespace, folder: Path
-) -> Path:
+def _report(task: Task, rows: Sequence[Row], said: dict[str, Any], options: argparse.Namespace, folder: Path) -> Path:
     good = [row for row in rows if row["status"] == "ok"]
-    text = "\n\n".join(
-        [f"# {task.name}: {task.help}", _head(described), counts(rows), task.report(good, options, folder)]
-    )
+    text = "\n\n".join([f"# {task.name}: {task.help}", _head(said), counts(rows), task.report(good, options, folder)])
     path = folder / "report.md"
     write_atomically(path, (text.rstrip() + "\n").encode())
     return path
@@ -178,13 +174,13 @@ def counts(rows: Sequence[Row]) -> str:
     return "\n".join([said, "", *lines]).rstrip()
 
 
-def _head(described: dict[str, Any]) -> str:
+def _head(said: dict[str, Any]) -> str:
     """Settings, when, with what, and how long the sessions took that were not stopped."""
-    shown = [f"{name} `{value}`" for name, value in described["settings"].items() if value is not None]
-    sessions = described["sessions"]
+    shown = [f"{name} `{value}`" for name, value in said["settings"].items() if value is not None]
+    sessions = said["sessions"]
     last = {name: value for name, value in sessions[-1].items() if value is not None}
-    took = sum(session["seconds"] or 0.0 for session in sessions)
-    stopped = sum(session["seconds"] is None for session in sessions)
+    took = sum(one["seconds"] or 0.0 for one in sessions)
+    stopped = sum(one["seconds"] is None for one in sessions)
     made = [f"{name} {value}" for name, value in last.items() if name not in ("date", "seconds")]
     besides = f" and {stopped} sessions that were stopped" if stopped else ""
     return f"{', '.join(shown)}.\n\n{last['date']}: {took:.0f} s{besides}; {', '.join(made)}."

@@ -33,14 +33,14 @@ class Mean(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def mean(values: Sequence[float], seed: int, confidence: float = 0.95) -> Mean:
-    """The mean, and its percentile bootstrap interval over :data:`RESAMPLES` resamples of the values, from a seed."""
+def mean(values: Sequence[float], seed: int) -> Mean:
+    """The mean, and its 95 % percentile bootstrap interval over :data:`RESAMPLES` resamples of the values, from a seed."""
     sample = torch.tensor(values, dtype=torch.float64)
     chance = torch.Generator().manual_seed(seed)
     means = torch.stack(
         [sample[torch.randint(len(sample), (len(sample),), generator=chance)].mean() for _ in range(RESAMPLES)]
     )
-    low, high = means.quantile(torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)).tolist()
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Mean(float(sample.mean()), low, high)
 
 

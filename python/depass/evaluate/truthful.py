@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import cli
 from ..api import DePass
 from ..errors import DePassError, PromptError
 from ..prompt import Prompt, encode
@@ -40,7 +41,6 @@ ANSWER_HELP = (
     "the mean log-probabilities of their texts' tokens"
 )
 POSITIONS = 2000  # most of either label that a probe is fitted on and judged by: more take saga longer
-MASKS = ("probe", "DePass", "random")  # what chooses the tokens to delete
 CONDITIONS = {
     "no information": "without the line",
     "correct information": "with a true line",
@@ -100,14 +100,14 @@ class Truthful(Task):
         add("--held-out", metavar="FILE", required=True, help="the same, to choose the layer by")
         add(
             "--last",
-            type=_count,
+            type=cli.positive,
             metavar="N",
             help="read the last N positions of statements (default: all, as published)",
         )
         add("--answer", choices=("letter", "text"), default="letter", help=ANSWER_HELP)
         add(
             "--masked",
-            type=_share,
+            type=cli.fraction,
             default=0.5,
             metavar="X",
             help="share of the line's tokens to delete (default: 0.5)",
@@ -293,7 +293,7 @@ def _measure(
         true, scores = found
         count = max(1, round(options.masked * len(question.line)))
         chance = torch.Generator().manual_seed(zlib.crc32(f"{options.seed}:{question.item.id}".encode()))
-        orders = (true, scores, torch.rand(len(question.line), generator=chance))  # as in MASKS
+        orders = (true, scores, torch.rand(len(question.line), generator=chance))  # by the probe, by DePass, at random
         asked += [list(question.plain.ids), list(question.correct.ids), list(question.wrong.ids)]
         asked += [without(question.wrong.ids, lowest(order, question.line, count)) for order in orders]
         kept.append((question, count))
@@ -321,22 +321,6 @@ def lowest(order: Tensor, positions: Sequence[int], count: int) -> set[int]:
 def without(ids: Sequence[int], positions: set[int]) -> list[int]:
     """A prompt's ids without those at some positions."""
     return [token for t, token in enumerate(ids) if t not in positions]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of positions, from 1")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share above 0, up to 1")
-    return share
 
 
 # The report.
