@@ -67,23 +67,21 @@ class SourceLayout:
             raise LayoutError(f"a layout needs at least one position, got positions={positions}")
         if not starts:
             raise LayoutError("a layout needs at least one source, got starts=[]")
-        start = torch.as_tensor(starts, dtype=torch.int64)
+        start = torch.as_tensor(starts, dtype=torch.int64, device="cpu")
         if bool((start[1:] < start[:-1]).any()):
             raise LayoutError(f"starts must be sorted, got {list(starts)}; sort the sources by their first position")
         if int(start[0]) != 0:
             raise LayoutError(f"some source must start at position 0, the first start is {int(start[0])}")
         if int(start[-1]) >= positions:
             raise LayoutError(f"start {int(start[-1])} is outside of the {positions} positions (0 to {positions - 1})")
-        where = torch.arange(positions)
+        where = torch.arange(positions, device="cpu")
         counts = torch.searchsorted(start, where, right=True)  # [N]
-        skipped = torch.full((positions,), -1, dtype=torch.int64)
+        skipped = torch.full((positions,), -1, dtype=torch.int64, device="cpu")
         if excluded is not None:
             if not 0 <= excluded < len(start):
                 raise LayoutError(f"excluded={excluded} is no source, there are {len(start)} (0 to {len(start) - 1})")
             skipped[(where > start[excluded]) & (counts > 1)] = excluded
-        return SourceLayout(
-            _cumulative(counts), torch.tensor([0, positions]), torch.zeros(1, dtype=torch.int64), skipped
-        )
+        return SourceLayout(_cumulative(counts), _int64([0, positions]), _int64([0]), skipped)
 
     @staticmethod
     def tokens(positions: int, always: int = 0, excluded: int | None = None) -> SourceLayout:
@@ -113,7 +111,7 @@ class SourceLayout:
         elif len(prompt) != len(lengths):
             raise LayoutError(f"prompt names {len(prompt)} staircases, the joined layouts have {len(lengths)}")
         skipped = torch.cat([layout.skipped for layout in layouts])
-        return SourceLayout(_cumulative(counts), _cumulative(lengths), torch.tensor(list(prompt)), skipped)
+        return SourceLayout(_cumulative(counts), _cumulative(lengths), _int64(list(prompt)), skipped)
 
     @cached_property
     def rows(self) -> int:
@@ -169,10 +167,11 @@ class SourceLayout:
         found, position_start, counts = [], self.position_start.tolist(), self.counts.cpu()
         for staircase in range(self.staircases):
             count = counts[position_start[staircase] : position_start[staircase + 1]]  # [N]
-            source = torch.arange(0, int(count.max()), sources)
+            source = torch.arange(0, int(count.max()), sources, device="cpu")
             start = torch.searchsorted(count, source, right=True)  # the first position with more sources than that
-            query = torch.arange(0, len(count), queries)
-            s, q = (index.flatten() for index in torch.meshgrid(torch.arange(len(source)), query, indexing="ij"))
+            query = torch.arange(0, len(count), queries, device="cpu")
+            number = torch.arange(len(source), device="cpu")
+            s, q = (index.flatten() for index in torch.meshgrid(number, query, indexing="ij"))
             last = (q + queries).clamp(max=len(count))
             tile = torch.stack([torch.full_like(q, staircase), source[s], q, start[s], last - start[s]], dim=1)
             found.append(tile[last > start[s]])
@@ -200,9 +199,7 @@ class SourceLayout:
         part of several and is meant for sharing, not for mixing.
         """
         row_start = self.row_start[first : last + 1] - self.row_start[first]
-        return SourceLayout(
-            row_start, torch.tensor([0, last - first]), torch.zeros(1, dtype=torch.int64), self.skipped[first:last]
-        )
+        return SourceLayout(row_start, _int64([0, last - first]), _int64([0]), self.skipped[first:last])
 
     def select_positions(self, positions: Sequence[Tensor]) -> tuple[SourceLayout, Tensor]:
         """Some positions of every staircase, as a layout, and their rows here. Meant for sharing, not for mixing.
@@ -217,8 +214,8 @@ class SourceLayout:
         counts = self.counts[where]
         row_start = _cumulative(counts)
         offset = self.row_start[where] - row_start[:-1]
-        rows = torch.arange(int(row_start[-1])) + offset.repeat_interleave(counts)
-        lengths = torch.tensor([len(some) for some in positions])
+        rows = torch.arange(int(row_start[-1]), device="cpu") + offset.repeat_interleave(counts)
+        lengths = _int64([len(some) for some in positions])
         return SourceLayout(row_start, _cumulative(lengths), self.prompt, self.skipped[where]), rows
 
     def slice_sources(self, first: int, last: int) -> tuple[SourceLayout, Tensor]:
@@ -256,6 +253,10 @@ class SourceLayout:
             if last == self.positions or starts[last + 1] - starts[first] > max_rows:
                 yield first, last
                 first = last
+
+
+def _int64(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the caller's default device is
 
 
 def _cumulative(counts: Tensor) -> Tensor:

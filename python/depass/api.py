@@ -57,7 +57,7 @@ class States:
         if integer("layer", layer, OptionError) not in self.rows:
             raise OptionError(f"layer {layer} was not kept; there are {sorted(self.rows)}")
         rows, layout = self.rows[layer], self.layout
-        active = torch.arange(len(self.sources)) < layout.counts[:, None]  # [N, M]
+        active = torch.arange(len(self.sources), device="cpu") < layout.counts[:, None]  # [N, M]
         full = rows.new_zeros(layout.positions, len(self.sources), rows.shape[1])
         full[active] = rows
         return full.transpose(0, 1)
@@ -106,6 +106,8 @@ class DePass:
         self.mlp_rule, self.temperature, self.exclude_bos = mlp_rule, temperature, exclude_bos
         self.backend, self.workspace_bytes = backend, workspace_bytes
         self._bound = bind(model, family)
+        if not (tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decode", "bos_token_id"))):
+            raise OptionError(f"tokenizer must be one of transformers, or None, got {type(tokenizer).__name__}")
         if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
         self._sharing(mlp_rule, temperature)
@@ -468,6 +470,8 @@ class DePass:
             OptionError: sources or sizes that there are not.
         """
         bound = self._bound
+        if budget_bytes is not None and integer("budget_bytes", budget_bytes, OptionError) < 1:
+            raise OptionError(f"budget_bytes must be positive, got {budget_bytes}")
         budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes
         rate = plans.measured_rate(bound, bound.device) if measure else None
         return plans.make(bound, tokens, sources, bound.device, budget, self.workspace_bytes, rate)
@@ -537,7 +541,7 @@ class DePass:
             device = torch.device(given)
             if device.type not in ("cpu", "cuda"):
                 raise TypeError
-            torch.empty(0, device=device)
+            device = torch.empty(0, device=device).device  # with the number of the one that is meant
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of a device that it does not have
             raise OptionError(f"stream_to={given!r} is no device of this machine") from error
         if devices != {torch.device("cpu")} or self._bound.is_quantized:

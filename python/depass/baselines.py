@@ -196,7 +196,7 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
 
 def _attribution(dp: DePass, name: str, case: _Case, scores: Tensor) -> Attribution:
     _must_be_finite(dp._bound, float(scores.abs().max()), f"a score by {name}")
-    logits = torch.tensor([readout.logit for readout in case.readouts], dtype=torch.float64).float()
+    logits = torch.tensor([readout.logit for readout in case.readouts], dtype=torch.float64, device="cpu").float()
     return Attribution(
         scores=scores.float(),
         sources=tuple(Source(token, "token", t, t + 1) for t, token in enumerate(case.prompt.tokens)),
@@ -214,7 +214,7 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
     (case,) = _clean(dp, [_case(dp, prompt, target)])
     scores: Tensor = method(bound, case, seed)  # [targets, layers, C]
     _must_be_finite(bound, float(scores.abs().max()), f"a score by {name}")
-    nothing = torch.full(scores.shape[:2], math.nan)
+    nothing = scores.new_full(scores.shape[:2], math.nan)
     return Sweep(
         scores=scores.float(),
         rest=nothing,
@@ -223,7 +223,9 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
         columns=tuple(range(count)),
         kind=kind,
         targets=tuple(readout.target for readout in case.readouts),
-        target_logits=torch.tensor([readout.logit for readout in case.readouts], dtype=torch.float64).float(),
+        target_logits=torch.tensor(
+            [readout.logit for readout in case.readouts], dtype=torch.float64, device="cpu"
+        ).float(),
         conservation_error=nothing.clone(),
         prompt=case.prompt,
         settings=_settings(dp, name),
@@ -280,7 +282,7 @@ def _by_gradients(
         cases: the prompts.
         seed: for ``points``.
     """
-    found: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids)) for case in cases]
+    found: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
     for some in lockstep.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
         longest = max(len(cases[i].prompt.ids) for i in some)
         at, by = zip(*(points(cases[i], _embedded(bound, cases[i]), seed) for i in some), strict=True)
@@ -326,8 +328,8 @@ def _on_the_line(steps: int, _: _Case, embedded: Tensor, __: int) -> tuple[Tenso
 def _around_the_line(case: _Case, embedded: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Random points of lines from zero to embeddings with noise."""
     generator = case.generator(seed)
-    noise = torch.randn(_SHAP_SAMPLES, *embedded.shape, generator=generator)
-    share = torch.rand(_SHAP_SAMPLES, 1, 1, generator=generator)
+    noise = torch.randn(_SHAP_SAMPLES, *embedded.shape, generator=generator, device="cpu")
+    share = torch.rand(_SHAP_SAMPLES, 1, 1, generator=generator, device="cpu")
     noisy = embedded + (_SHAP_NOISE * float(embedded.float().std()) * noise).to(embedded)
     return share.to(embedded) * noisy, noisy
 
@@ -381,7 +383,7 @@ def _rollout(patterns: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Tensor]:
     """Scores ``[targets, N]``; a prompt's tokens behind the target's position have none."""
-    found = [torch.zeros(len(case.readouts), len(case.prompt.ids)) for case in cases]
+    found = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
     without: list[tuple[int, int, int]] = []  # case, the target's position, the token that is left out
     for i, case in enumerate(cases):
         for q in sorted({readout.target.position for readout in case.readouts}):
@@ -404,7 +406,11 @@ def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Te
 
 
 def _random_tokens(_: BoundModel, cases: Sequence[_Case], seed: int) -> list[Tensor]:
-    return [torch.randn(len(case.readouts), len(case.prompt.ids), generator=case.generator(seed)) for case in cases]
+    shapes = [(len(case.readouts), len(case.prompt.ids)) for case in cases]
+    return [
+        torch.randn(shape, generator=case.generator(seed), device="cpu")
+        for shape, case in zip(shapes, cases, strict=True)
+    ]
 
 
 TOKENS: dict[str, Callable[[BoundModel, Sequence[_Case], int], list[Tensor]]] = {
@@ -497,7 +503,7 @@ def _output_norms(bound: BoundModel, case: _Case, seed: int) -> Tensor:
 
 def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:
     shape = (len(case.readouts), len(bound.layers), width(bound, kind))
-    return torch.randn(shape, generator=case.generator(seed))
+    return torch.randn(shape, generator=case.generator(seed), device="cpu")
 
 
 HEADS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {

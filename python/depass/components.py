@@ -8,7 +8,7 @@ stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -148,6 +148,7 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
         SourceError: heads, neurons, positions or shapes that do not fit.
     """
     layer = check_layer(spec, bound)
+    spec = replace(spec, layer=layer)
     made = _MAKERS[type(spec)](spec, length, bound)
     positions = _indices(_named("positions", spec), getattr(spec, "positions", None), length, negative=True)
     first = positions[0]

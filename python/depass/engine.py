@@ -144,6 +144,7 @@ class Engine:
         """
         refuse_dropout(self.bound)
         blocks = workspace(self.workspace_bytes, self.bound.device)
+        fewer = max(1, blocks // 8)
         try:
             return self._run(prompts, joining, options, self.workspace_bytes, progress, keep, read, recordings)
         except (RuntimeError, MemoryError) as error:
@@ -152,18 +153,18 @@ class Engine:
                 raise
         # out of the handler, so that the error no longer holds what did fit
         warnings.warn(
-            f"out of memory, asked for {shown(asked)}; once more with blocks of {shown(blocks // 8)} instead of "
+            f"out of memory, asked for {shown(asked)}; once more with blocks of {shown(fewer)} instead of "
             f"{shown(blocks)} (workspace_bytes=)", MemoryLimitWarning, stacklevel=5,
         )  # fmt: skip
         if self.bound.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            return self._run(prompts, joining, options, blocks // 8, progress, keep, read, None)
+            return self._run(prompts, joining, options, fewer, progress, keep, read, None)
         except (RuntimeError, MemoryError) as error:
             if asked_bytes(error) is None or isinstance(error, DePassError):
                 raise
             raise MemoryLimitError(
-                f"out of memory twice, with blocks of {shown(blocks)} and of {shown(blocks // 8)}: "
+                f"out of memory twice, with blocks of {shown(blocks)} and of {shown(fewer)}: "
                 f"{self._needed(prompts, joining)}"
             ) from error
 
@@ -199,11 +200,12 @@ class Engine:
         def on_layer(index: int, trace: lockstep.Trace) -> None:
             device = bound.layers[index].device  # a model may be spread over several
             trace = trace.map(lambda tensor: tensor.to(device))
-            join(index, "start", trace)
-            if keep is not None and going.layout is not None:
-                keep(index, going, trace.stream)
-            going.step(index, trace, lambda: join(index, "middle", trace), read if index == layers[-1] else None)
-            join(index, "end", trace)
+            with _as_it_is(device):
+                join(index, "start", trace)
+                if keep is not None and going.layout is not None:
+                    keep(index, going, trace.stream)
+                going.step(index, trace, lambda: join(index, "middle", trace), read if index == layers[-1] else None)
+                join(index, "end", trace)
             if progress is not None:
                 progress(index - layers.start + 1, len(layers))
 
@@ -216,7 +218,8 @@ class Engine:
             norm = bound.final_norm.module
             normed = norm(stream[None].to(device_of(norm)))[0]
         if keep is not None:
-            keep(options.stop, going, stream)
+            with _as_it_is(stream.device):
+                keep(options.stop, going, stream)
         return Pass(going, stream, normed)
 
     def _needed(self, prompts: Sequence[Prompt], joining: Sequence[tuple[Decomposition, int]]) -> str:
@@ -244,9 +247,10 @@ class Engine:
 
         joining = [(case.parts, i) for i, case in enumerate(cases)]
         last = [[one.position for one in case.asked] for case in cases]
-        done = self.run([case.prompt for case in cases], joining, options, progress, read, last, self.recordings)
-        logits = self._logits([case.asked for case in cases], done)
-        found = [self._result(i, case, options, done, logits, probes) for i, case in enumerate(cases)]
+        with lockstep.running:  # also while weights are read: another thread's pass may have them elsewhere
+            done = self.run([case.prompt for case in cases], joining, options, progress, read, last, self.recordings)
+            logits = self._logits([case.asked for case in cases], done)
+            found = [self._result(i, case, options, done, logits, probes) for i, case in enumerate(cases)]
         if self.recordings is not None:
             self.recordings.give_back(done.propagation)
         return found
@@ -273,16 +277,17 @@ class Engine:
 
             flat = [one for layer in group for one in layer]
             last = [[one.position for one in asked]] * len(flat)
-            done = self.run([prompt], [(one, 0) for one in flat], options, told, read=last)
-            began += options.stop - flat[0].layer
-            if not readouts:
-                logits = self._logits([asked], done)
-                readouts = [made for one in asked for made in self._readouts(one, one.position, done, logits)]
-                for readout in readouts:
-                    self._must_be_finite(readout.target, readout.logit)
-            for index, one in enumerate(flat):
-                of_one = [self._score(done, index, 0, readout, len(one.sources)) for readout in readouts]
-                rows.append(torch.stack(of_one))
+            with lockstep.running:  # as in attribute
+                done = self.run([prompt], [(one, 0) for one in flat], options, told, read=last)
+                began += options.stop - flat[0].layer
+                if not readouts:
+                    logits = self._logits([asked], done)
+                    readouts = [made for one in asked for made in self._readouts(one, one.position, done, logits)]
+                    for readout in readouts:
+                        self._must_be_finite(readout.target, readout.logit)
+                for index, one in enumerate(flat):
+                    of_one = [self._score(done, index, 0, readout, len(one.sources)) for readout in readouts]
+                    rows.append(torch.stack(of_one))
             for op, names in done.propagation.served.items():
                 served.setdefault(op, set()).update(names)
             del done  # its state makes room for the next group's
@@ -292,7 +297,7 @@ class Engine:
         named = torch.stack([row[:, first:] for row, first in zip(rows, always, strict=True)], 1)  # [T, L·per, C]
         rest = torch.stack([row[:, first - 1] for row, first in zip(rows, always, strict=True)], 1)
         bias = torch.stack([row[:, : first - 1].sum(1) for row, first in zip(rows, always, strict=True)], 1)
-        logits_of = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64)
+        logits_of = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu")
         error = conservation_error(torch.stack(rows, 1), logits_of[:, None])
         if not all(bool(row.isfinite().all()) for row in rows):
             raise NonFiniteError(f"scores are not finite; {blame(self.bound)}")
@@ -348,7 +353,7 @@ class Engine:
                 row = self._score(done, index, index, readout, len(case.parts.sources))
                 found.append((readout.target, row, readout.logit))
         scores = torch.stack([row for _, row, _ in found])
-        own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64)
+        own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
         try:
             for target, _, logit in found:
                 self._must_be_finite(target, logit)
@@ -373,7 +378,8 @@ class Engine:
         w = readout.w.to(rows.device)
         folded = norm.fold(w[None].to(device_of(norm.module)))[0].to(rows.device)  # [D]
         scale = norm.scale(done.stream[done.propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
-        scores = (rows @ folded * scale).cpu()
+        with _as_it_is(rows.device):
+            scores = (rows @ folded * scale).cpu()
         if self.bound.has_bias:
             beta = norm.beta()
             scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
@@ -396,6 +402,11 @@ class Engine:
             stop_layer=options.stop,
             backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
         )
+
+
+def _as_it_is(device: torch.device) -> torch.autocast:
+    """Within it our own products keep their dtype; a caller's autocast holds of the model's pass alone."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:

@@ -237,6 +237,11 @@ class BoundModel:
     stream_to: torch.device | None = None  # where the layers work whose weights stay elsewhere
 
     @property
+    def widest_layer(self) -> Layer:
+        """The layer with the most neurons: blocks that hold its gates hold every layer's."""
+        return max(self.layers, key=lambda layer: layer.gate.shape[0])
+
+    @property
     def head(self) -> Any:
         """The unembedding, looked up anew: it is another module after ``resize_token_embeddings``."""
         return self.model.get_output_embeddings()
@@ -374,13 +379,25 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
         raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
     if getattr(text, "add_cross_attention", False):
         raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
+    if getattr(text, "use_bidirectional_attention", False):
+        raise ModelError(f"{name} looks ahead (use_bidirectional_attention); DePass needs causal attention")
     heads: int = text.num_attention_heads
     backbone: Any = model.get_submodule(family.backbone)
     blocks = list(backbone.get_submodule(family.layers))
+    if len(set(map(id, blocks))) < len(blocks):
+        raise ModelError(f"{name} uses one module for several layers; DePass needs a module for each")
     if not empty:
         _refuse_unreadable(blocks, head, family, config, name)
     layers = tuple(_bind_layer(layer, family, heads) for layer in blocks)
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
+    norms = [getattr(layer, f.name) for layer in layers for f in fields(layer) if f.name.endswith("_norm")]
+    for module in [norm.module for norm in (*norms, final_norm) if norm is not None]:
+        if getattr(module, "weight", None) is None or not (
+            hasattr(module, "eps") or hasattr(module, "variance_epsilon")
+        ):
+            raise ModelError(
+                f"a norm of {name} ({type(module).__name__}) has no weight or no eps; no family describes that"
+            )
     biased = any(layer.has_bias() for layer in layers)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return BoundModel(
@@ -442,6 +459,7 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
         devices = set()
         for part in ("value", "output", "gate", "down"):
             module = block.get_submodule(getattr(family, part))
+            _refuse_adapter(module, f"the {part} projection of layer {index} of {name}")
             if not weights.is_readable(module):
                 said = _said_of(module, config)
                 raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
@@ -449,8 +467,15 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
         if len(devices) > 1:
             where = " and ".join(sorted(devices))
             raise ModelError(f"layer {index} of {name} lies on {where}; give each layer one device in the device_map")
+    _refuse_adapter(head, f"the head of {name}")
     if not weights.is_readable(head):
         raise ModelError(f"the head of {name} holds {_said_of(head, config)}; {_LOAD_DENSE}")
+
+
+def _refuse_adapter(module: Any, which: str) -> None:
+    """Raise a ModelError where an adapter adds to a module's output, which its weight does not say."""
+    if hasattr(module, "base_layer"):
+        raise ModelError(f"{which} has an adapter ({type(module).__name__}); merge it first: model.merge_and_unload()")
 
 
 def _said_of(module: Any, config: Any) -> str:

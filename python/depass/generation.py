@@ -100,16 +100,19 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
     if config.pad_token_id is None:  # nothing is padded, but generate warns without one
         sampling = {"pad_token_id": 0, **sampling}
     ids = torch.tensor([prompt.ids], device=bound.input_device)
+    from . import lockstep  # not above: to look at a saved generation needs no model
+
     try:
-        made = bound.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=False,
-            **sampling,
-        )
+        with lockstep.running:  # another thread's hooks would take these passes for their own
+            made = bound.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=False,
+                **sampling,
+            )
     except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
-        from .memory import asked_bytes  # not above: to look at a saved generation needs no model
+        from .memory import asked_bytes
 
         if asked_bytes(error) is not None:
             raise MemoryLimitError(

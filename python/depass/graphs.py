@@ -11,7 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -108,7 +108,11 @@ class RecordedPropagation(Propagation):
         super().step(index, trace)  # compiles kernels and fills caches, which a recording cannot do
         if "reference" not in self.served["mix_values"] | self.served["share_hidden"]:
             buffers = replace(trace, mixed=None, after=None).map(torch.clone)
-            replay = self._record(lambda: self._step(index, buffers), self._pool)
+            device = trace.stream.device
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            ):  # where the stream is that records
+                replay = self._record(lambda: self._step(index, buffers), self._pool)
             self._recordings[index] = _Recording(buffers, weights, replay)
 
 

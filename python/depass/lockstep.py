@@ -24,6 +24,7 @@ from .families import BoundModel, Layer, Norm
 from .streaming import streamed
 
 ATTENTION = "depass"
+NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")  # of a families.Layer
 
 
 @dataclass
@@ -84,7 +85,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
     """Prompts as ids ``[B, T]``, padded on the right, where causal attention does not see it."""
     longest = max(map(len, prompts))
-    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts])
+    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device="cpu")
 
 
 def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | None = None) -> Iterator[list[int]]:
@@ -154,13 +155,14 @@ def run(
     ids = padded(prompts)
     pack = _packer([len(prompt) for prompt in prompts])
     last: list[Tensor] = []
+    busy: list[int] = []  # the layer whose trace is being looked at
     with running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model
         if _traces:
             raise ModelError("an attribution is already at work in this thread; start another one after it")
         stack.enter_context(eager_with_patterns(bound))
         for index in layers:
             final = last if index == layers[-1] else None
-            _hook_layer(stack, bound, index, on_layer, pack, with_gate_total, final)
+            _hook_layer(stack, bound, index, on_layer, pack, with_gate_total, final, busy)
         if bound.stream_to is not None:
             stack.enter_context(streamed(bound, bound.stream_to))
         output = bound.backbone(
@@ -172,7 +174,7 @@ def run(
 def _packer(lengths: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """What turns padded ``[B, T, ...]`` or ``[B·T, ...]`` into packed ``[P, ...]``."""
     longest = max(lengths)
-    where = torch.cat([b * longest + torch.arange(length) for b, length in enumerate(lengths)])
+    where = torch.cat([b * longest + torch.arange(length, device="cpu") for b, length in enumerate(lengths)])
     moved: dict[torch.device, Tensor] = {}
 
     def pack(padded: Tensor) -> Tensor:
@@ -194,11 +196,16 @@ def _hook_layer(
     pack: Callable[[Tensor], Tensor],
     with_gate_total: bool,
     last: list[Tensor] | None,
+    busy: list[int],
 ) -> None:
     layer: Layer = bound.layers[index]
     open_trace: list[Trace] = []  # empty, or the one trace of the layer at work
 
     def begin(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        if busy:
+            raise ModelError(
+                f"{bound.name} is run by what is called after layer {busy[0]}; run it after the attribution"
+            )
         stream = args[0] if args else kwargs["hidden_states"]
         open_trace[:] = [Trace(pack(stream))]
 
@@ -225,8 +232,15 @@ def _hook_layer(
             )
         if trace.hidden is None:
             raise ModelError(f"{bound.name}: the down projection of layer {index} did not run")
+        silent = [name for name in NORMS if getattr(layer, name) is not None and name not in trace.scales]
+        if silent:
+            raise ModelError(f"{bound.name}: the {silent[0]} of layer {index} did not run")
         trace.after = pack(output[0] if isinstance(output, tuple) else output)
-        on_layer(index, trace)
+        busy.append(index)
+        try:
+            on_layer(index, trace)
+        finally:
+            busy.pop()
         if last is not None:
             last.append(trace.after)
 
@@ -239,7 +253,7 @@ def _hook_layer(
     stack.callback(layer.module.register_forward_hook(end).remove)
     stack.callback(layer.output.module.register_forward_pre_hook(mixed).remove)
     stack.callback(layer.down.module.register_forward_pre_hook(hidden).remove)
-    for name in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
+    for name in NORMS:
         bound_norm = getattr(layer, name)
         if bound_norm is not None:
             stack.callback(bound_norm.module.register_forward_pre_hook(norm(name, bound_norm)).remove)

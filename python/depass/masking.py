@@ -122,7 +122,7 @@ def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:
         return masked
     if not isinstance(masked, Mapping):
         raise OptionError(f"masked must be a dict from layers to {kind}, or a bool tensor, got {type(masked).__name__}")
-    made = torch.zeros(1, depth, count, dtype=torch.bool)
+    made = torch.zeros(1, depth, count, dtype=torch.bool, device="cpu")
     for layer, numbers in masked.items():
         if not 0 <= integer("a layer of masked", layer, OptionError) < depth:
             raise OptionError(f"masked: layer {layer} is out of range, {bound.name} has {depth}")

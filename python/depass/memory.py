@@ -46,7 +46,7 @@ def needs(
 
     From shapes alone: no weight is read.
     """
-    layer = bound.layers[0]
+    layer = bound.widest_layer
     (neurons, width), values, heads = layer.gate.shape, layer.value.shape[0], layer.output.shape[1]
     number, product, own = (d.itemsize for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
     attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
@@ -76,6 +76,7 @@ def room(bound: BoundModel) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on a device: the least of what is free and what its limits leave."""
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
         free, there = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         allowed = int(there * torch.cuda.get_per_process_memory_fraction(device)) - reserved
@@ -89,8 +90,9 @@ def asked_bytes(error: BaseException) -> int | None:
     said = str(error)
     if match := re.search(r"tried to allocate ([\d.]+)(?: (bytes)| ([KMGT]iB))", said, re.IGNORECASE):
         return int(float(match[1]) * UNITS[(match[3] or "").upper().removesuffix("B")])
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return 0 if memory or re.search(r"out of memory|cannot allocate memory|bad_alloc", said, re.IGNORECASE) else None
+    words = r"out of memory|cannot allocate memory|bad_alloc|_ALLOC_FAILED"
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, said, re.IGNORECASE)
+    return 0 if memory else None
 
 
 def shown(count: int) -> str:

@@ -44,12 +44,14 @@ class Prompt:
     special: frozenset[int] = frozenset()
 
     def segments(self, unit: str) -> list[tuple[int, int]]:
-        """Half-open token ranges of the prompt's words or sentences; a special token is one of its own.
+        """Half-open token ranges of the prompt's tokens, words or sentences; a special token is one of its own.
 
         Raises:
             SourceError: an unknown unit, or a prompt without text.
         """
         check_unit(unit)
+        if unit == "token":
+            return [(t, t + 1) for t in range(len(self.ids))]
         if self.text is None:
             raise SourceError(f"{unit}s need text: the prompt was given as ids and there is no tokenizer")
         # each begins with the space before it, where the one before ends

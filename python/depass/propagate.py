@@ -66,10 +66,11 @@ class Propagation:
     ) -> None:
         self.bound, self.sharing, self.workspace_bytes = bound, sharing, workspace_bytes
         self.layout: SourceLayout | None = None
-        self.state = torch.empty(0)  # [R, D], of what has joined
+        self.state = torch.empty(0, device="cpu")  # [R, D], of what has joined
         self.served: dict[str, set[str]] = {}  # which backends did each op
+        self._widest = bound.widest_layer
         self._rows, self.prompt_start = rows, [0, *itertools.accumulate(lengths)]
-        self._memory = torch.empty(0)  # [rows, D]
+        self._memory = torch.empty(0, device="cpu")  # [rows, D]
         self._positions: list[Tensor] = []  # of each staircase, those of its prompt that it has
         self._where: Tensor | None = None  # [P], which position of a trace each position is; None: the same one
         self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
@@ -97,7 +98,7 @@ class Propagation:
             end += made.layout.rows
             layouts.append(made.layout)
             prompts.append(prompt)
-            self._positions.append(torch.arange(made.layout.positions))
+            self._positions.append(torch.arange(made.layout.positions, device="cpu"))
         joined = layouts[0] if len(layouts) == 1 and prompts == [0] else SourceLayout.concat(layouts, prompts)
         self._lay_out(joined, end)
         self._operand = self._room_for_operand()
@@ -109,15 +110,14 @@ class Propagation:
         self.layout, self.state, self._operand = layout, self._memory[:rows], None
         prompts = zip(layout.prompt.tolist(), self._positions, strict=True)
         where = torch.cat([self.prompt_start[prompt] + positions for prompt, positions in prompts])
-        same = len(where) == self.prompt_start[-1] and bool((where == torch.arange(len(where))).all())
+        same = len(where) == self.prompt_start[-1] and bool((where == torch.arange(len(where), device="cpu")).all())
         self._where = None if same else where.to(self.state.device)
         self._source_blocks, self._position_blocks = [], []
 
     def _room_for_operand(self) -> Tensor | None:
         """Memory for the state in the GEMMs' dtype, which every update then leaves there: no pass to cast it is needed."""
-        layer = self.bound.layers[0]
-        one_block = len(self._blocks_of_sources(layer)) == 1 and len(self._blocks_of_positions(layer)) == 1
-        whole = one_block and self._position_blocks[0].neurons == layer.gate.shape[0]
+        one_block = len(self._blocks_of_sources()) == 1 and len(self._blocks_of_positions()) == 1
+        whole = one_block and self._position_blocks[0].neurons == self._widest.gate.shape[0]
         if not whole or self.bound.product_dtype == self.state.dtype or self.bound.parallel:
             return None
         return torch.empty_like(self.state, dtype=self.bound.product_dtype)
@@ -152,7 +152,7 @@ class Propagation:
         if self.layout is not None:
             self._to(layer.device)  # a model may be spread over several
             attention = _Attention(self, layer, trace)
-            blocks, kept = self._blocks_of_sources(layer), self._kept(read)
+            blocks, kept = self._blocks_of_sources(), self._kept(read)
             if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
                 values = [attention.values(block) for block in blocks]
                 self._narrow(kept)
@@ -178,9 +178,8 @@ class Propagation:
         if read is None:
             return None
         assert self.layout is not None
-        positions = [
-            have[torch.isin(have, torch.tensor(some))] for have, some in zip(self._positions, read, strict=False)
-        ]
+        wanted = [torch.tensor(some, device="cpu") for some in read]
+        positions = [have[torch.isin(have, some)] for have, some in zip(self._positions, wanted, strict=False)]
         first = self.layout.position_start.tolist()
         where = [begin + torch.searchsorted(have, some)
                  for begin, have, some in zip(first[:-1], self._positions, positions, strict=True)]  # fmt: skip
@@ -223,7 +222,7 @@ class Propagation:
         constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
 
         neurons = len(gate_weight)
-        for block in self._blocks_of_positions(layer):
+        for block in self._blocks_of_positions():
             here = slice(block.first, block.last)
             there = here if self._where is None else self._where[here]  # in the trace
             rows = state[block.begin : block.end]
@@ -252,7 +251,9 @@ class Propagation:
 
     def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
         backend = backends.named_for("residual_update", self.sharing.backend)
-        residual_update(state, operand, weight, rows=rows, cast=self._operand, backend=backend)
+        # of some rows alone the state is narrowed next, and its copy is dropped
+        cast = self._operand if rows is None else None
+        residual_update(state, operand, weight, rows=rows, cast=cast, backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
@@ -269,21 +270,21 @@ class Propagation:
         if self._operand is not None:
             self._operand[rows] = self.state[rows].to(self._operand.dtype)
 
-    def _blocks_of_sources(self, layer: Layer) -> list[_SourceBlock]:
+    def _blocks_of_sources(self) -> list[_SourceBlock]:
         assert self.layout is not None
         if not self._source_blocks:
-            at_once, _ = rows_at_once(self.bound, layer, workspace(self.workspace_bytes, self.state.device))
+            at_once, _ = rows_at_once(self.bound, self._widest, workspace(self.workspace_bytes, self.state.device))
             blocks = list(self.layout.source_blocks(at_once))
             for first, last in blocks:
                 part, rows = self.layout.slice_sources(first, last)
                 self._source_blocks.append(_SourceBlock(part, rows if len(blocks) > 1 else None, first == 0))
         return self._source_blocks
 
-    def _blocks_of_positions(self, layer: Layer) -> list[_PositionBlock]:
+    def _blocks_of_positions(self) -> list[_PositionBlock]:
         assert self.layout is not None
         if not self._position_blocks:
-            neurons, allowed = layer.gate.shape[0], workspace(self.workspace_bytes, self.state.device)
-            _, at_once = rows_at_once(self.bound, layer, allowed)
+            neurons, allowed = self._widest.gate.shape[0], workspace(self.workspace_bytes, self.state.device)
+            _, at_once = rows_at_once(self.bound, self._widest, allowed)
             gates = allowed // (2 * self.state.element_size())  # numbers
             for first, last in self.layout.position_blocks(at_once):
                 begin, end = int(self.layout.row_start[first]), int(self.layout.row_start[last])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,6 +61,11 @@ class Spans:
     ranges: Sequence[tuple[int, int]]
     unit: Literal["token", "char"] = "token"
     labels: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep what an iterator gives, for all of the prompts that the spans are of."""
+        if isinstance(self.ranges, Iterator):
+            object.__setattr__(self, "ranges", tuple(self.ranges))
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def decompose(
     covered = sum(end - begin for begin, end in ranges)
     if covered < length:
         made.append(Source("rest", "rest"))
-    owner = torch.full((length,), len(made) - 1)
+    owner = torch.full((length,), len(made) - 1, device="cpu")
     always = len(made)
     for index in order:
         begin, end = ranges[index]

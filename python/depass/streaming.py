@@ -62,6 +62,7 @@ class _Ahead:
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.coming: dict[int, tuple[list[Tensor], Any]] = {}
         self.there: dict[int, ExitStack] = {}
+        self.done: Any = None  # the event after the last layer that was taken away
 
     def bring(self, index: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -73,13 +74,20 @@ class _Ahead:
                     copy.record_stream(current)  # allocated on the other stream
             self.there[index] = ExitStack()
             _replace(self.there[index], _tensors(self.modules[index]), copies)
+            if self.done is not None:
+                self.done.synchronize()  # or the host would run ahead, and further layers come before one is gone
             if index + 1 < len(self.modules):
                 self.coming[index + 1] = self._copies(index + 1)
 
         return hook
 
     def take_away(self, index: int) -> Callable[..., None]:
-        return lambda *_: self.there.pop(index).close()
+        def hook(*_: Any) -> None:
+            self.there.pop(index).close()
+            if self.stream is not None:
+                self.done = torch.cuda.current_stream(self.device).record_event()
+
+        return hook
 
     def clear(self) -> None:
         self.coming.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import models
@@ -13,6 +14,7 @@ from oracle import Oracle
 from torch import Tensor
 
 from depass import (
+    Attribution,
     Custom,
     DePass,
     DePassError,
@@ -348,6 +350,16 @@ def test_integers_of_any_kind_and_iterators_are_taken() -> None:
             assert torch.equal(dp.attribute(ids, 5, sources=spec).scores, expected.scores)
 
 
+@pytest.mark.parametrize("layer", [np.int64(1), torch.tensor(1)])
+def test_a_layer_of_another_kind_of_integer_can_be_saved(layer: Any, tmp_path: Path) -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(9)
+    for spec in (Heads(layer), Neurons(layer, [3]), Modules(layer, "mlp"), Subspace(layer, basis=torch.eye(2, 32))):
+        res = dp.attribute(ids, 5, sources=spec)
+        res.save(tmp_path / "res")
+        assert Attribution.load(tmp_path / "res").sources == res.sources
+        assert "tensor" not in res.sources[-1].label
+
+
 ODD: list[tuple[Callable[[DePass, list[int]], Any], str]] = [
     (lambda dp, ids: dp.attribute(ids, progress=5), "progress must be a function, got 5"),
     (lambda dp, ids: dp.states(ids, on_state=5), "on_state must be a function, got 5"),
@@ -365,6 +377,8 @@ ODD: list[tuple[Callable[[DePass, list[int]], Any], str]] = [
     (lambda dp, ids: DePass(dp.model, workspace_bytes=4000.0), "workspace_bytes must be an integer"),
     (lambda dp, ids: dp.generate(ids, num_beams=0), "generate does not take these options"),
     (lambda dp, ids: dp.states(ids, 1).dense([1]), "layer must be an integer"),
+    (lambda dp, ids: dp.plan(9, budget_bytes="48GB"), "budget_bytes must be an integer, got '48GB'"),
+    (lambda dp, ids: dp.plan(9, budget_bytes=0), "budget_bytes must be positive, got 0"),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from depass import Contrast, DePass, Direction, Spans, TopK, lockstep
+from depass import Contrast, DePass, Direction, Spans, Token, TopK, lockstep
 from depass.families import bind
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  # the tests judge by themselves
@@ -127,6 +127,49 @@ def test_our_attention_function_leaves_the_logits_exactly_eager(name: str, dtype
                 ours = its(ids).logits
         assert its.config._attn_implementation == "eager"
         assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_products_in_half_precision_add_up(
+    name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs and on CPUs with instructions for them, where the state's copy for the products is kept."""
+    monkeypatch.setattr("depass.families.multiplies_on_cpu", lambda dtype: True)
+    dp, ids = DePass(models.make(name, dtype, device)), models.prompt(17)
+    assert dp._bound.product_dtype == dtype
+    last, everywhere = Token(5), [Token(5, position=t) for t in range(17)]  # the last layer's rows: some, or all
+    for asked in ([last], everywhere):
+        for res in (dp.attribute(ids, asked), dp.attribute(ids, asked, sources=spans(17))):
+            assert res.conservation_error.max() < 2 * dp._bound.tolerance  # a small logit may be what large parts leave
+    assert dp.sweep("heads", ids, last).conservation_error.max() < dp._bound.tolerance
+    exact = DePass(models.make(name, torch.float32, device)).attribute(ids, last).scores
+    assert (dp.attribute(ids, last).scores - exact).norm() < 0.3 * exact.norm()
+    for res, own in zip(dp.attribute_many([ids, ids[:5]], last), (ids, ids[:5]), strict=True):
+        assert (res.scores - dp.attribute(own, last).scores).norm() < 0.1 * res.scores.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased"])
+def test_an_autocast_around_us_changes_the_models_pass_alone(name: str, device: str) -> None:
+    dp, ids = DePass(model(name, torch.float32, device)), models.prompt(9)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        res = dp.attribute(ids, 5)
+        states = dp.states(ids)
+    assert res.conservation_error.max() < 1e-2  # the stream is bf16's, the products are not
+    for layer in range(models.LAYERS):
+        total = states.dense(layer).sum(0)
+        assert (total - states.residual[layer]).norm() < 1e-2 * total.norm()
+    assert dp.attribute(ids, 5).conservation_error.max() < 1e-5
+
+
+def test_layers_of_different_widths_add_up_in_half_precision(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depass.families.multiplies_on_cpu", lambda dtype: True)
+    made = models.make("llama", torch.bfloat16, device)
+    wide = models.make("llama", torch.bfloat16, device, intermediate_size=200)
+    made.model.layers[2].mlp = wide.model.layers[2].mlp
+    for workspace in (None, 60_000):
+        dp = DePass(made, workspace_bytes=workspace)
+        assert dp.attribute(models.prompt(9), 5).conservation_error.max() < 2e-2
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -89,6 +91,29 @@ def test_an_attribution_inside_of_another_is_refused(model: Any) -> None:
     dp = DePass(model)
     with pytest.raises(ModelError, match="already at work in this thread"):
         dp.attribute(models.prompt(9), progress=lambda *_: dp.attribute(models.prompt(9)) and None)
+
+
+def test_a_run_of_the_model_by_a_callback_is_refused(model: Any) -> None:
+    with pytest.raises(ModelError, match="is run by what is called after layer 0; run it after the attribution"):
+        DePass(model).attribute(
+            models.prompt(9), progress=lambda *_: model(torch.tensor([[1, 2]], device=model.device))
+        )
+
+
+def test_generating_waits_for_another_threads_attribution(model: Any) -> None:
+    dp, ids = DePass(model), models.prompt(9)
+    expected, begun, seen = dp.attribute(ids, 5).scores, threading.Event(), list[bool]()
+
+    def slow(done: int, _: int) -> None:
+        begun.set()
+        seen.append(other.done())
+        time.sleep(0.05)
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(lambda: begun.wait() and dp.generate(ids, max_new_tokens=2))
+        assert torch.equal(pool.submit(dp.attribute, ids, 5, progress=slow).result().scores, expected)
+        assert other.result()
+    assert not any(seen)
 
 
 def test_a_model_in_training_mode_with_dropout_is_refused(device: str) -> None:

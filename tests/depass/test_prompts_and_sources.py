@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import models
@@ -11,7 +12,20 @@ import tokens
 import torch
 import transformers
 
-from depass import DePass, ModelError, OptionError, PromptError, SourceError, Spans, TargetError, Token, TopK
+from depass import (
+    DePass,
+    Family,
+    ModelError,
+    Neurons,
+    OptionError,
+    PromptError,
+    SourceError,
+    Spans,
+    TargetError,
+    Token,
+    TopK,
+    baselines,
+)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +191,37 @@ def test_spans_that_are_none_are_refused(dp: DePass, sources: Any, says: str) ->
         dp.attribute("the cat sat at the cat", sources=sources)
 
 
+def test_spans_of_an_iterator_serve_many_prompts(dp: DePass) -> None:
+    spans = Spans((t, t + 1) for t in range(2))
+    one, other = dp.attribute_many(["the cat", "the cat"], 5, sources=spans)
+    assert torch.equal(one.scores, other.scores)
+
+
+def test_scores_aggregated_to_tokens_are_the_tokens(dp: DePass) -> None:
+    res = dp.attribute("the cat", 5)
+    assert torch.equal(res.aggregate("token").scores, res.scores)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", 5, object()])
+def test_a_tokenizer_that_is_none_is_refused(dp: DePass, tokenizer: Any) -> None:
+    with pytest.raises(OptionError, match=f"must be one of transformers, or None, got {type(tokenizer).__name__}"):
+        DePass(dp.model, tokenizer)
+
+
+def test_a_default_device_of_the_callers_changes_nothing(dp: DePass) -> None:
+    def work() -> list[torch.Tensor]:
+        found = [dp.attribute("the cat sat", [5, TopK(2)], sources="word").scores, dp.states("the cat").dense(1)]
+        found += [res.scores for res in dp.attribute_many(["the cat", "a"], 5)]
+        found += [dp.sweep("heads", "the cat", 5).scores, dp.attribute("a cat", sources=Neurons(1)).scores]
+        return [*found, *(baselines.tokens(dp, name, ["the cat"], 5)[0].scores for name in baselines.TOKENS)]
+
+    expected = work()
+    with torch.device("meta"):
+        found = work()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> None:
     with pytest.raises(SourceError, match=r"give it a span \(0, 1\)"):
         dp.attribute(models.prompt(5), sources=Spans([(0, 2)]), exclude_bos=True)
@@ -320,8 +365,55 @@ def test_models_that_cannot_be_attributed_are_refused(make: Any, says: str) -> N
     assert "\n" not in str(error.value)
 
 
+def with_adapter() -> Any:
+    model = models.make("gpt2")
+    model.transformer.h[1].attn.c_proj.base_layer = torch.nn.Linear(1, 1)  # as peft's layers have
+    return model
+
+
+def with_a_layer_twice() -> Any:
+    model = models.make("llama")
+    model.model.layers[1] = model.model.layers[0]
+    return model
+
+
+def with_a_norm_without_weight() -> Any:
+    model = models.make("gpt2")
+    model.transformer.h[1].ln_1 = torch.nn.LayerNorm(32, elementwise_affine=False)
+    return model
+
+
+def looking_ahead() -> Any:
+    model = models.make("gemma3")
+    model.config.use_bidirectional_attention = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (with_adapter, "the output projection of layer 1 .* has an adapter .*; merge it first: model.merge_and_unload"),
+        (with_a_layer_twice, "one module for several layers"),
+        (with_a_norm_without_weight, r"a norm of GPT2LMHeadModel \(LayerNorm\) has no weight"),
+        (looking_ahead, "looks ahead"),
+    ],
+)
+def test_modules_that_are_not_what_they_seem_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        DePass(make())
+
+
+def test_a_norm_that_does_not_run_is_named(device: str) -> None:
+    model = models.make("llama", device=device)
+    family = Family(attention_post_norm="unused")
+    for layer in model.model.layers:
+        layer.unused = copy.deepcopy(layer.input_layernorm)
+    with pytest.raises(ModelError, match="the attention_post_norm of layer 0 did not run"):
+        DePass(model, family=family).attribute(models.prompt(5))
+
+
 def test_a_family_can_be_described_by_the_caller(device: str) -> None:
-    from depass import FAMILIES, Family
+    from depass import FAMILIES
 
     its = models.make("qwen3", device=device)
     its.config.model_type = "a-new-one"
@@ -334,8 +426,6 @@ def test_a_family_can_be_described_by_the_caller(device: str) -> None:
 
 
 def test_a_family_that_does_not_fit_is_refused(device: str) -> None:
-    from depass import Family
-
     its = models.make("llama", device=device)
     for family, says in (
         ("llama", "family must be a depass.Family, got str"),

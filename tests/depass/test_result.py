@@ -188,6 +188,9 @@ def test_the_strip_shows_no_control_characters(device: str) -> None:
         all_special_ids: tuple[int, ...] = ()
         bos_token_id = None
 
+        def encode(self, text: str, **_: Any) -> list[int]:
+            return ids
+
         def decode(self, some: list[int], **_: Any) -> str:
             return "".join("\x1b[31m\u202eevil\n" for _ in some)
 

@@ -282,7 +282,11 @@ def test_statements_that_no_probe_can_be_fitted_on_are_refused(tmp_path: Path, r
 
 
 def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, said in ((["--data", "x"], "--train"), ([], "--data"), (["--masked", "0"], "share above 0")):
+    for given, said in (
+        (["--data", "x"], "--train"),
+        ([], "--data"),
+        (["--masked", "0"], "no number above 0, up to 1"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(["evaluate", "truthful", *given])
         assert stopped.value.code == 2
