@@ -340,7 +340,7 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
             label="floor: the GEMMs alone, measured",
         )  # fmt: skip
     for axes, what in (
-        (left, "seconds (median, p20 to p80); hollow: stopped there"),
+        (left, "seconds (p20 to p80); hollow: stopped"),
         (right, "memory beyond a plain pass, MB; x: did not fit"),
     ):
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)
