@@ -194,7 +194,7 @@ def test_spans_that_are_none_are_refused(dp: DePass, sources: Any, says: str) ->
 def test_spans_of_an_iterator_serve_many_prompts(dp: DePass) -> None:
     spans = Spans((t, t + 1) for t in range(2))
     one, other = dp.attribute_many(["the cat", "the cat"], 5, sources=spans)
-    assert torch.equal(one.scores, other.scores)
+    assert torch.allclose(one.scores, other.scores, atol=1e-5)  # two places of one batch
 
 
 def test_scores_aggregated_to_tokens_are_the_tokens(dp: DePass) -> None:
