@@ -242,7 +242,7 @@ def _against(row: Row | None) -> str:
     if row["status"] not in ("ok", "stopped"):
         return "out of memory" if row["status"] == "oom" else row["status"]
     if "times_ours" not in row:
-        return ""
+        return "" if row["status"] == "ok" else f"over {_seconds(row['seconds_at_least'])}"
     times = f"{row['times_ours']:.0f}×" if row["times_ours"] >= 100 else f"{row['times_ours']:.2g}×"
     return times if row["status"] == "ok" else f"over {times}"
 

@@ -6,9 +6,11 @@ import contextlib
 import gc
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +113,7 @@ def run(case: Case, machine: Machine, options: Options, methods: Mapping[str, Me
             row.update(figures(case, model, name, times, outcomes, machine.device))
             if machine.device == "cuda" and options.memory:
                 with _recorded(row, machine):
-                    row.update(peaks(works[name], plain(model, case), machine, options.limit_seconds))
+                    row.update(peaks(works[name], plain(model, case), machine, limited(options.limit_seconds)))
         yield row
 
 
@@ -280,10 +282,12 @@ def percentile(values: Sequence[float], share: float) -> float:
 # Memory.
 
 
-def peaks(work: Work, plain_pass: Callable[[], object], machine: Machine, limit_seconds: float) -> dict[str, int]:
-    """The peaks in bytes, model included: of the plain pass and of the method."""
+def peaks(
+    work: Work, plain_pass: Callable[[], object], machine: Machine, limit: contextlib.AbstractContextManager[None]
+) -> dict[str, int]:
+    """The peaks in bytes, model included: of the plain pass and of the method, which runs within ``limit``."""
     ordinary = machine.peak_bytes(plain_pass)
-    with limited(limit_seconds):
+    with limit:
         peak = machine.peak_bytes(work)
     return {"plain_peak_bytes": ordinary, "peak_bytes": peak, "beyond_plain_bytes": max(0, peak - ordinary)}
 
@@ -298,8 +302,28 @@ def measure_memory(case: Case, method: str, backend: str, limit_seconds: float =
         plain_pass = plain(model, case)
         plain_pass()
         work = METHODS[case.question][method](model, case, backend)
-        row.update(peaks(work, plain_pass, machine, limit_seconds))
+        row.update(peaks(work, plain_pass, machine, _ended(limit_seconds)))
     return row
+
+
+@contextlib.contextmanager
+def _ended(seconds: float) -> Iterator[None]:
+    """Ends this process with its row once so many seconds have passed: one operation may take long and lets no signal in."""
+
+    def end() -> None:
+        print(
+            json.dumps({"status": "stopped", "seconds_at_least": seconds, "reason": f"after {seconds:.4g} s"}),
+            flush=True,
+        )
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _memory_of(case: Case, method: str, machine: Machine, options: Options) -> Row:
