@@ -103,6 +103,8 @@ def test_what_was_stopped_says_when(tmp_path: Path) -> None:
     rows = [case_row(OURS, 16, 0.25), case_row(OURS, 64, 0.5), stopped]
     assert "| naive | over 300 s: stopped |  |  | over 600.00 |" in made(tmp_path, "tokens", rows)
     assert "| over 600× |" in made(tmp_path, "speed", rows)
+    alone = [*rows[:2], {**stopped, "session": "another"}]  # with none of ours beside it
+    assert "| over 300 s |" in made(tmp_path, "speed", alone)
     assert "tokens-a-card" in made(tmp_path, "figures", rows)
 
 

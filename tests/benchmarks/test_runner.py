@@ -145,6 +145,7 @@ def test_the_cpus_own_out_of_memory_is_understood() -> None:
     assert asked_bytes(caught.value) == 1 << 60
     assert asked_bytes(RuntimeError("shapes do not match")) is None
     assert asked_bytes(torch.OutOfMemoryError("CUDA out of memory.")) == 0
+    assert asked_bytes(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")) == 0
 
 
 def test_what_raises_is_a_row_and_the_others_go_on() -> None:

@@ -186,7 +186,7 @@ def torchao_config(bits: int) -> Any:
         return TorchAoConfig(quantization.Int8WeightOnlyConfig())
     if bits == 16:
         return TorchAoConfig(quantization.Int8DynamicActivationInt8WeightConfig())
-    granularity = pytest.importorskip("torchao.quantization.granularity")
+    granularity = pytest.importorskip("torchao.quantization.granularity", reason="torchao is not installed")
     return TorchAoConfig(quantization.IntxWeightOnlyConfig(torch.int4, granularity=granularity.PerGroup(32)))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from depass import DePass, OptionError
+from depass.memory import free_memory
 
 
 def places(model: Any) -> list[int]:
@@ -53,6 +54,20 @@ def test_an_error_leaves_the_weights_where_they_were(device: str) -> None:
         dp.states(ids, on_state=fails)
     assert places(model) == before
     assert dp.attribute(ids, 5).conservation_error.max() < 1e-5
+
+
+def test_what_is_free_on_a_gpu_is_asked_of_one_with_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[torch.device]()
+
+    def answer(value: Any) -> Any:
+        return lambda device: asked.append(device) or value
+
+    for name, value in (("mem_get_info", (50, 100)), ("memory_reserved", 30), ("memory_allocated", 10),
+                        ("get_per_process_memory_fraction", 0.6)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, answer(value))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert free_memory(torch.device("cuda")) == 30 + 20  # what its cap leaves, and what torch keeps
+    assert set(asked) == {torch.device("cuda", 1)}
 
 
 def test_the_plan_counts_two_layers() -> None:
