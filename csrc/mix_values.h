@@ -12,7 +12,7 @@ struct MixTile {  // int32 [T, 4] as a tensor; all counted from the staircase's 
 };
 
 struct MixValues {
-  const void* pattern;  // [B, H, N, N], keys next to each other
+  const void* pattern;  // [B, H, N, W], keys next to each other
   Type pattern_type;
   int64_t prompt_stride, head_stride, query_stride;
   Matrix values;                  // [R, K·d]

@@ -33,11 +33,12 @@ def mix_values(
     """Mix every source's values with the frozen attention pattern (DePass section 3.2, before the output projection).
 
     ``out[q, m, h] = query_scale[q] · Σ_k pattern[h, q, k] · key_scale[k] · values[k, m, kv(h)]`` over the positions
-    ``k`` where source ``m`` is active. Rows of ``pattern`` need not sum to one, and nothing above its diagonal may be
+    ``k`` where source ``m`` is active. Rows of ``pattern`` need not sum to one, and nothing right of its diagonal may be
     nonzero: a source's rows end where it starts.
 
     Args:
-        pattern: ``[B, H, N, N]``, attention after softmax, one per prompt of ``layout``; ``N`` positions or more.
+        pattern: ``[B, H, N, W]``, attention after softmax, one per prompt of ``layout``; ``N`` positions or more, and
+            ``W`` keys, ``N`` or more, the further ones zero. Where ``W`` is a multiple of 16, GPUs read runs of keys.
         values: ``[R, K·d]`` in the layout's rows.
         layout: where the rows lie.
         kv_heads: ``K``, which no shape tells where query heads share values (GQA); ``H`` without it.
@@ -55,8 +56,8 @@ def mix_values(
     """
     _on_cpu(layout)
     _matrix("values", values, layout.rows, None)
-    if pattern.dim() != 4 or pattern.shape[2] != pattern.shape[3] or pattern.dtype not in FLOATS:
-        raise KernelError(f"pattern must be floating [B, H, N, N], got {_says(pattern)}")
+    if pattern.dim() != 4 or pattern.shape[2] > pattern.shape[3] or pattern.dtype not in FLOATS:
+        raise KernelError(f"pattern must be floating [B, H, N, W] with W >= N, got {_says(pattern)}")
     prompts, heads, longest = layout.prompts, pattern.shape[1], layout.longest
     if len(pattern) < prompts or pattern.shape[2] < longest:
         raise KernelError(f"pattern must be [>={prompts}, H, >={longest}, ...] for this layout, got {_says(pattern)}")

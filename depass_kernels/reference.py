@@ -16,7 +16,7 @@ from .layout import SourceLayout
 
 
 def mix_values(
-    pattern: Tensor,  # [B, H, N, N]
+    pattern: Tensor,  # [B, H, N, W]
     values: Tensor,  # [R, K·d]
     layout: SourceLayout,
     kv_heads: int,

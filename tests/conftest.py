@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from depass import DePass, ModelError, smollm2
+from depass import DePass, ModelError, propagate, smollm2
 from depass_kernels import backends
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -49,6 +49,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             marks = () if reason is None else (pytest.mark.skip(reason=reason),)
             marked.append(pytest.param(name, marks=marks))
     metafunc.parametrize("backend", marked)
+
+
+@pytest.fixture
+def patterns_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns get the longer rows here that they have on a GPU."""
+    monkeypatch.setitem(propagate.KEYS, "cpu", propagate.KEYS["cuda"])
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ LARGEST_HEAD = 256
 
 
 def launch(
-    pattern: torch.Tensor,  # [B, H, N, N]
+    pattern: torch.Tensor,  # [B, H, N, W]
     values: torch.Tensor,  # [R, K·d]
     layout: SourceLayout,
     kv_heads: int,
@@ -40,7 +40,7 @@ def launch(
         _mix_values,
         len(tiles) * heads,
         (pattern, values, out, key_scale, query_scale, tiles, offsets.row_start, offsets.position_start, offsets.prompt,
-         heads, pattern.stride(0), pattern.stride(1), pattern.stride(2), values.stride(0), out.stride(0)),
+         heads, pattern.shape[3], pattern.stride(0), pattern.stride(1), pattern.stride(2), values.stride(0), out.stride(0)),
         {
             # the interpreter computes on bf16's bits as if they were integers
             "DOT": accumulator if INTERPRETED else TYPES[operand], "ACC": accumulator, "GROUP": heads // kv_heads,
@@ -53,7 +53,7 @@ def launch(
 
 @triton.jit
 def _mix_values(
-    pattern, values, out, key_scale, query_scale, tiles, row_start, position_start, prompt, heads,
+    pattern, values, out, key_scale, query_scale, tiles, row_start, position_start, prompt, heads, width,
     prompt_stride, head_stride, query_stride, values_stride, out_stride,
     DOT: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SOURCES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -74,7 +74,8 @@ def _mix_values(
     mixed = tl.zeros((QUERIES, SOURCES * BLOCK_D), ACC)
     for first in range(tl.load(tile + 3) // KEYS * KEYS, min(tl.load(tile + 2) + QUERIES, length), KEYS):
         k = first + tl.arange(0, KEYS)
-        seen = (k[None, :] <= q[:, None]) & (q < length)[:, None]
+        # the zeros right of the diagonal are read too: a mask of k <= q would split the runs of keys into single numbers
+        seen = (k < width)[None, :] & (q < length)[:, None]
         weight = tl.load(pattern + q.to(tl.int64)[:, None] * query_stride + k[None, :], mask=seen, other=0).to(DOT)
         row = tl.load(row_start + k, mask=k < length, other=0)
         stop = tl.load(row_start + k + 1, mask=k < length, other=0)

@@ -58,7 +58,8 @@ def _share_hidden(
 ):  # fmt: skip
     per_temperature = tl.full((), per_temperature, ACC)
     blocks = tl.cdiv(columns, BLOCK_F)
-    t = (tl.program_id(0) // blocks).to(tl.int64)
+    # the last positions have the most sources: they go first
+    t = tl.num_programs(0).to(tl.int64) // blocks - 1 - tl.program_id(0) // blocks
     f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
     begin = tl.load(row_start + t)
     count = (tl.load(row_start + t + 1) - begin).to(tl.int32)

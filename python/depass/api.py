@@ -22,9 +22,9 @@ from .checks import integer, integers
 from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
 from .engine import Case, Engine, Options, Progress, blame, decomposed_layers, grouped, refuse_dropout
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
-from .families import BoundModel, Family, bind
+from .families import Family, bind
 from .generation import Generation, continued, generated_ids, sources_of
-from .graphs import Recordings
+from .graphs import Recordings, lies_on, refuse_graphs
 from .loading import load
 from .memory import room
 from .plan import Plan
@@ -113,10 +113,8 @@ class DePass:
         self._sharing(mlp_rule, temperature)
         _check_exclude(exclude_bos)
         devices = {parameter.device for parameter in model.parameters()}
-        if cuda_graphs and (len(devices) > 1 or next(iter(devices)).type != "cuda" or self._bound.is_quantized):
-            raise OptionError(
-                f"cuda_graphs=True needs an unquantised model on one CUDA device, this one {_lies_on(self._bound, devices)}"
-            )
+        if cuda_graphs:
+            refuse_graphs(devices, self._bound.is_quantized)
         self._recordings = Recordings(self._bound) if cuda_graphs else None
         if stream_to is not None:
             self._stream_to(stream_to, devices)
@@ -203,7 +201,7 @@ class DePass:
         found = self._engine().attribute([case], options, _callable("progress", progress))[0]
         if isinstance(found, DePassError):
             raise found
-        self._judge(found, strict)
+        self._judge(found, strict, self._bound.tolerance)
         return found
 
     def attribute_many(
@@ -310,11 +308,12 @@ class DePass:
     ) -> Iterator[Attribution | DePassError]:
         """The results of one pass; ``begin`` is the index of the batch's first prompt."""
         found = iter(self._together([case for case in batch if isinstance(case, Case)], options))
+        tolerance = self._bound.tolerance
         for index, case in enumerate(batch, begin):
             result = next(found) if isinstance(case, Case) else case
             if isinstance(result, Attribution):
                 try:
-                    self._judge(result, strict)
+                    self._judge(result, strict, tolerance)
                 except ConservationError as error:
                     result = error
             if isinstance(result, DePassError) and errors == "raise":
@@ -397,7 +396,7 @@ class DePass:
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
         groups = list(grouped(parts, len(made.ids), budget, bound, self.workspace_bytes))
         found = self._engine().sweep(made, groups, asked, options, kind, _callable("progress", progress))
-        self._judge(found, strict)
+        self._judge(found, strict, self._bound.tolerance)
         return found
 
     @torch.no_grad()
@@ -450,7 +449,7 @@ class DePass:
         found = self._engine().attribute([case], options, _callable("progress", progress))[0]
         if isinstance(found, DePassError):
             raise found
-        self._judge(found, strict)
+        self._judge(found, strict, self._bound.tolerance)
         tokens = whole.tokens[len(made.ids) :]
         return Generation("".join(tokens), tokens, tuple(new), found)
 
@@ -546,8 +545,8 @@ class DePass:
             raise OptionError(f"stream_to={given!r} is no device of this machine") from error
         if devices != {torch.device("cpu")} or self._bound.is_quantized:
             raise OptionError(
-                f"stream_to needs an unquantised model in host memory, this one {_lies_on(self._bound, devices)}; load it "
-                "without a device"
+                "stream_to needs an unquantised model in host memory, this one "
+                f"{lies_on(devices, self._bound.is_quantized)}; load it without a device"
             )
         if device.type == "cuda":
             streaming.pin(self.model)
@@ -608,8 +607,8 @@ class DePass:
             raise OptionError(f"unknown backend {self.backend!r}; there are: {', '.join(NAMES)}")
         return MLPSharing(rule, float(temperature), self.backend)
 
-    def _judge(self, found: Attribution | Sweep, strict: bool) -> None:
-        error, tolerance = float(found.conservation_error.max()), self._bound.tolerance
+    def _judge(self, found: Attribution | Sweep, strict: bool, tolerance: float) -> None:
+        error = float(found.conservation_error.max())
         if error > tolerance:
             message = (
                 f"the scores miss the logit by {error:.1e} of their size, more than {tolerance:.0e} for "
@@ -618,11 +617,6 @@ class DePass:
             if strict:
                 raise ConservationError(message)
             warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
-
-
-def _lies_on(bound: BoundModel, devices: set[torch.device]) -> str:
-    where = ", ".join("no device (offloaded)" if device.type == "meta" else str(device) for device in devices)
-    return f"{'is quantised and ' if bound.is_quantized else ''}lies on {where}"
 
 
 def _callable(name: str, given: Any) -> Any:

@@ -57,11 +57,13 @@ class Pass:
         propagation: with its final state.
         stream: ``[P, D]``, the residual stream there.
         normed: the same after the final norm.
+        dtype: of the model's weights, as results name it.
     """
 
     propagation: Propagation
     stream: Tensor
     normed: Tensor
+    dtype: str
 
 
 def decomposed_layers(parts: Decomposition, stop: int) -> range:
@@ -220,7 +222,8 @@ class Engine:
         if keep is not None:
             with _as_it_is(stream.device):
                 keep(options.stop, going, stream)
-        return Pass(going, stream, normed)
+        dtype = dtype_name(bound.dtype) + (", quantised" if bound.is_quantized else "")
+        return Pass(going, stream, normed, dtype)
 
     def _needed(self, prompts: Sequence[Prompt], joining: Sequence[tuple[Decomposition, int]]) -> str:
         """The plan of a run, against what there is."""
@@ -290,6 +293,7 @@ class Engine:
                     rows.append(torch.stack(of_one))
             for op, names in done.propagation.served.items():
                 served.setdefault(op, set()).update(names)
+            dtype = done.dtype
             del done  # its state makes room for the next group's
         parts = [one for group in groups for layer in group for one in layer]
         always = [len([s for s in one.sources if s.kind in ("bias", "rest")]) for one in parts]
@@ -315,7 +319,7 @@ class Engine:
             target_logits=logits_of.float(),
             conservation_error=error.reshape(shape).float(),
             prompt=prompt,
-            settings=self._settings(options, layers[0], False, served),
+            settings=self._settings(options, layers[0], False, dtype, served),
         )
 
     def _logits(self, asked: Sequence[Sequence[Asked]], done: Pass) -> dict[int, Tensor]:
@@ -368,7 +372,9 @@ class Engine:
             target_logits=own.float(),
             conservation_error=conservation_error(scores, own).float(),
             prompt=case.prompt,
-            settings=self._settings(options, case.parts.layer, case.parts.excluded, done.propagation.served),
+            settings=self._settings(
+                options, case.parts.layer, case.parts.excluded, done.dtype, done.propagation.served
+            ),
         )
 
     def _score(self, done: Pass, staircase: int, prompt: int, readout: Readout, sources: int) -> Tensor:
@@ -391,10 +397,12 @@ class Engine:
                 f"the model's own logits are not finite ({logit} for {target.label!r}); {blame(self.bound)}"
             )
 
-    def _settings(self, options: Options, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
+    def _settings(
+        self, options: Options, start: int, excluded: bool, dtype: str, served: dict[str, set[str]]
+    ) -> Settings:
         return Settings(
             model=self.name,
-            dtype=dtype_name(self.bound.dtype) + (", quantised" if self.bound.is_quantized else ""),
+            dtype=dtype,
             rule=options.sharing.rule,
             temperature=options.sharing.temperature,
             exclude_bos=excluded,

@@ -20,6 +20,7 @@ import torch
 
 from depass_kernels import SourceLayout
 
+from .errors import OptionError
 from .families import BoundModel, Layer
 from .lockstep import Trace
 from .propagate import MLPSharing, Propagation
@@ -29,6 +30,25 @@ ROWS = 1024  # with more, a step's work outlasts its launches (by count of bytes
 LAYOUTS = 4  # of which recordings are kept; each holds its state and one layer's buffers
 
 Record = Callable[[Callable[[], None], Any], Callable[[], None]]
+
+
+def refuse_graphs(devices: set[torch.device], quantized: bool) -> None:
+    """Raise an OptionError where the layers of a model whose weights lie on ``devices`` cannot be recorded."""
+    if len(devices) > 1 or next(iter(devices)).type != "cuda" or quantized:
+        raise OptionError(
+            f"cuda_graphs=True needs an unquantised model on one CUDA device, this one {lies_on(devices, quantized)}"
+        )
+    if torch.cuda.device_count() > 1:
+        raise OptionError(
+            f"cuda_graphs=True is untested where torch sees several GPUs, and here it sees {torch.cuda.device_count()}; "
+            "let it see one (CUDA_VISIBLE_DEVICES=0), or leave cuda_graphs out"
+        )
+
+
+def lies_on(devices: set[torch.device], quantized: bool) -> str:
+    """Where a model is, for an error."""
+    where = ", ".join("no device (offloaded)" if device.type == "meta" else str(device) for device in devices)
+    return f"{'is quantised and ' if quantized else ''}lies on {where}"
 
 
 @cache
@@ -41,6 +61,9 @@ def record_cuda_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]
     graph, stream = torch.cuda.CUDAGraph(), _recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        # the library allocates its workspace with this thread's first product on a stream: not in the graph's own memory
+        ones = torch.ones(16, 16, device="cuda")
+        torch.mm(ones, ones)
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()

@@ -14,7 +14,7 @@ import torch
 from . import weights
 from .checks import UNITS
 from .families import BoundModel
-from .propagate import rows_at_once, workspace
+from .propagate import KEYS, rows_at_once, workspace
 from .streaming import arriving_bytes
 
 
@@ -58,13 +58,14 @@ def needs(
     patterns = bound.heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
     activations = padded * (4 * neurons + 8 * width) * own
+    kept = patterns * own * (2 if device.type in KEYS else 1)  # and once more with longer rows
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are made
     if bound.parallel:
         with_rows += rows * values * product
     return Needs(
         state_bytes=rows * width * number,
         pass_bytes=scores + activations,
-        buffer_bytes=max(0, patterns * own + blocks + folded - scores) + with_rows,
+        buffer_bytes=max(0, kept + blocks + folded - scores) + with_rows,
     )
 
 

@@ -25,6 +25,8 @@ from .sources import Decomposition
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # where larger blocks no longer make the GEMMs faster
 COMPONENT_BYTES = 32 << 20  # while components' outputs are made
+NEURONS = 128  # blocks of neurons are multiples of it
+KEYS = {"cuda": 16}  # by device: the pattern's rows are multiples of it
 
 
 def workspace(workspace_bytes: int | None, device: torch.device) -> int:
@@ -37,6 +39,30 @@ def rows_at_once(bound: BoundModel, layer: Layer, workspace: int) -> tuple[int, 
     numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.width
     attention = layer.value.shape[0] + layer.output.shape[1] + width
     return max(1, numbers // attention), max(1, numbers // (layer.gate.shape[0] + width))
+
+
+def neurons_at_once(neurons: int, fit: int) -> int:
+    """How many of an MLP's neurons a block takes where ``fit`` of them fit.
+
+    Slices of the weights then begin at a multiple of 16 bytes, which the libraries' fast products ask for.
+    """
+    if fit >= neurons:
+        return neurons
+    run = next((run for run in (NEURONS, 8) if fit >= run), 1)
+    return max(1, fit // run * run)
+
+
+def with_rows_in_runs(pattern: Tensor, run: int) -> Tensor:
+    """A pattern ``[B, H, N, N]`` whose rows are whole runs of keys, so that kernels read a run at once.
+
+    ``[B, H, N, W]`` with zeros behind the ``N`` keys, where ``N`` is no multiple of ``run``; else itself.
+    """
+    n = pattern.shape[-1]
+    if n % run == 0:
+        return pattern
+    rows = pattern.new_zeros(*pattern.shape[:-1], -(-n // run) * run)
+    rows[..., :n] = pattern
+    return rows
 
 
 @dataclass(frozen=True)
@@ -288,7 +314,7 @@ class Propagation:
             gates = allowed // (2 * self.state.element_size())  # numbers
             for first, last in self.layout.position_blocks(at_once):
                 begin, end = int(self.layout.row_start[first]), int(self.layout.row_start[last])
-                some = max(1, min(neurons, gates // (end - begin)))
+                some = neurons_at_once(neurons, gates // (end - begin))
                 part = self.layout.slice_positions(first, last)
                 self._position_blocks.append(_PositionBlock(part, first, last, begin, end, some))
         return self._position_blocks
@@ -341,7 +367,7 @@ class _Attention:
     def __init__(self, propagation: Propagation, layer: Layer, trace: Trace) -> None:
         assert trace.pattern is not None
         self.propagation, self.layer = propagation, layer
-        self.pattern: Tensor = trace.pattern
+        self.pattern = with_rows_in_runs(trace.pattern, KEYS.get(trace.pattern.device.type, 1))
         self.key_scale = propagation.at(trace.scales.get("attention_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
         dtype = propagation.bound.product_dtype

@@ -61,6 +61,15 @@ def test_every_family(name: str, rule: str, device: str) -> None:
         same(got, dp.attribute(ids, 5, exclude_bos=True), 1e-6)
 
 
+@pytest.mark.usefixtures("patterns_in_runs")
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_prompts_of_a_batch_whose_patterns_have_longer_rows(name: str, device: str) -> None:
+    dp = DePass(models.make(name, torch.float64, device))
+    prompts = [models.prompt(length, length) for length in (4, 17, 1, 9, 16)]
+    for ids, got in zip(prompts, dp.attribute_many(prompts, 5, exclude_bos=True), strict=True):
+        same(got, dp.attribute(ids, 5, exclude_bos=True), 1e-6)
+
+
 @pytest.mark.parametrize("sources", [Heads(1), Modules(0, "mlp"), Spans([(0, 2), (3, 4)])])
 def test_every_kind_of_source(sources: Any, device: str) -> None:
     dp = DePass(models.make("gpt2", torch.float64, device))

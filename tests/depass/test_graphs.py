@@ -10,7 +10,7 @@ import torch
 from models import make
 
 from depass import DePass, OptionError
-from depass.graphs import Recordings
+from depass.graphs import Recordings, refuse_graphs
 from depass_kernels import backends
 
 needs_csrc = pytest.mark.skipif(backends.csrc_missing() is not None, reason="the reference's steps are not recorded")
@@ -119,6 +119,19 @@ def test_a_model_that_was_cast_and_states_in_between() -> None:
 def test_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(OptionError, match="needs an unquantised model on one CUDA device, this one lies on cpu"):
         DePass(make("llama"), cuda_graphs=True)
+
+
+def test_cuda_graphs_are_refused_where_there_are_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refuse_graphs({first}, quantized=False)  # nothing to refuse
+    with pytest.raises(OptionError, match="one CUDA device, this one lies on cuda:"):
+        refuse_graphs({first, torch.device("cuda:1")}, quantized=False)
+    with pytest.raises(OptionError, match="this one is quantised and lies on cuda:0"):
+        refuse_graphs({first}, quantized=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(OptionError, match="here it sees 4; let it see one"):
+        refuse_graphs({first}, quantized=False)
 
 
 def test_cuda_graphs_on_a_gpu(device: str) -> None:

@@ -58,6 +58,12 @@ def test_tokens_agree_with_the_definition(name: str, rule: str, tau: float, excl
     check(device, name, rule, tau, exclude, "token", list(range(LENGTH)), list(range(LENGTH)))
 
 
+@pytest.mark.usefixtures("patterns_in_runs")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_agree_where_the_rows_of_the_pattern_are_longer_than_the_prompt(name: str, device: str) -> None:
+    check(device, name, "softmax", 0.1, True, "token", list(range(LENGTH)), list(range(LENGTH)))
+
+
 @pytest.mark.parametrize("rule", ["softmax", "linear"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_spans_and_rest_agree_with_the_definition(name: str, rule: str, device: str) -> None:

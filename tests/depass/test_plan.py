@@ -29,6 +29,7 @@ from depass import (
 from depass.cli import main
 from depass.families import bind
 from depass.loading import empty_model
+from depass.propagate import neurons_at_once
 
 MEASURED = """
 import sys, torch
@@ -47,6 +48,15 @@ loaded = read("VmRSS")
 dp.attribute(torch.randint(100, 40_000, (n,)), target=5, start_layer=27)  # no layer takes more than another
 print(plan.total_bytes, read("VmHWM") - loaded + plan.weights_bytes)
 """
+
+
+@pytest.mark.parametrize(
+    ("neurons", "fit", "expected"),
+    [(11008, 6095, 6016), (14336, 4680, 4608), (11008, 11008, 11008), (11008, 99999, 11008), (300, 128, 128),
+     (300, 127, 120), (300, 8, 8), (300, 7, 7), (300, 0, 1), (5, 4, 4)],
+)  # fmt: skip
+def test_blocks_of_neurons_begin_where_products_are_fast(neurons: int, fit: int, expected: int) -> None:
+    assert neurons_at_once(neurons, fit) == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")

@@ -4,6 +4,7 @@ the shared memory of a block and spills no register. (The CUDA kernels' check st
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from depass.propagate import with_rows_in_runs
 from depass_kernels import SourceLayout
 
 pytest.importorskip("triton", exc_type=ImportError)
@@ -59,6 +61,14 @@ def mix(name: str, head_dim: int, dtype: torch.dtype) -> Any:
     )
     scale = empty(layout.positions)
     return mix_values.launch(pattern, values, layout, kv_heads, scale, scale, out)
+
+
+def mix_prompt(n: int, dtype: torch.dtype) -> Any:
+    """As the propagation calls it, for a prompt of ``n`` tokens of Llama-3.1-8B's heads."""
+    layout = SourceLayout.tokens(n)
+    pattern = with_rows_in_runs(empty(1, 32, n, n, dtype=dtype), 16)
+    values, out = empty(layout.rows, 8 * 128, dtype=dtype), empty(layout.rows, 32 * 128, dtype=dtype)
+    return mix_values.launch(pattern, values, layout, 8, empty(n), None, out)
 
 
 def update(scattered: bool, dtype: torch.dtype) -> Any:
@@ -122,3 +132,14 @@ def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: 
         assert usage.count("HMMA") + usage.count("HGMMA") > 0
     if name.startswith("share_hidden"):
         assert "LDG.E.128" in usage.sass or "LDG.E.EF.128" in usage.sass  # 16 bytes an access
+
+
+@pytest.mark.parametrize("capability", [86, 90], ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize("n", [100, 128, 250])
+def test_the_pattern_is_read_in_runs_of_keys(n: int, capability: int, tmp_path: Path) -> None:
+    """16 bytes an access, straight to shared memory; never single 16-bit numbers."""
+    usage = compile_for(mix_prompt(n, HALF), capability, tmp_path)
+    assert usage.stack == 0
+    assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)
+    # of the pattern [64, 64] and of the values [64, 128], each by 128 threads
+    assert len(re.findall(r"LDGSTS\.E[.\w]*\.128", usage.sass)) >= 4 + 8

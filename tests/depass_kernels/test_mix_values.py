@@ -116,6 +116,24 @@ def test_takes_a_pattern_of_another_dtype_than_the_values(
     check(call, mix_values(**call, out=poisoned(LAYOUTS["several"].rows, 64, torch.float32, device), backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*LAYOUTS, "tokens63", "tokens65-excluded", "mixed"])
+def test_rows_of_a_pattern_may_be_longer_than_its_prompts(
+    name: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    layout = {**LAYOUTS, **LARGE}[name]
+    call = inputs(layout, (4, 2, 16), dtype, device)
+    narrow = mix_values(**call, backend=backend)
+    longer = -(-layout.longest // 16) * 16
+    buffer = torch.full((layout.prompts, 4, layout.longest + 1, longer + 16), float("nan"), dtype=dtype, device=device)
+    wide = buffer[:, :, : layout.longest, :longer]  # zeros behind the prompt, NaN behind the pattern
+    wide.zero_()[..., : layout.longest] = call["pattern"]
+    call["pattern"] = wide
+    out = poisoned(layout.rows, 64, dtype, device)
+    mix_values(**call, out=out, backend=backend)
+    assert torch.equal(out, narrow)
+
+
 def test_blocks_of_sources_mix_as_the_whole_does(backend: str, device: str) -> None:
     layout = LARGE["tokens65-excluded"]
     call = inputs(layout, (4, 2, 5), torch.float32, device)
@@ -170,7 +188,8 @@ def test_agrees_on_random_layouts(
     [
         ({"values": torch.zeros(9, 16)}, r"values must be floating \[10, any\].*float32 \[9, 16\]"),
         ({"values": torch.zeros(10, 16, dtype=torch.int64)}, "int64"),
-        ({"pattern": torch.zeros(2, 4, 4)}, r"\[B, H, N, N\]"),
+        ({"pattern": torch.zeros(2, 4, 4)}, r"\[B, H, N, W\]"),
+        ({"pattern": torch.zeros(1, 2, 5, 4)}, r"W >= N, got float32 \[1, 2, 5, 4\]"),
         ({"pattern": torch.zeros(1, 2, 3, 3)}, ">=4"),
         ({"kv_heads": 3}, "kv_heads=3"),
         ({"key_scale": torch.ones(3)}, r"key_scale must be floating \[4\]"),

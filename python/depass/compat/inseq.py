@@ -248,7 +248,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
     groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.workspace_bytes))
     found = dp._engine().sweep(made, groups, asked, settings, "heads")
-    dp._judge(found, strict=False)
+    dp._judge(found, strict=False, tolerance=dp._bound.tolerance)
     scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.heads)  # [targets, L, N, H]
     beside = {"logit": found.target_logits}
     for name, rows in (("rest", found.rest), ("bias", found.bias)):
