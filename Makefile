@@ -7,7 +7,7 @@ ADAPTERS := .venv-adapters
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test lint test-kernels test-interpreted docs tutorial release-check audit bench gpu gpu-large adapters clean
+.PHONY: demo test lint test-kernels test-interpreted oldest-torch docs tutorial release-check audit bench gpu gpu-large adapters clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -35,6 +35,10 @@ compile-for-%:
 
 test-interpreted:
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/depass_kernels tests/depass/test_served.py -k "triton or auto"
+
+# The oldest supported torch: csrc compiles against its headers, with and without CUDA, and needs no symbol that it lacks.
+oldest-torch: $(VENV)/ready
+	$(BIN)/python tests/support/oldest_torch.py $(VENV)/oldest-torch
 
 # The pages, without a warning, into build/docs. The tutorial is run anew for them: what it says of its numbers is asserted there.
 docs: $(VENV)/docs

@@ -8,9 +8,11 @@ needs no torch. Objects are kept in ``build/csrc``: a second build does nothing.
 Where torch, a compiler or ninja is missing, the library is left out: the package then runs on plain torch, more slowly,
 and says so in ``depass_kernels.backends.table()``. ``DEPASS_BUILD_CPU=1`` makes that an error. Without nvcc the CUDA
 kernels are left out; ``DEPASS_BUILD_CUDA=1`` makes that an error, ``DEPASS_BUILD_CUDA=0`` leaves them out on purpose.
+Where nvcc is found and fails, they are left out too, and ``import depass_kernels`` warns and says why.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,8 +33,8 @@ LIBRARY, INFO = "depass_kernels._csrc", "depass_kernels._build_info"
 CPP = ["register.cpp", "share_hidden_cpu.cpp", "mix_values_cpu.cpp"]
 CUDA = ["share_hidden.cu", "mix_values.cu"]
 ARCHITECTURES = ["80", "86", "89", "90"]  # the last one's PTX serves what is newer
-# the oldest torch that the library may be loaded into: 2.10
-TORCH_TARGET = "TORCH_TARGET_VERSION=0x020a000000000000"
+OLDEST_TORCH = (2, 10)  # the oldest version to compile against and to load into; the same as in pyproject.toml
+TORCH_TARGET = f"TORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"
 FLAGS = ["-O3", "-DNDEBUG", "-std=c++17", "-Wall", "-fPIC", "-fvisibility=hidden"]
 CPU_FLAGS = ["-fno-trapping-math", "-fno-math-errno"]
 MACOS = sys.platform == "darwin"
@@ -69,27 +72,43 @@ def cxx() -> str:
     return found
 
 
-def nvcc() -> tuple[str | None, str]:
-    """The CUDA compiler and its version, or None and why the CUDA kernels are left out."""
+@dataclass(frozen=True)
+class Nvcc:
+    """The CUDA compiler and its version, or why the CUDA kernels are left out. ``failed``: one was found and failed."""
+
+    path: str | None = None
+    version: str = ""
+    left_out: str = ""
+    failed: bool = False
+
+
+def nvcc() -> Nvcc:
     if os.environ.get("DEPASS_BUILD_CUDA") == "0":
-        return None, "DEPASS_BUILD_CUDA=0"
+        return Nvcc(left_out="DEPASS_BUILD_CUDA=0")
     home, usual = os.environ.get("CUDA_HOME"), "/usr/local/cuda"
     folders = [f"{home}/bin" if home else "", os.environ.get("PATH", ""), f"{usual}/bin"]
-    found = shutil.which("nvcc", path=os.pathsep.join(folder for folder in folders if folder))
-    reason = "no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda"
-    if found is not None:
-        says, knows = (
-            subprocess.run([found, flag], capture_output=True, text=True, check=False).stdout
+    path = shutil.which("nvcc", path=os.pathsep.join(folder for folder in folders if folder))
+    absent = Nvcc(left_out="no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda")
+    found = absent if path is None else examined(path)
+    if found.path is None and os.environ.get("DEPASS_BUILD_CUDA") == "1":
+        raise CompileError(found.left_out)
+    return found
+
+
+def examined(path: str) -> Nvcc:
+    """The nvcc at ``path``, if it knows every architecture."""
+    try:
+        about, architectures = (
+            subprocess.run([path, flag], capture_output=True, text=True, check=False).stdout
             for flag in ("--version", "--list-gpu-arch")
         )
-        version = re.search(r"release [\d.]+, V([\d.]+)", says)
-        unknown = [f"sm_{a}" for a in ARCHITECTURES if f"compute_{a}" not in knows]
-        if not unknown:
-            return found, version[1] if version else "unknown"
-        reason = f"{found} does not know {', '.join(unknown)}"
-    if os.environ.get("DEPASS_BUILD_CUDA") == "1":
-        raise CompileError(reason)
-    return None, reason
+    except OSError as error:
+        return Nvcc(left_out=f"{path} does not run: {error}", failed=True)
+    unknown = [f"sm_{a}" for a in ARCHITECTURES if f"compute_{a}" not in architectures]
+    if unknown:
+        return Nvcc(left_out=f"{path} does not know {', '.join(unknown)}", failed=True)
+    version = re.search(r"release [\d.]+, V([\d.]+)", about)
+    return Nvcc(path, version[1] if version else "unknown")
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -132,17 +151,35 @@ class Graph:
 
     def build(self, ninja: str) -> None:
         write_if_changed(self.folder / "build.ninja", self.text)
+        command = [ninja, "--quiet", "-C", str(self.folder)]
         try:
-            subprocess.run([ninja, "--quiet", "-C", str(self.folder)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"csrc does not compile: {error}") from error
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+            )
+        except OSError as error:
+            raise CompileError(f"ninja does not run: {error}") from error
+        print(done.stdout, end="")
+        if done.returncode != 0:
+            raise CompileError(f"csrc does not compile: {first_errors(done.stdout)}")
+
+
+def first_errors(output: str) -> str:
+    """The first three lines that name an error, joined into one; the last three lines where none does."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("ninja: ")]
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line)]
+    return " | ".join(line[:250] for line in (errors[:3] or lines[-3:]))
+
+
+def cxx_command(compiler: str, headers: Path, cuda: bool) -> list[str]:
+    """The compiler and its flags for the library's C++ sources. ``headers``: torch's include directory."""
+    defines = [f"-D{TORCH_TARGET}", *(["-DDEPASS_CUDA"] if cuda else [])]
+    return [compiler, *FLAGS, *CPU_FLAGS, *defines, f"-I{headers}"]
 
 
 def library(graph: Graph, cuda: str | None) -> Path:
     """What is loaded into torch. Linked by nvcc where there is one, which knows its own static runtime."""
     torch = torch_folder()
-    defines = [f"-D{TORCH_TARGET}", *(["-DDEPASS_CUDA"] if cuda else [])]
-    run = [graph.compiler, *FLAGS, *CPU_FLAGS, *defines, f"-I{torch / 'include'}"]
+    run = cxx_command(graph.compiler, torch / "include", cuda is not None)
     objects = [graph.compiled("cxx", source, run) for source in CPP]
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if cuda is None:
@@ -168,14 +205,23 @@ def library(graph: Graph, cuda: str | None) -> Path:
     return graph.linked("_csrc.so", objects, link, linker + libraries)
 
 
-def info(graph: Graph, cuda: str | None, about_cuda: str) -> Path:
+def literal(text: str) -> str:
+    """``text`` as a C++ string literal. What is not printable ASCII becomes a question mark."""
+    return json.dumps(re.sub(r"[^ -~]", "?", text))
+
+
+def info(graph: Graph, cuda: Nvcc) -> Path:
     if not importlib.util.find_spec("pybind11"):
         raise CompileError("depass_kernels._build_info needs pybind11, which is not installed; pip install pybind11")
     import pybind11
 
-    lines = [f'#define DEPASS_NVCC "{about_cuda if cuda else ""}"']
-    lines += [f'#define DEPASS_NO_CUDA "{"" if cuda else about_cuda}"']
-    lines += [f'#define DEPASS_ARCHITECTURES "{" ".join(f"sm_{a}" for a in ARCHITECTURES) if cuda else ""}"']
+    architectures = " ".join(f"sm_{a}" for a in ARCHITECTURES) if cuda.path else ""
+    lines = [
+        f"#define DEPASS_NVCC {literal(cuda.version)}",
+        f"#define DEPASS_NO_CUDA {literal(cuda.left_out)}",
+        f"#define DEPASS_CUDA_FAILED {str(cuda.failed).lower()}",
+        f"#define DEPASS_ARCHITECTURES {literal(architectures)}",
+    ]
     write_if_changed(graph.folder / "build_config.h", "\n".join(lines) + "\n")
     include = [sysconfig.get_path("include"), pybind11.get_include(), str(graph.folder)]
     run = [graph.compiler, *FLAGS, *(f"-I{folder}" for folder in include)]
@@ -189,24 +235,24 @@ def suffix() -> str:
 
 
 class BuildThroughNinja(build_ext):
-    cuda_fails: str | None = None
+    cuda_fails: Nvcc | None = None
 
     def build_extension(self, ext: Extension) -> None:
         runner, graph = ninja(), Graph(BUILD / ext.name.rpartition(".")[2], cxx())
-        cuda, about_cuda = nvcc() if self.cuda_fails is None else (None, self.cuda_fails)
+        cuda = self.cuda_fails or nvcc()
         if ext.name == LIBRARY:
-            if cuda is None:
-                print(f"depass_kernels: CUDA kernels left out: {about_cuda}")
-            built = library(graph, cuda)
+            if cuda.path is None:
+                print(f"depass_kernels: CUDA kernels left out: {cuda.left_out}")
+            built = library(graph, cuda.path)
         else:
-            built = info(graph, cuda, about_cuda)
+            built = info(graph, cuda)
         try:
             graph.build(runner)
-        except CompileError:
-            if cuda is None or os.environ.get("DEPASS_BUILD_CUDA") == "1":
+        except CompileError as error:
+            if ext.name != LIBRARY or cuda.path is None or os.environ.get("DEPASS_BUILD_CUDA") == "1":
                 raise
             # a CUDA compiler that does not get on with this host compiler must not cost the CPU kernels
-            self.cuda_fails = f"csrc does not compile together with them ({cuda}); DEPASS_BUILD_CUDA=1 shows why"
+            self.cuda_fails = Nvcc(left_out=f"with {cuda.path}, {error}", failed=True)
             self.build_extension(ext)
             return
         target = Path(self.get_ext_fullpath(ext.name))
@@ -218,8 +264,9 @@ class BuildThroughNinja(build_ext):
         return fullname.replace(".", os.sep) + (".so" if fullname.endswith("_csrc") else suffix())
 
 
-OPTIONAL = "1" not in (os.environ.get("DEPASS_BUILD_CPU"), os.environ.get("DEPASS_BUILD_CUDA"))
-setup(
-    ext_modules=[Extension(name, sources=[], optional=OPTIONAL) for name in (LIBRARY, INFO)],
-    cmdclass={"build_ext": BuildThroughNinja},
-)
+if __name__ == "__main__":  # tests import this file for its flags
+    optional = "1" not in (os.environ.get("DEPASS_BUILD_CPU"), os.environ.get("DEPASS_BUILD_CUDA"))
+    setup(
+        ext_modules=[Extension(name, sources=[], optional=optional) for name in (LIBRARY, INFO)],
+        cmdclass={"build_ext": BuildThroughNinja},
+    )

@@ -20,6 +20,7 @@ py::dict build_info() {
   info["nvcc"] = nvcc.empty() ? py::object(py::none()) : py::str(nvcc);
   info["cuda_architectures"] = py::str(DEPASS_ARCHITECTURES).attr("split")();
   info["cuda_missing"] = missing.empty() ? py::object(py::none()) : py::str(missing);
+  info["cuda_failed"] = DEPASS_CUDA_FAILED;
   return info;
 }
 
@@ -30,5 +31,5 @@ PYBIND11_MODULE(_build_info, m) {
   m.def("build_info", &build_info,
         "cxx: the C++ compiler; nvcc: the CUDA compiler's version, or "
         "None; cuda_architectures: what the CUDA kernels were compiled for; cuda_missing: why they were left out, or "
-        "None.");
+        "None; cuda_failed: whether an nvcc was found and could not be used.");
 }

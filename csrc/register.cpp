@@ -119,7 +119,11 @@ void on_device(const Tensor& tensor, const char* op, const Call& call, int (*ker
     throw std::runtime_error("depass_kernels: tensors on a CUDA device, but this torch names no CUDA stream");
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // Checked by hand: the headers of torch 2.10 to 2.12 lack STABLE_TORCH_ERROR_CODE_CHECK.
+  if (const int error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream))
+    throw std::runtime_error("depass_kernels: aoti_torch_get_current_cuda_stream for device " +
+                             std::to_string(tensor.get_device_index()) + " returned error code " +
+                             std::to_string(error));
   if (const int error = kernel(call, stream))
     throw std::runtime_error(std::string("depass_kernels: ") + op + " on CUDA: " + depass::cuda_error(error));
 }

@@ -8,6 +8,7 @@ does the work. ``auto`` takes the first of :data:`BACKENDS` that can; a name for
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -171,11 +172,28 @@ def csrc_missing() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What csrc was built with: compilers, their versions, CUDA architectures. Empty where it was not built."""
+    """What csrc was built with: compilers, their versions, CUDA architectures. Empty where it was not built.
+
+    ``cuda_missing`` says why the CUDA kernels were left out, ``cuda_failed`` whether an nvcc was found and failed.
+    """
     if find_spec("depass_kernels._build_info") is None:
         return {}
     info: dict[str, Any] = import_module("depass_kernels._build_info").build_info()
     return info
+
+
+def _warn_if_cuda_failed() -> None:
+    """The build fell back to the CPU kernels where pip shows nothing, so the first to tell the user is the import."""
+    info = build_info()
+    if info.get("cuda_failed"):
+        warnings.warn(
+            f"depass_kernels was built without its CUDA kernels because nvcc failed: {info['cuda_missing']}. On a GPU, "
+            "Triton or the reference serves instead. To see the whole error, run this in the source directory: "
+            "DEPASS_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir . "
+            "To leave the CUDA kernels out without this warning, install with DEPASS_BUILD_CUDA=0.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _cpu_refuses(*tensors: Tensor | None) -> str | None:

@@ -1,17 +1,24 @@
-"""The CUDA kernels without a GPU: emulated on the CPU they agree with the reference; compiled they fit the cards."""
+"""The CUDA kernels without a GPU: emulated on the CPU they agree with the reference; compiled they fit the cards.
+
+And setup.py: which nvcc it takes, and what it says of one that fails.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import oldest_torch
 import pytest
 import torch
 from cuda_emulation.library import Emulated
@@ -22,6 +29,7 @@ from depass_kernels import SourceLayout, backends, reference
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CHECKOUT = Path(__file__).parents[2]
 LIBRARY = Path(backends.__file__).with_name("_csrc.so")
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -383,3 +391,114 @@ def test_build_info_needs_no_torch(built: dict[str, Any]) -> None:
     code = "import sys; import _build_info; print(_build_info.build_info()['cxx'], 'torch' in sys.modules)"
     says = subprocess.run([sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True, check=True)
     assert says.stdout.split() == [*built["cxx"].split(), "False"]
+
+
+# ---- setup.py
+
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release 12.9, V12.9.86" ;;
+  --list-gpu-arch) echo "compute_80 compute_86 compute_89 {newest}" ;;
+  *) echo 'host_config.h:143:2: error: #error -- unsupported GNU version: "99"' >&2; exit 1 ;;
+esac
+"""
+
+
+def nvcc(home: Path, text: str) -> Path:
+    """A CUDA compiler for $CUDA_HOME."""
+    path = home / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module; nothing is built."""
+    monkeypatch.delenv("DEPASS_BUILD_CUDA", raising=False)
+    return oldest_torch.setup_py()
+
+
+def test_the_build_and_the_package_agree_on_the_oldest_torch(setup_py: ModuleType) -> None:
+    (oldest,) = re.findall(r'"torch>=([\d.]+)"', (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
+    major, minor = map(int, oldest.split("."))
+    assert (major, minor) == setup_py.OLDEST_TORCH
+    assert int(setup_py.TORCH_TARGET.removeprefix("TORCH_TARGET_VERSION="), 16) == (major << 56) + (minor << 48)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(NVCC.format(newest=""), "does not know sm_90"), ("", "does not run: ")],
+    ids=["too-old", "no-program"],
+)
+def test_an_nvcc_that_cannot_be_used_has_failed(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, reason: str
+) -> None:
+    path = nvcc(tmp_path, text)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = setup_py.nvcc()
+    assert found.left_out.startswith(f"{path} {reason}")
+    assert (found.path, found.failed) == (None, True)
+    monkeypatch.setenv("DEPASS_BUILD_CUDA", "1")
+    with pytest.raises(setup_py.CompileError, match=reason):
+        setup_py.nvcc()
+
+
+def test_no_nvcc_is_no_failure(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    assert setup_py.nvcc() == setup_py.Nvcc(left_out="no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda")
+
+
+def test_a_failed_build_is_summarized_by_its_first_errors(setup_py: ModuleType) -> None:
+    compiler = (
+        "FAILED: a.o\ng++ -fno-math-errno a.cpp\na.cpp:1: fatal error: no such file\n  1 | #include\nninja: stopped"
+    )
+    assert setup_py.first_errors(compiler) == "a.cpp:1: fatal error: no such file"
+    killed = "FAILED: a.o\nnvcc a.cu\nKilled\nninja: stopped"
+    assert setup_py.first_errors(killed) == "FAILED: a.o | nvcc a.cu | Killed"
+
+
+def test_a_reason_becomes_a_valid_string_literal(setup_py: ModuleType) -> None:
+    literal = setup_py.literal('a "b" \\ é\x1b')
+    assert ast.literal_eval(literal) == 'a "b" \\ ??'  # Python reads the escapes as C++ does
+
+
+def test_importing_warns_only_where_nvcc_failed(built: dict[str, Any], tmp_path: Path) -> None:
+    tree, compiler = tmp_path / "tree", tmp_path / "g++"
+    for folder in ("csrc", "depass_kernels"):
+        shutil.copytree(CHECKOUT / folder, tree / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, tree)
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # compiles sooner
+    compiler.chmod(0o755)
+    path = nvcc(tmp_path / "cuda", NVCC.format(newest="compute_90"))
+    use = (
+        "import depass_kernels; from depass_kernels import backends; rows = backends.table();"
+        "print(backends.build_info()['cuda_failed'], next(why for op, name, why in rows if name == 'cuda'))"
+    )
+
+    def build_and_use(**settings: str) -> tuple[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("DEPASS_")}
+        environment = kept | {
+            "CXX": str(compiler),
+            "CUDA_HOME": str(tmp_path / "cuda"),
+            "PYTHONPATH": str(tree),
+            **settings,
+        }
+        for command in (["setup.py", "--quiet", "build_ext", "--inplace"], ["-W", "always", "-c", use]):
+            done = subprocess.run(
+                [sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True, check=True
+            )
+        return done.stdout, done.stderr
+
+    row, stderr = build_and_use()
+    why = f'with {path}, csrc does not compile: host_config.h:143:2: error: #error -- unsupported GNU version: "99"'
+    assert row == f"True csrc was built without its CUDA kernels: {why}\n"
+    assert stderr.count("RuntimeWarning") == 1
+    assert f"without its CUDA kernels because nvcc failed: {why}. On a GPU" in stderr
+    assert "DEPASS_BUILD_CUDA=1 pip install" in stderr
+
+    row, stderr = build_and_use(DEPASS_BUILD_CUDA="0")
+    assert row == "False csrc was built without its CUDA kernels: DEPASS_BUILD_CUDA=0\n"
+    assert "RuntimeWarning" not in stderr
