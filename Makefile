@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 ADAPTERS := .venv-adapters
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
-RESULTS ?= benchmarks/results
 
 .PHONY: demo test lint test-kernels test-interpreted oldest-torch docs tutorial release-check audit bench gpu gpu-large adapters clean
 
@@ -75,13 +74,18 @@ bench: $(VENV)/ready
 	status=0; $(BIN)/python -m benchmarks run $(BENCH) || status=$$?; \
 	$(BIN)/python -m benchmarks report README.md docs/performance.md && exit $$status
 
-# On a machine with a GPU that has torch, transformers and pytest already, and perhaps no network: builds in place, measures,
-# tests and sanitizes, and installs nothing. `make gpu-large` measures what takes longer.
+# On a machine with a GPU that has torch, transformers, pytest, hypothesis and rich already, and perhaps no network: builds in
+# place, measures, tests and sanitizes within SECONDS, and installs nothing. `make gpu-large` measures what takes longer.
+# DRY=1 tries every stage on a CPU. COMMIT names the code where this is no checkout.
+OUT ?= $(if $(DRY),build/gpu-dry,benchmarks/results)
+SECONDS ?= 540
+GPU := PYTHONPATH=python:. $(PYTHON) benchmarks/gpu.py $(OUT) --seconds $(SECONDS) $(if $(DRY),--dry) $(if $(COMMIT),--commit $(COMMIT))
+
 gpu:
-	PYTHONPATH=python:. $(PYTHON) benchmarks/gpu.py $(RESULTS)
+	$(GPU)
 
 gpu-large:
-	PYTHONPATH=python:. $(PYTHON) benchmarks/gpu.py $(RESULTS) large
+	$(GPU) --large
 
 # Other tools' adapters (docs/adapters.md), each in an environment of its own, since the tools do not install together. The
 # pins are what was tried; those of pyproject.toml's extras. Tests of tools that an environment does not have skip.

@@ -3,6 +3,7 @@
     python -m benchmarks list [PATTERN ...]
     python -m benchmarks run 'tokens/smollm2/*' [--device cuda] [--memory-limit 48GB]
     python -m benchmarks compare COMMIT [COMMIT]
+    python -m benchmarks predict
     python -m benchmarks report README.md docs/performance.md
 
 A case is QUESTION/MODEL/DTYPE/SIZE, and patterns take * and several sizes (tokens/smollm2/float32/10,64). Every run
@@ -30,7 +31,7 @@ from depass.files import append_row
 from .compare import compare, shown
 from .machine import ROOT, BenchmarkError, Machine, commit, here
 from .registry import all_cases, find, listed, methods_of
-from .runner import Options, Row, measure_memory, read, run
+from .runner import Options, Row, line, measure_memory, read, run
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--memory-limit", type=size, help="cap the CUDA allocator, as 48GB")
     one.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     one.add_argument("--commit", help="of the code, where this is no checkout")
+    one.add_argument("--session", default=uuid.uuid4().hex[:12], help=argparse.SUPPRESS)
     one.add_argument("--results", type=Path, help="the file to append to")
     one.set_defaults(do=_run)
 
@@ -87,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("new", nargs="?", help="without it the commit of the last row")
     one.add_argument("--results", type=Path, nargs="+")
     one.set_defaults(do=_compare)
+
+    one = commands.add_parser("predict", help="write what GPUs should take, counted on this machine without one")
+    one.set_defaults(do=_predict)
 
     one = commands.add_parser("report", help="draw the figures and fill in what lies between the markers of documents")
     one.add_argument("documents", type=Path, nargs="+")
@@ -125,7 +130,7 @@ def _run(options: argparse.Namespace) -> int:
     chosen = Options(methods, options.backend, options.runs, options.budget, options.limit, not options.no_memory)
     described = machine.describe()
     stamp = {**commit(), **({"commit": options.commit} if options.commit else {}), **described,
-             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "session": uuid.uuid4().hex[:12]}  # fmt: skip
+             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "session": options.session}  # fmt: skip
     path = options.results or RESULTS / f"{described['machine']}.jsonl"
     bad = 0
     for case in cases:
@@ -134,27 +139,13 @@ def _run(options: argparse.Namespace) -> int:
             try:
                 for row in run(case, machine, chosen):
                     append_row(path, {**row, **stamp})
-                    print(_line(row), flush=True)
+                    print(line(row), flush=True)
                     bad += row["status"] in ("refused", "failed")
             except (DePassError, torch.OutOfMemoryError) as error:  # the model itself cannot be had, or does not fit
                 print(f"{case.name}: no model: {error}", file=sys.stderr, flush=True)
                 bad += 1
     print(f"rows in {path}")
     return 1 if bad else 0
-
-
-def _line(row: Row) -> str:
-    begin = f"{row['case']:40} {row['method']:26}"
-    if row["status"] == "oom":
-        return f"{begin} out of memory, asked for {row['asked_bytes'] / 1e9:.2f} GB"
-    if row["status"] != "ok":
-        return f"{begin} {row['status']}: {row['reason'].splitlines()[0]}"
-    parts = [f"{row['seconds_p50']:.4g} s ({row['runs']} runs)"]
-    if "beyond_plain_bytes" in row:
-        parts.append(f"{row['beyond_plain_bytes'] / 1e6:.0f} MB")
-    if "share_of_floor" in row:
-        parts.append(f"{row['share_of_floor']:.0%} of the floor")
-    return f"{begin} {', '.join(parts)}"
 
 
 def _memory(options: argparse.Namespace) -> int:
@@ -174,6 +165,13 @@ def _compare(options: argparse.Namespace) -> int:
     changes = compare(_rows(options.results), options.old, options.new)
     print(shown(changes))
     return 1 if any(change.verdict == "SLOWER" for change in changes) else 0
+
+
+def _predict(_: argparse.Namespace) -> int:
+    from .predict import predict
+
+    print(predict())
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

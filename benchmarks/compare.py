@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .machine import BenchmarkError
-from .runner import Row, percentile
+from .machine import BenchmarkError, percentile
+from .runner import Row
 
 FEWEST = 3  # runs on either side, for a spread to say something
 SLACK = 0.02  # a difference below it is no change, however quiet the runs were

@@ -1,130 +1,277 @@
-"""Everything that only a GPU can show, in one command of under nine minutes: builds, measures, tests, sanitizes.
+"""What only a GPU can show, in one command that yields whatever time it gets: ``make gpu OUT=folder``.
 
-    python benchmarks/gpu.py FOLDER          the targets, at Llama-2-7B's size
-    python benchmarks/gpu.py FOLDER large    what takes longer: larger models, 2048 tokens under 48 GB, thousands of prompts
+    python benchmarks/gpu.py FOLDER [--seconds 540] [--dry] [--large] [--commit COMMIT]
 
-Needs what the tests need and installs nothing. Rows go to FOLDER/MACHINE.jsonl as they come, what each step said to
-FOLDER/steps.jsonl; a step that takes too long is ended and the next one begun.
+A stage is a process of its own, and the most wanted come first. Rows go to FOLDER/MACHINE.jsonl the moment they are
+measured, so every stage is worth having if the next never runs. A stage that takes too long is ended. The last lines
+printed are a table of what was measured. Nothing is installed; csrc is built in place.
+
+--dry runs every stage on the CPU: tiny shapes, Triton's interpreter, and stand-ins for the tools that need a GPU.
+--large measures what takes longer instead: larger models, 2048 tokens under 48 GB, a thousand prompts.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
-import torch  # noqa: E402
+from depass.files import append_row  # noqa: E402  # loads no torch: this process needs none, and holds no GPU
 
-from benchmarks.machine import Machine, commit  # noqa: E402
-from depass.files import append_row  # noqa: E402
-from depass_kernels import backends, mix_values, share_hidden  # noqa: E402
-
-TARGETS = (  # what is run, by which methods, in at most how many seconds; the most wanted first
-    ("tokens/llama-2-7b/bfloat16/128", "depass,naive,eager,compiled,input_x_gradient,integrated_gradients_20", 60),
-    ("tokens/llama-2-7b/bfloat16/256", "depass,eager", 25),
-    ("tokens/llama-2-7b/bfloat16/64", "depass,naive,input_x_gradient,integrated_gradients_20", 25),
-    ("heads/llama-2-7b/bfloat16/16", "depass,naive", 30),
-    ("prompts/llama-2-7b/bfloat16/64", "depass,naive", 30),
-    ("tokens/smollm2-135m/bfloat16/16,32", "depass,depass_cuda_graphs,naive,eager", 20),
-)
+KERNEL_TESTS = [
+    f"tests/depass_kernels/test_{op}.py" for op in ("mix_values", "share_hidden", "residual_update", "gate_share")
+]
+MODEL_TESTS = [
+    f"tests/depass/test_{what}.py" for what in ("served", "oracle", "conservation", "graphs", "batches", "streaming")
+]
 LARGE = (
-    ("tokens/llama-2-7b@host/bfloat16/2048", "depass", 280),
-    ("tokens/llama-2-7b/bfloat16/512", "depass,naive,eager", 60),
-    ("tokens/llama-3.1-8b/bfloat16/128,256", "depass,naive,eager", 60),
-    ("tokens/llama-2-13b/bfloat16/128,256", "depass,naive,eager", 60),
-    ("prompts/llama-2-7b/bfloat16/1000", "depass", 40),
-    ("spans/llama-2-7b/bfloat16/8192x64", "depass", 60),
-)
+    ("tokens/llama-2-7b/bfloat16/1024", 60), ("tokens/llama-3.1-8b/bfloat16/10,64,128,256,512", 90),
+    ("tokens/llama-2-7b@host/bfloat16/2048", 280), ("tokens/llama-2-13b/bfloat16/128,256", 90),
+    ("prompts/llama-2-7b/bfloat16/1000", 60), ("spans/llama-2-7b/bfloat16/8192x64", 60),
+)  # fmt: skip
 
 
-def step(folder: Path, name: str, command: list[str], limit: int, **environment: str) -> None:
-    """Run a command with everything it starts, for at most ``limit`` seconds, and keep what it said."""
+@dataclass(frozen=True)
+class Stage:
+    """One process: at most ``seconds`` long, and less where less is left."""
+
+    name: str
+    seconds: float
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None) -> list[Stage]:
+    """What is done, the most wanted first."""
+    python = sys.executable
+    common = ["--rows", str(rows), "--session", session, *(["--dry"] if dry else [])]
+    common += ["--commit", commit] if commit else []
+    interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry else {}
+    device = "cpu" if dry else "cuda"
+
+    def measured(name: str, seconds: float, **environment: str) -> Stage:
+        return Stage(name, seconds, [python, "-m", "benchmarks.stages", name, *common], environment)
+
+    def tested(name: str, seconds: float, files: Sequence[str], *options: str, **environment: str) -> Stage:
+        seconds = 25 if dry else seconds
+        deadline = str(seconds - 15)  # of pytest's own, which prints the failures then
+        command = [python, "-m", "pytest", *files, "--device", device, "--deadline", deadline, "--tb=short", *options]
+        return Stage(name, seconds, command, {"DEPASS_TEST_EXAMPLES": "5", **environment})
+
+    build = {"DEPASS_BUILD_CPU": "1", **({} if dry else {"DEPASS_BUILD_CUDA": "1"})}
+    built = Stage("build", 90, [python, "setup.py", "-q", "build_ext", "--inplace"], build)
+    if large:
+        cap = [] if dry else ["--memory-limit", "48GB"]
+        run = [python, "-m", "benchmarks", "run", "--methods", "depass", "--runs", "5", "--budget", "20", *cap]
+        cases = (("tokens/tiny/float32/16", 60),) if dry else LARGE
+        return [
+            built,
+            *(Stage(name, limit, [*run, name, "--results", str(rows), "--session", session]) for name, limit in cases),
+            Stage("racecheck", 100, sanitizer("racecheck", dry)),
+        ]
+    return [
+        built,
+        measured("ops", 75, **interpreted),
+        measured("ours", 150),
+        measured("counters", 60),
+        measured("rivals", 70),
+        tested("tests of the compiled kernels", 50, KERNEL_TESTS, "-k", "cpu" if dry else "cuda"),
+        tested("tests of the Triton kernels", 80, KERNEL_TESTS, "-k", "triton", **interpreted),
+        tested("tests through whole models", 60, MODEL_TESTS),
+        Stage("memcheck", 70, sanitizer("memcheck", dry)),
+    ]
+
+
+def sanitizer(tool: str, dry: bool) -> list[str]:
+    watched = [sys.executable, "benchmarks/memcheck.py", "cpu" if dry else "cuda"]
+    if dry:
+        return watched
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *watched]
+
+
+@dataclass
+class Ended:
+    """How a stage ended: with an exit code, or ``timeout``, ``no time left`` or why it did not begin."""
+
+    how: int | str
+    seconds: float
+    said: str
+
+
+def run(stage: Stage, seconds: float) -> Ended:
+    """Run a stage with everything it starts, for at most so many seconds; what it says is printed as it comes."""
     begin = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": "python:.", **environment}
-    code: int | str
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as running:  # fmt: skip
+    if shutil.which(stage.command[0]) is None:
+        return Ended(f"{stage.command[0]} is not on the PATH", 0.0, "")
+    environment = {**os.environ, "PYTHONPATH": "python:.", "PYTHONUNBUFFERED": "1", **stage.environment}
+    lines: list[str] = []
+    with _process_group(stage.command, environment) as process:
+
+        def listen() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                print(line, end="", flush=True)
+
+        reader = threading.Thread(target=listen, daemon=True)
+        reader.start()
         try:
-            said, code = running.communicate(timeout=limit)[0], running.returncode
+            how: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # workers and watched programs with it
-            said, code = running.communicate()[0], "timeout"
-    took = round(time.monotonic() - begin, 1)
-    print(f"{name}: {code} after {took} s\n{said[-1500:]}", flush=True)
-    row = {"what": "step", "name": name, "code": code, "seconds": took, "said": said[-4000:]}
-    append_row(folder / "steps.jsonl", {**row, **commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            how = "timeout"
+            os.killpg(process.pid, signal.SIGKILL)  # workers and watched programs with it
+        reader.join(5)
+    return Ended(how, round(time.monotonic() - begin, 1), "".join(lines)[-4000:])
 
 
-def cases(folder: Path, chosen: tuple[tuple[str, str, int], ...], *options: str) -> None:
-    results = str(folder / f"{Machine('cuda').describe()['machine']}.jsonl")
-    for pattern, methods, limit in chosen:
-        command = [sys.executable, "-m", "benchmarks", "run", pattern, "--methods", methods, "--results", results]
-        step(folder, pattern, [*command, "--runs", "5", "--budget", "8", *options], limit)
+@contextlib.contextmanager
+def _process_group(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with everything it has started, whatever ends this one but SIGKILL."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace", preexec_fn=os.setpgrp,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def sanitized() -> None:
-    """Small calls of the CUDA kernels, for compute-sanitizer to watch."""
-    from layouts import LAYOUTS, poisoned, scale, sliced
-
-    for name in ("tokens17-bias-excluded", "several", "dense33"):
-        layout = LAYOUTS[name]
-        for dtype in (torch.float32, torch.bfloat16):
-            for columns in (67, 128):
-                gate = sliced((layout.rows, columns), dtype, "cuda")
-                hidden = sliced((layout.positions, columns), dtype, "cuda")
-                for rule in backends.RULES:
-                    total = hidden if rule == "taylor" else None
-                    out = poisoned(layout.rows, columns, dtype, "cuda")
-                    share_hidden(gate, hidden, layout, rule=rule, gate_total=total, out=out, backend="cuda")
-            for d in (5, 64):
-                pattern = sliced((layout.prompts, 4, layout.longest, layout.longest), dtype, "cuda").tril()
-                values, key_scale = sliced((layout.rows, 2 * d), dtype, "cuda"), scale(layout.positions, "cuda")
-                mix_values(pattern, values, layout, kv_heads=2, key_scale=key_scale, backend="cuda")
-    torch.cuda.synchronize()
+def drive(todo: Sequence[Stage], rows: Path, seconds: float, stamp: dict[str, Any]) -> bool:
+    """Run the stages in turn within so many seconds, a row for each; whether all of them ended well."""
+    deadline = time.monotonic() + seconds
+    well = True
+    for stage in todo:
+        left = deadline - time.monotonic()
+        print(f"\n== {stage.name}: at most {min(stage.seconds, max(0.0, left)):.0f} s", flush=True)
+        ended = run(stage, min(stage.seconds, left)) if left > 1 else Ended("no time left", 0.0, "")
+        row = {"what": "stage", "stage": stage.name, "ended": ended.how, "seconds": ended.seconds, "said": ended.said}
+        append_row(rows, {**row, **stamp})
+        print(f"== {stage.name}: {ended.how} after {ended.seconds} s", flush=True)
+        well = well and ended.how == 0
+    return well
 
 
-def everything(folder: Path) -> None:
-    python, parallel = sys.executable, ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    build = [python, "setup.py", "-q", "build_ext", "--inplace"]
-    step(folder, "build", build, 100, DEPASS_BUILD_CPU="1", DEPASS_BUILD_CUDA="1")
-    results = str(folder / f"{Machine('cuda').describe()['machine']}.jsonl")
-    ops = [python, "-m", "pytest", "benchmarks/test_ops.py", "--rows", results, "-k", "smollm2 or llama-2-7b or 3.1-8b"]
-    cases(folder, TARGETS[:1])
-    step(folder, "ops", ops, 60)
-    step(folder, "kernel tests", [python, "-m", "pytest", "tests/depass_kernels", "--device", "cuda", *parallel], 80)
-    cases(folder, TARGETS[1:])
-    step(folder, "wrapper tests", [python, "-m", "pytest", "tests/depass", "--device", "cuda", *parallel], 50)
-    if shutil.which("compute-sanitizer") is None:
-        print("compute-sanitizer is not on the PATH: not measured")
-        return
-    for tool in ("memcheck", "racecheck"):
-        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        step(folder, f"compute-sanitizer {tool}", [*watch, python, __file__, str(folder), "sanitized"], 20)
+# What was measured.
 
 
-def main() -> None:
-    if len(sys.argv) not in (2, 3) or (len(sys.argv) == 3 and sys.argv[2] not in ("large", "sanitized")):
-        sys.exit(__doc__)
-    if not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA device here; `make bench` measures the CPU")
-    folder, mode = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) == 3 else "targets"
-    if mode == "sanitized":
-        sanitized()
-    elif mode == "large":
-        cases(folder, LARGE, "--memory-limit", "48GB")
-    else:
-        everything(folder)
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of one session in lines: stages, cases against their floor, ops against a copy and a GEMM."""
+    parts: list[str] = []
+    of = {what: [row for row in rows if row["what"] == what] for what in ("stage", "case", "op", "failed", "counters")}
+    if of["stage"]:
+        parts.append(
+            _lines(["stage", "ended", "seconds"], [[r["stage"], r["ended"], r["seconds"]] for r in of["stage"]])
+        )
+    if of["case"]:
+        head = ["case", "method", "p50", "floor, same process", "of the floor", "memory", "misses logit by", "status"]
+        parts.append(_lines(head, [_case(row) for row in of["case"]]))
+    if of["op"]:
+        copy, gemm = of["op"][-1]["copy_bytes_per_second"], of["op"][-1]["gemm_operations_per_second"]
+        parts.append(f"a copy moved {copy / 1e12:.3g} TB/s, a square GEMM did {gemm / 1e12:.4g} TFLOP/s")
+        head = ["op", "model", "backend", "p50", "of the copy", "of the GEMM"]
+        lines = [[r["op"], r["model"], r["backend"], _ms(r["seconds_p50"]), f"{r['share_of_copy']:.0%}",
+                  f"{r['share_of_gemm']:.0%}"] for r in of["op"]]  # fmt: skip
+        parts.append(_lines(head, lines))
+    parts += [f"{row['op']} in ncu: {row['kernel']}, {row['metrics']}" for row in of["counters"]]
+    parts += [f"NOT measured: {row['item']}: {row['reason'].splitlines()[0][:200]}" for row in of["failed"]]
+    return "\n\n".join(parts) or "nothing was measured"
+
+
+def _case(row: dict[str, Any]) -> list[str]:
+    begin = [row["case"], row["method"]]
+    if row["status"] != "ok":
+        return [*begin, "", "", "", "", "", f"{row['status']}: {row.get('reason', '')[:120]}"]
+    floor = _ms(row["floor_seconds"]) if "floor_seconds" in row else ""
+    share = f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else ""
+    memory = f"{row['beyond_plain_bytes'] / 1e6:.0f} MB" if "beyond_plain_bytes" in row else ""
+    missed = f"{row['conservation_error']:.0e}" if "conservation_error" in row else ""
+    return [*begin, _ms(row["seconds_p50"]), floor, share, memory, missed, "ok"]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"
+
+
+def _lines(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def read(path: Path, session: str) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the line that a killed process left half written
+            rows.append(json.loads(line))
+    return [row for row in rows if row.get("session") == session]
+
+
+def stand_in_for_ncu(arguments: Sequence[str]) -> int:
+    """Runs what ncu would run and says what ncu would say, of a kernel that is none: to try that stage without ncu."""
+    done = subprocess.run(arguments[arguments.index(sys.executable) :], cwd=ROOT, check=False)
+    kernel = arguments[arguments.index("--kernel-name") + 1].removeprefix("regex:")
+    print('==PROF== Connected\n"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"')
+    print(f'"0","{kernel}","GPU Speed Of Light Throughput","Duration","us","1,234.5"')
+    print(f'"0","{kernel}","Launch Statistics","Registers Per Thread","register/thread","122"')
+    return done.returncode
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0: every stage ended well; 1: some did not, and their rows say how; 2: it could not begin."""
+    if arguments[:1] == ["stand-in-for-ncu"]:
+        return stand_in_for_ncu(arguments[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=540, help="for all stages together (default %(default)s)")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--commit", help="of the code, where this is no checkout")
+    options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds:g}: a positive number")
+    begin = time.monotonic()
+    session = uuid.uuid4().hex[:12]
+    look = [sys.executable, "-m", "benchmarks.stages", "look", *(["--dry"] if options.dry else [])]
+    found = subprocess.run(
+        look, cwd=ROOT, env={**os.environ, "PYTHONPATH": "python:."}, capture_output=True, text=True, check=False
+    )
+    if found.returncode != 0:
+        print(found.stderr.strip() or f"{' '.join(look)} ended with {found.returncode}", file=sys.stderr)
+        return 2
+    stamp = {**json.loads(found.stdout), "session": session, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    if options.commit:
+        stamp["commit"] = options.commit
+    rows = options.folder.resolve() / f"{stamp['machine']}.jsonl"
+    for name in (signal.SIGTERM, signal.SIGHUP):  # end the stage at work, and print the table
+        signal.signal(name, lambda *_: sys.exit(1))
+    todo = stages(rows, session, options.dry, options.large, options.commit)
+    try:
+        well = drive(todo, rows, options.seconds - (time.monotonic() - begin), stamp)
+    finally:
+        print(f"\n{table(read(rows, session))}\n\nrows in {rows}", flush=True)
+    return 0 if well else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

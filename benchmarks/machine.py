@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -75,6 +76,17 @@ class Machine:
         work()
         return statistics.median(self.seconds(work) for _ in range(runs))
 
+    def seconds_each(self, work: Callable[[], object], runs: int = 7, least: float = 5e-3) -> list[float]:
+        """Seconds a call of ``runs`` runs after two to warm up, each of so many calls that it takes ``least`` seconds."""
+        work()
+        calls = min(100, max(1, math.ceil(least / max(1e-9, self.seconds(work)))))
+
+        def several() -> None:
+            for _ in range(calls):
+                work()
+
+        return [self.seconds(several) / calls for _ in range(runs)]
+
     def random(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
         """Normal random numbers."""
         return (scale * torch.randn(shape, device=self.device)).to(dtype)
@@ -95,7 +107,8 @@ class Machine:
 
     def gemm_seconds(self, rows: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[float]:
         """Seconds a row of the library's product with each ``[outputs, inputs]`` weight: the better of two ways, many
-        rows at once and in blocks whose operands stay in a CPU's cache. Measured on ``rows`` rows, at most some thousands.
+        rows at once and in blocks whose operands stay in a CPU's cache, each the median of three runs. Measured on ``rows``
+        rows, at most some thousands.
         """
         rows = min(rows, 32768 if self.device == "cuda" else 8192)
         # or a few rows would be timed with the start of a kernel and the wait for it
@@ -111,9 +124,9 @@ class Machine:
                     for x, y in zip(torch.split(a, at_once), torch.split(out, at_once), strict=True):
                         torch.mm(x, weight.T, out=y)
 
-            multiply(rows)  # warm up
             ways = {rows, min(rows, 2048)}
-            found.append(min(self.seconds(lambda n=n: multiply(n)) for n in ways) / rows / repeats)  # type: ignore[misc]
+            best = min(self.median_seconds(lambda n=n: multiply(n), runs=3) for n in ways)  # type: ignore[misc]
+            found.append(best / rows / repeats)
         return found
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
@@ -150,6 +163,15 @@ class Machine:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Between the two nearest of the values."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 def here() -> str:

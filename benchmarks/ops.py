@@ -1,20 +1,28 @@
-"""The ops at the shapes of real models: what is called, what it writes, and the bytes and operations it needs."""
+"""The ops at the shapes of real models: what is called, what it writes, and the bytes and operations it needs.
+
+Beside them the library's own matrix products of the same shapes, and a copy of what ``share_hidden`` reads and writes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, gate_share, mix_values, residual_update, share_hidden
+from depass_kernels import SourceLayout, backends, gate_share, mix_values, residual_update, share_hidden
 
-from .machine import Machine
+from .machine import Machine, percentile
 from .registry import SHAPES
 
-OPS = ("mix_values", "share_hidden", "taylor", "residual_update", "gate_share")
+OURS = ("mix_values", "share_hidden", "taylor", "residual_update", "gate_share")
+PRODUCTS = ("mm", "mm_fp32", "addmm_fp32")  # the last two with out_dtype=: sums that are left, or added, in fp32
+PROJECTIONS = ("value", "output", "gate", "down")
+LIBRARY = ("copy", *(f"{product}_{projection}" for projection in PROJECTIONS for product in PRODUCTS))
+OPS = (*OURS, *LIBRARY)
+TORCH = "torch"  # what does the library's
 MODELS = tuple(name for name in SHAPES if name != "tiny")
 POSITIONS = {"small": 16, "full": 256}  # tokens of one prompt: 136 and 32896 rows
 
@@ -24,7 +32,7 @@ class Op:
     """One call.
 
     Attributes:
-        work: given a backend, does it.
+        work: given one of :func:`backends_of`, or ``"reference"``, does it.
         written: the tensors that it leaves its results in.
         clear: fills them with NaN, or with what is added to.
         bytes: that must be read and written, each once.
@@ -43,6 +51,18 @@ def kernel_of(op: str) -> str:
     return "share_hidden" if op == "taylor" else op
 
 
+def backends_of(op: str) -> tuple[str, ...]:
+    """What can do an op, on some machine."""
+    return (TORCH,) if op in LIBRARY else tuple(name for name in backends.NAMES if name != "auto")
+
+
+def missing(op: str, backend: str) -> str | None:
+    """Why a backend can never do an op on this machine, or None. The library says so itself when it is called."""
+    if op in LIBRARY:
+        return None
+    return next(reason for of, name, reason in backends.table() if (of, name) == (kernel_of(op), backend))
+
+
 def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine) -> Op:
     """Random operands, as a layer of ``model`` would have them with every token a source."""
     D, F, H, K, d, *_ = SHAPES[model]
@@ -58,6 +78,10 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
     def made(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
+    def gates() -> Tensor:
+        gate = machine.random(rows, F, scale=0.3)  # fp32, as a GEMM leaves them where it can
+        return gate if device == "cuda" else gate.to(dtype)
+
     def call(work: Callable[[str], object], out: Tensor, operations: int, *read: Tensor) -> Op:
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (out, *read))
         return Op(work, (out,), lambda: out.fill_(float("nan")), moved, operations)
@@ -70,9 +94,7 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
         useful = 2 * H * d * n * (n + 1) * (n + 2) // 6
         return call(lambda b: mix_values(pattern, values, layout, backend=b, **options), out, useful, pattern, values)
     if op in ("share_hidden", "taylor"):
-        gate = machine.random(rows, F, scale=0.3)  # fp32, as a GEMM leaves them where it can
-        gate = gate if device == "cuda" else gate.to(dtype)
-        hidden, out, total = random(n, F), made(rows, F), random(n, F)
+        gate, hidden, out, total = gates(), random(n, F), made(rows, F), random(n, F)
         options = {"gate_scale": scale, "out": out}
         read = [gate, hidden]
         if op == "taylor":
@@ -86,22 +108,47 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
             lambda b: gate_share(operand, weight, hidden, layout, backend=b, **options), out, 2 * rows * D * F,
             operand, weight, hidden,
         )  # fmt: skip
-    assert op == "residual_update"
-    start = machine.random(rows, D)
-    state, operand, weight = start.clone(), random(rows, H * d), random(D, H * d, spread=0.02)
-    cast = made(rows, D) if dtype != torch.float32 else None
-    written = (state,) if cast is None else (state, cast)
-    moved = sum(t.numel() * t.element_size() for t in (*written, operand, weight)) + state.numel() * 4  # and read
+    if op == "copy":
+        gate, out = gates(), made(rows, F)
+        return call(lambda _: out.copy_(gate), out, 0, gate)
+    if op == "residual_update":
+        start = machine.random(rows, D)
+        state, operand, weight = start.clone(), random(rows, H * d), random(D, H * d, spread=0.02)
+        cast = made(rows, D) if dtype != torch.float32 else None
+        written = (state,) if cast is None else (state, cast)
+        moved = sum(t.numel() * t.element_size() for t in (*written, operand, weight)) + state.numel() * 4  # and read
 
-    def clear() -> None:
-        state.copy_(start)
-        if cast is not None:
-            cast.fill_(float("nan"))
+        def clear() -> None:
+            state.copy_(start)
+            if cast is not None:
+                cast.fill_(float("nan"))
 
+        return Op(
+            lambda b: residual_update(state, operand, weight, cast=cast, backend=b), written, clear, moved,
+            2 * rows * D * H * d,
+        )  # fmt: skip
+    product, _, projection = op.rpartition("_")
+    outputs, inputs = {"value": (K * d, D), "output": (D, H * d), "gate": (F, D), "down": (D, F)}[projection]
+    operand, weight = random(rows, inputs), random(outputs, inputs, spread=0.02)
+    begin = machine.random(rows, outputs) if product == "addmm_fp32" else None
+    out = made(rows, outputs) if product == "mm" else torch.empty(rows, outputs, device=device)
+    moved = sum(t.numel() * t.element_size() for t in (operand, weight, out, *([] if begin is None else [begin])))
     return Op(
-        lambda b: residual_update(state, operand, weight, cast=cast, backend=b), written, clear, moved,
-        2 * rows * D * H * d,
+        lambda b: _multiply(product if b == TORCH else b, operand, weight, out), (out,),
+        lambda: out.fill_(float("nan")) if begin is None else out.copy_(begin), moved, 2 * rows * inputs * outputs,
     )  # fmt: skip
+
+
+def _multiply(product: str, operand: Tensor, weight: Tensor, out: Tensor) -> None:
+    if product == "mm":
+        torch.mm(operand, weight.T, out=out)
+    elif product == "mm_fp32":
+        torch.mm(operand, weight.T, out_dtype=torch.float32, out=out)
+    elif product == "addmm_fp32":
+        torch.addmm(out, operand, weight.T, out_dtype=torch.float32, out=out)
+    else:
+        exact = operand.float() @ weight.float().T
+        out.copy_(exact if bool(out.isnan().any()) else out + exact)  # what is added to has been filled in
 
 
 def agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -109,3 +156,29 @@ def agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     size = expected.float().abs().max()
     bound = 2e-2 if dtype != torch.float32 or got.is_cuda else 1e-4
     return bool(((got.float() - expected.float()).abs().max() <= bound * size).item())
+
+
+def checked(op: Op, backend: str, dtype: torch.dtype) -> bool:
+    """Do an op on the reference and on a backend, each once: whether they agree."""
+    op.clear()
+    op.work("reference")
+    expected = [tensor.clone() for tensor in op.written]
+    op.clear()
+    op.work(backend)
+    return all(agrees(got, wanted, dtype) for got, wanted in zip(op.written, expected, strict=True))
+
+
+def row_of(
+    name: str, model: str, backend: str, dtype: torch.dtype, size: str, op: Op, seconds: Sequence[float],
+    rates: tuple[float, float],
+) -> dict[str, Any]:  # fmt: skip
+    """A row of results, beside the ``rates`` of a copy (bytes per second) and of a GEMM (operations per second)."""
+    copy, gemm = rates
+    took = percentile(seconds, 0.5)
+    return {
+        "what": "op", "op": name, "model": model, "backend": backend, "dtype": str(dtype).removeprefix("torch."),
+        "positions": POSITIONS[size], "sizes": size, "bytes": op.bytes, "operations": op.operations,
+        "seconds_p20": percentile(seconds, 0.2), "seconds_p50": took, "seconds_p80": percentile(seconds, 0.8),
+        "runs": len(seconds), "copy_bytes_per_second": copy, "gemm_operations_per_second": gemm,
+        "share_of_copy": op.bytes / took / copy, "share_of_gemm": op.operations / took / gemm,
+    }  # fmt: skip

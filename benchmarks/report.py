@@ -17,10 +17,13 @@ from depass.evaluate.summary import table
 from depass.files import write_atomically
 
 from .machine import BenchmarkError
+from .ops import TORCH
+from .predict import CARDS, card_of, load
 from .registry import METHODS, OURS, SHAPES, UNITS, all_cases
 from .runner import Row
 
 NOTHING = "Not measured yet."
+OFF = (0.8, 1.25)  # measured over predicted: what lies outside is marked
 _MARKER = re.compile(r"^<!-- (begin|end) ([a-z0-9-]+) -->[ \t]*$", re.MULTILINE)
 # fixed order, ours first: a method keeps its colour in every figure
 COLOURS = {
@@ -60,11 +63,14 @@ def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iter
 def newest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each machine, case, method and backend, in the registry's order.
 
-    Each with ``times_ours``: its time over that of ours beside it, of the same session, where there is one.
+    Each with ``times_ours``: its time over that of ours beside it, of the same session, where there is one. Rows that are
+    neither of a case nor of an op, which runs on GPUs also write, are left out.
     """
     found: dict[tuple[Any, ...], Row] = {}
     ours: dict[tuple[Any, ...], float] = {}
     for row in rows:
+        if row["what"] not in ("case", "op"):
+            continue
         names = ("machine", "case", "method", "op", "model", "dtype", "backend", "asked_backend", "sizes",
                  "memory_limit_bytes")  # fmt: skip
         beside = (row.get("machine"), row.get("session"), row.get("case"))
@@ -259,6 +265,10 @@ def _ops(newest: Newest, _: Path) -> str:
             for row in of_machine
         ]  # fmt: skip
         head = ["op", "shape", "backend", "p50", "bytes", "of the copy", "GFLOP", "of the GEMM"]
+        if (card := card_of(first["gpu"])) is not None:
+            head.append("predicted")
+            for line, row in zip(lines, of_machine, strict=True):
+                line.append(_seconds(CARDS[card].seconds(row["operations"], row["bytes"])))
         command = f"`pytest benchmarks/test_ops.py --sizes {first['sizes']} --rows FILE`"
         rates = {row["dtype"]: row for row in of_machine}
         said = "; ".join(
@@ -269,13 +279,48 @@ def _ops(newest: Newest, _: Path) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def _predicted(newest: Newest, _: Path) -> str:
+    """What GPUs should take, a line for each case and card, and beside it what they took."""
+    measured: dict[tuple[str, str | None], Row] = {}
+    for row in sorted((row for row in newest.rows if row["what"] == "case"), key=lambda row: str(row["date"])):
+        if row["method"] == OURS and row["status"] == "ok" and row.get("asked_backend") in (None, "auto"):
+            measured[row["case"], card_of(row["gpu"])] = row
+    lines = []
+    for row in load():
+        ours = measured.get((row["case"], row["card"]))
+        beside = ["not measured", "", "", ""]
+        if ours is not None:
+            ratio = ours["seconds_p50"] / row["seconds"]
+            mark = "" if OFF[0] <= ratio <= OFF[1] else "off"
+            beside = [_seconds(ours["seconds_p50"]), _format(ours, "share_of_floor", "{:.0%}"), f"{ratio:.2f}", mark]
+        lines.append([
+            f"`{row['case']}`", CARDS[row["card"]].name, f"{row['rows']:,}",
+            _short(sum(row["operations"].values()) / 1e12), _short(sum(row["bytes"].values()) / 1e9),
+            f"{row['launches']:,}", _seconds(row["seconds"]),
+            _seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}", *beside,
+        ])  # fmt: skip
+    head = ["case", "card", "rows", "TFLOP", "GB moved", "launches", "predicted p50", "predicted floor", "of the floor",
+            "measured p50", "of the measured floor", "measured over predicted",
+            f"outside {OFF[0]:g} to {OFF[1]:g}"]  # fmt: skip
+    rates = "; ".join(
+        f"{card.name} {card.operations_per_second / 1e12:g} TFLOP/s and {card.bytes_per_second / 1e12:g} TB/s"
+        for card in CARDS.values()
+    )
+    return f"`python -m benchmarks predict`. Assumed: {rates}.\n\n{table(head, lines)}"
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
+
+
 def _figures(newest: Newest, path: Path) -> str:
     links = [f"![{one.stem}]({os.path.relpath(one, path.parent)})" for one in newest.figures]
     return "\n\n".join(links) or NOTHING
 
 
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
-    "speed": _speed, **{name: _question(name) for name in METHODS}, "ops": _ops, "figures": _figures,
+    "speed": _speed, **{name: _question(name) for name in METHODS}, "ops": _ops, "predicted": _predicted,
+    "figures": _figures,
 }  # fmt: skip
 
 
@@ -283,7 +328,7 @@ TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Time and memory against N of every model that has two sizes or more, and a roofline of the ops.
+    """Time and memory against N of every model that has two sizes or more, and a roofline of our ops.
 
     Raises:
         BenchmarkError: matplotlib is not installed.
@@ -291,6 +336,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     series: dict[tuple[str, str, str], list[Row]] = {}
     rooflines: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
+        if row["what"] == "op" and row["backend"] == TORCH:
+            continue  # what the library does is in the table
         if row["what"] == "op":
             rooflines.setdefault((row["machine"], row["dtype"], row["sizes"]), []).append(row)
         elif row["question"] == "tokens" and row["model"] != "tiny":

@@ -22,8 +22,9 @@ from torch import Tensor
 from depass.errors import DePassError
 from depass.families import bind
 from depass.memory import asked_bytes
+from depass_kernels.reference import library_adds_to_fp32
 
-from .machine import ROOT, BenchmarkError, Machine, StoppedError, limit_to_what_is_free, limited
+from .machine import ROOT, BenchmarkError, Machine, StoppedError, limit_to_what_is_free, limited, percentile
 from .registry import (
     METHODS,
     OTHER_QUESTIONS,
@@ -75,9 +76,12 @@ class Options:
     memory: bool = True
 
 
-def run(case: Case, machine: Machine, options: Options, methods: Mapping[str, Method] | None = None) -> Iterator[Row]:
+def run(
+    case: Case, machine: Machine, options: Options, methods: Mapping[str, Method] | None = None, model: Any = None
+) -> Iterator[Row]:
     """A row for each method: ``ok``, ``oom`` with the bytes asked for, ``stopped`` with the seconds it had, ``refused`` (a
-    check failed: not timed) or ``failed`` (it raised). Nothing is timed where ours is wrong.
+    check failed: not timed) or ``failed`` (it raised). Nothing is timed where ours is wrong. ``model`` is the case's, where
+    there is one already.
     """
     there = methods_of(case, machine.device) if methods is None else methods
     chosen = [name for name in there if options.methods is None or name in options.methods]
@@ -86,7 +90,7 @@ def run(case: Case, machine: Machine, options: Options, methods: Mapping[str, Me
     works: dict[str, Work] = {}
     long: dict[str, float] = {}  # seconds of the checked run, where that is too long to make another
     outcomes: dict[str, Outcome] = {}
-    model = load(case, machine)
+    model = load(case, machine) if model is None else model
     for name in chosen:
         rows[name].update(memory.get(name, {}))
         if rows[name]["status"] != "ok":
@@ -265,18 +269,13 @@ def figures(
     )  # fmt: skip
     if name == OURS:
         found.update(conservation_error=outcome.conservation_error, backends=dict(outcome.backends or {}))
+        if (
+            device == "cuda"
+        ):  # which way sums are added to the fp32 state: in the product itself, or by a pass of their own
+            found["library_adds_to_fp32"] = library_adds_to_fp32(bind(model).device)
     elif ours is not None:
         found["difference"] = difference(outcome.scores, ours.scores)
     return found
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Between the two nearest of the values."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 # Memory.
@@ -345,6 +344,33 @@ def _memory_of(case: Case, method: str, machine: Machine, options: Options) -> R
 
 
 # Rows on disk.
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    if row["what"] == "op":
+        shares = f"{row['share_of_copy']:.0%} of the copy, {row['share_of_gemm']:.0%} of the GEMM"
+        return f"{row['op']:16} {row['model']:14} {row['backend']:10} {row['seconds_p50'] * 1e6:10.1f} us, {shares}"
+    if row["what"] == "profile":
+        head = (
+            f"{row['case']}: {row['seconds'] * 1e3:.4g} ms under the profiler, {row['launches']} launches, busy for "
+            f"{row['busy_seconds'] * 1e3:.4g} ms"
+        )
+        kernels = (f"  {k['seconds'] * 1e3:9.3f} ms {k['calls']:6} x {k['name'][:80]}" for k in row["kernels"][:15])
+        return "\n".join([head, *kernels])
+    if row["what"] == "counters":
+        return "\n".join([f"{row['op']}: {row['kernel']}", *(f"  {k}: {v}" for k, v in row["metrics"].items())])
+    begin = f"{row['case']:40} {row['method']:26}"
+    if row["status"] == "oom":
+        return f"{begin} out of memory, asked for {row['asked_bytes'] / 1e9:.2f} GB"
+    if row["status"] != "ok":
+        return f"{begin} {row['status']}: {row['reason'].splitlines()[0]}"
+    parts = [f"{row['seconds_p50']:.4g} s ({row['runs']} runs)"]
+    if "beyond_plain_bytes" in row:
+        parts.append(f"{row['beyond_plain_bytes'] / 1e6:.0f} MB")
+    if "share_of_floor" in row:
+        parts.append(f"{row['share_of_floor']:.0%} of the floor")
+    return f"{begin} {', '.join(parts)}"
 
 
 def read(paths: Sequence[Path]) -> list[Row]:

@@ -92,7 +92,7 @@ def residual_update(
     target = state if rows is None else state.index_select(0, rows)
     if target.dtype == operand.dtype:
         target.addmm_(operand, weight.T)
-    elif operand.is_cuda and _library_adds_to_fp32(operand.device):
+    elif operand.is_cuda and library_adds_to_fp32(operand.device):
         torch.addmm(target, operand, weight.T, out_dtype=target.dtype, out=target)
     else:
         target += matmul(operand, weight)
@@ -124,7 +124,7 @@ def matmul(operand: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
-def _library_adds_to_fp32(device: torch.device) -> bool:
+def library_adds_to_fp32(device: torch.device) -> bool:
     """Whether this torch's GEMM of bf16 operands can end in an fp32 matrix that it adds to (not all from 2.10 on can)."""
     total = torch.ones(16, 16, device=device, dtype=torch.float32)
     operand = torch.ones(16, 16, device=device, dtype=torch.bfloat16)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ahead-of-time", action="store_true", help="compile the Triton kernels for GPUs that are not here"
     )
+    parser.addoption(
+        "--deadline", type=float, metavar="SECONDS",
+        help="stop after so long; tests then come in a fixed random order, and failures are printed as they happen",
+    )  # fmt: skip
     parser.addoption("--device", default="cpu", help="where models and tensors lie: cpu (default) or cuda")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--deadline") is not None:
+        random.Random(0).shuffle(items)  # whatever is reached is a sample of all
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seconds = config.getoption("--deadline")
+    if seconds is not None:
+        config.pluginmanager.register(Deadline(config, time.monotonic() + seconds))
+
+
+class Deadline:
+    """Ends the session in good order at a time, so that pytest still prints what failed."""
+
+    def __init__(self, config: pytest.Config, end: float) -> None:
+        self.config, self.end, self.reached = config, end, 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A failure is printed at once: whoever ends this process later may leave it no time to."""
+        self.reached += report.when == "teardown"
+        if report.failed:
+            print(f"\nFAILED {report.nodeid}\n{report.longreprtext}", file=sys.__stdout__, flush=True)
+
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        """Stop behind the test that passed the deadline."""
+        if time.monotonic() > self.end:
+            item.session.shouldstop = "the deadline"
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A stop at the deadline is no failure."""
+        if session.shouldstop == "the deadline":
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED if session.testsfailed else pytest.ExitCode.OK
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """How many were reached."""
+        terminalreporter.write_line(f"reached {self.reached} of {terminalreporter._session.testscollected} tests")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,11 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.machine import BenchmarkError
+from benchmarks.ops import LIBRARY, TORCH
+from benchmarks.ops import OURS as OURS_OPS
+from benchmarks.predict import load
 from benchmarks.registry import OURS
-from benchmarks.report import NOTHING, TABLES, report
+from benchmarks.report import NOTHING, TABLES, newest, report
 from benchmarks.runner import Row
 from depass.files import append_row
 
@@ -119,9 +122,54 @@ def test_ops(tmp_path: Path) -> None:
     assert "| mix_values | llama-2-7b, bfloat16, N=256 | triton | 1 ms | 1.0 GB | 100% |" in made(tmp_path, "ops", [OP])
 
 
+def test_the_librarys_own_products_are_in_the_table_and_not_in_the_roofline(tmp_path: Path) -> None:
+    library = [{**OP, "op": op, "backend": TORCH, "operations": 0 if op == "copy" else 10**12} for op in LIBRARY]
+    table = made(tmp_path, "ops", [*library, *({**OP, "op": op} for op in OURS_OPS)])
+    for op in (*LIBRARY, *OURS_OPS):
+        assert f"| {op} |" in table
+    assert made(tmp_path, "figures", library).strip() == NOTHING
+
+
+def test_an_op_of_a_card_with_assumed_rates_stands_beside_its_prediction(tmp_path: Path) -> None:
+    on_h100 = made(tmp_path, "ops", [{**OP, "gpu": "NVIDIA H100 80GB HBM3"}])  # 1e12 operations at 700e12 a second
+    assert "| of the GEMM | predicted |" in on_h100
+    assert "| 200% | 1.43 ms |" in on_h100
+    assert "predicted" not in made(tmp_path, "ops", [OP])
+
+
+@pytest.mark.parametrize(("times", "mark"), [(1.3, "off"), (1.2, ""), (0.75, "off")])
+def test_a_measured_case_stands_beside_its_prediction_and_is_marked_where_it_is_off(
+    tmp_path: Path, times: float, mark: str
+) -> None:
+    name = "tokens/llama-2-7b/bfloat16/16"
+    (predicted,) = (row for row in load() if (row["case"], row["card"]) == (name, "h100"))
+    ours = case_row(OURS, 16, times * predicted["seconds"], gpu="NVIDIA H100 80GB HBM3")
+    lines = made(tmp_path, "predicted", [ours, {**OP, "gpu": "NVIDIA H100 80GB HBM3"}]).splitlines()
+    beside = {tuple(line.split(" | ")[:2]): line for line in lines}
+    assert beside[f"| `{name}`", "H100"].endswith(f" | 50% | {times:.2f} | {mark} |")
+    assert beside[f"| `{name}`", "A6000"].endswith(" | not measured |  |  |  |")
+
+
+def test_what_did_not_run_or_is_not_ours_is_no_measurement_of_a_prediction(tmp_path: Path) -> None:
+    h100 = {"gpu": "NVIDIA H100 80GB HBM3"}
+    rows = [case_row(OURS, 16, 1.0, status="oom", **h100), case_row("naive", 16, 1.0, **h100), case_row(OURS, 16, 1.0)]
+    table = made(tmp_path, "predicted", rows)
+    assert table.count("not measured") == len(load())
+
+
+def test_rows_of_other_kinds_are_ignored() -> None:
+    others = [
+        {"what": "stage", "name": "ops", "seconds": 3.0, "status": "ok"},
+        {"what": "profile", "case": "tokens/llama-2-7b/bfloat16/16", "method": OURS, "status": "ok", **WHERE},
+        {"what": "counters", "op": "mix_values", "model": "llama-2-7b", **WHERE},
+        {"what": "tests", "code": 0},
+    ]
+    assert newest([*others, *ROWS, OP, *others]) == newest([*ROWS, OP])
+
+
 def test_what_has_no_rows_says_so(tmp_path: Path) -> None:
     for name in TABLES:
-        if name not in ("tokens", "speed", "figures"):
+        if name not in ("tokens", "speed", "figures", "predicted"):
             assert made(tmp_path, name, ROWS).strip() == NOTHING
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from depass_kernels import SourceLayout
 
-EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 60  # of a random test; the interpreter is slow
+# of a random test; the interpreter is slow
+EXAMPLES = int(os.environ.get("DEPASS_TEST_EXAMPLES") or (8 if os.environ.get("TRITON_INTERPRET") == "1" else 60))
 
 LAYOUTS: dict[str, SourceLayout] = {
     "tokens1": SourceLayout.tokens(1),
