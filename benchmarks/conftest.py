@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.machine import Machine, here
-from depass.families import multiplies_on_cpu
+from depass.models.bound import multiplies_on_cpu
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 

@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depass import propagate
-from depass.families import bind
 from depass.files import write_atomically
+from depass.models.bind import bind
+from depass.propagation import propagate
+from depass.propagation.blocks import WORKSPACE_BYTES
 from depass_kernels import SourceLayout, backends
 
 from .machine import ROOT
@@ -160,11 +161,10 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         stack.enter_context(mock.patch("depass.api.bind", partial(bind, empty=True)))
-        for module in ("api", "engine"):
-            stack.enter_context(mock.patch(f"depass.{module}.room", return_value=1 << 60))
+        stack.enter_context(mock.patch("depass.propagation.needs.free_memory", return_value=1 << 60))
         # the meta device has no autocast to leave
-        stack.enter_context(mock.patch("depass.engine._as_it_is", return_value=nullcontext()))
-        for by_device in (propagate.WORKSPACE_BYTES, propagate.KEYS):
+        stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))
+        for by_device in (WORKSPACE_BYTES, propagate.KEYS):
             stack.enter_context(mock.patch.dict(by_device, {"meta": by_device["cuda"]}))
         work = METHODS[case.question][OURS](model, case, "auto")
         counting = _Counting(model)

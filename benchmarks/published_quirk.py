@@ -45,7 +45,7 @@ class WithoutTheQuirkManager(decomposed_state_manager):
     """The published interface over that engine."""
 
     def _engine(self) -> Any:
-        return WithoutTheQuirk(self._bound, "softmax", self.mlp_softmax_temp, self.ignore_special_token)
+        return WithoutTheQuirk(self.bound, "softmax", self.mlp_softmax_temp, self.ignore_special_token)
 
 
 def compare(published: Tensor, other: Tensor) -> dict[str, float]:

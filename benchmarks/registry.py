@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depass import DePass, Neurons, Spans
-from depass.families import bind
-from depass.graphs import ROWS
-from depass.memory import asked_bytes
-from depass.streaming import streamed
+from depass.device_memory import asked_bytes
+from depass.models.bind import bind
+from depass.models.streaming import streamed
+from depass.propagation.cuda_graphs import ROWS
 
 from .baselines import ablation, eager, gradients, naive
 from .machine import BenchmarkError, Machine, here

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depass.device_memory import asked_bytes
 from depass.errors import DePassError
-from depass.families import bind
-from depass.memory import asked_bytes
+from depass.models.bind import bind
 from depass_kernels.reference import library_adds_to_fp32
 
 from .machine import ROOT, BenchmarkError, Machine, StoppedError, limit_to_what_is_free, limited, percentile

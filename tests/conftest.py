@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from depass import DePass, ModelError, propagate, smollm2
+from depass import DePass, ModelError
+from depass.models import smollm2
+from depass.propagation import propagate
 from depass_kernels import backends
 
 SHARED = Path(__file__).parents[2] / "shared"

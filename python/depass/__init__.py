@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import DePass, States
-    from .components import Custom, Heads, Modules, Neurons, Subspace
+    from .api import DePass
+    from .engine.plan import Plan
     from .errors import (
         ConservationError,
         ConservationWarning,
@@ -30,32 +30,40 @@ if TYPE_CHECKING:
         TargetError,
         WorkerError,
     )
-    from .families import FAMILIES, Family
-    from .generation import Generation
-    from .plan import Plan
-    from .prompt import Prompt
-    from .result import Attribution, Settings
-    from .sources import Source, Spans
-    from .sweep import Sweep
-    from .targets import Contrast, Direction, Target, Token, TopK
+    from .inputs.prompt import Prompt
+    from .inputs.settings import Settings
+    from .inputs.targets import Contrast, Direction, Target, Token, TopK
+    from .models.families import FAMILIES, Family
+    from .results.attribution import Attribution
+    from .results.generation import Generation
+    from .results.states import States
+    from .results.sweep import Sweep
+    from .sources.components import Heads, Modules, Neurons
+    from .sources.source import Source
+    from .sources.spans import Spans
+    from .sources.subspaces import Custom, Subspace
 
 # Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
 _MODULES = {
-    "api": ("DePass", "States"),
-    "components": ("Custom", "Heads", "Modules", "Neurons", "Subspace"),
+    "api": ("DePass",),
+    "results.states": ("States",),
+    "sources.components": ("Heads", "Modules", "Neurons"),
+    "sources.subspaces": ("Custom", "Subspace"),
     "errors": (
         "ConservationError", "ConservationWarning", "DataError", "DePassError", "MemoryLimitError",
         "MemoryLimitWarning", "ModelError", "NonFiniteError", "OptionError", "OutputError", "PromptError",
         "PublishedDifferenceWarning", "SourceError", "TargetError", "WorkerError",
     ),
-    "families": ("FAMILIES", "Family"),
-    "generation": ("Generation",),
-    "plan": ("Plan",),
-    "prompt": ("Prompt",),
-    "result": ("Attribution", "Settings"),
-    "sources": ("Source", "Spans"),
-    "sweep": ("Sweep",),
-    "targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
+    "models.families": ("FAMILIES", "Family"),
+    "results.generation": ("Generation",),
+    "engine.plan": ("Plan",),
+    "inputs.prompt": ("Prompt",),
+    "results.attribution": ("Attribution",),
+    "inputs.settings": ("Settings",),
+    "sources.source": ("Source",),
+    "sources.spans": ("Spans",),
+    "results.sweep": ("Sweep",),
+    "inputs.targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,60 +7,41 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout
 from depass_kernels.backends import NAMES, RULES
 
-from . import plan as plans
-from . import smollm2, streaming
 from .checks import integer, integers
-from .components import COMPONENTS, Heads, Modules, Neurons, decompose_components
-from .engine import Case, Engine, Options, Progress, blame, decomposed_layers, grouped, refuse_dropout
+from .engine import plan as plans
+from .engine.generate import continued, generated_ids, sources_of
+from .engine.passes import Engine
+from .engine.plan import Plan
+from .engine.request import Case, Options, Progress, decomposed_layers
+from .engine.sweeps import grouped
 from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
-from .families import Family, bind
-from .generation import Generation, continued, generated_ids, sources_of
-from .graphs import Recordings, lies_on, refuse_graphs
-from .loading import load
-from .memory import room
-from .plan import Plan
-from .prompt import Prompt, encode
-from .propagate import MLPSharing, Propagation
-from .result import Attribution
-from .sources import Decomposition, Source, check_kind, decompose
-from .sweep import Sweep
-from .targets import Token, check
-
-
-@dataclass(frozen=True, eq=False)
-class States:
-    """The decomposed state itself, as it enters one or several layers.
-
-    Attributes:
-        rows: by layer, ``[R, D]`` in the staircase's rows, in the state's dtype, on the CPU.
-        residual: by layer, ``[N, D]``, the model's own residual stream, which the sources add up to.
-        layout: where the rows lie.
-        sources: what the sources are.
-    """
-
-    rows: dict[int, Tensor]
-    residual: dict[int, Tensor]
-    layout: SourceLayout
-    sources: tuple[Source, ...]
-
-    def dense(self, layer: int) -> Tensor:
-        """The state entering ``layer`` as ``[M, N, D]``, zeros where a source cannot reach."""
-        if integer("layer", layer, OptionError) not in self.rows:
-            raise OptionError(f"layer {layer} was not kept; there are {sorted(self.rows)}")
-        rows, layout = self.rows[layer], self.layout
-        active = torch.arange(len(self.sources), device="cpu") < layout.counts[:, None]  # [N, M]
-        full = rows.new_zeros(layout.positions, len(self.sources), rows.shape[1])
-        full[active] = rows
-        return full.transpose(0, 1)
+from .inputs.prompt import Prompt, encode
+from .inputs.targets import Token, check
+from .models import smollm2, streaming
+from .models.bind import bind
+from .models.families import Family
+from .models.health import blame, refuse_dropout
+from .models.loading import load
+from .propagation.cuda_graphs import Recordings, lies_on, refuse_graphs
+from .propagation.needs import room
+from .propagation.propagate import Propagation
+from .propagation.sharing import MLPSharing
+from .results.attribution import Attribution
+from .results.generation import Generation
+from .results.states import States
+from .results.sweep import Sweep
+from .sources.components import Heads, Modules, Neurons
+from .sources.decompose import COMPONENTS, check_kind, decompose_components
+from .sources.source import Decomposition
+from .sources.spans import decompose
 
 
 class DePass:
@@ -105,7 +86,7 @@ class DePass:
         self.name: str = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         self.mlp_rule, self.temperature, self.exclude_bos = mlp_rule, temperature, exclude_bos
         self.backend, self.workspace_bytes = backend, workspace_bytes
-        self._bound = bind(model, family)
+        self.bound = bind(model, family)
         if not (tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decode", "bos_token_id"))):
             raise OptionError(f"tokenizer must be one of transformers, or None, got {type(tokenizer).__name__}")
         if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:
@@ -114,8 +95,8 @@ class DePass:
         _check_exclude(exclude_bos)
         devices = {parameter.device for parameter in model.parameters()}
         if cuda_graphs:
-            refuse_graphs(devices, self._bound.is_quantized)
-        self._recordings = Recordings(self._bound) if cuda_graphs else None
+            refuse_graphs(devices, self.bound.is_quantized)
+        self._recordings = Recordings(self.bound) if cuda_graphs else None
         if stream_to is not None:
             self._stream_to(stream_to, devices)
 
@@ -201,7 +182,7 @@ class DePass:
         found = self._engine().attribute([case], options, _callable("progress", progress))[0]
         if isinstance(found, DePassError):
             raise found
-        self._judge(found, strict, self._bound.tolerance)
+        self._judge(found, strict, self.bound.tolerance)
         return found
 
     def attribute_many(
@@ -308,7 +289,7 @@ class DePass:
     ) -> Iterator[Attribution | DePassError]:
         """The results of one pass; ``begin`` is the index of the batch's first prompt."""
         found = iter(self._together([case for case in batch if isinstance(case, Case)], options))
-        tolerance = self._bound.tolerance
+        tolerance = self.bound.tolerance
         for index, case in enumerate(batch, begin):
             result = next(found) if isinstance(case, Case) else case
             if isinstance(result, Attribution):
@@ -370,7 +351,7 @@ class DePass:
             NonFiniteError: the model's logits or the parts are not finite.
             ConservationError: with ``strict``, a layer whose scores do not add up.
         """
-        bound = self._bound
+        bound = self.bound
         options = self._options(0, None, mlp_rule, temperature, False)
         if not isinstance(kind, str) or kind not in ("heads", "neurons", "modules"):
             raise OptionError(f"unknown sweep {kind!r}; there are: 'heads', 'neurons', 'modules'")
@@ -396,7 +377,7 @@ class DePass:
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
         groups = list(grouped(parts, len(made.ids), budget, bound, self.workspace_bytes))
         found = self._engine().sweep(made, groups, asked, options, kind, _callable("progress", progress))
-        self._judge(found, strict, self._bound.tolerance)
+        self._judge(found, strict, self.bound.tolerance)
         return found
 
     @torch.no_grad()
@@ -436,20 +417,20 @@ class DePass:
             raise OptionError(
                 f"generate attributes to the prompt's parts, not to {type(sources).__name__}; use attribute"
             )
-        refuse_dropout(self._bound)
-        made = encode(prompt, self.tokenizer, self._bound)
+        refuse_dropout(self.bound)
+        made = encode(prompt, self.tokenizer, self.bound)
         self._decompose(made, sources, options)  # what is wrong with them is found before anything is generated
-        new = generated_ids(self._bound, made, max_new_tokens, sampling)
-        whole = continued(made, new, self.tokenizer, self._bound)
-        read = continued(made, new[:-1], self.tokenizer, self._bound)
+        new = generated_ids(self.bound, made, max_new_tokens, sampling)
+        whole = continued(made, new, self.tokenizer, self.bound)
+        read = continued(made, new[:-1], self.tokenizer, self.bound)
         parts = self._decompose(read, sources_of(made, read, sources), options)
         asked = [Token(token, len(made.ids) - 1 + i) for i, token in enumerate(new)]
         layers = decomposed_layers(parts, options.stop)
-        case = Case(read, parts, tuple(check(asked, len(read.ids), layers, self.tokenizer, self._bound)))
+        case = Case(read, parts, tuple(check(asked, len(read.ids), layers, self.tokenizer, self.bound)))
         found = self._engine().attribute([case], options, _callable("progress", progress))[0]
         if isinstance(found, DePassError):
             raise found
-        self._judge(found, strict, self._bound.tolerance)
+        self._judge(found, strict, self.bound.tolerance)
         tokens = whole.tokens[len(made.ids) :]
         return Generation("".join(tokens), tokens, tuple(new), found)
 
@@ -468,7 +449,7 @@ class DePass:
         Raises:
             OptionError: sources or sizes that there are not.
         """
-        bound = self._bound
+        bound = self.bound
         if budget_bytes is not None and integer("budget_bytes", budget_bytes, OptionError) < 1:
             raise OptionError(f"budget_bytes must be positive, got {budget_bytes}")
         budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes
@@ -525,7 +506,7 @@ class DePass:
             if layer not in wanted:
                 return
             if not bool(propagation.state.isfinite().all()):
-                raise NonFiniteError(f"the state entering layer {layer} is not finite; {blame(self._bound)}")
+                raise NonFiniteError(f"the state entering layer {layer} is not finite; {blame(self.bound)}")
             if on_state is not None:
                 on_state(layer, propagation.state, stream)
             else:
@@ -543,17 +524,17 @@ class DePass:
             device = torch.empty(0, device=device).device  # with the number of the one that is meant
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of a device that it does not have
             raise OptionError(f"stream_to={given!r} is no device of this machine") from error
-        if devices != {torch.device("cpu")} or self._bound.is_quantized:
+        if devices != {torch.device("cpu")} or self.bound.is_quantized:
             raise OptionError(
                 "stream_to needs an unquantised model in host memory, this one "
-                f"{lies_on(devices, self._bound.is_quantized)}; load it without a device"
+                f"{lies_on(devices, self.bound.is_quantized)}; load it without a device"
             )
         if device.type == "cuda":
             streaming.pin(self.model)
-        self._bound = replace(self._bound, stream_to=device)
+        self.bound = replace(self.bound, stream_to=device)
 
     def _engine(self) -> Engine:
-        return Engine(self._bound, self.tokenizer, self.name, self.workspace_bytes, self._recordings)
+        return Engine(self.bound, self.tokenizer, self.name, self.workspace_bytes, self._recordings)
 
     def _options(
         self,
@@ -563,13 +544,13 @@ class DePass:
         temperature: float | None,
         exclude_bos: bool | Literal["auto"] | None,
     ) -> Options:
-        depth = len(self._bound.layers)
+        depth = len(self.bound.layers)
         start = integer("start_layer", start_layer, OptionError)
         stop = depth if stop_layer is None else integer("stop_layer", stop_layer, OptionError)
         if not 0 <= start < stop <= depth:
             raise OptionError(
                 f"start_layer={start}, stop_layer={stop}: need 0 <= start < stop <= {depth}, the layers of "
-                f"{self._bound.name}"
+                f"{self.bound.name}"
             )
         sharing = self._sharing(
             self.mlp_rule if mlp_rule is None else mlp_rule, self.temperature if temperature is None else temperature
@@ -579,13 +560,13 @@ class DePass:
 
     def _case(self, given: Any, target: Any, wanted: Any, options: Options) -> Case:
         """Check one prompt and what is asked about it, before any work is done."""
-        made = encode(given, self.tokenizer, self._bound)
+        made = encode(given, self.tokenizer, self.bound)
         parts = self._decompose(made, wanted, options)
-        asked = check(target, len(made.ids), decomposed_layers(parts, options.stop), self.tokenizer, self._bound)
+        asked = check(target, len(made.ids), decomposed_layers(parts, options.stop), self.tokenizer, self.bound)
         return Case(made, parts, tuple(asked))
 
     def _decompose(self, made: Prompt, wanted: Any, options: Options) -> Decomposition:
-        bound = self._bound
+        bound = self.bound
         if isinstance(wanted, COMPONENTS):
             name = type(wanted).__name__
             if options.start != 0:

@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from .errors import OutputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Result = TypeVar("Result")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -109,56 +103,3 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 
 def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
-
-
-def save_result(path: str | os.PathLike[str], said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a result as safetensors: its tensors, and what else its ``to_dict()`` has ``said`` as metadata.
-
-    Raises:
-        OutputError: the path cannot be written.
-    """
-    from safetensors.torch import save
-
-    described = {key: value for key, value in said.items() if key not in tensors}
-    metadata = {key: value if key == "format" else json.dumps(value) for key, value in described.items()}
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-
-
-def load_result(
-    path: str | os.PathLike[str],
-    kind: str,
-    names: Sequence[str],
-    make: Callable[[dict[str, Any], dict[str, Any]], Result],
-) -> Result:
-    """Read what :func:`save_result` wrote as format ``kind``, and ``make`` a result of its tensors and what else was said.
-
-    Raises:
-        OutputError: the file cannot be read or is something else.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if saved_format(path) != kind:
-        raise OutputError(f"{os.fspath(path)} is no saved {kind.split('-')[1]} ({kind})")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in names}
-        return make(tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"})
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
-
-
-def saved_format(path: str | os.PathLike[str]) -> str | None:
-    """Which format :func:`save_result` wrote a file in; None where it was not written by it.
-
-    Raises:
-        OutputError: the file cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            found: str | None = (file.metadata() or {}).get("format")
-            return found
-    except (OSError, SafetensorError, ValueError) as error:
-        raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import lockstep
 from .api import DePass
 from .checks import integer, integers
 from .errors import OptionError
-from .families import BoundModel, bind
+from .models import capture
+from .models.bind import bind
+from .models.bound import BoundModel
 
 Masked = Mapping[int, Sequence[int]] | Tensor
 Kind = Literal["heads", "neurons"]
@@ -66,7 +67,7 @@ def bound_of(model: Any) -> BoundModel:
     Raises:
         ModelError: an unsupported model.
     """
-    return model._bound if isinstance(model, DePass) else bind(model)
+    return model.bound if isinstance(model, DePass) else bind(model)
 
 
 def width(bound: BoundModel, kind: Kind) -> int:
@@ -87,7 +88,7 @@ def width(bound: BoundModel, kind: Kind) -> int:
 def _masked(model: Any, masked: Any, kind: Kind) -> Iterator[None]:
     bound = bound_of(model)
     off = _checked(bound, masked, kind)
-    with lockstep.running, ExitStack() as stack:
+    with capture.running, ExitStack() as stack:
         for index, layer in enumerate(bound.layers):
             if bool(off[:, index].any()):
                 module = (layer.output if kind == "heads" else layer.down).module

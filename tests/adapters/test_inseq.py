@@ -66,7 +66,7 @@ def test_tokens_are_depasss_and_add_up_to_the_logits(name: str) -> None:
     total = found.target_attributions.nansum(0) + found.step_scores.get("bias", 0)
     torch.testing.assert_close(total, logits(model, ids, length), rtol=1e-5, atol=1e-4)
     assert found.step_scores["logit"].equal(res.target_logits)
-    assert ("bias" in found.step_scores) == dp._bound.has_bias
+    assert ("bias" in found.step_scores) == dp.bound.has_bias
 
 
 def test_options_are_depasss() -> None:

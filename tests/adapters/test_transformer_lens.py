@@ -69,9 +69,9 @@ def test_patterns_are_the_bridges(booted: Any) -> None:
     dp = from_bridge(bridge)
     _, cache = bridge.run_with_cache(torch.tensor([IDS]))
     kept: list[torch.Tensor] = []
-    from depass.lockstep import run
+    from depass.models.capture import run
 
-    run(dp._bound, [IDS], lambda _, trace: kept.append(trace.pattern[0].clone()), range(models.LAYERS))
+    run(dp.bound, [IDS], lambda _, trace: kept.append(trace.pattern[0].clone()), range(models.LAYERS))
     for layer, pattern in enumerate(kept):
         torch.testing.assert_close(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0], rtol=1e-5, atol=1e-6)
 

@@ -12,7 +12,7 @@ from benchmarks import predict
 from benchmarks.__main__ import main
 from benchmarks.predict import CARDS, KERNEL_SECONDS, LAUNCH_SECONDS, Kernel, count
 from benchmarks.registry import Case, count_rows, floor_operations, random_model
-from depass import propagate
+from depass.propagation.blocks import WORKSPACE_BYTES
 
 Row = dict[str, Any]
 # what torch and transformers launch of their own differs between their versions
@@ -78,7 +78,7 @@ def test_smaller_blocks_change_the_prediction(monkeypatch: pytest.MonkeyPatch) -
         return sum(times for kernel, times in count(case, 3).items() if kernel.part == "products")
 
     before = products()
-    monkeypatch.setitem(propagate.WORKSPACE_BYTES, "cuda", 1 << 16)
+    monkeypatch.setitem(WORKSPACE_BYTES, "cuda", 1 << 16)
     assert products() > before
 
 

@@ -34,8 +34,8 @@ from benchmarks.registry import (
 from benchmarks.runner import Options, Row, read, run
 from depass import OptionError
 from depass.checks import byte_count
+from depass.device_memory import asked_bytes
 from depass.files import append_row
-from depass.memory import asked_bytes
 
 CASE = Case("tokens", "tiny", "float32", "10")
 QUICK = Options(runs=2, memory=False)

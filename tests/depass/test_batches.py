@@ -162,9 +162,8 @@ def test_options_that_no_prompt_could_have_are_refused_at_once() -> None:
 
 
 def test_parts_that_do_not_add_up_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from depass import families
 
-    monkeypatch.setattr(families.BoundModel, "tolerance", -1.0)
+    monkeypatch.setattr("depass.models.bound.BoundModel.tolerance", -1.0)
     dp = DePass(models.make("llama"))
     with pytest.warns(ConservationWarning):
         list(dp.attribute_many([[3, 4]], 5))

@@ -15,7 +15,8 @@ import pytest
 import tokens
 import torch
 
-from depass import Attribution, ModelError, cli, smollm2
+from depass import Attribution, ModelError, arguments, cli
+from depass.models import smollm2
 
 pytest.importorskip("rich", reason="rich is not installed, though the package depends on it")
 
@@ -178,7 +179,8 @@ def test_a_reader_that_leaves_early_is_no_error(folder: str) -> None:
 
 
 SLOW = (
-    "import sys, time; from depass import cli; cli.PATIENCE = {patience}; from depass.api import DePass; "
+    "import sys, time; from depass import cli; from depass.cli import commands; commands.PATIENCE = {patience}; "
+    "from depass.api import DePass; "
     "sys.exit(cli.main(['attribute', 'the cat', '-m', sys.argv[1]]))"
 )
 
@@ -220,11 +222,10 @@ def test_backends_prints_a_line_per_op_and_backend(capsys: pytest.CaptureFixture
 
 
 def test_the_commands_backends_are_those_that_there_are() -> None:
-    from depass import cli
     from depass_kernels import backends
 
-    assert cli.BACKENDS == backends.NAMES
-    assert cli.RULES == backends.RULES
+    assert arguments.BACKENDS == backends.NAMES
+    assert arguments.RULES == backends.RULES
 
 
 def test_the_dtype_is_taken_as_saved_without_one(folder: str) -> None:

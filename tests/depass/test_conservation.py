@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from depass import Contrast, DePass, Direction, Spans, Token, TopK, lockstep
-from depass.families import bind
+from depass import Contrast, DePass, Direction, Spans, Token, TopK
+from depass.models import capture
+from depass.models.bind import bind
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  # the tests judge by themselves
 
@@ -123,7 +124,7 @@ def test_our_attention_function_leaves_the_logits_exactly_eager(name: str, dtype
         ids = torch.tensor([models.prompt(length)], device=device)
         with torch.no_grad():
             eager = its(ids).logits
-            with lockstep.eager_with_patterns(bind(its)):
+            with capture.eager_with_patterns(bind(its)):
                 ours = its(ids).logits
         assert its.config._attn_implementation == "eager"
         assert torch.equal(ours, eager)
@@ -135,14 +136,14 @@ def test_products_in_half_precision_add_up(
     name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GPUs and on CPUs with instructions for them, where the state's copy for the products is kept."""
-    monkeypatch.setattr("depass.families.multiplies_on_cpu", lambda dtype: True)
+    monkeypatch.setattr("depass.models.bound.multiplies_on_cpu", lambda dtype: True)
     dp, ids = DePass(models.make(name, dtype, device)), models.prompt(17)
-    assert dp._bound.product_dtype == dtype
+    assert dp.bound.product_dtype == dtype
     last, everywhere = Token(5), [Token(5, position=t) for t in range(17)]  # the last layer's rows: some, or all
     for asked in ([last], everywhere):
         for res in (dp.attribute(ids, asked), dp.attribute(ids, asked, sources=spans(17))):
-            assert res.conservation_error.max() < 2 * dp._bound.tolerance  # a small logit may be what large parts leave
-    assert dp.sweep("heads", ids, last).conservation_error.max() < dp._bound.tolerance
+            assert res.conservation_error.max() < 2 * dp.bound.tolerance  # a small logit may be what large parts leave
+    assert dp.sweep("heads", ids, last).conservation_error.max() < dp.bound.tolerance
     exact = DePass(models.make(name, torch.float32, device)).attribute(ids, last).scores
     assert (dp.attribute(ids, last).scores - exact).norm() < 0.3 * exact.norm()
     for res, own in zip(dp.attribute_many([ids, ids[:5]], last), (ids, ids[:5]), strict=True):
@@ -163,7 +164,7 @@ def test_an_autocast_around_us_changes_the_models_pass_alone(name: str, device: 
 
 
 def test_layers_of_different_widths_add_up_in_half_precision(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depass.families.multiplies_on_cpu", lambda dtype: True)
+    monkeypatch.setattr("depass.models.bound.multiplies_on_cpu", lambda dtype: True)
     made = models.make("llama", torch.bfloat16, device)
     wide = models.make("llama", torch.bfloat16, device, intermediate_size=200)
     made.model.layers[2].mlp = wide.model.layers[2].mlp
@@ -227,7 +228,7 @@ def test_gpt2_with_its_other_eager_attention_is_exact_and_conserves(device: str)
     its, ids = models.make("gpt2-upcast", device=device), models.prompt(17)
     with torch.no_grad():
         eager = its(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-        with lockstep.eager_with_patterns(bind(its)):
+        with capture.eager_with_patterns(bind(its)):
             assert torch.equal(its(torch.tensor([ids], device=device), use_cache=False).logits[0, -1], eager)
     res = DePass(its).attribute(ids, target=IDS)
     assert res.conservation_error.max() <= 1e-5

@@ -23,9 +23,12 @@ import pytest
 import tokens
 import torch
 
-from depass import DePass, cli, dataset, memory, plan, runs
-from depass.ray_engine import _described
-from depass.rows import Columns, Row, open_data
+from depass import DePass, DePassError, OptionError, cli, runs
+from depass.datasets import shards as dataset
+from depass.datasets.ray import _described
+from depass.datasets.rows import Columns, Row, open_data
+from depass.engine import plan
+from depass.propagation import needs as memory
 
 arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed, and data sets need it")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -340,10 +343,10 @@ def test_a_torn_last_line_is_a_row_with_its_error(
 def test_data_that_change_while_they_are_read_are_found_out(tmp_path: Path) -> None:
     data = open_data(str(written(tmp_path / "a.jsonl", [{"prompt": "the"}] * 3)), Columns())
     written(tmp_path / "a.jsonl", [{"prompt": "the"}] * 2)
-    with pytest.raises(cli.DePassError, match="was changed since the run began"):
+    with pytest.raises(DePassError, match="was changed since the run began"):
         list(data.read())
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(cli.DePassError, match=r"cannot read .*: No such file"):
+    with pytest.raises(DePassError, match=r"cannot read .*: No such file"):
         list(data.read())
 
 
@@ -534,8 +537,8 @@ def test_a_pass_takes_half_of_what_memory_is_free(dp: DePass, monkeypatch: pytes
     assert dataset.batch_tokens(dp) == 1024
 
     def taken(count: int) -> int:
-        done, _ = plan.rows_and_sources(dp._bound, count, "token")
-        return memory.needs(dp._bound, done, [count], None, torch.device("cpu")).total_bytes
+        done, _ = plan.rows_and_sources(dp.bound, count, "token")
+        return memory.needs(dp.bound, done, [count], None, torch.device("cpu")).total_bytes
 
     for free, tokens_of_pass in ((taken(1024) * 2, 1024), (taken(1024) * 2 - 1, 512), (taken(128) * 2, 128), (1, 1)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
@@ -696,7 +699,7 @@ def test_a_saved_data_set_without_splits_has_none(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
     datasets.Dataset.from_list([{"prompt": "the"}]).save_to_disk(tmp_path / "saved")
     for given in ({"split": "test"}, {"subset": "a"}):
-        with pytest.raises(cli.OptionError, match="holds one data set without subsets or splits"):
+        with pytest.raises(OptionError, match="holds one data set without subsets or splits"):
             open_data(str(tmp_path / "saved"), Columns(), **given)
 
 
@@ -710,8 +713,8 @@ def test_a_prompt_that_is_nested_too_deep_for_ray_is_a_row_with_its_error() -> N
 
 def test_processes_that_share_memory_share_it_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dp = DePass.from_pretrained(model)
-    rows, _ = plan.rows_and_sources(dp._bound, 1024, "token")
-    needed = memory.needs(dp._bound, rows, [1024], None, dp._bound.device).total_bytes
+    rows, _ = plan.rows_and_sources(dp.bound, 1024, "token")
+    needed = memory.needs(dp.bound, rows, [1024], None, dp.bound.device).total_bytes
     monkeypatch.setattr(memory, "room", lambda bound: 2 * needed)
     assert dataset.batch_tokens(dp) == 1024
     assert dataset.batch_tokens(dp, 8) < 1024
@@ -723,7 +726,7 @@ def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with (
-        pytest.raises(cli.DePassError, match=r"cannot lock .* against other processes: No locks available"),
+        pytest.raises(DePassError, match=r"cannot lock .* against other processes: No locks available"),
         runs.hold(tmp_path),
     ):
         pass

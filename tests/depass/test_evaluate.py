@@ -21,8 +21,8 @@ import torch
 import transformers as tf
 
 from depass import DataError, DePass, OptionError, OutputError, cli
+from depass.cli.evaluate import options_of
 from depass.evaluate import TASKS, data, rules, run, summary, tokens
-from depass.evaluate.command import options_of
 from depass.evaluate.forward import next_tokens
 from depass.evaluate.run import counts
 from depass.evaluate.task import Item, Row, Task, failed, skipped

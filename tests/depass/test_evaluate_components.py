@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from depass import DePass, masking
+from depass.cli.evaluate import options_of
 from depass.evaluate import TASKS, components, run
-from depass.evaluate.command import options_of
 
 ANSWER = 7
 SHARED, WRITTEN = (

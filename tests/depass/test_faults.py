@@ -41,10 +41,10 @@ from depass import (
     TargetError,
     cli,
 )
+from depass.engine.generate import generated_ids
 from depass.evaluate import probes
 from depass.files import write_atomically
-from depass.generation import generated_ids
-from depass.prompt import Prompt, encode
+from depass.inputs.prompt import Prompt, encode
 
 TOKENIZERS = {
     "byte-level": tokens.byte_level, "without-bos": lambda: tokens.byte_level(bos=False),
@@ -487,7 +487,7 @@ def test_memory_that_runs_out_anywhere_else_is_one_line(
 ) -> None:
     monkeypatch.setattr(dp.model, "generate", out_of_memory)
     with pytest.raises(MemoryLimitError, match="out of memory generating 5 tokens after a prompt of 2; give fewer"):
-        generated_ids(dp._bound, Prompt((5, 6), ("a", "b")), 5, {})
+        generated_ids(dp.bound, Prompt((5, 6), ("a", "b")), 5, {})
     monkeypatch.setattr(Attribution, "show", out_of_memory)
     assert fails(["attribute", "x", "-m", folder], capsys).startswith("depass: out of memory; `depass plan`")
 
@@ -507,7 +507,7 @@ def test_a_library_that_cannot_be_loaded_is_one_line(
         def fail(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "load_model", fail)
+        monkeypatch.setattr("depass.cli.commands.load_model", fail)
         said = fails(["attribute", "x", "-m", folder], capsys)
         assert said == "depass: cannot load what it needs: libtorch.so: failed to map segment\n"
 
@@ -533,7 +533,7 @@ def test_what_ends_the_command_while_it_reads_its_arguments_is_one_line(
             raise how
         signal.raise_signal(how)
 
-    monkeypatch.setattr("depass.evaluate.command.add_tasks", stop)
+    monkeypatch.setattr("depass.cli.evaluate.add_tasks", stop)
     assert run("evaluate", "tokens") == code
     assert capsys.readouterr().err == f"depass: {said}\n"
 
@@ -713,7 +713,7 @@ class Pieces:
     [("สวัสดีครับ", [2, *[3] * 9, 1]), ("สวัสดีครับ", [1] * 30), ("a cat \ufffd", [6, 1, 1, 1]), ("\ufffd cat", [3, 4])],
 )
 def test_tokens_that_end_inside_a_character_lose_none(text: str, sizes: list[int], dp: DePass) -> None:
-    made = encode(list(range(len(sizes))), Pieces(text, sizes), dp._bound)
+    made = encode(list(range(len(sizes))), Pieces(text, sizes), dp.bound)
     assert made.text == "".join(made.tokens) == text
     assert made.offsets[-1][1] == len(text)
 

@@ -10,7 +10,7 @@ import torch
 from models import make
 
 from depass import DePass, OptionError
-from depass.graphs import Recordings, refuse_graphs
+from depass.propagation.cuda_graphs import Recordings, refuse_graphs
 from depass_kernels import backends
 
 needs_csrc = pytest.mark.skipif(backends.csrc_missing() is not None, reason="the reference's steps are not recorded")
@@ -19,7 +19,7 @@ LAYERS = 3
 
 def recorded(model: Any, **options: Any) -> DePass:
     made = DePass(model, **options)
-    made._recordings = Recordings(made._bound, tape.record)
+    made._recordings = Recordings(made.bound, tape.record)
     return made
 
 

@@ -14,14 +14,15 @@ import tokens
 import torch
 from torch import Tensor, nn
 
-from depass import DePass, Heads, Modules, Neurons, OptionError, baselines, masking, weights
-from depass.cli import main
-from depass.engine import blame
+from depass import DePass, Heads, Modules, Neurons, OptionError, baselines, masking
+from depass.cli.main import main
+from depass.engine.plan import make as make_plan
 from depass.errors import ModelError
-from depass.families import bind
-from depass.loading import empty_model
-from depass.plan import make as make_plan
-from depass.streaming import weight_bytes
+from depass.models import weights
+from depass.models.bind import bind
+from depass.models.health import blame
+from depass.models.loading import empty_model
+from depass.models.streaming import weight_bytes
 
 OFFLOADED = ("llama", "llama-biased", "llama-tied-wide-heads", "gemma2", "phi3", "olmo2", "gpt2", "gpt-neox")
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit kernels want whole blocks
@@ -119,7 +120,7 @@ def test_the_plan_counts_what_is_held_and_what_is_brought(offloaded: Any) -> Non
     )
     found, whole = spread.plan(9, measure=False), plain.plan(9, measure=False)
     assert found.weights_bytes == held + largest < whole.weights_bytes / 2
-    layer = spread._bound.layers[1]
+    layer = spread.bound.layers[1]
     copies = sum(part.module.weight.nbytes for part in (layer.value, layer.output, layer.gate, layer.down))
     assert found.buffer_bytes - whole.buffer_bytes == copies
     assert (found.rows, found.state_bytes, found.operations) == (whole.rows, whole.state_bytes, whole.operations)
@@ -243,7 +244,7 @@ def test_a_weight_that_only_its_kernel_can_read_is_its_product_with_the_identity
     quantised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dp, _ = quantised("torchao-int8")
-    module = dp._bound.layers[0].down.module
+    module = dp.bound.layers[0].down.module
     expected, lent = weights.dense(module), weights.lent_bytes(module, torch.float32)
     monkeypatch.setattr(weights, "_is_multiplied", lambda weight: True)
     torch.testing.assert_close(weights.dense(module), expected)
@@ -259,7 +260,7 @@ def test_parts_of_a_quantised_model_add_up_to_its_own_logit(kind: str, quantised
     for sources in ("token", Heads(1), Neurons(1), Modules(0, "attn")):
         found = dp.attribute(ids, [5, 7], sources=sources, strict=True)
         exact = max(
-            1e-6, bound if weights.rounds_inputs(dp._bound.layers[0].down.module) else 0
+            1e-6, bound if weights.rounds_inputs(dp.bound.layers[0].down.module) else 0
         )  # a rounding may turn over
         torch.testing.assert_close(found.target_logits, own, rtol=exact, atol=exact)
         assert float(found.conservation_error.max()) < bound
@@ -310,7 +311,7 @@ def test_one_layer_s_dense_weights_are_in_memory_at_a_time(
 
     monkeypatch.setattr(weights, "dense", watched)
     dp.attribute(models.prompt(17), 5)
-    layer = dp._bound.layers[0]
+    layer = dp.bound.layers[0]
     one = sum(part.module.out_features * part.module.in_features * 4 for part in layer.projections)
     assert 0 < most[0] <= one
     assert sum(weights.lent_bytes(part.module, torch.float32) for part in layer.projections) == one
@@ -328,7 +329,7 @@ def test_the_plan_counts_packed_weights(tmp_path: Path) -> None:
         ("4bit", sum(m.weight.numel() // 2 + m.weight.numel() // 16 for m in layers)),
     ):
         bounds = (
-            DePass.from_pretrained(folder, quantization=quantization)._bound,
+            DePass.from_pretrained(folder, quantization=quantization).bound,
             empty_model(folder, None, quantization),
         )
         tables = 4 * 16 * len(layers) if quantization == "4bit" else 0  # of the 16 numbers
@@ -470,7 +471,7 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tmp_path: Path, capsys: pyt
 def test_a_package_that_is_missing_is_named(
     options: Any, package: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from depass import loading
+    from depass.models import loading
 
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == package else "there")
     with pytest.raises(OptionError, match=says):
@@ -501,7 +502,7 @@ def test_a_map_that_says_where_everything_goes_needs_no_memory(accelerate: Any, 
 
 
 def test_weights_that_cannot_be_looked_at_are_not_called_finite(offloaded: Any) -> None:
-    assert blame(offloaded("llama")[1]._bound).startswith(
+    assert blame(offloaded("llama")[1].bound).startswith(
         "a weight that is offloaded or quantised holds NaN or infinity"
     )
 

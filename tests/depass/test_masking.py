@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depass import DePass, ModelError, OptionError, masking
-from depass.families import bind
+from depass.models.bind import bind
 
 IDS = torch.tensor([models.prompt(7)])
 FAMILIES = ["llama-biased", "llama-tied-wide-heads", "gemma2", "phi3", "olmo2", "gpt2", "gpt-neox"]

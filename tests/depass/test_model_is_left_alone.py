@@ -12,8 +12,10 @@ import models
 import pytest
 import torch
 
-from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError, families, lockstep
-from depass.propagate import Propagation
+from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError
+from depass.models import capture
+from depass.models.trace import Trace
+from depass.propagation.propagate import Propagation
 
 
 def hooks(model: Any) -> int:
@@ -28,7 +30,7 @@ def model(request: pytest.FixtureRequest, device: str) -> Any:
     before = {name: weight.clone() for name, weight in made.named_parameters()}
     yield made
     assert hooks(made) == 0
-    assert not lockstep._traces
+    assert not capture._traces
     assert made.config._attn_implementation == request.param
     for name, weight in made.named_parameters():
         assert torch.equal(weight, before[name])
@@ -68,7 +70,7 @@ def test_after_an_exception_in_the_models_own_code(model: Any) -> None:
 def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, kept = Propagation.step, []
 
-    def step(self: Propagation, index: int, trace: lockstep.Trace, *rest: Any) -> None:
+    def step(self: Propagation, index: int, trace: Trace, *rest: Any) -> None:
         assert not [ref for ref in kept if ref() is not None]
         kept.extend(weakref.ref(tensor) for tensor in (trace.pattern, trace.hidden, *trace.scales.values()))
         whole(self, index, trace, *rest)
@@ -147,7 +149,7 @@ def test_logits_that_are_not_finite_are_refused(model: Any) -> None:
 
 
 def test_parts_that_do_not_add_up_warn_or_raise(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families.BoundModel, "tolerance", 1e-12)
+    monkeypatch.setattr("depass.models.bound.BoundModel.tolerance", 1e-12)
     dp = DePass(model)
     with pytest.warns(ConservationWarning, match="miss the logit by"):
         dp.attribute(models.prompt(30), target=list(range(20)))

@@ -23,7 +23,8 @@ from browser import Browser
 from results import EVIL, KINDS, attribution, generation, sweep, token_attribution
 
 from depass import Attribution, DePass, Generation, OutputError, Spans, Sweep, cli
-from depass.page import load, render
+from depass.results.load import load
+from depass.views.page import render
 
 STRANGE = (
     "<script>window.evil = 1</script>", " \x1b[31m", "\u202eevil", " \u0645\u0631\u062d\u0628",
@@ -169,7 +170,7 @@ def test_view_puts_results_of_every_kind_on_one_page(tmp_path: Path, capsys: pyt
     assert ["map" in view for view in views] == [False, True, False]
     assert "generated" in views[2]
     assert cli.main(["view", paths[1]]) == 0
-    assert (tmp_path / "b.html").read_text() == render([(paths[1], load(paths[1]))])
+    assert (tmp_path / "b.html").read_text() == render([(paths[1], load(paths[1]).page_view())])
 
 
 def test_what_cannot_be_viewed_is_one_line(

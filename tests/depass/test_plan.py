@@ -13,23 +13,13 @@ import models
 import pytest
 import torch
 
-from depass import (
-    DePass,
-    Heads,
-    MemoryLimitError,
-    MemoryLimitWarning,
-    ModelError,
-    Neurons,
-    OptionError,
-    Spans,
-    Token,
-    memory,
-    propagate,
-)
-from depass.cli import main
-from depass.families import bind
-from depass.loading import empty_model
-from depass.propagate import neurons_at_once
+from depass import DePass, Heads, MemoryLimitError, MemoryLimitWarning, ModelError, Neurons, OptionError, Spans, Token
+from depass.cli.main import main
+from depass.models.bind import bind
+from depass.models.loading import empty_model
+from depass.propagation import needs as memory
+from depass.propagation import propagate
+from depass.propagation.blocks import neurons_at_once
 
 MEASURED = """
 import sys, torch
@@ -77,7 +67,7 @@ def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
         plan = dp.plan(9, sources=planned, measure=False)
         assert (plan.rows, plan.sources) == (layout.rows, layout.most)
         assert plan.state_bytes == layout.rows * 32 * 4
-    layer = dp._bound.layers[0]
+    layer = dp.bound.layers[0]
     each = sum(2 * part.weight.numel() for part in (layer.value, layer.output, layer.gate, layer.down))
     last = plan.rows * 2 * layer.value.weight.numel() + plan.sources * (each - 2 * layer.value.weight.numel())
     assert plan.operations == plan.rows * (models.LAYERS - 1) * each + last
@@ -88,7 +78,7 @@ def test_a_model_of_shapes_alone_plans_the_same(tmp_path: Path) -> None:
     its.config.save_pretrained(tmp_path)
     from_shapes = empty_model(tmp_path, torch.float32)
     assert all(parameter.is_meta for parameter in from_shapes.model.parameters())
-    from depass.plan import make
+    from depass.engine.plan import make
 
     cpu = torch.device("cpu")
     plans = [make(bound, 50, "token", cpu, 10**9, None) for bound in (from_shapes, bind(its))]

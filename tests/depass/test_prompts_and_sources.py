@@ -26,6 +26,7 @@ from depass import (
     TopK,
     baselines,
 )
+from depass.models import capture
 
 
 @pytest.fixture(scope="module")
@@ -437,10 +438,8 @@ def test_a_family_that_does_not_fit_is_refused(device: str) -> None:
 
 
 def test_an_attention_outside_of_the_interface_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from depass import lockstep
-
     its = models.make("llama", device=device)
-    monkeypatch.setattr(lockstep, "ATTENTION", "eager")  # the model's layers then never meet our attention function
+    monkeypatch.setattr(capture, "ATTENTION", "eager")  # the model's layers then never meet our attention function
     with pytest.raises(ModelError, match="attention of layer 0 does not call transformers' AttentionInterface"):
         DePass(its).attribute([5, 6])
 

@@ -21,7 +21,7 @@ from oracle import Oracle
 from torch import Tensor
 
 from depass import Attribution, DePass, Heads, Spans, TopK
-from depass.prompt import encode
+from depass.inputs.prompt import encode
 from depass_kernels import SourceLayout, backends, mix_values, share_hidden
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  # the tests judge by themselves
@@ -273,7 +273,7 @@ def speaking(kind: str) -> DePass:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=24))
 def test_every_character_of_a_text_belongs_to_one_token(kind: str, text: str) -> None:
     dp = speaking(kind)
-    made = encode(text, dp.tokenizer, dp._bound)
+    made = encode(text, dp.tokenizer, dp.bound)
     own = [index for index, token in enumerate(made.ids) if index not in made.special]
     assert made.text == text
     assert "".join(made.tokens[index] for index in own) == text

@@ -85,7 +85,7 @@ def test_loading_needs_neither_model_nor_transformers(res: Attribution, tmp_path
     res.save(tmp_path / "res.safetensors")
     code = (
         "import sys; from depass import Attribution; r = Attribution.load(sys.argv[1]); r.show(); r.to_html(); "
-        "sys.exit(1 if 'depass.lockstep' in sys.modules else 0)"
+        "sys.exit(1 if 'depass.models.capture' in sys.modules else 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "res.safetensors")], capture_output=True, check=False

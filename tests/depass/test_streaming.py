@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from depass import DePass, OptionError
-from depass.memory import free_memory
+from depass.device_memory import free_memory
 
 
 def places(model: Any) -> list[int]:

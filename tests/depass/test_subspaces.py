@@ -17,10 +17,10 @@ from tokens import make as make_tokenizer
 from torch import Tensor
 
 from depass import DataError, DePass, OptionError, Subspace
-from depass.cli import main
+from depass.cli.evaluate import options_of
+from depass.cli.main import main
 from depass.evaluate import TASKS, forward, language, probes, run, truthful
-from depass.evaluate.command import options_of
-from depass.prompt import Prompt, encode
+from depass.inputs.prompt import Prompt, encode
 
 WIDTH = 32
 
@@ -187,7 +187,7 @@ def test_the_information_is_its_own_tokens_and_no_other(bos: bool) -> None:
     """The published mask counts BOS among the information's tokens and so takes each one's neighbour."""
     tokenizer = words(TRUTH_WORDS, bos)
     dp = DePass(still(len(tokenizer)), tokenizer)
-    made = encode(question("n1 false n2")["prompt_wrong"], tokenizer, dp._bound)
+    made = encode(question("n1 false n2")["prompt_wrong"], tokenizer, dp.bound)
     line = truthful.information(made)
     assert [tokenizer.decode([made.ids[t]]) for t in line] == ["n1", "false", "n2"]
     left = truthful.without(made.ids, {line[1]})
@@ -382,7 +382,7 @@ def test_final_parts_score_as_the_attribution_of_their_sources_does(family: str)
     model = make_model(family)
     dp = DePass(model, make_tokenizer())
     chance = torch.Generator().manual_seed(0)
-    prompts = [encode([5, 9, 30, 7], dp.tokenizer, dp._bound), encode([8, 40, 41, 9, 11, 60], dp.tokenizer, dp._bound)]
+    prompts = [encode([5, 9, 30, 7], dp.tokenizer, dp.bound), encode([8, 40, 41, 9, 11, 60], dp.tokenizer, dp.bound)]
     basis = torch.randn(2, 32, generator=chance)
     specs = [
         [Subspace(1, basis=basis), Subspace(1, parts=torch.randn(1, len(prompt.ids), 32, generator=chance))]
@@ -392,7 +392,7 @@ def test_final_parts_score_as_the_attribution_of_their_sources_does(family: str)
     assert parts.shape == (2, 5, 32)
     targets = [3, 50]
     for prompt, of_prompt, found in zip(prompts, specs, parts, strict=True):
-        said = found @ dp._bound.head.weight[targets].T  # [parts, targets]
+        said = found @ dp.bound.head.weight[targets].T  # [parts, targets]
         for at, spec in enumerate(of_prompt):
             scores = dp.attribute(list(prompt.ids), target=targets, sources=spec).scores  # ..., rest, inside
             torch.testing.assert_close(said[1 + 2 * at : 3 + 2 * at].flip(0).T, scores[:, -2:], rtol=1e-4, atol=1e-4)

@@ -25,10 +25,9 @@ from depass import (
     TargetError,
     Token,
     TopK,
-    families,
 )
-from depass.memory import needs
-from depass.propagate import COMPONENT_BYTES
+from depass.propagation.needs import needs
+from depass.sources.decompose import COMPONENT_BYTES
 
 LENGTH = 9
 TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3)]
@@ -84,7 +83,7 @@ def test_groups_of_layers_change_nothing(name: str, kind: Any, device: str) -> N
     dp, ids = DePass(models.make(name, torch.float64, device), workspace_bytes=1 << 16), models.prompt(LENGTH)
     whole = dp.sweep(kind, ids, TARGETS)
     runs: list[tuple[int, int]] = []
-    needed = needs(dp._bound, 60 + 2 * LENGTH, [LENGTH], 1 << 16, dp._bound.device)
+    needed = needs(dp.bound, 60 + 2 * LENGTH, [LENGTH], 1 << 16, dp.bound.device)
     budget = needed.state_bytes + needed.buffer_bytes + COMPONENT_BYTES
     tight = dp.sweep(kind, ids, TARGETS, memory_bytes=budget, progress=lambda *now: runs.append(now))
     assert len(runs) > models.LAYERS  # several passes
@@ -112,7 +111,7 @@ def test_targets_before_the_components_have_begun(device: str) -> None:
 
 
 def test_layers_that_do_not_add_up_warn_or_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families.BoundModel, "tolerance", -1.0)
+    monkeypatch.setattr("depass.models.bound.BoundModel.tolerance", -1.0)
     dp, ids = DePass(models.make("llama")), models.prompt(LENGTH)
     with pytest.warns(ConservationWarning, match="miss the logit by"):
         dp.sweep("heads", ids, 5)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from depass.propagate import with_rows_in_runs
+from depass.propagation.propagate import with_rows_in_runs
 from depass_kernels import SourceLayout
 
 pytest.importorskip("triton", exc_type=ImportError)

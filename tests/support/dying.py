@@ -18,7 +18,7 @@ _SERVER.set_forkserver_preload(
     [
         "depass.api",
         "depass.cli",
-        "depass.dataset",
+        "depass.datasets.run",
         "pyarrow.parquet",
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",

@@ -44,7 +44,7 @@ class _Tape(TorchDispatchMode):
 
 
 def record(work: Callable[[], None], pool: object) -> Callable[[], None]:
-    """As :func:`depass.graphs.record_cuda_graph`, on any device."""
+    """As :func:`depass.propagation.cuda_graphs.record_cuda_graph`, on any device."""
     tape = _Tape()
     with tape:
         work()

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..api import DePass
 from ..checks import integer
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError
-from ..prompt import encode
-from ..result import Attribution
-from ..sources import Spans, token_ranges
-from ..targets import Token, TopK
+from ..inputs.prompt import encode
+from ..inputs.targets import Token, TopK
+from ..results.attribution import Attribution
+from ..sources.spans import Spans, token_ranges
 from . import check_options
 
 try:
@@ -234,7 +234,7 @@ class DePassLLMAttribution(BaseLLMAttribution):
             kept = range(len(ids)) if inp.itp_mask is None else inp.itp_mask[0].nonzero().flatten().tolist()
             return [[(t, t + 1)] for t in kept]
         dp = self.attr_method.dp
-        prompt = encode(inp.to_model_input(), self.tokenizer, dp._bound)
+        prompt = encode(inp.to_model_input(), self.tokenizer, dp.bound)
         if list(prompt.ids) != ids:
             raise SourceError("the tokenizer gives other ids with offsets than without; use a TextTokenInput")
         features: list[list[tuple[int, int]]] = [[] for _ in range(inp.n_itp_features)]

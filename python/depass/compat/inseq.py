@@ -25,15 +25,16 @@ from torch import Tensor
 from depass_kernels import SourceLayout
 
 from ..api import DePass
-from ..components import Heads, decompose_components
-from ..engine import grouped
+from ..engine.sweeps import grouped
 from ..errors import DePassError, OptionError, PromptError, TargetError
-from ..families import BoundModel
-from ..lockstep import Trace
-from ..memory import room
-from ..prompt import encode
-from ..sources import Decomposition, Source
-from ..targets import Contrast, Token, check
+from ..inputs.prompt import encode
+from ..inputs.targets import Contrast, Token, check
+from ..models.bound import BoundModel
+from ..models.trace import Trace
+from ..propagation.needs import room
+from ..sources.components import Heads
+from ..sources.decompose import decompose_components
+from ..sources.source import Decomposition, Source
 
 try:
     from inseq.attr.feat import InternalsAttributionRegistry
@@ -233,7 +234,7 @@ def _layers(
     dp: DePass, ids: Sequence[int], targets: Sequence[Any], exclude_bos: Any, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``[N, targets, L]``, the scores of the tokens of the stream that enters each layer; and what stands beside them."""
-    made = [_tokens(dp, ids, targets, layer, exclude_bos, **options) for layer in range(len(dp._bound.layers))]
+    made = [_tokens(dp, ids, targets, layer, exclude_bos, **options) for layer in range(len(dp.bound.layers))]
     beside = {"logit": made[0][1]["logit"]}
     beside |= {f"L{layer}.bias": one["bias"] for layer, (_, one) in enumerate(made) if "bias" in one}
     return torch.stack([scores for scores, _ in made], -1), beside
@@ -242,13 +243,13 @@ def _layers(
 @torch.no_grad()
 def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """``[N, targets, L, H]``, of every layer the scores of what each head wrote at each position; and the rests."""
-    bound, made = dp._bound, encode(list(ids), dp.tokenizer, dp._bound)
+    bound, made = dp.bound, encode(list(ids), dp.tokenizer, dp.bound)
     asked = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
     settings = dp._options(0, None, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
     groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.workspace_bytes))
     found = dp._engine().sweep(made, groups, asked, settings, "heads")
-    dp._judge(found, strict=False, tolerance=dp._bound.tolerance)
+    dp._judge(found, strict=False, tolerance=dp.bound.tolerance)
     scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.heads)  # [targets, L, N, H]
     beside = {"logit": found.target_logits}
     for name, rows in (("rest", found.rest), ("bias", found.bias)):

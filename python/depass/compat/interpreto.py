@@ -17,8 +17,8 @@ import torch
 
 from ..api import DePass
 from ..errors import DePassError, ModelError, OptionError, PromptError
-from ..result import Attribution
-from ..targets import Token
+from ..inputs.targets import Token
+from ..results.attribution import Attribution
 from . import check_options
 
 try:

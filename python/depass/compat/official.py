@@ -26,13 +26,16 @@ from depass_kernels.backends import RULES
 
 from ..api import DePass
 from ..checks import integer
-from ..components import Custom, Heads, Modules, Neurons
-from ..engine import blame, refuse_dropout
 from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
-from ..families import BoundModel, bind
-from ..lockstep import Trace, run, running
-from ..prompt import encode
-from ..targets import token_id
+from ..inputs.prompt import encode
+from ..inputs.targets import token_id
+from ..models.bind import bind
+from ..models.bound import BoundModel
+from ..models.capture import run, running
+from ..models.health import blame, refuse_dropout
+from ..models.trace import Trace
+from ..sources.components import Heads, Modules, Neurons
+from ..sources.subspaces import Custom
 from .published import Published
 
 _KINDS = ("attn", "mlp", "attn_head")
@@ -88,7 +91,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         self.mlp_decomposed_function, self.reproduce_published = mlp_decomposed_function, reproduce_published
         self.states: list[Tensor] = []
         self._ids: tuple[int, ...] = ()
-        self._bound = bind(model)
+        self.bound = bind(model)
         self._engine()
         if not reproduce_published:
             _tell_once()
@@ -102,9 +105,9 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             NonFiniteError: a residual stream that is not finite.
         """
         ids = self._encode(prompt)
-        states = _residual_streams(self._bound, ids)
+        states = _residual_streams(self.bound, ids)
         if not bool(states[-1].isfinite().all()):
-            raise NonFiniteError(f"the model's residual stream is not finite; {blame(self._bound)}")
+            raise NonFiniteError(f"the model's residual stream is not finite; {blame(self.bound)}")
         self._ids, self.states = ids, states
         return states
 
@@ -117,7 +120,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         """
         if not self._ids:
             raise PromptError("there is no prompt yet; call get_states(prompt) first")
-        layers = range(self._start(start_layer_idx), len(self._bound.layers))
+        layers = range(self._start(start_layer_idx), len(self.bound.layers))
         return self._normed(self._token_states(layers, single_compute_token)[0])
 
     def get_last_layer_decomposed_state(
@@ -139,7 +142,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     ) -> tuple[Tensor, list[Tensor]]:
         """``[N, M=N, D]`` entering ``end_layer_idx``, from the positions of a layer's input; unnormed; and ``states``."""
         start = self._start(start_layer_idx)
-        end = _integer("end_layer_idx", end_layer_idx, start + 1, len(self._bound.layers))
+        end = _integer("end_layer_idx", end_layer_idx, start + 1, len(self.bound.layers))
         states = self.get_states(prompt)
         return _by_position(self._token_states(range(start, end), single_compute_token)[0]), states
 
@@ -148,7 +151,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     ) -> tuple[Tensor, list[Tensor]]:
         """``[L+1, N, M=N, D]``: tokens as sources, entering each layer and after the last; unnormed; and ``states``."""
         states = self.get_states(prompt)
-        found = self._token_states(range(len(self._bound.layers)), single_compute_token, keep_all=True)
+        found = self._token_states(range(len(self.bound.layers)), single_compute_token, keep_all=True)
         return torch.stack([_by_position(state) for state in found]), states
 
     def get_mlp_neuron_decomposed_state(
@@ -209,12 +212,12 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             TargetError: a position or a token that there is not.
             SourceError: something else than a state.
         """
-        head = self._bound.unembedding
-        _check_state(attribute_state, (None, None, self._bound.width), "[N, M, D]")
+        head = self.bound.unembedding
+        _check_state(attribute_state, (None, None, self.bound.width), "[N, M, D]")
         length = len(attribute_state)
         if not -length <= integer("token_idx", token_idx, TargetError) < length:
             raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
-        token = token_id(decode_token_id, None, self._bound)
+        token = token_id(decode_token_id, None, self.bound)
         scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
         bias = head.bias
         if bias is not None and not self.reproduce_published:
@@ -239,7 +242,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             OptionError: options that ask for several texts, or for none.
         """
         given = self._encode(prompt)
-        ids = torch.tensor([given], device=self._bound.input_device)
+        ids = torch.tensor([given], device=self.bound.input_device)
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate_options)
         sequences = getattr(output, "sequences", output)
         if len(sequences) != 1:
@@ -256,17 +259,17 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         """What does the work, made anew for each call: the options are attributes that may have been set since."""
         options = self.mlp_decomposed_function, self.mlp_softmax_temp, self.ignore_special_token
         _check_options(*options, self.reproduce_published)
-        return Published(self._bound, *options) if self.reproduce_published else _Exact(self.model, *options)
+        return Published(self.bound, *options) if self.reproduce_published else _Exact(self.model, *options)
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
-        refuse_dropout(self._bound)
+        refuse_dropout(self.bound)
         if isinstance(prompt, str) and self.tokenizer is None:
             raise PromptError("a prompt given as text needs a tokenizer; give one to the manager, or token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return encode(ids, None, self._bound).ids
+        return encode(ids, None, self.bound).ids
 
     def _start(self, layer: Any) -> int:
-        return _integer("start_layer_idx", layer, 0, len(self._bound.layers) - 1)
+        return _integer("start_layer_idx", layer, 0, len(self.bound.layers) - 1)
 
     def _token_states(self, layers: range, block: int | None, keep_all: bool = False) -> list[Tensor]:
         block = None if block is None else _integer("single_compute_token", block, 1)
@@ -282,7 +285,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     @torch.no_grad()
     def _normed(self, state: Tensor) -> Tensor:
         """``[M, N, D]`` to ``[N, M, D]`` after the final norm, whose own bias goes to row 0."""
-        norm = self._bound.final_norm
+        norm = self.bound.final_norm
         scale = norm.scale(self.states[-1][0], state.dtype)  # [N]
         state = norm.of_parts(state, scale[:, None])
         beta = norm.beta()
@@ -316,7 +319,7 @@ class _Exact:
 
     def __init__(self, model: Any, rule: str, temperature: float, exclude_first: bool) -> None:
         self.dp = DePass(model, None, mlp_rule=rule, temperature=temperature, exclude_bos=False)
-        self.exclude_first, self.bound = exclude_first, self.dp._bound
+        self.exclude_first, self.bound = exclude_first, self.dp.bound
         self.depth = len(self.bound.layers)
 
     def token_states(

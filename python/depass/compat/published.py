@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..families import BoundModel, Layer, Norm, Projection
-from ..lockstep import Trace, run
+from ..models.bound import BoundModel, Layer, Norm, Projection
+from ..models.capture import run
+from ..models.trace import Trace
 
 _THRESHOLD = 1e-5  # pre-activations of the last source below it become zero
 

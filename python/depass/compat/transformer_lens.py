@@ -90,7 +90,7 @@ def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 @torch.no_grad()
 def _must_agree(bridge: Any, made: DePass) -> None:
     """Refuse a bridge that computes something else than the model that was read from it."""
-    bound = made._bound
+    bound = made.bound
     ids = torch.arange(_PROBE, device=made.model.get_input_embeddings().weight.device)[None] % bound.vocabulary
     theirs, ours = bridge(ids, return_type="logits"), made.model(ids, use_cache=False).logits
     difference, size = float((theirs - ours).abs().max()), float(ours.abs().max())

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import baselines, cli, masking
+from .. import arguments, baselines, masking
 from ..api import DePass
-from ..engine import blame
 from ..errors import DePassError, NonFiniteError
 from ..masking import Kind
+from ..models.health import blame
 from . import data, summary
 from .task import Item, Row, Task, failed, skipped
 
@@ -55,7 +55,7 @@ class Components(Task):
         """``--percent`` and ``--positions``."""
         default = PERCENT[self.part]
         parser.add_argument(
-            "--percent", type=partial(cli.fraction, most=100.0), nargs="+", default=list(default), metavar="X",
+            "--percent", type=partial(arguments.fraction, most=100.0), nargs="+", default=list(default), metavar="X",
             help=f"how many of the model's {self.part} are masked (default: {' '.join(f'{x:g}' for x in default)})",
         )  # fmt: skip
         parser.add_argument(
@@ -79,7 +79,7 @@ class Components(Task):
     def _measure(self, dp: DePass, item: Item, options: argparse.Namespace) -> Row:
         pair = data.pair(dp, item)
         ids, wanted, answer = list(pair.ids), pair.answer, item.data["target"]
-        nothing = torch.zeros(1, len(dp._bound.layers), masking.width(dp._bound, self.part), dtype=torch.bool)
+        nothing = torch.zeros(1, len(dp.bound.layers), masking.width(dp.bound, self.part), dtype=torch.bool)
         said = generated(dp, self.part, ids, nothing, len(wanted) + 1)[0]
         if int(said[0]) != wanted[0] or not says(dp.tokenizer, said.tolist(), wanted, answer):
             return skipped(item, WRONG, said=said.tolist() if dp.tokenizer is None else dp.tokenizer.decode(said))
@@ -222,7 +222,7 @@ def generated(dp: DePass, part: Kind, ids: Sequence[int], masks: Tensor, count: 
     Raises:
         NonFiniteError: logits are NaN.
     """
-    bound, found = dp._bound, []
+    bound, found = dp.bound, []
     mask = masking.heads if part == "heads" else masking.neurons
     device = bound.input_device
     for some in torch.split(masks, max(1, _TOKENS // len(ids))):

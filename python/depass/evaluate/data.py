@@ -24,8 +24,8 @@ from typing import Any
 
 from ..api import DePass
 from ..errors import DataError, TargetError
-from ..prompt import encode
-from ..targets import token_id
+from ..inputs.prompt import encode
+from ..inputs.targets import token_id
 from .task import Item
 
 WORDS = ("attribute", "target_token", "answer")  # keys of answers that are words of their own
@@ -125,11 +125,11 @@ def pair(dp: DePass, item: Item) -> Pair:
         TargetError: the answer is not in the vocabulary, or its beginning and the prompt's end are one token.
     """
     text, target = item.data["prompt"], item.data["target"]
-    prompt = encode(text, dp.tokenizer, dp._bound)
+    prompt = encode(text, dp.tokenizer, dp.bound)
     if isinstance(target, int):
-        answer: tuple[int, ...] = (token_id(target, dp.tokenizer, dp._bound),)
+        answer: tuple[int, ...] = (token_id(target, dp.tokenizer, dp.bound),)
     else:
-        whole = encode(text + target, dp.tokenizer, dp._bound).ids
+        whole = encode(text + target, dp.tokenizer, dp.bound).ids
         answer = whole[len(prompt.ids) :]
         if whole[: len(prompt.ids)] != prompt.ids or not answer:
             raise TargetError("the answer's beginning and the prompt's end are one token; part them differently")

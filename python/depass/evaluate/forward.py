@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import lockstep
 from ..api import DePass
+from ..models import capture
 
 _TOKENS, _PROMPTS = 4096, 256  # of one pass; every prompt has a row of the whole vocabulary
 
@@ -65,7 +65,7 @@ def continuations(
 
 def batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """The indices of prompts that go together in one pass, those of like length with each other."""
-    return lockstep.batches([len(ids) for ids in prompts], _TOKENS, prompts=_PROMPTS)
+    return capture.batches([len(ids) for ids in prompts], _TOKENS, prompts=_PROMPTS)
 
 
 def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -77,11 +77,11 @@ def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def _stream(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
     """``[B, T, D]`` after the final norm."""
-    return lockstep.normed(dp._bound, input_ids=lockstep.padded(prompts).to(dp._bound.input_device))
+    return capture.normed(dp.bound, input_ids=capture.padded(prompts).to(dp.bound.input_device))
 
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:
     """fp32 logits ``[..., V]``, soft-capped where the model does it."""
-    logits = dp._bound.logits(stream).float()
-    cap = getattr(dp._bound.model.config.get_text_config(), "final_logit_softcapping", None)
+    logits = dp.bound.logits(stream).float()
+    cap = getattr(dp.bound.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
-from ..components import Subspace, check_layer, decompose_components
 from ..errors import DePassError
-from ..prompt import Prompt, encode
+from ..inputs.prompt import Prompt, encode
+from ..sources.decompose import decompose_components
+from ..sources.parts import check_layer
+from ..sources.subspaces import Subspace
 from . import data, probes, summary
 from .probes import Probe
 from .task import Item, Row, Task, failed, skipped
@@ -80,7 +82,7 @@ class Language(Task):
 
     def prepare(self, dp: DePass, items: Sequence[Item], options: argparse.Namespace) -> Prepared:
         """Fit the classifier and find its subspace."""
-        depth = len(dp._bound.layers)
+        depth = len(dp.bound.layers)
         layer = round(LAYER * depth) if options.layer is None else options.layer
         return find_subspace(dp, options.train, options.held_out, layer, options.seed)
 
@@ -111,7 +113,7 @@ def find_subspace(dp: DePass, train: str, held_out: str, layer: int, seed: int) 
         DataError: a file that cannot be read, or that lacks a language.
         DePassError: scikit-learn is not installed.
     """
-    check_layer(Subspace(layer), dp._bound)
+    check_layer(Subspace(layer), dp.bound)
     (fitting, fit_labels), (judging, judge_labels) = (_last_streams(dp, path, layer) for path in (train, held_out))
     probe = probes.fit(layer, fitting, fit_labels, seed)
     basis = subspace(probe)
@@ -161,8 +163,8 @@ def _case(dp: DePass, item: Item) -> Case | Row:
     made, answers = [], []
     for key in KEYS:
         prompt, answer = item.data[key]["prompt"], item.data[key]["answer"].strip()
-        encoded = encode(prompt, dp.tokenizer, dp._bound)
-        longer = encode(f"{prompt} {answer}", dp.tokenizer, dp._bound).ids
+        encoded = encode(prompt, dp.tokenizer, dp.bound)
+        longer = encode(f"{prompt} {answer}", dp.tokenizer, dp.bound).ids
         if longer[: len(encoded.ids)] != encoded.ids or len(longer) == len(encoded.ids):
             return skipped(item, "an answer changes the tokens of its prompt")
         made.append(encoded)
@@ -190,7 +192,7 @@ def final_parts(dp: DePass, prompts: Sequence[Prompt], specs: Sequence[Sequence[
         ``[B, 1 + 2 S, D]`` after the final norm, its scale frozen, at each prompt's last position: the whole state, then for
         each split what lies in the subspace and ``rest``. A model's biases are in the whole alone.
     """
-    bound, norm = dp._bound, dp._bound.final_norm
+    bound, norm = dp.bound, dp.bound.final_norm
     joining = [
         (decompose_components(spec, len(prompt.ids), bound), i)
         for i, (prompt, of_prompt) in enumerate(zip(prompts, specs, strict=True))
@@ -215,7 +217,7 @@ def _measure(dp: DePass, prepared: Prepared, case: Case) -> Row:
         for prompt, remainder in zip(case.prompts, remainders, strict=True)
     ]
     parts = final_parts(dp, case.prompts, specs)  # [languages, parts, D]
-    weight, bias = dp._bound.unembedding.weight, dp._bound.unembedding.bias
+    weight, bias = dp.bound.unembedding.weight, dp.bound.unembedding.bias
     said = (parts.to(weight) @ weight.T).float().cpu()  # [languages, parts, V]
     if bias is not None:
         said[:, 0] += bias.float().cpu()

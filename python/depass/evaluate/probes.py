@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import lockstep
 from ..api import DePass
-from ..engine import blame, refuse_dropout
 from ..errors import DataError, DePassError, NonFiniteError
-from ..prompt import Prompt, encode
+from ..inputs.prompt import Prompt, encode
+from ..models import capture
+from ..models.health import blame, refuse_dropout
 from . import data, forward
 
 
@@ -96,7 +96,7 @@ def labelled(dp: DePass, path: str, classes: int) -> tuple[list[Prompt], list[in
             raise DataError(
                 f"{path}, row {item.id}: expected a text and a label from 0 to {classes - 1}, got {item.data}"
             )
-        texts.append(encode(text, dp.tokenizer, dp._bound))
+        texts.append(encode(text, dp.tokenizer, dp.bound))
         labels.append(label)
     missing = set(range(classes)) - set(labels)
     if missing:
@@ -122,13 +122,13 @@ def streams(
     Raises:
         NonFiniteError: the stream is not finite.
     """
-    bound = dp._bound
+    bound = dp.bound
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
     found = torch.empty(len(layers), begins[-1], bound.width)
     for batch in forward.batches(prompts):
-        ids = lockstep.padded([prompts[i] for i in batch]).to(bound.input_device)
-        with lockstep.running:
+        ids = capture.padded([prompts[i] for i in batch]).to(bound.input_device)
+        with capture.running:
             states = bound.backbone(
                 input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
             ).hidden_states

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..api import DePass
-from ..engine import dtype_name
 from ..errors import DataError, OutputError
 from ..files import append_row, write_atomically
+from ..models.health import dtype_name
 from ..runs import described, hold, progress, say_kept, session, write_json
 from .task import Item, Row, Task, failed
 
@@ -107,7 +107,7 @@ def _settings(task: Task, dp: DePass, options: argparse.Namespace) -> dict[str, 
     given = {name: value for name, value in vars(options).items() if name not in _NOT_SETTINGS}
     own = {
         "model": dp.name,
-        "dtype": dtype_name(dp._bound.dtype),
+        "dtype": dtype_name(dp.bound.dtype),
         "mlp_rule": dp.mlp_rule,
         "temperature": dp.temperature,
         "exclude_bos": dp.exclude_bos,

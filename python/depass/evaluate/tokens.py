@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import baselines
 from ..api import DePass
 from ..errors import DePassError, OptionError
-from ..prompt import encode
-from ..result import Attribution
+from ..inputs.prompt import encode
+from ..results.attribution import Attribution
 from . import data
 from .data import HELP, Pair
 from .forward import next_tokens
@@ -242,7 +242,7 @@ def encoded_anew(dp: DePass, pair: Pair, ids: tuple[int, ...]) -> tuple[int, ...
     if dp.tokenizer is None:
         raise OptionError("--retokenize needs a tokenizer, and the prompts were given as ids")
     text = dp.tokenizer.decode(ids[int(pair.begins_special) :], clean_up_tokenization_spaces=False)
-    return encode(text, dp.tokenizer, dp._bound).ids
+    return encode(text, dp.tokenizer, dp.bound).ids
 
 
 def _missed(result: Attribution | DePassError) -> float | None:

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import cli
+from .. import arguments
 from ..api import DePass
 from ..errors import DePassError, PromptError
-from ..prompt import Prompt, encode
-from ..targets import Direction
+from ..inputs.prompt import Prompt, encode
+from ..inputs.targets import Direction
 from . import data, forward, probes, summary
 from .probes import Probe
 from .task import Item, Row, Task, failed, skipped
@@ -100,14 +100,14 @@ class Truthful(Task):
         add("--held-out", metavar="FILE", required=True, help="the same, to choose the layer by")
         add(
             "--last",
-            type=cli.positive,
+            type=arguments.positive,
             metavar="N",
             help="read the last N positions of statements (default: all, as published)",
         )
         add("--answer", choices=("letter", "text"), default="letter", help=ANSWER_HELP)
         add(
             "--masked",
-            type=cli.fraction,
+            type=arguments.fraction,
             default=0.5,
             metavar="X",
             help="share of the line's tokens to delete (default: 0.5)",
@@ -153,7 +153,7 @@ def choose_probe(dp: DePass, train: str, held_out: str, last: int | None, seed: 
         DataError: a file that cannot be read, or that lacks true or false statements.
         DePassError: scikit-learn is not installed.
     """
-    layers = range(len(dp._bound.layers))
+    layers = range(len(dp.bound.layers))
     sets = []
     for path in (train, held_out):
         texts, labels = probes.labelled(dp, path, 2)
@@ -252,8 +252,8 @@ def _question(dp: DePass, item: Item, answer: str) -> Question | Row:
         if not all(isinstance(text, str) and text.strip() for text in said):
             return failed(item, f"a row without {' and '.join(TEXTS)}, which --answer text compares")
     try:
-        plain, correct, wrong = (encode(item.data[key], dp.tokenizer, dp._bound) for key in KEYS[:3])
-        longer = [encode(f"{item.data['prompt_wrong']} {text}", dp.tokenizer, dp._bound).ids for text in said]
+        plain, correct, wrong = (encode(item.data[key], dp.tokenizer, dp.bound) for key in KEYS[:3])
+        longer = [encode(f"{item.data['prompt_wrong']} {text}", dp.tokenizer, dp.bound).ids for text in said]
     except PromptError as error:
         return failed(item, error)
     length = len(wrong.ids)

@@ -1,0 +1,103 @@
+"""What every baseline needs: checked prompts and targets, the model's own pass, and results in the package's own types."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api import DePass
+from ..errors import NonFiniteError, OptionError
+from ..inputs import targets
+from ..inputs.prompt import Prompt, encode
+from ..inputs.settings import Settings
+from ..inputs.targets import Asked, Readout
+from ..models import capture
+from ..models.bound import BoundModel
+from ..models.health import blame, dtype_name, refuse_dropout
+
+BATCH_TOKENS = 1024  # of one pass, padding included; a longer prompt goes alone
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One prompt and what is asked of it; the readouts are there once the model has run on it."""
+
+    prompt: Prompt
+    asked: Sequence[Asked]
+    readouts: Sequence[Readout] = ()
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Of its own, so that its random numbers do not depend on the prompts beside it."""
+        digest = hashlib.sha256(repr((seed, self.prompt.ids)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# --- prompts, targets, results ------------------------------------------------------------------------------------------
+
+
+def _named(name: Any, table: dict[str, Any], of: str) -> Any:
+    if not isinstance(name, str) or name not in table:
+        raise OptionError(f"unknown baseline {name!r} of {of}; there are: {', '.join(table)}")
+    return table[name]
+
+
+def _case(dp: DePass, prompt: Any, target: Any) -> _Case:
+    refuse_dropout(dp.bound)
+    made = encode(prompt, dp.tokenizer, dp.bound)
+    return _Case(made, targets.check(target, len(made.ids), range(0), dp.tokenizer, dp.bound))
+
+
+@torch.no_grad()
+def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
+    """The cases with their readouts, from the model's own run."""
+    bound = dp.bound
+    done: dict[int, _Case] = {}
+    for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
+        normed = _normed(bound, [cases[i].prompt.ids for i in some])  # [B, T, D]
+        for row, i in zip(normed, some, strict=True):
+            readouts: list[Readout] = []
+            for asked in cases[i].asked:
+                vector = row[asked.position]
+                logits = bound.logits(vector[None])[0].to(bound.state_dtype)
+                readouts += targets.fill(asked, vector.to(logits), logits, bound, dp.tokenizer)
+            for readout in readouts:
+                _must_be_finite(bound, readout.logit, f"the model's own logit of {readout.target.label!r}")
+            done[i] = _Case(cases[i].prompt, cases[i].asked, readouts)
+    return [done[i] for i in range(len(cases))]
+
+
+def _settings(dp: DePass, name: str) -> Settings:
+    depth = len(dp.bound.layers)
+    return Settings(dp.name, dtype_name(dp.bound.dtype), "none", 0.0, False, 0, depth, method=name)
+
+
+def _must_be_finite(bound: BoundModel, number: float, what: str) -> None:
+    if not math.isfinite(number):
+        raise NonFiniteError(f"{what} is not finite ({number}); {blame(bound)}")
+
+
+# --- passes of the model ------------------------------------------------------------------------------------------------
+
+
+def _normed(bound: BoundModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """``[B, T, D]``, the stream after the final norm."""
+    return capture.normed(bound, input_ids=capture.padded(prompts).to(bound.input_device))
+
+
+@torch.no_grad()
+def _embedded(bound: BoundModel, case: _Case) -> Tensor:
+    """``[N, D]``"""
+    embedded: Tensor = bound.model.get_input_embeddings()(torch.tensor([case.prompt.ids], device=bound.input_device))[0]
+    return embedded
+
+
+def _value(normed: Tensor, readout: Readout) -> Tensor:
+    """The target as a function of one prompt's stream ``[T, D]``, but for a constant."""
+    w = readout.w.to(normed.device)
+    return normed[readout.target.position].to(w) @ w

@@ -1,0 +1,195 @@
+"""Other attributions of a logit to heads and neurons, as sweeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import DePass
+from ..checks import integer
+from ..errors import OptionError
+from ..masking import Kind, width
+from ..models import capture
+from ..models.bound import BoundModel, Layer, into_stream
+from ..models.trace import Trace
+from ..results.sweep import Sweep
+from .common import _Case, _case, _clean, _embedded, _must_be_finite, _named, _settings, _value
+
+
+def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
+    """Score every attention head of the model by a baseline.
+
+    ========================  ===============================================================================================
+    ``attribution_patching``  the logit's gradient with respect to the head's output *before* the output projection, times
+                              that output, summed over positions: a first-order estimate of setting it to zero
+    ``output_norm``           the norm of what the head writes into the residual stream at the target's position, after the
+                              output projection (its bias belongs to no head) and a post-norm where there is one
+    ``random``                normal numbers
+    ========================  ===============================================================================================
+
+    Args:
+        dp: the model.
+        name: one of :data:`HEADS`.
+        prompt: as for :meth:`DePass.attribute`.
+        target: as for :meth:`DePass.attribute`.
+        seed: of ``random``.
+
+    Returns:
+        Scores ``[targets, layers, heads]``, as ``dp.sweep("heads", ...)`` has them.
+
+    Raises:
+        OptionError: an unknown name.
+        PromptError, TargetError, ModelError, NonFiniteError: see :func:`tokens`.
+    """
+    return _sweep(dp, "heads", _named(name, HEADS, "heads"), name, prompt, target, seed)
+
+
+def neurons(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
+    """Score every MLP neuron of the model by a baseline.
+
+    ============================= ==========================================================================================
+    ``attribution_patching``      the logit's gradient with respect to the neuron's hidden value (the input of the down
+                                  projection), times that value, summed over positions
+    ``attribution_patching_last`` the same at the target's position alone
+    ``activation``                the hidden value at the target's position (signed)
+    ``activation_x_norm``         the same times the norm of what one unit of it writes into the residual stream: its column
+                                  of the down projection, through a post-norm where there is one
+    ``random``                    normal numbers
+    ============================= ==========================================================================================
+
+    Args:
+        dp: the model.
+        name: one of :data:`NEURONS`.
+        prompt: as for :meth:`DePass.attribute`.
+        target: as for :meth:`DePass.attribute`.
+        seed: of ``random``.
+
+    Returns:
+        Scores ``[targets, layers, neurons]``, as ``dp.sweep("neurons", ...)`` has them.
+
+    Raises:
+        OptionError: an unknown name.
+        PromptError, TargetError, ModelError, NonFiniteError: see :func:`tokens`.
+    """
+    return _sweep(dp, "neurons", _named(name, NEURONS, "neurons"), name, prompt, target, seed)
+
+
+def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: Any, seed: int) -> Sweep:
+    bound, count = dp.bound, width(dp.bound, kind)
+    seed = integer("seed", seed, OptionError)
+    (case,) = _clean(dp, [_case(dp, prompt, target)])
+    scores: Tensor = method(bound, case, seed)  # [targets, layers, C]
+    _must_be_finite(bound, float(scores.abs().max()), f"a score by {name}")
+    nothing = scores.new_full(scores.shape[:2], math.nan)
+    return Sweep(
+        scores=scores.float(),
+        rest=nothing,
+        bias=nothing.clone(),
+        layers=tuple(range(len(bound.layers))),
+        columns=tuple(range(count)),
+        kind=kind,
+        targets=tuple(readout.target for readout in case.readouts),
+        target_logits=torch.tensor(
+            [readout.logit for readout in case.readouts], dtype=torch.float64, device="cpu"
+        ).float(),
+        conservation_error=nothing.clone(),
+        prompt=case.prompt,
+        settings=_settings(dp, name),
+    )
+
+
+# --- heads and neurons --------------------------------------------------------------------------------------------------
+
+
+def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case, _: int) -> Tensor:
+    """``[targets, layers, C]``, gradient · value of the inputs of the output or down projections.
+
+    Summed over positions, or with ``last`` at the targets' own positions alone.
+    """
+    inputs: list[Tensor] = []  # by layer, [1, N, C·d]
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0])
+
+    with torch.enable_grad(), capture.running, ExitStack() as stack:
+        for layer in bound.layers:
+            module = (layer.output if kind == "heads" else layer.down).module
+            stack.callback(module.register_forward_pre_hook(keep).remove)
+        # the graph begins at the embeddings, also where a caller has frozen the weights
+        normed = capture.normed(bound, inputs_embeds=_embedded(bound, case)[None].requires_grad_())[0]
+        made = []
+        for j, readout in enumerate(case.readouts):
+            more = j + 1 < len(case.readouts)
+            gradients = torch.autograd.grad(_value(normed, readout), inputs, retain_graph=more)
+            counted = slice(readout.target.position, readout.target.position + 1) if last else slice(None)
+            parts = [
+                (g.float() * x.detach().float())[0, counted].sum(0).cpu()
+                for g, x in zip(gradients, inputs, strict=True)
+            ]
+            made.append(torch.stack([part.view(width(bound, kind), -1).sum(1) for part in parts]))
+    return torch.stack(made)
+
+
+@torch.no_grad()
+def _at_the_target(read: Callable[[Layer, Trace, list[int]], Tensor], bound: BoundModel, case: _Case, _: int) -> Tensor:
+    """``[targets, layers, C]``: what ``read`` makes, ``[targets, C]``, of each layer and its trace at given positions."""
+    positions = [readout.target.position for readout in case.readouts]
+    made: list[Tensor] = []
+
+    def keep(index: int, trace: Trace) -> None:
+        made.append(read(bound.layers[index], trace, positions).cpu())
+
+    capture.run(bound, [case.prompt.ids], keep, range(len(bound.layers)))
+    return torch.stack(made, 1)
+
+
+def _output_norm(heads: int, layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
+    assert trace.mixed is not None
+    mixed = trace.mixed[positions].float().view(len(positions), heads, -1)  # [targets, H, d]
+    weight = into_stream(layer.output.weight, layer.attention_post_norm, torch.float32)
+    weight = weight.reshape(len(weight), heads, -1)  # [D, H, d]
+    sizes: Tensor = torch.linalg.vector_norm(torch.einsum("thd,ohd->tho", mixed, weight), dim=-1)
+    scale = trace.scales.get("attention_post_norm")
+    return sizes if scale is None else sizes * scale[positions, None]
+
+
+def _activation(_: Layer, trace: Trace, positions: list[int]) -> Tensor:
+    assert trace.hidden is not None
+    return trace.hidden[positions].float()
+
+
+def _activation_x_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
+    weight = into_stream(layer.down.weight, layer.mlp_post_norm, torch.float32)
+    columns: Tensor = torch.linalg.vector_norm(weight, dim=0)  # [F]
+    sizes = _activation(layer, trace, positions) * columns
+    scale = trace.scales.get("mlp_post_norm")
+    return sizes if scale is None else sizes * scale[positions, None]
+
+
+def _output_norms(bound: BoundModel, case: _Case, seed: int) -> Tensor:
+    return _at_the_target(partial(_output_norm, bound.heads), bound, case, seed)
+
+
+def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:
+    shape = (len(case.readouts), len(bound.layers), width(bound, kind))
+    return torch.randn(shape, generator=case.generator(seed), device="cpu")
+
+
+HEADS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {
+    "attribution_patching": partial(_attribution_patching, "heads", False),
+    "output_norm": _output_norms,
+    "random": partial(_random, "heads"),
+}
+NEURONS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {
+    "attribution_patching": partial(_attribution_patching, "neurons", False),
+    "attribution_patching_last": partial(_attribution_patching, "neurons", True),
+    "activation": partial(_at_the_target, _activation),
+    "activation_x_norm": partial(_at_the_target, _activation_x_norm),
+    "random": partial(_random, "neurons"),
+}

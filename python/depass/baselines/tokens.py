@@ -1,0 +1,254 @@
+"""Other attributions of a logit to a prompt's tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import DePass
+from ..checks import integer
+from ..errors import DePassError, OptionError, PromptError
+from ..models import capture
+from ..models.bound import BoundModel
+from ..models.trace import Trace
+from ..results.attribution import Attribution
+from ..sources.source import Source
+from .common import BATCH_TOKENS, _Case, _case, _clean, _embedded, _must_be_finite, _named, _normed, _settings, _value
+
+_SHAP_SAMPLES = 20
+_SHAP_NOISE = 0.1  # of the standard deviation of the prompt's embeddings
+
+
+def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *, seed: int = 0) -> list[Attribution]:
+    """Score the tokens of prompts by a baseline, several prompts in one pass; each result equals its own run's to rounding.
+
+    =========================== =============================================================================================
+    ``gradient_norm``           the norm of the logit's gradient with respect to each token's embedding
+    ``input_x_gradient``        that gradient times the embedding (signed)
+    ``integrated_gradients_20`` the embedding times the mean gradient along the line from zero embeddings, by the midpoint
+                                rule with 20 steps (Sundararajan et al. 2017, arXiv 1703.01365); ``_50`` with 50
+    ``gradient_shap``           the same at 20 random points of such lines, each to embeddings with Gaussian noise of a tenth
+                                of their standard deviation (Lundberg and Lee 2017, as in captum)
+    ``mean_attention``          what the target's position attends to, mean over layers and heads
+    ``last_attention``          the same, of the last layer
+    ``attention_rollout``       the product of ``A/2 + 1/2`` over layers, ``A`` the mean over heads (Abnar and Zuidema 2020,
+                                arXiv 2005.00928)
+    ``leave_one_out``           by how much the logit falls without the token: a pass of the model for each; 0 behind the
+                                target's position
+    ``random``                  normal numbers
+    =========================== =============================================================================================
+
+    Args:
+        dp: the model.
+        name: one of :data:`TOKENS`.
+        prompts: each as for :meth:`DePass.attribute`.
+        target: as for :meth:`DePass.attribute`, for all prompts; or a list with one for each prompt.
+        seed: of ``random`` and ``gradient_shap``.
+
+    Raises:
+        OptionError: an unknown name, no prompts, or targets that are not as many as prompts.
+        PromptError, TargetError: something that cannot be attributed, with the prompt's index.
+        ModelError: the model drops out at random.
+        NonFiniteError: the model's logits or the scores are not finite.
+    """
+    method = _named(name, TOKENS, "tokens")
+    seed = integer("seed", seed, OptionError)
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or not prompts:
+        raise OptionError(
+            f"prompts must be a list of one or more prompts, got {type(prompts).__name__} {prompts!r:.40}"
+        )
+    several = isinstance(target, (list, tuple))
+    if several and len(target) != len(prompts):
+        raise OptionError(f"a list of targets has one for each prompt: {len(target)} targets, {len(prompts)} prompts")
+    cases = []
+    for index, prompt in enumerate(prompts):
+        try:
+            cases.append(_case(dp, prompt, target[index] if several else target))
+        except DePassError as error:
+            raise type(error)(f"prompt {index}: {error}") from error
+    cases = _clean(dp, cases)
+    found = method(dp.bound, cases, seed)
+    return [_attribution(dp, name, case, scores) for case, scores in zip(cases, found, strict=True)]
+
+
+def _attribution(dp: DePass, name: str, case: _Case, scores: Tensor) -> Attribution:
+    _must_be_finite(dp.bound, float(scores.abs().max()), f"a score by {name}")
+    logits = torch.tensor([readout.logit for readout in case.readouts], dtype=torch.float64, device="cpu").float()
+    return Attribution(
+        scores=scores.float(),
+        sources=tuple(Source(token, "token", t, t + 1) for t, token in enumerate(case.prompt.tokens)),
+        targets=tuple(readout.target for readout in case.readouts),
+        target_logits=logits,
+        conservation_error=torch.full_like(logits, math.nan),
+        prompt=case.prompt,
+        settings=_settings(dp, name),
+    )
+
+
+# --- tokens: gradients --------------------------------------------------------------------------------------------------
+
+Points = Callable[[_Case, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _by_gradients(
+    points: Points, samples: int, combine: Callable[[Tensor, Tensor], Tensor], bound: BoundModel, cases: Any, seed: int
+) -> list[Tensor]:
+    """Scores ``[targets, N]``: the mean over points of what ``combine`` makes of the gradients and of their factors.
+
+    Args:
+        points: of a case, its embeddings ``[N, D]`` and the seed: where gradients are taken and the factors of each,
+            ``[samples, N, D]`` both.
+        samples: how many points.
+        combine: makes ``[..., N]`` of gradients and factors ``[..., N, D]``.
+        bound: the model.
+        cases: the prompts.
+        seed: for ``points``.
+    """
+    found: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
+    for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
+        longest = max(len(cases[i].prompt.ids) for i in some)
+        at, by = zip(*(points(cases[i], _embedded(bound, cases[i]), seed) for i in some), strict=True)
+        owners = [i for i in some for _ in range(samples)]
+        where, factors = (
+            torch.cat([nn.functional.pad(one, (0, 0, 0, longest - one.shape[1])) for one in made]) for made in (at, by)
+        )  # [B·samples, T, D]
+        rows = max(1, BATCH_TOKENS // longest)
+        for begin in range(0, len(owners), rows):
+            here = slice(begin, begin + rows)
+            gradients = _gradients(bound, where[here], [cases[i] for i in owners[here]])
+            for i, of_one, factor in zip(owners[here], gradients, factors[here], strict=True):
+                scores = combine(of_one.float(), factor.float()) / samples  # [targets, T]
+                found[i] += scores[:, : found[i].shape[1]].cpu()
+    return found
+
+
+def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case]) -> list[Tensor]:
+    """``[targets, T, D]`` of each case, at embeddings ``[B, T, D]``: one pass forward, one back for each of the targets."""
+    with torch.enable_grad():
+        embeddings = embeddings.detach().requires_grad_()
+        normed = capture.normed(bound, inputs_embeds=embeddings)
+        most = max(len(case.readouts) for case in cases)
+        made = []
+        for j in range(most):
+            asked = [_value(normed[b], case.readouts[j]) for b, case in enumerate(cases) if j < len(case.readouts)]
+            (gradient,) = torch.autograd.grad(torch.stack(asked).sum(), embeddings, retain_graph=j + 1 < most)
+            made.append(gradient)
+    stacked = torch.stack(made, 1)  # [B, targets, T, D]
+    return [stacked[b, : len(case.readouts)] for b, case in enumerate(cases)]
+
+
+def _here(_: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:
+    return embedded[None], embedded[None]
+
+
+def _on_the_line(steps: int, _: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:
+    """The midpoints of ``steps`` pieces of the line from zero."""
+    share = (torch.arange(steps, device=embedded.device) + 0.5) / steps
+    return share.to(embedded)[:, None, None] * embedded, embedded.expand(steps, -1, -1)
+
+
+def _around_the_line(case: _Case, embedded: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Random points of lines from zero to embeddings with noise."""
+    generator = case.generator(seed)
+    noise = torch.randn(_SHAP_SAMPLES, *embedded.shape, generator=generator, device="cpu")
+    share = torch.rand(_SHAP_SAMPLES, 1, 1, generator=generator, device="cpu")
+    noisy = embedded + (_SHAP_NOISE * float(embedded.float().std()) * noise).to(embedded)
+    return share.to(embedded) * noisy, noisy
+
+
+def _norm(gradient: Tensor, _: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(gradient, dim=-1)
+    return size
+
+
+def _product(gradient: Tensor, factor: Tensor) -> Tensor:
+    return (gradient * factor).sum(-1)
+
+
+# --- tokens: attention, leaving out, nothing -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _by_attention(reduce: Callable[[list[Tensor]], Tensor], bound: BoundModel, cases: Any, _: int) -> list[Tensor]:
+    """Scores ``[targets, N]``: each target's row of what ``reduce`` makes of the layers' patterns ``[B, T, T]``."""
+    found: dict[int, Tensor] = {}
+    for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
+        patterns: list[Tensor] = []  # by layer, mean over heads
+
+        def keep(_: int, trace: Trace, patterns: list[Tensor] = patterns) -> None:
+            assert trace.pattern is not None
+            patterns.append(trace.pattern.float().mean(1).to(patterns[0].device if patterns else trace.pattern.device))
+
+        capture.run(bound, [cases[i].prompt.ids for i in some], keep, range(len(bound.layers)))
+        for i, reduced in zip(some, reduce(patterns).cpu(), strict=True):
+            rows = [readout.target.position for readout in cases[i].readouts]
+            found[i] = reduced[rows, : len(cases[i].prompt.ids)]
+    return [found[i] for i in range(len(cases))]
+
+
+def _mean(patterns: list[Tensor]) -> Tensor:
+    return torch.stack(patterns).mean(0)
+
+
+def _last(patterns: list[Tensor]) -> Tensor:
+    return patterns[-1]
+
+
+def _rollout(patterns: list[Tensor]) -> Tensor:
+    one = torch.eye(patterns[0].shape[-1], device=patterns[0].device)
+    rolled = one.expand_as(patterns[0])
+    for pattern in patterns:
+        rolled = (pattern + one) / 2 @ rolled
+    return rolled
+
+
+@torch.no_grad()
+def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Tensor]:
+    """Scores ``[targets, N]``; a prompt's tokens behind the target's position have none."""
+    found = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
+    without: list[tuple[int, int, int]] = []  # case, the target's position, the token that is left out
+    for i, case in enumerate(cases):
+        for q in sorted({readout.target.position for readout in case.readouts}):
+            if q == 0:
+                raise PromptError(
+                    f"prompt {i}: leave_one_out of the first position leaves no token; ask at a later one"
+                )
+            without += [(i, q, t) for t in range(q + 1)]
+    rows = [cases[i].prompt.ids[:t] + cases[i].prompt.ids[t + 1 : q + 1] for i, q, t in without]
+    for some in capture.batches([len(row) for row in rows], BATCH_TOKENS):
+        normed = _normed(bound, [rows[k] for k in some])
+        for of_row, k in zip(normed, some, strict=True):
+            i, q, t = without[k]
+            for j, readout in enumerate(cases[i].readouts):
+                if readout.target.position == q:
+                    w = readout.w.to(of_row.device)
+                    left = float(of_row[q - 1].to(w) @ w) + readout.constant
+                    found[i][j, t] = readout.logit - left
+    return found
+
+
+def _random_tokens(_: BoundModel, cases: Sequence[_Case], seed: int) -> list[Tensor]:
+    shapes = [(len(case.readouts), len(case.prompt.ids)) for case in cases]
+    return [
+        torch.randn(shape, generator=case.generator(seed), device="cpu")
+        for shape, case in zip(shapes, cases, strict=True)
+    ]
+
+
+TOKENS: dict[str, Callable[[BoundModel, Sequence[_Case], int], list[Tensor]]] = {
+    "gradient_norm": partial(_by_gradients, _here, 1, _norm),
+    "input_x_gradient": partial(_by_gradients, _here, 1, _product),
+    "integrated_gradients_20": partial(_by_gradients, partial(_on_the_line, 20), 20, _product),
+    "integrated_gradients_50": partial(_by_gradients, partial(_on_the_line, 50), 50, _product),
+    "gradient_shap": partial(_by_gradients, _around_the_line, _SHAP_SAMPLES, _product),
+    "mean_attention": partial(_by_attention, _mean),
+    "last_attention": partial(_by_attention, _last),
+    "attention_rollout": partial(_by_attention, _rollout),
+    "leave_one_out": _leave_one_out,
+    "random": _random_tokens,
+}

@@ -1,0 +1,5 @@
+"""The command ``depass``."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,146 @@
+"""What each command does once its arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from ..arguments import DIGITS, check_stream, device_name, load_model, say
+from ..errors import OptionError, PromptError, TargetError
+from ..files import check_writable
+
+PATIENCE = 2.0  # seconds before a progress bar is worth its lines
+
+
+def _attribute(options: argparse.Namespace) -> None:
+    for path in (options.save_path, options.viz_path):
+        if path is not None:
+            check_writable(path)
+    prompt = _standard_input() if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one token")
+
+    gc.disable()  # a fifth of a start is spent looking for garbage among what imports leave, and the process is short
+    targets = [_target(text) for text in options.target] if options.target else None
+    dp = load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
+    with _Progress() as progress:
+        result = dp.attribute(prompt, target=targets, sources=options.sources, progress=progress.update)
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        result.show()
+    if options.save_path is not None:
+        result.save(options.save_path)
+    if options.viz_path is not None:
+        result.to_html(options.viz_path)
+
+
+def _attribute_dataset(options: argparse.Namespace) -> None:
+    import warnings
+
+    from ..datasets.run import run
+    from ..errors import ConservationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConservationWarning)  # every row says how far its scores miss
+        say(run(options))
+
+
+def _view(options: argparse.Namespace) -> None:
+    output = options.output or os.path.splitext(options.results[0])[0] + ".html"
+    if os.path.realpath(output) in map(os.path.realpath, options.results):
+        raise OptionError(f"the page would overwrite the result {output}; name another file with -o")
+    check_writable(output)
+
+    from ..results.load import load
+    from ..views.page import render
+
+    render([(path, load(path).page_view()) for path in options.results], output)
+    say(output)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    import torch
+
+    from ..checks import byte_count
+    from ..engine.plan import make, measured_rate
+    from ..models.loading import empty_model
+
+    check_stream(options)
+    device = torch.device(device_name(options.device))
+    budget = None if options.budget is None else byte_count(options.budget)
+    counted = options.sources.isdecimal() and len(options.sources) <= DIGITS
+    sources = int(options.sources) if counted else options.sources
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    bound = empty_model(options.model, dtype, options.quantization, options.trust_remote_code)
+    if budget is None and device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory
+    if budget is None:
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if options.stream:
+        bound = replace(bound, stream_to=device)
+    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device)))
+
+
+def _backends(_: argparse.Namespace) -> None:
+    from depass_kernels.backends import build_info, table
+
+    for op, backend, reason in table():
+        print(f"{op:<17}{backend:<12}{'can serve' if reason is None else f'cannot: {reason}'}")
+    info = build_info()
+    if info:
+        cuda = f"nvcc {info['nvcc']} for {', '.join(info['cuda_architectures'])}" if info["nvcc"] else "no CUDA kernels"
+        print(f"\ncompiled by {info['cxx']}; {cuda}")
+
+
+def _standard_input() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are refused with the prompt
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _target(text: str) -> Any:
+    from ..inputs.targets import Token, TopK
+
+    kind, _, number = text.partition(":")
+    if kind not in ("id", "top") or not number:
+        return Token(text)
+    if not number.isdecimal() or len(number) > DIGITS:
+        raise TargetError(f"--target {text}: {number!r} is no number; write id:1910 or top:5")
+    return Token(int(number)) if kind == "id" else TopK(int(number))
+
+
+class _Progress:
+    """A progress bar on standard error, where that is a terminal and the work takes longer than ``PATIENCE``."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, done: int, of: int) -> None:
+        if self.bar is None:
+            if time.monotonic() - self.began < PATIENCE or not sys.stderr.isatty():
+                return
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("layers", total=of)
+        self.bar.update(self.task, completed=done)

@@ -1,0 +1,1 @@
+"""Data sets: rows in, Parquet shards out, on one machine or a Ray cluster."""

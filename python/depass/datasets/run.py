@@ -1,0 +1,105 @@
+"""Attributes every row of a data set into Parquet files; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import closing
+from pathlib import Path
+
+from .. import arguments
+from ..errors import DataError, DePassError, OptionError
+from ..files import check_writable, write_atomically
+from ..runs import described, hold, progress, say_kept, session, write_json
+from .local import local
+from .rows import Columns, Data, load_pyarrow, open_data
+from .shards import Engine, Shards
+
+FORMAT = "depass-dataset-1"
+TASK = "attribute-dataset"
+SETTINGS = (
+    "model",
+    "dtype",
+    "quantization",
+    "sources",
+    "mlp_rule",
+    "temperature",
+    "backend",
+    "subset",
+    "split",
+    "shard_rows",
+)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Attribute what has no row yet, and say how many rows there are of which status.
+
+    ``options.out`` gets ``run.json`` (settings, versions) and ``rows/``, the shards.
+
+    Raises:
+        DataError: the data cannot be read, or the folder holds something else.
+        OptionError: the folder holds a run with other settings.
+        OutputError: the folder cannot be written, or another process is at work in it.
+        ModelError: there is no such model.
+    """
+    load_pyarrow()
+    columns = Columns(options.prompt_column, options.target_column, options.id_column)
+    data = open_data(options.data, columns, options.subset, options.split)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= {"columns": vars(columns), "fingerprint": data.fingerprint, "rows": data.count}
+    folder = Path(options.out)
+    with hold(folder):
+        made = described(folder / "run.json", FORMAT, TASK, settings)
+        shards = Shards(folder / "rows", data.count, options.shard_rows)
+        if not (folder / "run.json").exists() and len(shards.missing()) < len(shards):
+            raise DataError(f"{shards.folder} has rows, and {folder} no run.json that says what of; give another --out")
+        shards.tidy()
+        if shards.missing():
+            check_writable(folder / "run.json")  # before the model is loaded, which may take minutes
+            if shards.folder.exists():
+                check_writable(shards.path(0))
+            engine, began, now = _engine(options), time.monotonic(), session()
+            made["sessions"].append(now)
+            write_json(folder / "run.json", made)
+            try:
+                _fill(shards, data, engine)
+            except (DePassError, KeyboardInterrupt) as stop:
+                say_kept(stop, shards.done(), data.count, folder)
+                raise
+            now["seconds"] = round(time.monotonic() - began, 1)
+            write_json(folder / "run.json", made)
+        return f"{data.count:,} rows in {shards.folder}: {shards.statuses()}"
+
+
+def _fill(shards: Shards, data: Data, engine: Engine) -> None:
+    """Write the shards that are missing, as the engine makes them."""
+    done = shards.done()
+    shards.make()
+    with progress("rows", data.count) as update:
+
+        def tell(rows: int) -> None:
+            update(done + rows)
+
+        tell(0)
+        with closing(engine(shards.pending(data), tell)) as finished:  # ends a cluster that it began
+            for first, content in finished:
+                write_atomically(shards.path(first), content)
+                done += shards.length(first)
+                tell(0)
+    assert not shards.missing(), "an engine gives back every shard"
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    """What makes shards, as asked for.
+
+    Raises:
+        OptionError: options of the other engine, or what it needs is not there.
+        ModelError: there is no such model.
+    """
+    if options.engine == "ray":
+        from .ray import on_ray
+
+        return on_ray(options)
+    if options.ray_address is not None or options.workers != 1:
+        raise OptionError("--workers and --ray-address are of --engine ray; give it, or leave them out")
+    return local(arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature), options)

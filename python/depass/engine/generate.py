@@ -1,0 +1,88 @@
+"""Tokens by the model's own ``generate``, and the prompt that they make with what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..checks import integer
+from ..errors import MemoryLimitError, OptionError, first_line
+from ..inputs.prompt import Prompt, encode
+from ..models import capture
+from ..models.bound import BoundModel
+from ..sources.spans import Spans, token_ranges
+
+_OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate", "num_return_sequences")
+
+
+def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampling: dict[str, Any]) -> list[int]:
+    """What the model's own ``generate`` puts behind a prompt, at least one token.
+
+    Raises:
+        OptionError: options that ``generate`` does not take, or more tokens than the model has positions.
+        MemoryLimitError: it does not fit.
+    """
+    if integer("max_new_tokens", max_new_tokens, OptionError) < 1:
+        raise OptionError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
+    for name in _OURS:
+        if name in sampling:
+            raise OptionError(f"generate({name}=...): DePass sets it, for one sequence from one prompt; leave it out")
+    length, limit = len(prompt.ids), bound.max_positions
+    if limit is not None and length + max_new_tokens > limit:
+        raise OptionError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens: {bound.name} has {limit} positions"
+        )
+    config = bound.model.generation_config
+    if config.pad_token_id is None:  # nothing is padded, but generate warns without one
+        sampling = {"pad_token_id": 0, **sampling}
+    ids = torch.tensor([prompt.ids], device=bound.input_device)
+
+    try:
+        with capture.running:  # another thread's hooks would take these passes for their own
+            made = bound.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=False,
+                **sampling,
+            )
+    except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
+        from ..device_memory import asked_bytes
+
+        if asked_bytes(error) is not None:
+            raise MemoryLimitError(
+                f"out of memory generating {max_new_tokens} tokens after a prompt of {length}; give fewer"
+            ) from error
+        raise OptionError(f"the model's generate does not take these options: {first_line(error)}") from error
+    found: list[int] = made[0, length:].tolist()
+    return found
+
+
+def continued(prompt: Prompt, new: Sequence[int], tokenizer: Any, bound: BoundModel) -> Prompt:
+    """The prompt with further ids behind it. The prompt's own tokens and places stay what they are."""
+    whole, length = encode([*prompt.ids, *new], tokenizer, bound), len(prompt.ids)
+    if prompt.text is None or whole.text is None:
+        return whole
+    tokens = whole.tokens[length:]
+    text, offsets = prompt.text + "".join(tokens), list(prompt.offsets)
+    shift = len(prompt.text) - sum(map(len, whole.tokens[:length]))
+    offsets += [(begin + shift, end + shift) for begin, end in whole.offsets[length:]]
+    special = prompt.special | {index for index in whole.special if index >= length}
+    return Prompt((*prompt.ids, *new), (*prompt.tokens, *tokens), text, tuple(offsets), special)
+
+
+def sources_of(prompt: Prompt, whole: Prompt, sources: Any) -> Any:
+    """The prompt's sources as asked for, and every further token as one of its own."""
+    if sources == "token" or not isinstance(sources, (str, Spans)):
+        return sources
+    labels: Sequence[str] | None = None
+    if isinstance(sources, Spans):
+        ranges, labels = token_ranges(prompt, sources), sources.labels
+    else:
+        ranges = prompt.segments(sources)
+    if labels is None:
+        labels = ["".join(prompt.tokens[begin:end]) for begin, end in ranges]
+    further = range(len(prompt.ids), len(whole.ids))
+    return Spans([*ranges, *((t, t + 1) for t in further)], labels=[*labels, *(whole.tokens[t] for t in further)])

@@ -1,0 +1,1 @@
+"""What is given: prompts, targets, settings; checked."""

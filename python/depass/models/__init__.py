@@ -1,0 +1,1 @@
+"""Models: where their modules are, how they are loaded, and what of their own pass is captured."""

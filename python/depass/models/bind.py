@@ -1,0 +1,206 @@
+"""Resolves a family's module paths on one model, and refuses what cannot be decomposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from . import weights
+from .bound import BoundModel, Layer, Norm, Projection
+from .families import _CHOICES, FAMILIES, LLAMA, Family
+
+
+def bind(model: Any, family: Family | None = None, empty: bool = False) -> BoundModel:
+    """Resolve a family's paths on ``model``.
+
+    Args:
+        model: a causal language model of HuggingFace transformers.
+        family: the declaration to use; by the config's ``model_type`` without it.
+        empty: whether its weights may be shapes only (on the meta device): enough to plan, not to run.
+
+    Raises:
+        ModelError: no decoder-only language model, an unknown family, or a path that the model does not have.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"expected a HuggingFace causal language model, got {type(model).__name__}")
+    config, name = model.config, type(model).__name__
+    kind, head = config.model_type, model.get_output_embeddings()
+    _refuse_other_kinds(config, name)
+    if head is None:
+        raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    family = FAMILIES.get(kind) if family is None else family
+    if family is None:
+        looked = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
+        raise ModelError(
+            f"unknown model family {kind!r} ({name}); known: {', '.join(FAMILIES)}. Of the Llama family's paths it has (+) "
+            f"and lacks (-): {looked}. Describe it with depass.Family and pass family=..."
+        )
+    if not isinstance(family, Family):
+        raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
+    for field_name, choices in _CHOICES.items():
+        if getattr(family, field_name) not in choices:
+            raise ModelError(f"Family({field_name}={getattr(family, field_name)!r}): there are {', '.join(choices)}")
+    missing = [path for path in _example_paths(family) if not _has(model, path)]
+    if missing:
+        raise ModelError(f"{name} ({kind}) lacks what its family was looked up by: {', '.join(missing)}")
+    if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
+        raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
+    if not empty:
+        _refuse_absent(model, name)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
+        if getattr(text, factor, None) not in (None, 1, 1.0):
+            raise ModelError(f"{name} scales by {factor}={getattr(text, factor)}, which no family here describes")
+    if family.parallel is not None and not hasattr(text, family.parallel):
+        raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
+    if getattr(text, "add_cross_attention", False):
+        raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
+    if getattr(text, "use_bidirectional_attention", False):
+        raise ModelError(f"{name} looks ahead (use_bidirectional_attention); DePass needs causal attention")
+    heads: int = text.num_attention_heads
+    backbone: Any = model.get_submodule(family.backbone)
+    blocks = list(backbone.get_submodule(family.layers))
+    if len(set(map(id, blocks))) < len(blocks):
+        raise ModelError(f"{name} uses one module for several layers; DePass needs a module for each")
+    if not empty:
+        _refuse_unreadable(blocks, head, family, config, name)
+    layers = tuple(_bind_layer(layer, family, heads) for layer in blocks)
+    final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
+    norms = [getattr(layer, f.name) for layer in layers for f in fields(layer) if f.name.endswith("_norm")]
+    for module in [norm.module for norm in (*norms, final_norm) if norm is not None]:
+        if getattr(module, "weight", None) is None or not (
+            hasattr(module, "eps") or hasattr(module, "variance_epsilon")
+        ):
+            raise ModelError(
+                f"a norm of {name} ({type(module).__name__}) has no weight or no eps; no family describes that"
+            )
+    biased = any(layer.has_bias() for layer in layers)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return BoundModel(
+        model=model,
+        name=getattr(config, "name_or_path", "") or name,
+        backbone=backbone,
+        layers=layers,
+        final_norm=final_norm,
+        heads=heads,
+        parallel=bool(family.parallel and getattr(text, family.parallel)),
+        has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        configs=tuple(configs.values()),
+    )
+
+
+def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
+    def norm(path: str | None) -> Norm | None:
+        return None if path is None else Norm(layer.get_submodule(path), family.norm)
+
+    output = Projection(layer.get_submodule(family.output))
+    fused = layer.get_submodule(family.value)
+    rows: str = family.value_rows
+    if rows == "last":  # q has as many rows as the output projection has columns; k and v halve the others
+        rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
+    return Layer(
+        module=layer,
+        attention=layer.get_submodule(family.attention),
+        value=Projection(fused, rows, heads),
+        output=output,
+        gate=Projection(layer.get_submodule(family.gate), family.gate_rows),
+        down=Projection(layer.get_submodule(family.down)),
+        attention_norm=norm(family.attention_norm),
+        mlp_norm=norm(family.mlp_norm),
+        attention_post_norm=norm(family.attention_post_norm),
+        mlp_post_norm=norm(family.mlp_post_norm),
+    )
+
+
+_LOAD_DENSE = (
+    f"known are {' and '.join(weights.QUANTIZATIONS)}, not offloaded: load the unquantised weights, with "
+    "quantization='4bit' where memory is short"
+)
+
+
+def _refuse_absent(model: Any, name: str) -> None:
+    """Raise a ModelError where weights are shapes alone, which nothing brings when they are needed."""
+    for path, module in model.named_modules():
+        if not weights.is_offloaded(module) and any(tensor.is_meta for tensor in weights.own_tensors(module)):
+            raise ModelError(
+                f"the weights of {path} of {name} are offloaded where no hook of accelerate brings them; load it with "
+                "from_pretrained(device_map=...)"
+            )
+
+
+def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config: Any, name: str) -> None:
+    """Raise a ModelError where weights cannot be had as numbers, or a layer's lie on several devices."""
+    for index, block in enumerate(blocks):
+        devices = set()
+        for part in ("value", "output", "gate", "down"):
+            module = block.get_submodule(getattr(family, part))
+            _refuse_adapter(module, f"the {part} projection of layer {index} of {name}")
+            if not weights.is_readable(module):
+                said = _said_of(module, config)
+                raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
+            devices.add(str(weights.device_of(module)))
+        if len(devices) > 1:
+            where = " and ".join(sorted(devices))
+            raise ModelError(f"layer {index} of {name} lies on {where}; give each layer one device in the device_map")
+    _refuse_adapter(head, f"the head of {name}")
+    if not weights.is_readable(head):
+        raise ModelError(f"the head of {name} holds {_said_of(head, config)}; {_LOAD_DENSE}")
+
+
+def _refuse_adapter(module: Any, which: str) -> None:
+    """Raise a ModelError where an adapter adds to a module's output, which its weight does not say."""
+    if hasattr(module, "base_layer"):
+        raise ModelError(f"{which} has an adapter ({type(module).__name__}); merge it first: model.merge_and_unload()")
+
+
+def _said_of(module: Any, config: Any) -> str:
+    """What a module's weights are, which are none that are known."""
+    method = quantization_method(getattr(config, "quantization_config", None))
+    weight = getattr(module, "weight", None)
+    held = f"{weight.dtype} weights of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+    return f"{held} ({type(module).__name__}{f', quantised by {method}' if method else ''})"
+
+
+def quantization_method(given: Any) -> str | None:
+    """The method that a quantisation config of transformers names (``gptq``), or None where there is no config."""
+    if given is None:
+        return None
+    entries = given if isinstance(given, dict) else getattr(given, "__dict__", {})
+    method = entries.get("quant_method")
+    if method is None:  # as bitsandbytes' were saved at first
+        return "bitsandbytes" if any(str(key).startswith("load_in_") for key in entries) else "an unnamed method"
+    return str(getattr(method, "value", method))
+
+
+def _refuse_other_kinds(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} ({kind}) is an encoder-decoder model; DePass needs a decoder-only language model")
+    if kind not in FAMILIES and kind in MASKED and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{name} ({kind}) is an encoder-only model; it predicts no next token to attribute")
+
+
+def _example_paths(family: Family) -> list[str]:
+    """The paths of a family on a model's first layer."""
+    first = f"{family.backbone}.{family.layers}.0"
+    names = ["attention", "value", "output", "gate", "down"]
+    names += [f.name for f in fields(family) if f.name.endswith("_norm") and f.name != "final_norm"]
+    inner = [getattr(family, name) for name in names]
+    return [f"{family.backbone}.{family.final_norm}", *(f"{first}.{path}" for path in inner if path is not None)]
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,43 @@
+"""What one layer freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")  # of a families.Layer
+
+
+@dataclass
+class Trace:
+    """What one layer freezes at ``P`` positions of ``B`` prompts; scales in the state's dtype, others in the model's."""
+
+    stream: Tensor  # [P, D], the residual stream at the layer's input
+    pattern: Tensor | None = None  # [B, H, T, T], T the longest prompt's length
+    scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
+    mixed: Tensor | None = None  # [P, H·d], the input of the attention's output projection
+    hidden: Tensor | None = None  # [P, F]
+    gate_total: Tensor | None = None  # [P, F], where asked for
+    after: Tensor | None = None  # [P, D], the residual stream at the layer's output
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Trace:
+        """The same trace with every tensor changed."""
+        changed: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scales"}
+        changed = {name: None if tensor is None else change(tensor) for name, tensor in changed.items()}
+        return Trace(**changed, scales={name: change(scale) for name, scale in self.scales.items()})
+
+    def of(self, first: int, last: int) -> Trace:
+        """What is frozen at positions ``first .. last - 1``, but for the pattern."""
+        return replace(self, pattern=None).map(lambda tensor: tensor[first:last])
+
+    def copy_from(self, other: Trace) -> None:
+        """Overwrite every tensor with that of a trace of the same layer and length."""
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            if isinstance(mine, Tensor):
+                mine.copy_(getattr(other, f.name))
+        for name, scale in self.scales.items():
+            scale.copy_(other.scales[name])

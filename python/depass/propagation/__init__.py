@@ -1,0 +1,1 @@
+"""The decomposed state, and how a layer moves it."""

@@ -1,0 +1,79 @@
+"""The blocks that a layer's attention and MLP are cut into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout
+
+from ..models.bound import BoundModel, Layer
+
+WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # where larger blocks no longer make the GEMMs faster
+NEURONS = 128  # blocks of neurons are multiples of it
+
+
+def workspace(workspace_bytes: int | None, device: torch.device) -> int:
+    """The bytes of a block's buffers: as asked for, or the device's."""
+    return workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
+
+
+def rows_at_once(bound: BoundModel, layer: Layer, workspace: int) -> tuple[int, int]:
+    """How many rows of the attention, and of the MLP, a block's buffers hold: their numbers, and what a cast takes."""
+    numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.width
+    attention = layer.value.shape[0] + layer.output.shape[1] + width
+    return max(1, numbers // attention), max(1, numbers // (layer.gate.shape[0] + width))
+
+
+def neurons_at_once(neurons: int, fit: int) -> int:
+    """How many of an MLP's neurons a block takes where ``fit`` of them fit.
+
+    Slices of the weights then begin at a multiple of 16 bytes, which the libraries' fast products ask for.
+    """
+    if fit >= neurons:
+        return neurons
+    run = next((run for run in (NEURONS, 8) if fit >= run), 1)
+    return max(1, fit // run * run)
+
+
+@dataclass(frozen=True)
+class _SourceBlock:
+    layout: SourceLayout
+    rows: Tensor | None  # [R_block], their rows in the state; None: all of them
+    has_bias_source: bool
+    _moved: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """:attr:`rows` on a device, copied there once: a copy stops the host until the device has caught up."""
+        if self.rows is not None and device not in self._moved:
+            self._moved[device] = self.rows.to(device)
+        return self._moved.get(device)
+
+
+@dataclass(frozen=True)
+class _PositionBlock:
+    layout: SourceLayout
+    first: int  # positions
+    last: int
+    begin: int  # rows
+    end: int
+    neurons: int  # how many at once
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The part of a state that is read after the last layer."""
+
+    layout: SourceLayout
+    rows: Tensor  # [R_kept], rising, of the state before
+    positions: list[Tensor]  # by staircase
+
+    def of(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which of a block's rows are kept, and which of the kept rows they are. None: the block has all rows."""
+        if rows is None:
+            return self.rows, torch.arange(len(self.rows), device=self.rows.device)
+        place = torch.searchsorted(rows, self.rows).clamp(max=len(rows) - 1)
+        which = (rows[place] == self.rows).nonzero()[:, 0]
+        return place[which], which

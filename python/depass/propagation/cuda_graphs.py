@@ -1,0 +1,185 @@
+"""Layers' steps recorded as CUDA graphs and replayed: for short prompts, where launches cost more than their work.
+
+A recorded step reads its trace from buffers and changes the state in place, so replaying it on another prompt of the same
+layout takes a copy into the buffers and one launch. Recording costs more than a step, so a layout is recorded when it
+comes for the second time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from depass_kernels import SourceLayout
+
+from ..errors import OptionError
+from ..models.bound import BoundModel, Layer
+from ..models.trace import Trace
+from ..sources.source import Decomposition
+from .propagate import Propagation
+from .sharing import MLPSharing
+
+ROWS = 1024  # with more, a step's work outlasts its launches (by count of bytes; not measured)
+LAYOUTS = 4  # of which recordings are kept; each holds its state and one layer's buffers
+Record = Callable[[Callable[[], None], Any], Callable[[], None]]
+
+
+def refuse_graphs(devices: set[torch.device], quantized: bool) -> None:
+    """Raise an OptionError where the layers of a model whose weights lie on ``devices`` cannot be recorded."""
+    if len(devices) > 1 or next(iter(devices)).type != "cuda" or quantized:
+        raise OptionError(
+            f"cuda_graphs=True needs an unquantised model on one CUDA device, this one {lies_on(devices, quantized)}"
+        )
+    if torch.cuda.device_count() > 1:
+        raise OptionError(
+            f"cuda_graphs=True is untested where torch sees several GPUs, and here it sees {torch.cuda.device_count()}; "
+            "let it see one (CUDA_VISIBLE_DEVICES=0), or leave cuda_graphs out"
+        )
+
+
+def lies_on(devices: set[torch.device], quantized: bool) -> str:
+    """Where a model is, for an error."""
+    where = ", ".join("no device (offloaded)" if device.type == "meta" else str(device) for device in devices)
+    return f"{'is quantised and ' if quantized else ''}lies on {where}"
+
+
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one: the library keeps a workspace for each
+
+
+def record_cuda_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Record the kernels that ``work`` launches, without running them; the result runs them on the current stream."""
+    graph, stream = torch.cuda.CUDAGraph(), _recording_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # the library allocates its workspace with this thread's first product on a stream: not in the graph's own memory
+        ones = torch.ones(16, 16, device="cuda")
+        torch.mm(ones, ones)
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeError):  # which would hide what went wrong
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class _Recording:
+    trace: Trace  # the buffers that it reads
+    weights: tuple[int, ...]  # where the layer's weights lay
+    replay: Callable[[], None]
+
+
+class RecordedPropagation(Propagation):
+    """A propagation for many prompts of one layout: the first one's steps are recorded, the others' replayed.
+
+    A step is recorded anew when its layer's weights have moved. Weights changed in place need no new recording. Steps
+    that the reference does are not recorded: it may wait for the device, which a recording cannot.
+    """
+
+    def __init__(
+        self,
+        bound: BoundModel,
+        sharing: MLPSharing,
+        workspace_bytes: int | None,
+        layout: SourceLayout,
+        key: Any,
+        record: Record,
+        pool: Any,
+    ) -> None:
+        super().__init__(bound, sharing, workspace_bytes, [layout.positions], layout.rows)
+        self.key = key
+        self._record, self._pool = record, pool
+        self._recordings: dict[int, _Recording] = {}
+
+    def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
+        """Begin with the one decomposition of a prompt, in the memory of the prompt before."""
+        if self.layout is None:
+            super().join(joining, trace)
+            return
+        joining[0][0].fill(self.state.zero_(), trace)
+        if self._operand is not None:
+            self._operand.copy_(self.state)
+
+    def step(
+        self,
+        index: int,
+        trace: Trace,
+        between: Callable[[], None] = lambda: None,
+        read: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Move the state through layer ``index``, in place: by its recording where there is one. It stays whole."""
+        weights = _places(self.bound.layers[index])
+        recording = self._recordings.get(index)
+        if recording is not None and recording.weights == weights:
+            recording.trace.copy_from(trace)
+            recording.replay()
+            return
+        super().step(index, trace)  # compiles kernels and fills caches, which a recording cannot do
+        if "reference" not in self.served["mix_values"] | self.served["share_hidden"]:
+            buffers = replace(trace, mixed=None, after=None).map(torch.clone)
+            device = trace.stream.device
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            ):  # where the stream is that records
+                replay = self._record(lambda: self._step(index, buffers), self._pool)
+            self._recordings[index] = _Recording(buffers, weights, replay)
+
+
+class Recordings:
+    """The recorded propagations of one model, each lent to one pass at a time."""
+
+    def __init__(self, bound: BoundModel, record: Record = record_cuda_graph) -> None:
+        self.bound, self._record = bound, record
+        self._idle: OrderedDict[Any, RecordedPropagation | None] = OrderedDict()  # None: came once, or is lent
+        self._lock = threading.Lock()
+
+    def lend(
+        self, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None
+    ) -> RecordedPropagation | None:
+        """A propagation for one decomposition at the start of a layer, where its layout is small and came before."""
+        weight = self.bound.layers[0].down.module.weight
+        if layout.rows > ROWS or (self._record is record_cuda_graph and weight.device.type != "cuda"):
+            return None
+        key = weight.device, weight.dtype, *_key(layout, sharing)
+        with self._lock:
+            came_before = key in self._idle
+            idle = self._idle.pop(key, None)
+            self._idle[key] = None
+            while len(self._idle) > LAYOUTS:
+                self._idle.popitem(last=False)
+        if idle is not None:
+            return idle
+        if not came_before:
+            return None
+        pool = torch.cuda.graph_pool_handle() if self._record is record_cuda_graph else None
+        return RecordedPropagation(self.bound, sharing, workspace_bytes, layout, key, self._record, pool)
+
+    def give_back(self, propagation: Propagation) -> None:
+        """Keep a lent propagation for the next prompt of its layout. Its state is read by then."""
+        if isinstance(propagation, RecordedPropagation):
+            with self._lock:
+                if propagation.key in self._idle:
+                    self._idle[propagation.key] = propagation
+
+
+def _key(layout: SourceLayout, sharing: MLPSharing) -> tuple[Any, ...]:
+    offsets = (layout.row_start, layout.position_start, layout.prompt, layout.skipped)
+    return sharing, os.environ.get("DEPASS_BACKEND"), *(offset.numpy().tobytes() for offset in offsets)
+
+
+def _places(layer: Layer) -> tuple[int, ...]:
+    return tuple(parameter.data_ptr() for parameter in layer.module.parameters())

@@ -1,0 +1,372 @@
+"""The decomposed state and how a layer moves it: the six steps of a layer, with what is frozen taken from its trace.
+
+The state is ``[R, D]`` rows of a staircase, in fp32 (fp64 models: fp64). No other buffer grows with ``R``: the attention
+runs on blocks of sources (it is linear, and each source goes its own way), the MLP on blocks of positions and, where one
+position alone is too large, of neurons (sharing couples the sources of one position and neuron only). Neither changes a
+result beyond rounding. The exception is a layer whose attention and MLP stand side by side (GPT-NeoX): there the layer's
+values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the state that they are made of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout, backends, mix_values, residual_update, share_hidden
+from depass_kernels.reference import matmul
+
+from ..models.bound import BoundModel, Layer, Norm, Projection, into_stream
+from ..models.trace import Trace
+from ..sources.source import Decomposition
+from .blocks import _Kept, _PositionBlock, _SourceBlock, neurons_at_once, rows_at_once, workspace
+from .sharing import MLPSharing
+
+KEYS = {"cuda": 16}  # by device: the pattern's rows are multiples of it
+
+
+def with_rows_in_runs(pattern: Tensor, run: int) -> Tensor:
+    """A pattern ``[B, H, N, N]`` whose rows are whole runs of keys, so that kernels read a run at once.
+
+    ``[B, H, N, W]`` with zeros behind the ``N`` keys, where ``N`` is no multiple of ``run``; else itself.
+    """
+    n = pattern.shape[-1]
+    if n % run == 0:
+        return pattern
+    rows = pattern.new_zeros(*pattern.shape[:-1], -(-n // run) * run)
+    rows[..., :n] = pattern
+    return rows
+
+
+class Propagation:
+    """A decomposed state on its way through a model. Call :meth:`step` for each layer in turn.
+
+    Several decompositions, of one prompt or of several, go side by side: each a staircase that joins when its layer comes.
+
+    Args:
+        bound: the model.
+        sharing: how the MLP is shared out.
+        workspace_bytes: the size of a block's buffers; never changes a result beyond rounding.
+        lengths: of the prompts, whose positions lie one behind the other in every trace.
+        rows: how many rows all decompositions have together.
+    """
+
+    def __init__(
+        self, bound: BoundModel, sharing: MLPSharing, workspace_bytes: int | None, lengths: Sequence[int], rows: int
+    ) -> None:
+        self.bound, self.sharing, self.workspace_bytes = bound, sharing, workspace_bytes
+        self.layout: SourceLayout | None = None
+        self.state = torch.empty(0, device="cpu")  # [R, D], of what has joined
+        self.served: dict[str, set[str]] = {}  # which backends did each op
+        self._widest = bound.widest_layer
+        self._rows, self.prompt_start = rows, [0, *itertools.accumulate(lengths)]
+        self._memory = torch.empty(0, device="cpu")  # [rows, D]
+        self._positions: list[Tensor] = []  # of each staircase, those of its prompt that it has
+        self._where: Tensor | None = None  # [P], which position of a trace each position is; None: the same one
+        self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
+        self._source_blocks: list[_SourceBlock] = []
+        self._position_blocks: list[_PositionBlock] = []
+
+    def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
+        """Let decompositions begin: ``(decomposition, which prompt)`` each, behind those that are on their way.
+
+        Args:
+            joining: at least one; their sources 0 are bias sources where the model has one.
+            trace: of the layer at hand, on its device.
+        """
+        layouts: list[SourceLayout] = []
+        prompts: list[int] = []
+        if self.layout is None:
+            self._memory = trace.stream.new_empty(self._rows, trace.stream.shape[1], dtype=self.bound.state_dtype)
+        else:
+            self._to(trace.stream.device)
+            layouts, prompts = [self.layout], self.layout.prompt.tolist()
+        end = len(self.state)
+        for made, prompt in joining:
+            rows = self._memory[end : end + made.layout.rows]
+            made.fill(rows.zero_(), trace.of(self.prompt_start[prompt], self.prompt_start[prompt + 1]))
+            end += made.layout.rows
+            layouts.append(made.layout)
+            prompts.append(prompt)
+            self._positions.append(torch.arange(made.layout.positions, device="cpu"))
+        joined = layouts[0] if len(layouts) == 1 and prompts == [0] else SourceLayout.concat(layouts, prompts)
+        self._lay_out(joined, end)
+        self._operand = self._room_for_operand()
+        if self._operand is not None:
+            self._operand.copy_(self.state)
+
+    def _lay_out(self, layout: SourceLayout, rows: int) -> None:
+        """The first rows of the memory are the state from now on."""
+        self.layout, self.state, self._operand = layout, self._memory[:rows], None
+        prompts = zip(layout.prompt.tolist(), self._positions, strict=True)
+        where = torch.cat([self.prompt_start[prompt] + positions for prompt, positions in prompts])
+        same = len(where) == self.prompt_start[-1] and bool((where == torch.arange(len(where), device="cpu")).all())
+        self._where = None if same else where.to(self.state.device)
+        self._source_blocks, self._position_blocks = [], []
+
+    def _room_for_operand(self) -> Tensor | None:
+        """Memory for the state in the GEMMs' dtype, which every update then leaves there: no pass to cast it is needed."""
+        one_block = len(self._blocks_of_sources()) == 1 and len(self._blocks_of_positions()) == 1
+        whole = one_block and self._position_blocks[0].neurons == self._widest.gate.shape[0]
+        if not whole or self.bound.product_dtype == self.state.dtype or self.bound.parallel:
+            return None
+        return torch.empty_like(self.state, dtype=self.bound.product_dtype)
+
+    def step(
+        self,
+        index: int,
+        trace: Trace,
+        between: Callable[[], None] = lambda: None,
+        read: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Move the state through layer ``index``, in place, if anything has joined.
+
+        Args:
+            index: from 0.
+            trace: what is frozen there, on the layer's device.
+            between: called where the attention is done and the MLP is not, unless they stand side by side.
+            read: of the last layer, the positions of every staircase that are read after it: the only ones that the
+                state has from then on. None: all.
+        """
+        with backends.record(self.served):
+            self._step(index, trace, between, read)
+
+    def _step(
+        self,
+        index: int,
+        trace: Trace,
+        between: Callable[[], None] = lambda: None,
+        read: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        layer = self.bound.layers[index]
+        if self.layout is not None:
+            self._to(layer.device)  # a model may be spread over several
+            attention = _Attention(self, layer, trace)
+            blocks, kept = self._blocks_of_sources(), self._kept(read)
+            if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
+                values = [attention.values(block) for block in blocks]
+                self._narrow(kept)
+                self._mlp(layer, trace)
+                for block, value in zip(blocks, values, strict=True):
+                    attention.mix(block, value, kept, narrowed=True)
+                attention.add_bias(trace)
+                return
+            for block in blocks:
+                attention.mix(block, attention.values(block), kept)
+            self._narrow(kept)
+            attention.add_bias(trace)
+            del attention  # and with it copies of weights
+        if self.bound.parallel:
+            return
+        between()
+        if self.layout is not None:
+            self._narrow(self._kept(read))  # what has just joined
+            self._mlp(layer, trace)
+
+    def _kept(self, read: Sequence[Sequence[int]] | None) -> _Kept | None:
+        """The rows of the positions that are read, where they are not most of all."""
+        if read is None:
+            return None
+        assert self.layout is not None
+        wanted = [torch.tensor(some, device="cpu") for some in read]
+        positions = [have[torch.isin(have, some)] for have, some in zip(self._positions, wanted, strict=False)]
+        first = self.layout.position_start.tolist()
+        where = [begin + torch.searchsorted(have, some)
+                 for begin, have, some in zip(first[:-1], self._positions, positions, strict=True)]  # fmt: skip
+        layout, rows = self.layout.select_positions(where)
+        if 2 * len(rows) > self.layout.rows:
+            return None
+        return _Kept(layout, rows.to(self.state.device), positions)
+
+    def _narrow(self, kept: _Kept | None) -> None:
+        if kept is not None:
+            self._memory[: len(kept.rows)] = self.state.index_select(0, kept.rows)
+            self._positions = kept.positions
+            self._lay_out(kept.layout, len(kept.rows))
+
+    def _to(self, device: torch.device) -> None:
+        if device != self.state.device:
+            self._memory, began = self._memory.to(device), len(self.state)
+            self.state = self._memory[:began]
+            self._operand = None if self._operand is None else self._operand.to(device)
+            self._where = None if self._where is None else self._where.to(device)
+
+    def rows_at(self, staircase: int, position: int) -> Tensor:
+        """The state ``[sources, D]`` at one position of a staircase."""
+        assert self.layout is not None
+        first = int(self.layout.position_start[staircase] + torch.searchsorted(self._positions[staircase], position))
+        return self.state[int(self.layout.row_start[first]) : int(self.layout.row_start[first + 1])]
+
+    def at(self, scale: Tensor | None) -> Tensor | None:
+        """A trace's ``[P]`` or ``[P, ...]`` at the positions of the layout."""
+        return scale if scale is None or self._where is None else scale.index_select(0, self._where)
+
+    def _mlp(self, layer: Layer, trace: Trace) -> None:
+        assert trace.hidden is not None
+        state, dtype = self.state, self.bound.product_dtype
+        scale = self.at(trace.scales.get("mlp_norm"))  # [P]
+        post = trace.scales.get("mlp_post_norm")
+        hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # of all prompts
+        gate_weight = _folded_input(layer.gate, layer.mlp_norm, dtype)  # [F, D]
+        down_weight = _folded_output(layer.down, layer.mlp_post_norm, dtype)  # [D, F]
+        constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
+
+        neurons = len(gate_weight)
+        for block in self._blocks_of_positions():
+            here = slice(block.first, block.last)
+            there = here if self._where is None else self._where[here]  # in the trace
+            rows = state[block.begin : block.end]
+            operand = self._operand
+            if operand is None:  # where neurons come in turn, the later ones read the state as it was
+                operand = rows.to(dtype, copy=block.neurons < neurons)
+            block_scale = None if scale is None else scale[here]
+            for f in range(0, neurons, block.neurons):
+                n = slice(f, min(f + block.neurons, neurons))
+                gate = matmul(operand, gate_weight[n])  # [rows, n]
+                if constant is not None:
+                    _add_constant(gate, constant[n], block.layout, block_scale)
+                shared = share_hidden(
+                    gate,
+                    hidden[there, n],
+                    block.layout,
+                    gate_scale=block_scale,
+                    rule=self.sharing.rule,
+                    temperature=self.sharing.temperature,
+                    gate_total=None if trace.gate_total is None else trace.gate_total[there, n],
+                    out=gate if gate.dtype == dtype else gate.new_empty(gate.shape, dtype=dtype),
+                    backend=self.sharing.backend,
+                )
+                self._add(shared, down_weight[:, n], state=rows)
+        self._add_bias(layer.down, layer.mlp_post_norm, self.at(post))
+
+    def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
+        backend = backends.named_for("residual_update", self.sharing.backend)
+        # of some rows alone the state is narrowed next, and its copy is dropped
+        cast = self._operand if rows is None else None
+        residual_update(state, operand, weight, rows=rows, cast=cast, backend=backend)
+
+    def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
+        """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
+        bias = projection.bias
+        if bias is None:
+            return
+        bias = bias.to(self.state.dtype)
+        if post_norm is not None:
+            assert post_scale is not None
+            bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
+        assert self.layout is not None
+        rows = _bias_rows(self.layout, self.state)
+        self.state[rows] += bias
+        if self._operand is not None:
+            self._operand[rows] = self.state[rows].to(self._operand.dtype)
+
+    def _blocks_of_sources(self) -> list[_SourceBlock]:
+        assert self.layout is not None
+        if not self._source_blocks:
+            at_once, _ = rows_at_once(self.bound, self._widest, workspace(self.workspace_bytes, self.state.device))
+            blocks = list(self.layout.source_blocks(at_once))
+            for first, last in blocks:
+                part, rows = self.layout.slice_sources(first, last)
+                self._source_blocks.append(_SourceBlock(part, rows if len(blocks) > 1 else None, first == 0))
+        return self._source_blocks
+
+    def _blocks_of_positions(self) -> list[_PositionBlock]:
+        assert self.layout is not None
+        if not self._position_blocks:
+            neurons, allowed = self._widest.gate.shape[0], workspace(self.workspace_bytes, self.state.device)
+            _, at_once = rows_at_once(self.bound, self._widest, allowed)
+            gates = allowed // (2 * self.state.element_size())  # numbers
+            for first, last in self.layout.position_blocks(at_once):
+                begin, end = int(self.layout.row_start[first]), int(self.layout.row_start[last])
+                some = neurons_at_once(neurons, gates // (end - begin))
+                part = self.layout.slice_positions(first, last)
+                self._position_blocks.append(_PositionBlock(part, first, last, begin, end, some))
+        return self._position_blocks
+
+
+class _Attention:
+    """One layer's attention on blocks of sources."""
+
+    def __init__(self, propagation: Propagation, layer: Layer, trace: Trace) -> None:
+        assert trace.pattern is not None
+        self.propagation, self.layer = propagation, layer
+        self.pattern = with_rows_in_runs(trace.pattern, KEYS.get(trace.pattern.device.type, 1))
+        self.key_scale = propagation.at(trace.scales.get("attention_norm"))
+        self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
+        dtype = propagation.bound.product_dtype
+        self.value_weight = _folded_input(layer.value, layer.attention_norm, dtype)  # [K·d, D]
+        self.output_weight = _folded_output(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
+        self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
+
+    def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
+        state = self.propagation.state
+        rows = block.rows_on(state.device)
+        operand = state if rows is None else state.index_select(0, rows)
+        if self.propagation._operand is not None:
+            operand = self.propagation._operand
+        values = operand.to(self.value_weight.dtype) @ self.value_weight.T
+        if self.constant is not None and block.has_bias_source:
+            _add_constant(values, self.constant, block.layout, self.key_scale)
+        return values
+
+    def mix(self, block: _SourceBlock, values: Tensor, kept: _Kept | None, narrowed: bool = False) -> None:
+        """Mix a block's values and add what comes out to the state, to the kept rows only where it says which.
+
+        ``narrowed`` says that the state has no others any more.
+        """
+        state, heads = self.propagation.state, self.propagation.bound.heads
+        mixed = mix_values(
+            self.pattern,
+            values,
+            block.layout,
+            kv_heads=values.shape[1] // (self.output_weight.shape[1] // heads),
+            key_scale=self.key_scale,
+            query_scale=self.query_scale,
+            backend=self.propagation.sharing.backend,
+        )  # [R_block, H·d]
+        rows = block.rows_on(state.device)
+        if kept is not None:
+            picked, which = kept.of(rows)
+            mixed, rows = mixed.index_select(0, picked), which if narrowed else kept.rows[which]
+        self.propagation._add(mixed, self.output_weight, state, rows)
+
+    def add_bias(self, trace: Trace) -> None:
+        layer, scale = self.layer, self.propagation.at(trace.scales.get("attention_post_norm"))
+        self.propagation._add_bias(layer.output, layer.attention_post_norm, scale)
+
+
+def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection with the norm before it folded in: ``γ``, and for LayerNorm the centring."""
+    weight = projection.weight
+    return (weight if norm is None else norm.fold(weight.to(_at_least_fp32(dtype)))).to(dtype)
+
+
+def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection with the ``γ`` of the norm on its output folded in."""
+    weight = into_stream(projection.weight, norm, dtype if norm is None else _at_least_fp32(dtype))
+    return weight.to(dtype).contiguous()  # GPT-2 stores its projections transposed
+
+
+def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
+    """What a projection puts out without reading the stream, ``W β + b``, or None: it belongs to the bias source."""
+    beta, bias = None if norm is None else norm.beta(), projection.bias
+    parts = [] if beta is None else [projection.weight.to(dtype) @ beta.to(dtype)]
+    if bias is not None:
+        parts.append(bias.to(dtype))
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def _add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout, scale: Tensor | None) -> None:
+    """Add a constant to the bias source's rows, divided by the frozen scale that the kernel will multiply it by."""
+    added = constant[None] if scale is None else constant / scale[:, None]
+    rows[_bias_rows(layout, rows)] += added.to(rows.dtype)
+
+
+def _bias_rows(layout: SourceLayout, rows: Tensor) -> Tensor:
+    return layout.to(rows.device).row_start[:-1]  # the bias source is source 0 and active everywhere
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

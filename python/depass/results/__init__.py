@@ -1,0 +1,1 @@
+"""What comes out: scores with what is needed to read, save and draw them."""

@@ -1,0 +1,127 @@
+"""The result of a sweep: one decomposition per layer, each of which adds up to the target's logit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TextIO
+
+from torch import Tensor
+
+from ..inputs.prompt import Prompt
+from ..inputs.settings import Settings
+from ..inputs.targets import Target
+from ..sources.source import Source
+from ..views.page import View, sweep_view
+from .common import ScoredResult, check_shape, common, judged, listed
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep(ScoredResult):
+    """How much each head, neuron or module of every layer contributed to each target's logit.
+
+    Every layer is a decomposition of its own: ``scores[t, l].sum() + rest[t, l] + bias[t, l]`` is the logit of target
+    ``t``, for each ``l``; of modules each column is one, ``scores[t, l, i] + rest[t, l, i] + bias[t, l, i]``. Layers are
+    compared, not added up. A baseline's scores promise no sum: its ``rest``, ``bias`` and ``conservation_error`` are NaN.
+
+    Attributes:
+        scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits; ``C`` heads, neurons, or attention and MLP.
+        rest: ``[targets, layers]``, what is not of the layer's components; for modules ``[targets, layers, 2]``:
+            attention and MLP are two decompositions.
+        bias: as ``rest``, what is of the model's biases; zeros without any.
+        layers: ``[layers]``, which they are.
+        columns: what the last dimension is: heads' or neurons' numbers, or 0 for attention and 1 for the MLP.
+        kind: ``heads``, ``neurons`` or ``modules``.
+        targets: what is explained.
+        target_logits: ``[targets]`` fp32, the model's own.
+        conservation_error: as ``rest``, of each decomposition (see :class:`Attribution`).
+        prompt: the prompt's tokens and text.
+        settings: how it was made.
+    """
+
+    scores: Tensor
+    rest: Tensor
+    bias: Tensor
+    layers: tuple[int, ...]
+    columns: tuple[int, ...]
+    kind: Literal["heads", "neurons", "modules"]
+    targets: tuple[Target, ...]
+    target_logits: Tensor
+    conservation_error: Tensor
+    prompt: Prompt
+    settings: Settings
+
+    FORMAT = "depass-sweep-1"
+    TENSORS = ("scores", "rest", "bias", "target_logits", "conservation_error")
+    TOP = 10
+
+    def __repr__(self) -> str:
+        return (
+            f"Sweep({len(self.targets)} targets x {len(self.layers)} layers x {len(self.columns)} {self.kind}, "
+            f"{self.settings.model}, {judged(self.settings, self.conservation_error)})"
+        )
+
+    def source(self, row: int, column: int) -> Source:
+        """What ``scores[:, row, column]`` is of."""
+        layer, index = self.layers[row], self.columns[column]
+        if self.kind == "modules":
+            return Source(f"L{layer}.{('attn', 'mlp')[index]}", "module", layer=layer)
+        letter, kind = ("H", "head") if self.kind == "heads" else ("N", "neuron")
+        return Source(f"L{layer}{letter}{index}", kind, layer=layer, index=index)  # type: ignore[arg-type]
+
+    def source_at(self, index: int) -> Source:
+        """The component of a cell."""
+        return self.source(*divmod(index, len(self.columns)))
+
+    def show(self, file: TextIO | None = None, width: int | None = None) -> None:
+        """Print every target's scores, layers down and components across, in colour where ``file`` is a terminal."""
+        from ..views.terminal import show_sweep
+
+        show_sweep(self, file, width)
+
+    def page_view(self) -> View:
+        """See :meth:`Result.page_view`."""
+        return sweep_view(self)
+
+    def plot(self, path: str | os.PathLike[str], target: int = 0) -> None:
+        """Draw one target's map of layers and components; the suffix (``.png``, ``.svg``, ``.pdf``) says as what.
+
+        Raises:
+            OutputError: the path cannot be written, or its suffix names no picture.
+            DePassError: matplotlib is not installed.
+        """
+        from ..views.figure import heat_map
+
+        heat_map(self, path, self.row(target))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings."""
+        return {
+            "format": self.FORMAT,
+            "kind": self.kind,
+            "layers": list(self.layers),
+            "columns": list(self.columns),
+            "settings": asdict(self.settings),
+            "prompt": {**asdict(self.prompt), "special": sorted(self.prompt.special)},
+            "targets": [asdict(target) for target in self.targets],
+            **{name: listed(getattr(self, name)) for name in self.TENSORS},
+        }
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """A row of a table for each target and component."""
+        for target, scores in zip(self.targets, self.scores.tolist(), strict=True):
+            for row, line in enumerate(scores):
+                for column, score in enumerate(line):
+                    source = self.source(row, column)
+                    yield {
+                        "target": target.label, "position": target.position, "source": source.label,
+                        "layer": source.layer, "index": self.columns[column], "score": score,
+                    }  # fmt: skip
+
+    @classmethod
+    def from_saved(cls, tensors: dict[str, Any], said: dict[str, Any]) -> Sweep:
+        """See :meth:`Result.from_saved`."""
+        layers, columns = tuple(said["layers"]), tuple(said["columns"])
+        check_shape(tensors["scores"], said["targets"], layers, columns)
+        return cls(**tensors, layers=layers, columns=columns, kind=said["kind"], **common(said))

@@ -1,0 +1,1 @@
+"""What a prompt or a layer is decomposed into."""

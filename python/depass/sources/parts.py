@@ -1,0 +1,97 @@
+"""What a component spec comes to, and the checks that the specs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from depass_kernels.ops import FLOATS
+
+from ..checks import integer, integers
+from ..errors import OptionError, SourceError
+from ..models.bound import BoundModel
+from ..models.trace import Trace
+from .source import Kind, Moment, Source, check_labels
+
+
+class _Parts(NamedTuple):
+    """What a component spec comes to."""
+
+    moment: Moment
+    sources: list[Source]
+    outputs: Callable[[Trace, Tensor], Tensor]  # trace, positions [p] -> [p, sources, D] in the state's dtype
+    whole: Callable[[Trace], Tensor]  # the stream that the parts and rest add up to, [N, D]
+    bias: Callable[[Trace], Tensor | None] = lambda trace: None  # what belongs to the bias source, [N, D]
+    has_rest: bool = True
+
+
+def check_layer(spec: Any, bound: BoundModel) -> int:
+    """The layer that a component spec names.
+
+    Raises:
+        OptionError: the model does not have it.
+    """
+    depth = len(bound.layers)
+    layer = integer(f"layer of {type(spec).__name__}", spec.layer, OptionError)
+    if not 0 <= layer < depth:
+        raise OptionError(f"{type(spec).__name__}(layer={layer!r}): {bound.name} has layers 0 to {depth - 1}")
+    return layer
+
+
+def _named(what: str, spec: Any) -> str:
+    return f"{what} of {type(spec).__name__}(layer={spec.layer})"
+
+
+def _labelled(spec: Any, count: int, kind: Kind) -> list[Source]:
+    labels = check_labels(spec.labels, count, type(spec).__name__)
+    if labels is None:
+        labels = [f"L{spec.layer}.{kind}{i if count > 1 else ''}" for i in range(count)]
+    return [Source(label, kind, layer=spec.layer, index=i) for i, label in enumerate(labels)]
+
+
+def _after(trace: Trace) -> Tensor:
+    assert trace.after is not None
+    return trace.after
+
+
+def _finite(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
+    tensor: Tensor | None
+    try:
+        tensor = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    got = type(given).__name__ if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    fits = (
+        tensor is not None
+        and tensor.dtype in FLOATS
+        and tensor.dim() == len(shape)
+        and all(n in (None, size) for n, size in zip(shape, tensor.shape, strict=True))
+        and tensor.numel() > 0
+    )
+    if tensor is None or not fits:
+        raise SourceError(f"{name} must be floats {wanted} for this prompt and model, got {got}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise SourceError(
+            f"{name} must be a dense tensor with numbers, got one of layout {tensor.layout} on {tensor.device}"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise SourceError(f"{name} must be finite, got NaN or infinity")
+    return tensor
+
+
+def _indices(name: str, given: Any, count: int, negative: bool = False) -> list[int]:
+    """Checked, sorted indices below ``count``; all of them where none are given."""
+    if given is None:
+        return list(range(count))
+    found, lowest = integers(name, given, SourceError), -count if negative else 0
+    for index in found:
+        if not lowest <= index < count:
+            raise SourceError(f"{name}: {index} is out of range, there are {lowest} to {count - 1}")
+    found = [index % count for index in found]
+    if not found or len(set(found)) < len(found):
+        raise SourceError(f"{name} must name each once and at least one")
+    return sorted(found)

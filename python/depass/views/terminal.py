@@ -1,0 +1,149 @@
+"""The terminal views: scores as strips over their sources or as a grid of layers and components, signed and coloured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from ..sources.source import name
+from .drawing import GRID, Explained, Grid, Scored, abridged, beside, components, headings, scale
+
+_POSITIVE, _NEGATIVE, _PAPER = (205, 50, 45), (45, 90, 205), (255, 255, 255)
+_FAINT = 0.05  # of the largest score; below it a source keeps the terminal's own colours
+_LONGEST = 24  # cells; longer labels are cut in the middle
+_MANY, _FEW = 60, 40  # more components than _MANY are cut to the _FEW largest
+_LISTED = 20  # components of a sweep that is too wide for a grid
+_NUMBER, _GUTTER = 7, 7  # cells of a number and of a layer's
+
+
+def show(res: Scored, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print ``res`` to ``file`` (stdout), wrapped to ``width`` columns (the terminal's)."""
+    console = Console(file=file, width=width, highlight=False)
+    with console:  # one output of a notebook's cell, not one a line
+        for row in range(len(res.targets)):
+            _print(console, strip(res, row, console.width))
+
+
+def show_sweep(sweep: Grid, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print every target's grid to ``file`` (stdout), or its largest components where a grid is too wide."""
+    console = Console(file=file, width=width, highlight=False)
+    with console:
+        for row in range(len(sweep.targets)):
+            _print(console, grid(sweep, row, console.width))
+
+
+def _print(console: Console, lines: Sequence[Text]) -> None:
+    console.print(lines[0])
+    for line in lines[1:]:
+        console.print(line, overflow="ignore", no_wrap=True, crop=False)
+
+
+def strip(res: Scored, row: int, width: int) -> list[Text]:
+    """One target's lines: what is explained, then pairs of lines with sources over their scores."""
+    head = _head(res, row, f"sum of {len(res.sources)} scores")
+    largest = scale(res, row)
+    if len(components(res)) > _MANY:
+        res = abridged(res, res.scores[row].abs(), _FEW)
+    return [head, *_strip([name(source) for source in res.sources], res.scores[row].tolist(), largest, width), Text()]
+
+
+def grid(sweep: Grid, row: int, width: int) -> list[Text]:
+    """One target's lines: what is explained, then a line for each layer with its components' scores."""
+    count, columns = len(sweep.columns), beside(sweep)
+    named = [printable(heading) for heading in headings(sweep)]
+    others = " + rest + bias" if bool(sweep.bias.any()) else " + rest"
+    parts = f"attention{others} = MLP{others}" if sweep.kind == "modules" else f"{count} {sweep.kind}{others}"
+    head = _head(sweep, row, f"{parts}, in each of {len(sweep.layers)} layers")
+    last = max(len(label) for label, _ in columns) + 2 if sweep.kind == "modules" else _NUMBER + 2
+    room = (width - _GUTTER - last * len(columns)) // count
+    if count > GRID or room < 1:
+        top = sweep.top(_LISTED, row)
+        head.append(f"; the {len(top)} largest:", style="not bold")
+        labels, scores = [source.label for source, _ in top], [score for _, score in top]
+        return [head, *_strip(labels, scores, abs(scores[0]) or 1.0, width), Text()]
+    widest = max(_NUMBER, *(len(heading) + 2 for heading in named))
+    size = widest if room >= widest else 2 if room >= 2 else 1
+    largest = float(sweep.scores[row].abs().max()) or 1.0
+    over = Text("layer".rjust(_GUTTER - 2) + "  " + _ruler(named, size), style="dim")
+    over.append("".join(label.rjust(last) for label, _ in columns))
+    lines = [head, over]
+    for index, layer in enumerate(sweep.layers):
+        line = Text(f"{layer:{_GUTTER - 2}}  ")
+        for score in sweep.scores[row, index].tolist():
+            share = score / largest
+            line.append((f"{score:+.2f}" if size >= _NUMBER else _mark(share)).rjust(size), style=colour(share))
+        for _, apart in columns:
+            line.append(f"{float(apart[row, index]):+.2f}".rjust(last), style="dim")
+        lines.append(line)
+    return [*lines, Text()]
+
+
+def _head(res: Explained, row: int, what: str) -> Text:
+    target = res.targets[row]
+    after = printable(res.prompt.tokens[target.position])
+    head = Text(f"{printable(target.label)!r}", style="bold")
+    logit = f"logit {float(res.target_logits[row]):.2f}"
+    if res.settings.adds_up:
+        said = f"{logit} = {what} (error {float(res.conservation_error[row].max()):.0e})"
+    else:
+        said = f"{logit}; scores by {printable(res.settings.method)}, which promise no sum"
+    where = f" after token {target.position + 1} of {len(res.prompt.tokens)} ({after!r}): "
+    return head.append(where + said, style="not bold")
+
+
+def _strip(labels: Sequence[str], scores: Sequence[float], largest: float, width: int) -> list[Text]:
+    lines, upper, lower = [], Text(), Text()
+    for label, score in zip(labels, scores, strict=True):
+        shown = _cut(printable(label.strip() or label)) or "·"
+        number = f"{score:+.2f}"
+        size = max(cell_len(shown), cell_len(number))
+        if upper.cell_len and upper.cell_len + 1 + size > width:
+            lines += [upper, lower, Text()]
+            upper, lower = Text(), Text()
+        if upper.cell_len:
+            upper.append(" ")
+            lower.append(" ")
+        upper.append(shown + " " * (size - cell_len(shown)), style=colour(score / largest))
+        lower.append(number + " " * (size - cell_len(number)), style="dim" if abs(score) < _FAINT * largest else "")
+    return [*lines, upper, lower]
+
+
+def _ruler(labels: Sequence[str], size: int) -> str:
+    """Labels over columns of ``size`` cells, every fifth where they would touch."""
+    every = 1 if size > max(map(len, labels)) else 5
+    return "".join(label.rjust(size).ljust(size * every) for label in labels[::every])[: size * len(labels)]
+
+
+def _mark(share: float) -> str:
+    """A score where there is no room for its number."""
+    if abs(share) < _FAINT:
+        return "·"
+    return "+" if share > 0 else "-"
+
+
+def colour(share: float) -> Style:
+    """Black on red (positive) or blue (negative) paper, the stronger the closer ``share`` is to 1 or -1."""
+    if abs(share) < _FAINT:
+        return Style.null()
+    ink = _POSITIVE if share > 0 else _NEGATIVE
+    strength = 0.75 * min(1.0, abs(share))
+    red, green, blue = (round(p + (i - p) * strength) for p, i in zip(_PAPER, ink, strict=True))
+    return Style.parse(f"rgb(0,0,0) on rgb({red},{green},{blue})")
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which could move the cursor or recolour the terminal."""
+    named = text.replace("\n", "↵").replace("\t", "→")
+    return "".join(c if c.isprintable() else "�" for c in named)
+
+
+def _cut(label: str) -> str:
+    if cell_len(label) <= _LONGEST:
+        return label
+    half = _LONGEST // 2 - 1
+    return f"{label[:half]}…{label[-half:]}"
