@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import torch
 
@@ -16,8 +17,6 @@ from depass import DePass, ModelError
 from depass.models import smollm2
 from depass.propagation import propagate
 from depass_kernels import backends
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,20 +106,33 @@ def patterns_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Outputs of the published implementation, which do not come with the package."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the published implementation's outputs (shared/golden) are not beside this checkout")
-    return folder
+    """The selection of the published implementation's outputs that comes with the repository."""
+    return published.SELECTION
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The data sets of the published implementation, which do not come with the package."""
-    folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip("the published implementation's data sets (shared/data) are not beside this checkout")
-    return folder
+def full_golden() -> Path:
+    """All recorded outputs of the published implementation, which do not come with the repository."""
+    return published_directory("golden")
+
+
+@pytest.fixture(scope="session")
+def published_data() -> Path:
+    """The data sets of the published implementation, which do not come with the repository."""
+    return published_directory("data")
+
+
+def published_directory(name: str) -> Path:
+    parent = os.environ.get("DEPASS_PUBLISHED")
+    if not parent:
+        pytest.skip(f"DEPASS_PUBLISHED is not set; it names the directory that holds the published code's {name}/")
+    directory = Path(parent) / name
+    if not directory.is_dir():
+        pytest.fail(
+            f"DEPASS_PUBLISHED={parent!r} has no directory {name}/; name the directory that holds golden/ and data/, "
+            "or unset it to skip these tests"
+        )
+    return directory
 
 
 @pytest.fixture(scope="session")

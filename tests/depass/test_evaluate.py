@@ -293,9 +293,9 @@ def test_files_that_are_no_data_sets_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "rows", "key"), [("known_1000", 1209, "attribute"), ("ioi", 841, "target_token")])
-def test_the_papers_data_sets_are_read(shared_data: Path, name: str, rows: int, key: str) -> None:
-    items = data.prompts(str(shared_data / f"{name}.json"), 0, None)
-    raw = json.loads((shared_data / f"{name}.json").read_text())
+def test_the_papers_data_sets_are_read(published_data: Path, name: str, rows: int, key: str) -> None:
+    items = data.prompts(str(published_data / f"{name}.json"), 0, None)
+    raw = json.loads((published_data / f"{name}.json").read_text())
     assert len(items) == rows
     assert all(item.broken is None for item in items)
     assert [item.data["target"] for item in items] == [f" {row[key]}" for row in raw]
