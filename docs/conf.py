@@ -20,6 +20,8 @@ nb_output_stderr = "remove"
 
 add_module_names = False
 autodoc_default_options = {
+    "members": True, "inherited-members": "tuple,dict,Exception,RuntimeError,Warning", "member-order": "bysource",
+}  # fmt: skip
     "members": True,
     "inherited-members": "tuple,dict,Exception,RuntimeError,Warning",
     "member-order": "bysource",
