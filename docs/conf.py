@@ -22,10 +22,6 @@ add_module_names = False
 autodoc_default_options = {
     "members": True, "inherited-members": "tuple,dict,Exception,RuntimeError,Warning", "member-order": "bysource",
 }  # fmt: skip
-    "members": True,
-    "inherited-members": "tuple,dict,Exception,RuntimeError,Warning",
-    "member-order": "bysource",
-}
 autodoc_mock_imports = ["captum", "inseq", "interpreto"]  # adapters import their tools
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
