@@ -178,17 +178,22 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
 
 def _name_parts(stack: ExitStack, counting: _Counting, model: Any, layers: int) -> None:
     """Tell the counter which part of the work runs, and let the second of the model's layers count for those left out."""
-    join, step, forward = propagate.Propagation.join, propagate.Propagation.step, model.model.forward
+    moves = propagate.Propagation
+    join, attention, mlp, forward = moves.join, moves.attention, moves.mlp, model.model.forward
     before: Counter[Kernel] = Counter()  # up to the last layer's end
 
     def named_join(self: propagate.Propagation, *given: Any) -> None:
         with counting.part("decomposition"):
             join(self, *given)
 
-    def named_step(self: propagate.Propagation, index: int, *given: Any) -> None:
+    def named_attention(self: propagate.Propagation, *given: Any) -> None:
+        with counting.part("decomposition"):
+            attention(self, *given)
+
+    def named_mlp(self: propagate.Propagation, index: int, *given: Any) -> None:
         nonlocal before
         with counting.part("decomposition"):
-            step(self, index, *given)
+            mlp(self, index, *given)
         if index == 1:  # the first also copies the layouts to the device
             for kernel, times in (counting.kernels - before).items():
                 counting.kernels[kernel] += times * (layers - len(model.model.layers))
@@ -199,7 +204,8 @@ def _name_parts(stack: ExitStack, counting: _Counting, model: Any, layers: int) 
             return forward(*given, **options)
 
     stack.enter_context(mock.patch.object(propagate.Propagation, "join", named_join))
-    stack.enter_context(mock.patch.object(propagate.Propagation, "step", named_step))
+    stack.enter_context(mock.patch.object(propagate.Propagation, "attention", named_attention))
+    stack.enter_context(mock.patch.object(propagate.Propagation, "mlp", named_mlp))
     stack.enter_context(mock.patch.object(model.model, "forward", named_forward))
 
 

@@ -205,7 +205,6 @@ def test_the_kernels_know_no_model() -> None:
     assert depass_in_the_kernels(TREES, IMPORTS) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the engine has one owner in the next step")
 def test_private_names_stay_in_their_room() -> None:
     assert private_names(TREES, IMPORTS) == []
 

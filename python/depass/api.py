@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,35 +10,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from depass_kernels.backends import NAMES, RULES
-
 from .checks import integer, integers
 from .engine import plan as plans
-from .engine.generate import continued, generated_ids, sources_of
+from .engine import request, scores, sweeps
+from .engine.batches import Many, with_targets
+from .engine.generate import generate
 from .engine.passes import Engine
 from .engine.plan import Plan
-from .engine.request import Case, Options, Progress, decomposed_layers
-from .engine.sweeps import grouped
-from .errors import ConservationError, ConservationWarning, DePassError, ModelError, NonFiniteError, OptionError
-from .inputs.prompt import Prompt, encode
-from .inputs.targets import Token, check
+from .engine.request import Defaults, Progress, callable_or_none, components_of_layer, decomposed_layers
+from .engine.states import KeptStates
+from .errors import DePassError, ModelError, OptionError
+from .inputs.prompt import encode
+from .inputs.targets import check
 from .models import smollm2, streaming
 from .models.bind import bind
+from .models.bound import BoundModel
 from .models.families import Family
-from .models.health import blame, refuse_dropout
 from .models.loading import load
 from .propagation.cuda_graphs import Recordings, lies_on, refuse_graphs
 from .propagation.needs import room
-from .propagation.propagate import Propagation
-from .propagation.sharing import MLPSharing
 from .results.attribution import Attribution
 from .results.generation import Generation
 from .results.states import States
 from .results.sweep import Sweep
-from .sources.components import Heads, Modules, Neurons
 from .sources.decompose import COMPONENTS, check_kind, decompose_components
-from .sources.source import Decomposition
-from .sources.spans import decompose
 
 
 class DePass:
@@ -82,23 +74,36 @@ class DePass:
         stream_to: str | torch.device | None = None,
         family: Family | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.name: str = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-        self.mlp_rule, self.temperature, self.exclude_bos = mlp_rule, temperature, exclude_bos
-        self.backend, self.workspace_bytes = backend, workspace_bytes
-        self.bound = bind(model, family)
+        self.model = model
+        name: str = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+        bound = bind(model, family)
         if not (tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decode", "bos_token_id"))):
             raise OptionError(f"tokenizer must be one of transformers, or None, got {type(tokenizer).__name__}")
         if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
-        self._sharing(mlp_rule, temperature)
-        _check_exclude(exclude_bos)
+        defaults = Defaults(mlp_rule, temperature, exclude_bos, backend)
         devices = {parameter.device for parameter in model.parameters()}
         if cuda_graphs:
-            refuse_graphs(devices, self.bound.is_quantized)
-        self._recordings = Recordings(self.bound) if cuda_graphs else None
+            refuse_graphs(devices, bound.is_quantized)
         if stream_to is not None:
-            self._stream_to(stream_to, devices)
+            bound = replace(bound, stream_to=_device_to_stream_to(stream_to, devices, bound))
+        recordings = Recordings(bound) if cuda_graphs else None
+        self.engine = Engine(bound, tokenizer, name, defaults, workspace_bytes, recordings)
+
+    @property
+    def bound(self) -> BoundModel:
+        """The model as the decomposition sees it: its layers, their projections and norms."""
+        return self.engine.bound
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return self.engine.tokenizer
+
+    @property
+    def name(self) -> str:
+        """The model's name or path, as results have it."""
+        return self.engine.name
 
     @staticmethod
     def from_pretrained(
@@ -137,7 +142,7 @@ class DePass:
             raise ModelError(f"the model path {name!r} is no folder")
         model, tokenizer = load(name, path, dtype, device_map, max_memory, quantization, trust_remote_code)
         made = DePass(model, tokenizer, **options)
-        made.name = name
+        made.engine = replace(made.engine, name=name)
         return made
 
     @torch.no_grad()
@@ -178,12 +183,12 @@ class DePass:
             ConservationError: with ``strict``, scores that do not add up.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
-        case = self._case(prompt, target, sources, options)
-        found = self._engine().attribute([case], options, _callable("progress", progress))[0]
-        if isinstance(found, DePassError):
-            raise found
-        self._judge(found, strict, self.bound.tolerance)
-        return found
+        case = request.case(self.bound, self.tokenizer, prompt, target, sources, options)
+        (result,) = scores.attribute(self.engine, [case], options, callable_or_none("progress", progress))
+        if isinstance(result, DePassError):
+            raise result
+        scores.judge(result, strict, self.bound.tolerance)
+        return result
 
     def attribute_many(
         self,
@@ -242,76 +247,8 @@ class DePass:
             raise OptionError("give target= for all prompts or targets= for each, not both")
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
-        return self._many(prompts, target, targets, sources, batch_tokens, errors, options, strict)
-
-    def _many(
-        self,
-        prompts: Iterable[Any],
-        target: Any,
-        targets: Iterable[Any] | None,
-        sources: Any,
-        batch_tokens: int,
-        errors: str,
-        options: Options,
-        strict: bool,
-    ) -> Iterator[Attribution | DePassError]:
-        batch: list[Case | DePassError] = []
-        # the batch's longest prompt, the index of its first, and of the last one taken
-        longest, begin, index = 0, 0, -1
-        pairs = _with_targets(prompts, target, targets)
-        while True:
-            try:
-                given, asked = next(pairs)
-            except StopIteration:
-                break
-            except Exception:  # of the caller's iterable, whose prompts up to there have their results
-                yield from self._batch(batch, begin, errors, options, strict)
-                raise
-            index += 1
-            try:
-                case: Case | DePassError = self._case(given, asked, sources, options)
-            except DePassError as error:
-                case = error
-            length = len(case.prompt.ids) if isinstance(case, Case) else 1
-            if batch and max(longest, length) * (len(batch) + 1) > batch_tokens:
-                yield from self._batch(batch, begin, errors, options, strict)
-                batch, longest, begin = [], 0, index
-            batch.append(case)
-            longest = max(longest, length)
-            if isinstance(case, DePassError) and errors == "raise":
-                break
-        if index < 0:
-            raise OptionError("prompts is empty; give at least one")
-        yield from self._batch(batch, begin, errors, options, strict)
-
-    def _batch(
-        self, batch: Sequence[Case | DePassError], begin: int, errors: str, options: Options, strict: bool
-    ) -> Iterator[Attribution | DePassError]:
-        """The results of one pass; ``begin`` is the index of the batch's first prompt."""
-        found = iter(self._together([case for case in batch if isinstance(case, Case)], options))
-        tolerance = self.bound.tolerance
-        for index, case in enumerate(batch, begin):
-            result = next(found) if isinstance(case, Case) else case
-            if isinstance(result, Attribution):
-                try:
-                    self._judge(result, strict, tolerance)
-                except ConservationError as error:
-                    result = error
-            if isinstance(result, DePassError) and errors == "raise":
-                raise type(result)(f"prompt {index}: {result}") from result
-            yield result
-
-    @torch.no_grad()
-    def _together(self, cases: Sequence[Case], options: Options) -> list[Attribution | DePassError]:
-        """The cases' results from one pass, or where something in one of them stops it, from a pass each."""
-        if not cases:
-            return []
-        try:
-            return self._engine().attribute(cases, options)
-        except DePassError as error:
-            if len(cases) == 1:
-                return [error]
-            return [result for case in cases for result in self._together([case], options)]
+        many = Many(self.engine, sources, batch_tokens, errors, options, strict)
+        return many.results(with_targets(prompts, target, targets))
 
     @torch.no_grad()
     def sweep(
@@ -357,28 +294,28 @@ class DePass:
             raise OptionError(f"unknown sweep {kind!r}; there are: 'heads', 'neurons', 'modules'")
         if kind == "modules" and ids is not None:
             raise OptionError("ids= names heads or neurons; a layer's modules are its attention and its MLP")
-        made = encode(prompt, self.tokenizer, bound)
-        asked = check(target, len(made.ids), range(0), self.tokenizer, bound)
+        encoded = encode(prompt, self.tokenizer, bound)
+        asked = check(target, len(encoded.ids), range(0), self.tokenizer, bound)
         wanted = list(range(len(bound.layers))) if layers is None else integers("layers", layers, OptionError)
         ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
         if not wanted or len(set(wanted)) < len(wanted):
             raise OptionError(f"layers={layers} must name each layer once and at least one")
-        parts = []
-        for layer in wanted:
-            specs: list[Any] = [Heads(layer, ids, positions)]
-            if kind == "neurons":
-                specs = [Neurons(layer, ids, positions)]
-            elif kind == "modules":
-                specs = [Modules(layer, "attn", positions), Modules(layer, "mlp", positions)]
-            parts.append([decompose_components(spec, len(made.ids), bound) for spec in specs])
+        parts = [
+            [
+                decompose_components(spec, len(encoded.ids), bound)
+                for spec in components_of_layer(kind, layer, ids, positions)
+            ]
+            for layer in wanted
+        ]
         parts.sort(key=lambda of_layer: of_layer[0].layer)
         if memory_bytes is not None and integer("memory_bytes", memory_bytes, OptionError) < 1:
             raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
-        groups = list(grouped(parts, len(made.ids), budget, bound, self.workspace_bytes))
-        found = self._engine().sweep(made, groups, asked, options, kind, _callable("progress", progress))
-        self._judge(found, strict, self.bound.tolerance)
-        return found
+        groups = list(sweeps.grouped(parts, len(encoded.ids), budget, bound, self.engine.workspace_bytes))
+        told = callable_or_none("progress", progress)
+        result = sweeps.sweep(self.engine, encoded, groups, asked, options, kind, told)
+        scores.judge(result, strict, bound.tolerance)
+        return result
 
     @torch.no_grad()
     def generate(
@@ -417,22 +354,11 @@ class DePass:
             raise OptionError(
                 f"generate attributes to the prompt's parts, not to {type(sources).__name__}; use attribute"
             )
-        refuse_dropout(self.bound)
-        made = encode(prompt, self.tokenizer, self.bound)
-        self._decompose(made, sources, options)  # what is wrong with them is found before anything is generated
-        new = generated_ids(self.bound, made, max_new_tokens, sampling)
-        whole = continued(made, new, self.tokenizer, self.bound)
-        read = continued(made, new[:-1], self.tokenizer, self.bound)
-        parts = self._decompose(read, sources_of(made, read, sources), options)
-        asked = [Token(token, len(made.ids) - 1 + i) for i, token in enumerate(new)]
-        layers = decomposed_layers(parts, options.stop)
-        case = Case(read, parts, tuple(check(asked, len(read.ids), layers, self.tokenizer, self.bound)))
-        found = self._engine().attribute([case], options, _callable("progress", progress))[0]
-        if isinstance(found, DePassError):
-            raise found
-        self._judge(found, strict, self.bound.tolerance)
-        tokens = whole.tokens[len(made.ids) :]
-        return Generation("".join(tokens), tokens, tuple(new), found)
+        result = generate(
+            self.engine, prompt, max_new_tokens, sources, options, sampling, callable_or_none("progress", progress)
+        )
+        scores.judge(result.attribution, strict, self.bound.tolerance)
+        return result
 
     def plan(
         self, tokens: int, *, sources: Any = "token", budget_bytes: int | None = None, measure: bool = True
@@ -454,7 +380,7 @@ class DePass:
             raise OptionError(f"budget_bytes must be positive, got {budget_bytes}")
         budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes
         rate = plans.measured_rate(bound, bound.device) if measure else None
-        return plans.make(bound, tokens, sources, bound.device, budget, self.workspace_bytes, rate)
+        return plans.make(bound, tokens, sources, bound.device, budget, self.engine.workspace_bytes, rate)
 
     @torch.no_grad()
     def states(
@@ -489,7 +415,7 @@ class DePass:
             NonFiniteError: a state is not finite.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
-        case = self._case(prompt, None, sources, options)
+        case = request.case(self.bound, self.tokenizer, prompt, None, sources, options)
         there = decomposed_layers(case.parts, options.stop)
         several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0
         wanted = list(there) if layers is None else integers("layers", layers if several else [layers], OptionError)
@@ -498,132 +424,32 @@ class DePass:
         for layer in wanted:
             if layer not in there:
                 raise OptionError(f"layers: {layer!r} is none of the layers {there.start} to {there.stop - 1}")
-        _callable("on_state", on_state)
-        rows: dict[int, Tensor] = {}
-        residual: dict[int, Tensor] = {}
+        kept = KeptStates(self.engine, case, options, wanted, callable_or_none("on_state", on_state))
+        kept.run()
+        return States(kept.rows, kept.residual, case.parts.layout, case.parts.sources)
 
-        def keep(layer: int, propagation: Propagation, stream: Tensor) -> None:
-            if layer not in wanted:
-                return
-            if not bool(propagation.state.isfinite().all()):
-                raise NonFiniteError(f"the state entering layer {layer} is not finite; {blame(self.bound)}")
-            if on_state is not None:
-                on_state(layer, propagation.state, stream)
-            else:
-                rows[layer] = propagation.state.to("cpu", copy=True)
-                residual[layer] = stream.to("cpu", copy=True)
-
-        self._engine().run([case.prompt], [(case.parts, 0)], options, keep=keep)
-        return States(rows, residual, case.parts.layout, case.parts.sources)
-
-    def _stream_to(self, given: str | torch.device, devices: set[torch.device]) -> None:
-        try:
-            device = torch.device(given)
-            if device.type not in ("cpu", "cuda"):
-                raise TypeError
-            device = torch.empty(0, device=device).device  # with the number of the one that is meant
-        except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of a device that it does not have
-            raise OptionError(f"stream_to={given!r} is no device of this machine") from error
-        if devices != {torch.device("cpu")} or self.bound.is_quantized:
-            raise OptionError(
-                "stream_to needs an unquantised model in host memory, this one "
-                f"{lies_on(devices, self.bound.is_quantized)}; load it without a device"
-            )
-        if device.type == "cuda":
-            streaming.pin(self.model)
-        self.bound = replace(self.bound, stream_to=device)
-
-    def _engine(self) -> Engine:
-        return Engine(self.bound, self.tokenizer, self.name, self.workspace_bytes, self._recordings)
-
-    def _options(
-        self,
-        start_layer: int,
-        stop_layer: int | None,
-        mlp_rule: str | None,
-        temperature: float | None,
-        exclude_bos: bool | Literal["auto"] | None,
-    ) -> Options:
-        depth = len(self.bound.layers)
-        start = integer("start_layer", start_layer, OptionError)
-        stop = depth if stop_layer is None else integer("stop_layer", stop_layer, OptionError)
-        if not 0 <= start < stop <= depth:
-            raise OptionError(
-                f"start_layer={start}, stop_layer={stop}: need 0 <= start < stop <= {depth}, the layers of "
-                f"{self.bound.name}"
-            )
-        sharing = self._sharing(
-            self.mlp_rule if mlp_rule is None else mlp_rule, self.temperature if temperature is None else temperature
-        )
-        exclude = _check_exclude(self.exclude_bos if exclude_bos is None else exclude_bos)
-        return Options(start, stop, sharing, exclude)
-
-    def _case(self, given: Any, target: Any, wanted: Any, options: Options) -> Case:
-        """Check one prompt and what is asked about it, before any work is done."""
-        made = encode(given, self.tokenizer, self.bound)
-        parts = self._decompose(made, wanted, options)
-        asked = check(target, len(made.ids), decomposed_layers(parts, options.stop), self.tokenizer, self.bound)
-        return Case(made, parts, tuple(asked))
-
-    def _decompose(self, made: Prompt, wanted: Any, options: Options) -> Decomposition:
-        bound = self.bound
-        if isinstance(wanted, COMPONENTS):
-            name = type(wanted).__name__
-            if options.start != 0:
-                raise OptionError(f"start_layer={options.start}: {name} names its own layer; leave it out")
-            parts = decompose_components(wanted, len(made.ids), bound)
-            if parts.layer >= options.stop:
-                raise OptionError(f"stop_layer={options.stop}: must lie behind layer {parts.layer} of {name}")
-            return parts
-        bos = None if self.tokenizer is None else self.tokenizer.bos_token_id
-        return decompose(made, wanted, options.start, bound.has_bias, options.exclude, bos)
-
-    def _sharing(self, rule: str, temperature: float) -> MLPSharing:
-        if rule not in RULES:
-            raise OptionError(f"unknown mlp_rule {rule!r}; there are: {', '.join(RULES)}")
-        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-        if not number or not 0 < temperature <= sys.float_info.max:
-            raise OptionError(f"temperature must be a positive number, got {temperature!r}")
-        if self.backend not in NAMES:
-            raise OptionError(f"unknown backend {self.backend!r}; there are: {', '.join(NAMES)}")
-        return MLPSharing(rule, float(temperature), self.backend)
-
-    def _judge(self, found: Attribution | Sweep, strict: bool, tolerance: float) -> None:
-        error = float(found.conservation_error.max())
-        if error > tolerance:
-            message = (
-                f"the scores miss the logit by {error:.1e} of their size, more than {tolerance:.0e} for "
-                f"{found.settings.dtype}; a wider dtype makes them add up"
-            )
-            if strict:
-                raise ConservationError(message)
-            warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+    def _options(self, *asked: Any) -> request.Options:
+        return request.options(self.engine.defaults, self.bound, *asked)
 
 
-def _callable(name: str, given: Any) -> Any:
-    if given is not None and not callable(given):
-        raise OptionError(f"{name} must be a function, got {given!r}")
-    return given
-
-
-def _with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
-    """Each prompt with its target.
+def _device_to_stream_to(given: str | torch.device, devices: set[torch.device], bound: BoundModel) -> torch.device:
+    """The device that a model in host memory is streamed to; its weights are pinned from now on.
 
     Raises:
-        OptionError: more of the one than of the other.
+        OptionError: no such device, or a model that lies elsewhere or is quantised.
     """
-    if targets is None:
-        for given in prompts:
-            yield given, target
-        return
-    nothing = object()
-    for index, (given, asked) in enumerate(itertools.zip_longest(prompts, targets, fillvalue=nothing)):
-        if given is nothing or asked is nothing:
-            raise OptionError(f"prompts and targets are not equally many: one of them ends after {index}")
-        yield given, asked
-
-
-def _check_exclude(exclude: Any) -> bool | Literal["auto"]:
-    if not isinstance(exclude, bool) and not (isinstance(exclude, str) and exclude == "auto"):
-        raise OptionError(f"exclude_bos must be 'auto', True or False, got {exclude!r}")
-    return exclude if isinstance(exclude, bool) else "auto"
+    try:
+        device = torch.device(given)
+        if device.type not in ("cpu", "cuda"):
+            raise TypeError
+        device = torch.empty(0, device=device).device  # with the number of the one that is meant
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of a device that it does not have
+        raise OptionError(f"stream_to={given!r} is no device of this machine") from error
+    if devices != {torch.device("cpu")} or bound.is_quantized:
+        raise OptionError(
+            "stream_to needs an unquantised model in host memory, this one "
+            f"{lies_on(devices, bound.is_quantized)}; load it without a device"
+        )
+    if device.type == "cuda":
+        streaming.pin(bound.model)
+    return device

@@ -68,10 +68,14 @@ def test_patterns_are_the_bridges(booted: Any) -> None:
     _, bridge = booted("llama")
     dp = from_bridge(bridge)
     _, cache = bridge.run_with_cache(torch.tensor([IDS]))
-    kept: list[torch.Tensor] = []
-    from depass.models.capture import run
+    from depass.models.capture import Capture
 
-    run(dp.bound, [IDS], lambda _, trace: kept.append(trace.pattern[0].clone()), range(models.LAYERS))
+    class Patterns(Capture):
+        def layer(self, index: int, trace: Any) -> None:
+            kept.append(trace.pattern[0].clone())
+
+    kept: list[torch.Tensor] = []
+    Patterns(dp.bound, [IDS], range(models.LAYERS)).run()
     for layer, pattern in enumerate(kept):
         torch.testing.assert_close(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0], rtol=1e-5, atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from models import make
 
 from depass import DePass, OptionError
+from depass.engine import request
 from depass.propagation.cuda_graphs import Recordings, refuse_graphs
 from depass_kernels import backends
 
@@ -19,7 +21,7 @@ LAYERS = 3
 
 def recorded(model: Any, **options: Any) -> DePass:
     made = DePass(model, **options)
-    made._recordings = Recordings(made.bound, tape.record)
+    made.engine = replace(made.engine, recordings=Recordings(made.bound, tape.record))
     return made
 
 
@@ -35,22 +37,16 @@ def test_recorded_steps_give_what_steps_give(name: str, rule: str, monkeypatch: 
     model = make(name)
     plain, graphed = DePass(model, mlp_rule=rule), recorded(model, mlp_rule=rule)
     replays = []
-    real = tape.record
-    monkeypatch.setattr(graphed._recordings, "_record", lambda work, pool: counted(real(work, pool), replays))
+    replay = tape.Recorded.replay
+    monkeypatch.setattr(tape.Recorded, "replay", lambda recorded: replays.append(1) or replay(recorded))
     for turn, ids in enumerate(prompts(9, 4)):
         expected, got = plain.attribute(ids, target=[5, 17]), graphed.attribute(ids, target=[5, 17])
         # not bit for bit: without a recording the last layer moves only what is read
         torch.testing.assert_close(got.scores, expected.scores, rtol=1e-6, atol=1e-6)
         assert got.settings == expected.settings
-        assert len(replays) == max(0, turn - 1) * LAYERS  # the first is no recording yet, the second records
-
-
-def counted(replay: Any, replays: list[int]) -> Any:
-    def run() -> None:
-        replays.append(1)
-        replay()
-
-    return run
+        assert (
+            len(replays) == max(0, turn - 1) * 2 * LAYERS
+        )  # attention and MLP; the first is no recording yet, the second records
 
 
 @needs_csrc
@@ -82,13 +78,14 @@ def test_weights_that_change_are_seen() -> None:
 def test_a_lent_propagation_is_nobody_elses() -> None:
     model = make("llama")
     dp = recorded(model)
-    run = dp._options(0, None, None, None, None)
-    parts, sharing = dp._case(prompts(5, 1)[0], None, "token", run).parts, run.sharing
-    assert dp._recordings is not None
-    lent = [dp._recordings.lend(parts.layout, sharing, None) for _ in range(3)]
+    options = request.options(dp.engine.defaults, dp.bound)
+    parts = request.case(dp.bound, None, prompts(5, 1)[0], None, "token", options).parts
+    recordings, sharing = dp.engine.recordings, options.sharing
+    assert recordings is not None
+    lent = [recordings.lend(parts.layout, sharing, None) for _ in range(3)]
     assert len(set(map(id, lent))) == 3
-    dp._recordings.give_back(lent[1])
-    assert dp._recordings.lend(parts.layout, sharing, None) is lent[1]
+    recordings.give_back(lent[1])
+    assert recordings.lend(parts.layout, sharing, None) is lent[1]
 
 
 def test_steps_of_the_reference_are_not_recorded() -> None:
@@ -105,10 +102,11 @@ def test_a_model_that_was_cast_and_states_in_between() -> None:
     graphed = recorded(model)
     for _ in range(3):
         graphed.attribute(ids, target=5)
-    assert graphed._recordings is not None
-    kept = list(graphed._recordings._idle.values())
+    recordings = graphed.engine.recordings
+    assert recordings is not None
+    kept = list(recordings._idle.values())
     graphed.states(ids)  # takes none of them away
-    assert list(graphed._recordings._idle.values()) == kept
+    assert list(recordings._idle.values()) == kept
     model.double()
     for _ in range(3):
         torch.testing.assert_close(

@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest, device: str) -> Any:
     before = {name: weight.clone() for name, weight in made.named_parameters()}
     yield made
     assert hooks(made) == 0
-    assert not capture._traces
+    assert not capture._at_work
     assert made.config._attn_implementation == request.param
     for name, weight in made.named_parameters():
         assert torch.equal(weight, before[name])
@@ -68,14 +68,14 @@ def test_after_an_exception_in_the_models_own_code(model: Any) -> None:
 
 
 def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, kept = Propagation.step, []
+    whole, kept = Propagation.attention, []
 
-    def step(self: Propagation, index: int, trace: Trace, *rest: Any) -> None:
+    def attention(self: Propagation, index: int, trace: Trace, *rest: Any) -> None:
         assert not [ref for ref in kept if ref() is not None]
         kept.extend(weakref.ref(tensor) for tensor in (trace.pattern, trace.hidden, *trace.scales.values()))
         whole(self, index, trace, *rest)
 
-    monkeypatch.setattr(Propagation, "step", step)
+    monkeypatch.setattr(Propagation, "attention", attention)
     DePass(model, mlp_rule="taylor").attribute(models.prompt(9))
     assert len(kept) == 4 * models.LAYERS
     assert not [ref for ref in kept if ref() is not None]

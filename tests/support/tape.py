@@ -5,7 +5,8 @@ refuses what waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,15 +44,14 @@ class _Tape(TorchDispatchMode):
         return result
 
 
-def record(work: Callable[[], None], pool: object) -> Callable[[], None]:
-    """As :func:`depass.propagation.cuda_graphs.record_cuda_graph`, on any device."""
-    tape = _Tape()
-    with tape:
-        work()
-    for memory, held in tape.before.values():
-        memory.copy_(held)
+class Recorded:
+    """What a tape has recorded."""
 
-    def replay() -> None:
+    def __init__(self, tape: _Tape) -> None:
+        self._tape = tape
+
+    def replay(self) -> None:
+        tape = self._tape
         for _, _, _, made in tape.steps:
             for tensor in made:  # another graph's buffers may have lain here
                 if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() in tape.own:
@@ -62,4 +62,12 @@ def record(work: Callable[[], None], pool: object) -> Callable[[], None]:
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
-    return replay
+
+@contextmanager
+def record(pool: object) -> Iterator[Recorded]:
+    """As :func:`depass.propagation.cuda_graphs.record_cuda_graph`, on any device."""
+    tape = _Tape()
+    with tape:
+        yield Recorded(tape)
+    for memory, held in tape.before.values():
+        memory.copy_(held)

@@ -17,6 +17,7 @@ from ..errors import OptionError
 from ..masking import Kind, width
 from ..models import capture
 from ..models.bound import BoundModel, Layer, into_stream
+from ..models.capture import Capture
 from ..models.trace import Trace
 from ..results.sweep import Sweep
 from .common import _Case, _case, _clean, _embedded, _must_be_finite, _named, _settings, _value
@@ -139,14 +140,21 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
 @torch.no_grad()
 def _at_the_target(read: Callable[[Layer, Trace, list[int]], Tensor], bound: BoundModel, case: _Case, _: int) -> Tensor:
     """``[targets, layers, C]``: what ``read`` makes, ``[targets, C]``, of each layer and its trace at given positions."""
-    positions = [readout.target.position for readout in case.readouts]
-    made: list[Tensor] = []
+    made = _ReadLayers(bound, case, read)
+    made.run()
+    return torch.stack(made.layers_read, 1)
 
-    def keep(index: int, trace: Trace) -> None:
-        made.append(read(bound.layers[index], trace, positions).cpu())
 
-    capture.run(bound, [case.prompt.ids], keep, range(len(bound.layers)))
-    return torch.stack(made, 1)
+class _ReadLayers(Capture):
+    """What ``read`` makes of each layer's trace at the targets' positions."""
+
+    def __init__(self, bound: BoundModel, case: _Case, read: Callable[[Layer, Trace, list[int]], Tensor]) -> None:
+        super().__init__(bound, [case.prompt.ids], range(len(bound.layers)))
+        self.positions = [readout.target.position for readout in case.readouts]
+        self.read, self.layers_read = read, list[Tensor]()
+
+    def layer(self, index: int, trace: Trace) -> None:
+        self.layers_read.append(self.read(self.bound.layers[index], trace, self.positions).cpu())
 
 
 def _output_norm(heads: int, layer: Layer, trace: Trace, positions: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from ..checks import integer
 from ..errors import DePassError, OptionError, PromptError
 from ..models import capture
 from ..models.bound import BoundModel
+from ..models.capture import Capture
 from ..models.trace import Trace
 from ..results.attribution import Attribution
 from ..sources.source import Source
@@ -178,17 +179,25 @@ def _by_attention(reduce: Callable[[list[Tensor]], Tensor], bound: BoundModel, c
     """Scores ``[targets, N]``: each target's row of what ``reduce`` makes of the layers' patterns ``[B, T, T]``."""
     found: dict[int, Tensor] = {}
     for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
-        patterns: list[Tensor] = []  # by layer, mean over heads
-
-        def keep(_: int, trace: Trace, patterns: list[Tensor] = patterns) -> None:
-            assert trace.pattern is not None
-            patterns.append(trace.pattern.float().mean(1).to(patterns[0].device if patterns else trace.pattern.device))
-
-        capture.run(bound, [cases[i].prompt.ids for i in some], keep, range(len(bound.layers)))
-        for i, reduced in zip(some, reduce(patterns).cpu(), strict=True):
+        run = _Patterns(bound, [cases[i].prompt.ids for i in some], range(len(bound.layers)))
+        run.run()
+        for i, reduced in zip(some, reduce(run.patterns).cpu(), strict=True):
             rows = [readout.target.position for readout in cases[i].readouts]
             found[i] = reduced[rows, : len(cases[i].prompt.ids)]
     return [found[i] for i in range(len(cases))]
+
+
+class _Patterns(Capture):
+    """The patterns of a pass by layer, each the mean over heads ``[B, T, T]``, on the first layer's device."""
+
+    def __init__(self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range) -> None:
+        super().__init__(bound, prompts, layers)
+        self.patterns: list[Tensor] = []
+
+    def layer(self, index: int, trace: Trace) -> None:
+        assert trace.pattern is not None
+        pattern = trace.pattern.float().mean(1)
+        self.patterns.append(pattern.to(self.patterns[0].device if self.patterns else pattern.device))
 
 
 def _mean(patterns: list[Tensor]) -> Tensor:

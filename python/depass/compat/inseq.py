@@ -25,7 +25,9 @@ from torch import Tensor
 from depass_kernels import SourceLayout
 
 from ..api import DePass
-from ..engine.sweeps import grouped
+from ..engine import request
+from ..engine.scores import judge
+from ..engine.sweeps import grouped, sweep
 from ..errors import DePassError, OptionError, PromptError, TargetError
 from ..inputs.prompt import encode
 from ..inputs.targets import Contrast, Token, check
@@ -245,11 +247,11 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     """``[N, targets, L, H]``, of every layer the scores of what each head wrote at each position; and the rests."""
     bound, made = dp.bound, encode(list(ids), dp.tokenizer, dp.bound)
     asked = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
-    settings = dp._options(0, None, exclude_bos=False, **options)
+    chosen = request.options(dp.engine.defaults, bound, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
-    groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.workspace_bytes))
-    found = dp._engine().sweep(made, groups, asked, settings, "heads")
-    dp._judge(found, strict=False, tolerance=dp.bound.tolerance)
+    groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.engine.workspace_bytes))
+    found = sweep(dp.engine, made, groups, asked, chosen, "heads")
+    judge(found, strict=False, tolerance=bound.tolerance)
     scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.heads)  # [targets, L, N, H]
     beside = {"logit": found.target_logits}
     for name, rows in (("rest", found.rest), ("bias", found.bias)):

@@ -31,7 +31,7 @@ from ..inputs.prompt import encode
 from ..inputs.targets import token_id
 from ..models.bind import bind
 from ..models.bound import BoundModel
-from ..models.capture import run, running
+from ..models.capture import Capture, running
 from ..models.health import blame, refuse_dropout
 from ..models.trace import Trace
 from ..sources.components import Heads, Modules, Neurons
@@ -370,21 +370,29 @@ def _with_others_in_first(state: Tensor, count: int) -> Tensor:
 
 def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
     """The model's own streams ``[1, N, D]``: before attention and MLP of each layer, and before the final norm."""
-    streams: list[Tensor] = []
-    middle: list[Tensor] = []
-
-    def keep_middle(_: Any, args: tuple[Tensor, ...]) -> None:
-        middle.append(args[0].detach().to("cpu", copy=True).reshape(1, len(ids), -1))
-
-    def keep(_: int, trace: Trace) -> None:
-        streams.extend([trace.stream.detach().to("cpu", copy=True)[None], middle.pop()])
-
+    kept = _Streams(bound, [ids], range(len(bound.layers)))
     with torch.no_grad(), running, ExitStack() as stack:  # other threads wait: their runs would call our hooks
         for layer in bound.layers:
             reader = layer.gate.module if layer.mlp_norm is None else layer.mlp_norm.module
-            stack.callback(reader.register_forward_pre_hook(keep_middle).remove)
-        last, _ = run(bound, [ids], keep, range(len(bound.layers)))
-    return [*streams, last.to("cpu", copy=True)[None]]
+            stack.callback(reader.register_forward_pre_hook(kept.between).remove)
+        kept.run()
+    return [*kept.streams, kept.stream.to("cpu", copy=True)[None]]
+
+
+class _Streams(Capture):
+    """Each layer's stream before its attention, and before its MLP: what the MLP's first module reads."""
+
+    def __init__(self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range) -> None:
+        super().__init__(bound, prompts, layers)
+        self.streams: list[Tensor] = []
+        self.middle: Tensor | None = None
+
+    def between(self, _: Any, args: tuple[Tensor, ...]) -> None:
+        self.middle = args[0].detach().to("cpu", copy=True).reshape(1, -1, args[0].shape[-1])
+
+    def layer(self, index: int, trace: Trace) -> None:
+        assert self.middle is not None
+        self.streams += [trace.stream.detach().to("cpu", copy=True)[None], self.middle]
 
 
 def _by_position(state: Tensor) -> Tensor:

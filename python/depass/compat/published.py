@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..models.bound import BoundModel, Layer, Norm, Projection
-from ..models.capture import run
+from ..models.capture import Capture
 from ..models.trace import Trace
 
 _THRESHOLD = 1e-5  # pre-activations of the last source below it become zero
@@ -42,6 +42,25 @@ class _Frozen:
     mlp_scale: Tensor  # [N]
     hidden: Tensor  # [N, F]
     gate_total: Tensor | None  # [N, F], for the taylor rule
+
+
+class _Freezing(Capture):
+    """A run of the model that keeps what each layer freezes, in ``dtype`` and on the layer's device."""
+
+    def __init__(
+        self, bound: BoundModel, ids: Sequence[int], layers: range, with_gate_total: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(bound, [ids], layers, with_gate_total)
+        self.dtype, self.layers_frozen = dtype, list[_Frozen]()
+
+    def layer(self, index: int, trace: Trace) -> None:
+        layer = self.bound.layers[index]
+        device, dtype = layer.device, self.dtype
+        own = trace.map(lambda tensor: tensor.to(device, dtype, copy=True))
+        assert own.pattern is not None
+        assert own.hidden is not None
+        scales = own.scales["attention_norm"], own.scales["mlp_norm"]
+        self.layers_frozen.append(_Frozen(layer, own.stream, own.pattern[0], *scales, own.hidden, own.gate_total))
 
 
 class Published:
@@ -130,23 +149,9 @@ class Published:
 
     def _freeze(self, ids: Sequence[int], layers: range) -> tuple[list[_Frozen], Tensor]:
         """One run of the model: what each of ``layers`` freezes, and the stream after the last ``[N, D]``."""
-        frozen: list[_Frozen] = []
-
-        def own(tensor: Tensor) -> Tensor:
-            return tensor.to(self.dtype, copy=True)
-
-        def keep(index: int, trace: Trace) -> None:
-            layer = self.bound.layers[index]
-            device = layer.device
-            trace = trace.map(lambda tensor: tensor.to(device))
-            assert trace.pattern is not None
-            assert trace.hidden is not None
-            total = None if trace.gate_total is None else own(trace.gate_total)
-            scales = own(trace.scales["attention_norm"]), own(trace.scales["mlp_norm"])
-            frozen.append(_Frozen(layer, own(trace.stream), own(trace.pattern[0]), *scales, own(trace.hidden), total))
-
-        last, _ = run(self.bound, [ids], keep, layers, with_gate_total=self.rule == "taylor")
-        return frozen, last.to(self.dtype)
+        frozen = _Freezing(self.bound, ids, layers, self.rule == "taylor", self.dtype)
+        frozen.run()
+        return frozen.layers_frozen, frozen.stream.to(self.dtype)
 
     def _last(self, state: Tensor, frozen: Sequence[_Frozen]) -> Tensor:
         return self._propagate(state, frozen)[0]

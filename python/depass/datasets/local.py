@@ -43,7 +43,7 @@ def batch_tokens(dp: DePass, beside: int = 1) -> int:
 
     def taken(count: int) -> int:
         rows, _ = rows_and_sources(bound, count, "token")
-        return needs(bound, rows, [count], dp.workspace_bytes, bound.device).total_bytes
+        return needs(bound, rows, [count], dp.engine.workspace_bytes, bound.device).total_bytes
 
     while tokens > 1 and taken(tokens) > free // (2 * beside):
         tokens //= 2

@@ -8,13 +8,47 @@ from typing import Any
 import torch
 
 from ..checks import integer
-from ..errors import MemoryLimitError, OptionError, first_line
+from ..errors import DePassError, MemoryLimitError, OptionError, first_line
 from ..inputs.prompt import Prompt, encode
+from ..inputs.targets import Token, check
 from ..models import capture
 from ..models.bound import BoundModel
+from ..models.health import refuse_dropout
+from ..results.generation import Generation
 from ..sources.spans import Spans, token_ranges
+from .passes import Engine
+from .request import Case, Options, Progress, decompose, decomposed_layers
+from .scores import attribute
 
 _OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate", "num_return_sequences")
+
+
+def generate(
+    engine: Engine,
+    prompt: Any,
+    max_new_tokens: int,
+    sources: Any,
+    options: Options,
+    sampling: dict[str, Any],
+    progress: Progress | None = None,
+) -> Generation:
+    """Generate, then attribute every generated token: see :meth:`depass.DePass.generate`."""
+    bound, tokenizer = engine.bound, engine.tokenizer
+    refuse_dropout(bound)
+    encoded = encode(prompt, tokenizer, bound)
+    decompose(bound, tokenizer, encoded, sources, options)  # what is wrong is found before anything is generated
+    new = generated_ids(bound, encoded, max_new_tokens, sampling)
+    whole = continued(encoded, new, tokenizer, bound)
+    read = continued(encoded, new[:-1], tokenizer, bound)
+    parts = decompose(bound, tokenizer, read, sources_of(encoded, read, sources), options)
+    asked = [Token(token, len(encoded.ids) - 1 + i) for i, token in enumerate(new)]
+    layers = decomposed_layers(parts, options.stop)
+    case = Case(read, parts, tuple(check(asked, len(read.ids), layers, tokenizer, bound)))
+    (result,) = attribute(engine, [case], options, progress)
+    if isinstance(result, DePassError):
+        raise result
+    tokens = whole.tokens[len(encoded.ids) :]
+    return Generation("".join(tokens), tokens, tuple(new), result)
 
 
 def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampling: dict[str, Any]) -> list[int]:

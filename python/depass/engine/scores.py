@@ -1,18 +1,128 @@
-"""Scores and targets' logits out of a pass, and how far they miss."""
+"""Scores out of a pass: targets' logits, each source's part of them, and how far they miss."""
 
 from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..inputs.targets import Asked
-from ..propagation.propagate import Propagation
-from .request import Case
+from ..errors import ConservationError, ConservationWarning, DePassError, NonFiniteError
+from ..inputs import targets
+from ..inputs.settings import Settings
+from ..inputs.targets import Asked, Readout, Target
+from ..models import capture
+from ..models.bound import BoundModel
+from ..models.health import blame
+from ..models.weights import device_of
+from ..results.attribution import Attribution
+from ..results.sweep import Sweep
+from .passes import Engine, Pass, without_autocast
+from .request import Case, Options, Progress
 
 
-def _as_it_is(device: torch.device) -> torch.autocast:
-    """Within it our own products keep their dtype; a caller's autocast holds of the model's pass alone."""
-    return torch.autocast(device.type, enabled=False)
+def attribute(
+    engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None
+) -> list[Attribution | DePassError]:
+    """The cases' results from one pass of the model; an error in the place of one that has none."""
+    with capture.running:  # also while weights are read: another thread's pass may have them elsewhere
+        done = _ProbedPass(engine, cases, options, progress)
+        done.run()
+        logits = logits_of(done, [case.asked for case in cases])
+        results = [_result(done, i, case, logits) for i, case in enumerate(cases)]
+    if engine.recordings is not None:
+        engine.recordings.give_back(done.propagation)
+    return results
+
+
+class _ProbedPass(Pass):
+    """A pass over cases, whose probes of inner layers are read on the way."""
+
+    def __init__(self, engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None) -> None:
+        joining = [(case.parts, i) for i, case in enumerate(cases)]
+        read = [[asked.position for asked in case.asked] for case in cases]
+        super().__init__(engine, [case.prompt for case in cases], joining, options, progress, read, recorded=True)
+        self.cases = cases
+        self.probes: dict[tuple[int, int], tuple[Tensor, float]] = {}  # by case and target: scores [M], logit
+
+    def state(self, layer: int, stream: Tensor) -> None:
+        """Read the probes of a layer: ``score[m] = w · X[m, q]`` of the raw stream, and ``w · x[q]``."""
+        for i, case in enumerate(self.cases):
+            for j, asked in enumerate(case.asked):
+                if asked.layer == layer:
+                    assert asked.w is not None
+                    rows = self.propagation.rows_at(i, asked.position)
+                    w = asked.w.to(rows)
+                    own = stream[self.propagation.prompt_start[i] + asked.position].to(rows)
+                    self.probes[i, j] = (rows @ w).cpu(), float(own @ w)
+
+
+def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]) -> Attribution | DePassError:
+    first, sources = done.propagation.prompt_start[index], len(case.parts.sources)
+    found: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
+    for j, asked in enumerate(case.asked):
+        if asked.layer is not None:
+            target = Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept)
+            scores, logit = done.probes[index, j]
+            found.append((target, _padded(scores, sources), logit))
+            continue
+        for readout in readouts_of(done, asked, first + asked.position, logits):
+            found.append((readout.target, score(done, index, index, readout, sources), readout.logit))
+    rows = torch.stack([row for _, row, _ in found])
+    own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
+    try:
+        for target, _, logit in found:
+            must_be_finite(target, logit, done.bound)
+    except NonFiniteError as error:
+        return error
+    if not bool(rows.isfinite().all()):
+        return NonFiniteError(f"scores are not finite; {blame(done.bound)}")
+    return Attribution(
+        scores=rows.float(),
+        sources=case.parts.sources,
+        targets=tuple(target for target, _, _ in found),
+        target_logits=own.float(),
+        conservation_error=conservation_error(rows, own).float(),
+        prompt=case.prompt,
+        settings=settings(done, case.parts.layer, case.parts.excluded, done.propagation.served),
+    )
+
+
+def logits_of(done: Pass, asked: Sequence[Sequence[Asked]]) -> dict[int, Tensor]:
+    """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
+    starts = done.propagation.prompt_start
+    wanted = sorted(
+        {starts[i] + one.position for i, of_prompt in enumerate(asked) for one in of_prompt if one.layer is None}
+    )
+    return dict(zip(wanted, done.bound.logits(done.normed[wanted]), strict=True)) if wanted else {}
+
+
+def readouts_of(done: Pass, asked: Asked, position: int, logits: dict[int, Tensor]) -> list[Readout]:
+    """What a target comes to at a position of the packed prompts, with its logit and direction."""
+    at = logits[position].to(done.bound.state_dtype)
+    return targets.fill(asked, done.normed[position].to(at), at, done.bound, done.engine.tokenizer)
+
+
+def score(done: Pass, staircase: int, prompt: int, readout: Readout, sources: int) -> Tensor:
+    """``score[m] = w · final_norm_frozen(X[m, q])``: ``[sources]`` on the CPU, in the state's dtype (docs/method.md)."""
+    norm, position = done.bound.final_norm, readout.target.position
+    rows = done.propagation.rows_at(staircase, position)
+    w = readout.w.to(rows.device)
+    folded = norm.fold(w[None].to(device_of(norm.module)))[0].to(rows.device)  # [D]
+    scale = norm.scale(done.stream[done.propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
+    with without_autocast(rows.device):
+        scores = (rows @ folded * scale).cpu()
+    if done.bound.has_bias:
+        beta = norm.beta()
+        scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
+    return _padded(scores, sources)
+
+
+def _padded(scores: Tensor, sources: int) -> Tensor:
+    """Zeros for the sources that have not started."""
+    return torch.cat([scores, scores.new_zeros(sources - len(scores))])
 
 
 def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
@@ -22,15 +132,39 @@ def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
     return (total - logits).abs() / size
 
 
-def _padded(scores: Tensor, sources: int) -> Tensor:
-    """Zeros for the sources that have not started."""
-    return torch.cat([scores, scores.new_zeros(sources - len(scores))])
+def must_be_finite(target: Target, logit: float, bound: BoundModel) -> None:
+    """Raise a NonFiniteError where a target's logit is no number."""
+    if not math.isfinite(logit):
+        raise NonFiniteError(f"the model's own logits are not finite ({logit} for {target.label!r}); {blame(bound)}")
 
 
-def _probe(propagation: Propagation, stream: Tensor, index: int, case: Case, asked: Asked) -> tuple[Tensor, float]:
-    """``score[m] = w · X[m, q]`` of the raw stream, of the sources active at ``q``, on the CPU; and ``w · x[q]``."""
-    assert asked.w is not None
-    rows = propagation.rows_at(index, asked.position)
-    w = asked.w.to(rows)
-    own = stream[propagation.prompt_start[index] + asked.position].to(rows)
-    return (rows @ w).cpu(), float(own @ w)
+def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
+    """Warn where scores miss the logit by more than ``tolerance`` of their size.
+
+    Raises:
+        ConservationError: with ``strict``, instead.
+    """
+    error = float(result.conservation_error.max())
+    if error > tolerance:
+        message = (
+            f"the scores miss the logit by {error:.1e} of their size, more than {tolerance:.0e} for "
+            f"{result.settings.dtype}; a wider dtype makes them add up"
+        )
+        if strict:
+            raise ConservationError(message)
+        warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+
+
+def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
+    """How a pass was made, as its results say it."""
+    options = done.options
+    return Settings(
+        model=done.engine.name,
+        dtype=done.dtype,
+        rule=options.sharing.rule,
+        temperature=options.sharing.temperature,
+        exclude_bos=excluded,
+        start_layer=start,
+        stop_layer=options.stop,
+        backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
+    )

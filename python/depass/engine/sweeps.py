@@ -1,14 +1,27 @@
-"""Sweeps in groups of layers that fit the memory."""
+"""Sweeps: a decomposition for each layer, in groups of layers that fit the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
-from ..errors import OptionError
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, OptionError
+from ..inputs.prompt import Prompt
+from ..inputs.settings import Settings
+from ..inputs.targets import Asked, Readout
+from ..models import capture
 from ..models.bound import BoundModel
+from ..models.health import blame
 from ..propagation.needs import needs
+from ..results.sweep import Sweep
 from ..sources.decompose import COMPONENT_BYTES
 from ..sources.source import Decomposition
+from .passes import Engine, Pass
+from .request import Options, Progress
+from .scores import conservation_error, logits_of, must_be_finite, readouts_of, score, settings
 
 
 def grouped(
@@ -43,3 +56,84 @@ def grouped(
         group.append(of_layer)
         held += rows
     yield group
+
+
+class _Told:
+    """Progress of one of several passes, told as that of all of them."""
+
+    def __init__(self, progress: Progress | None, before: int, of: int) -> None:
+        self.progress, self.before, self.of = progress, before, of
+
+    def __call__(self, done: int, _: int) -> None:
+        if self.progress is not None:
+            self.progress(self.before + done, self.of)
+
+
+def sweep(
+    engine: Engine,
+    prompt: Prompt,
+    groups: Sequence[Sequence[Sequence[Decomposition]]],
+    asked: Sequence[Asked],
+    options: Options,
+    kind: Literal["heads", "neurons", "modules"],
+    progress: Progress | None = None,
+) -> Sweep:
+    """A pass for each group of layers; a layer is one decomposition, or attention and MLP."""
+    of = sum(options.stop - group[0][0].layer for group in groups)
+    began, served = 0, dict[str, set[str]]()
+    readouts: list[Readout] = []
+    rows: list[Tensor] = []  # [targets, sources], of each decomposition
+    for group in groups:
+        flat = [parts for layer in group for parts in layer]
+        read = [[one.position for one in asked]] * len(flat)
+        with capture.running:  # as in scores.attribute
+            done = Pass(engine, [prompt], [(parts, 0) for parts in flat], options, _Told(progress, began, of), read)
+            done.run()
+            began += options.stop - flat[0].layer
+            if not readouts:
+                logits = logits_of(done, [asked])
+                readouts = [readout for one in asked for readout in readouts_of(done, one, one.position, logits)]
+                for readout in readouts:
+                    must_be_finite(readout.target, readout.logit, engine.bound)
+            for index, parts in enumerate(flat):
+                rows.append(torch.stack([score(done, index, 0, readout, len(parts.sources)) for readout in readouts]))
+        for op, names in done.propagation.served.items():
+            served.setdefault(op, set()).update(names)
+        how = settings(done, groups[0][0][0].layer, False, served)
+        del done  # its state makes room for the next group's
+    if not all(bool(row.isfinite().all()) for row in rows):
+        raise NonFiniteError(f"scores are not finite; {blame(engine.bound)}")
+    layers = [layer for group in groups for layer in group]
+    return _stacked(rows, layers, readouts, kind, prompt, how)
+
+
+def _stacked(
+    rows: list[Tensor],  # [targets, sources], of each decomposition
+    layers: Sequence[Sequence[Decomposition]],
+    readouts: Sequence[Readout],
+    kind: Literal["heads", "neurons", "modules"],
+    prompt: Prompt,
+    how: Settings,
+) -> Sweep:
+    parts = [one for layer in layers for one in layer]
+    always = [len([s for s in one.sources if s.kind in ("bias", "rest")]) for one in parts]
+    per_layer = len(layers[0])
+    named = torch.stack([row[:, first:] for row, first in zip(rows, always, strict=True)], 1)  # [T, L·per, C]
+    rest = torch.stack([row[:, first - 1] for row, first in zip(rows, always, strict=True)], 1)
+    bias = torch.stack([row[:, : first - 1].sum(1) for row, first in zip(rows, always, strict=True)], 1)
+    logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu")
+    shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
+    sources = [s for s in parts[0].sources if s.kind not in ("bias", "rest")]
+    return Sweep(
+        scores=named.reshape(len(readouts), len(layers), -1).float(),
+        rest=rest.reshape(shape).float(),
+        bias=bias.reshape(shape).float(),
+        layers=tuple(layer[0].layer for layer in layers),
+        columns=(0, 1) if kind == "modules" else tuple(s.index or 0 for s in sources),
+        kind=kind,
+        targets=tuple(readout.target for readout in readouts),
+        target_logits=logits.float(),
+        conservation_error=conservation_error(torch.stack(rows, 1), logits[:, None]).reshape(shape).float(),
+        prompt=prompt,
+        settings=how,
+    )

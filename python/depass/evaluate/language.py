@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
+from ..engine.passes import Pass
+from ..engine.request import options
 from ..errors import DePassError
 from ..inputs.prompt import Prompt, encode
 from ..sources.decompose import decompose_components
@@ -198,7 +200,8 @@ def final_parts(dp: DePass, prompts: Sequence[Prompt], specs: Sequence[Sequence[
         for i, (prompt, of_prompt) in enumerate(zip(prompts, specs, strict=True))
         for spec in of_prompt
     ]
-    done = dp._engine().run(prompts, joining, dp._options(0, None, None, None, False))
+    done = Pass(dp.engine, prompts, joining, options(dp.engine.defaults, bound, exclude_bos=False))
+    done.run()
     found = []
     for i, prompt in enumerate(prompts):
         at = done.propagation.prompt_start[i] + len(prompt.ids) - 1

@@ -105,13 +105,14 @@ def _measure(
 def _settings(task: Task, dp: DePass, options: argparse.Namespace) -> dict[str, Any]:
     """All that rows depend on, as JSON has it."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_SETTINGS}
+    defaults = dp.engine.defaults
     own = {
         "model": dp.name,
         "dtype": dtype_name(dp.bound.dtype),
-        "mlp_rule": dp.mlp_rule,
-        "temperature": dp.temperature,
-        "exclude_bos": dp.exclude_bos,
-        "backend": dp.backend,
+        "mlp_rule": defaults.rule,
+        "temperature": defaults.temperature,
+        "exclude_bos": defaults.exclude_bos,
+        "backend": defaults.backend,
     }
     for name in task.files:
         if given.get(name) is not None and Path(given[name]).is_file():

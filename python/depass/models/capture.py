@@ -1,4 +1,4 @@
-"""Running a model once and handing out, layer by layer, what a decomposed pass freezes (design: lock-step).
+"""Running a model once and handing out, layer by layer, what a decomposed pass freezes.
 
 Hooks only fill a small trace of the layer at hand; when the layer is done its trace is handed on and dropped, so nothing
 of the size of a pattern or a hidden vector outlives its layer. Whatever happens, the hooks are taken out and the attention
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
-from .bound import BoundModel, Layer, Norm
+from .bound import BoundModel, Norm
 from .streaming import streamed
 from .trace import NORMS, Trace
 
 ATTENTION = "depass"
-_traces: dict[nn.Module, list[Trace]] = {}  # by attention module, while a pass runs
+_at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pass runs
 running = threading.RLock()  # held while hooks are in: other threads' passes would call them
 
 
@@ -38,14 +40,12 @@ def _attention(
     else:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         output, pattern = eager(module, query, key, value, mask, **options)
-    if _traces.get(module):
-        _traces[module][-1].pattern = pattern
+    if module in _at_work:
+        _at_work[module].attention(pattern)
     return output, pattern
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
@@ -94,135 +94,158 @@ def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def run(
-    bound: BoundModel,
-    prompts: Sequence[Sequence[int]],
-    on_layer: Callable[[int, Trace], None],
-    layers: range,
-    with_gate_total: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Run the model's backbone on prompts and call ``on_layer`` after each of ``layers``.
+class Capture(ABC):
+    """One run of a model's backbone on prompts. A subclass says what it does with each layer's trace.
 
     The prompts are padded on the right, where causal attention sees no padding, and ``P`` counts none of it.
 
     Args:
         bound: the model.
         prompts: ``B`` prompts' token ids.
-        on_layer: given a layer's index and its trace, which it may read only during the call.
-        layers: a run of layers, at least one.
-        with_gate_total: whether the trace holds the model's own pre-activations.
+        layers: a run of layers, at least one; of these :meth:`layer` is called.
+        with_gate_total: whether traces hold the model's own pre-activations.
 
-    Raises:
-        ModelError: an attribution is already at work in this thread, or the model does not call transformers' attention
-            interface.
-
-    Returns:
-        The residual stream after the last of ``layers`` ``[P, D]``, and the backbone's output after its final norm.
+    Attributes:
+        stream: after :meth:`run`, the residual stream after the last of ``layers``, ``[P, D]``.
+        normed: after :meth:`run`, the backbone's output after its final norm, ``[P, D]``.
     """
-    ids = padded(prompts)
-    pack = _packer([len(prompt) for prompt in prompts])
-    last: list[Tensor] = []
-    busy: list[int] = []  # the layer whose trace is being looked at
-    with running, ExitStack() as stack:  # other threads wait: hooks and the attention implementation belong to a model
-        if _traces:
-            raise ModelError("an attribution is already at work in this thread; start another one after it")
-        stack.enter_context(eager_with_patterns(bound))
-        for index in layers:
-            final = last if index == layers[-1] else None
-            _hook_layer(stack, bound, index, on_layer, pack, with_gate_total, final, busy)
-        if bound.stream_to is not None:
-            stack.enter_context(streamed(bound, bound.stream_to))
-        output = bound.backbone(
-            input_ids=ids.to(bound.input_device), use_cache=False, return_dict=True
-        ).last_hidden_state
-    return last[0], pack(output)
+
+    stream: Tensor
+    normed: Tensor
+
+    def __init__(
+        self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range, with_gate_total: bool = False
+    ) -> None:
+        self.bound, self.layers, self.with_gate_total = bound, layers, with_gate_total
+        self.ids, self.pack = padded(prompts), _Packer([len(prompt) for prompt in prompts])
+        self.reading: int | None = None  # the layer whose trace is being looked at
+
+    @abstractmethod
+    def layer(self, index: int, trace: Trace) -> None:
+        """A layer is done. The trace may be read only during the call."""
+
+    def run(self) -> None:
+        """Run the model.
+
+        Raises:
+            ModelError: an attribution is already at work in this thread, or the model does not call transformers' attention
+                interface.
+        """
+        bound = self.bound
+        with (
+            running,
+            ExitStack() as stack,
+        ):  # other threads wait: hooks and the attention implementation belong to a model
+            if _at_work:
+                raise ModelError("an attribution is already at work in this thread; start another one after it")
+            stack.enter_context(eager_with_patterns(bound))
+            for index in self.layers:
+                LayerCapture(self, index).hook(stack)
+            if bound.stream_to is not None:
+                stack.enter_context(streamed(bound, bound.stream_to))
+            output = bound.backbone(
+                input_ids=self.ids.to(bound.input_device), use_cache=False, return_dict=True
+            ).last_hidden_state
+        self.normed = self.pack(output)
 
 
-def _packer(lengths: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """What turns padded ``[B, T, ...]`` or ``[B·T, ...]`` into packed ``[P, ...]``."""
-    longest = max(lengths)
-    where = torch.cat([b * longest + torch.arange(length, device="cpu") for b, length in enumerate(lengths)])
-    moved: dict[torch.device, Tensor] = {}
+class LayerCapture:
+    """The hooks of one layer, which fill its trace; when the layer is done the trace is handed on and dropped."""
 
-    def pack(padded: Tensor) -> Tensor:
-        flat = padded if padded.dim() == 2 else padded.flatten(0, 1)
-        if len(where) == len(flat):
-            return flat
-        if flat.device not in moved:
-            moved[flat.device] = where.to(flat.device)
-        return flat.index_select(0, moved[flat.device])
+    def __init__(self, run: Capture, index: int) -> None:
+        self.run, self.index, self.modules = run, index, run.bound.layers[index]
+        self._trace: Trace | None = None
 
-    return pack
+    def hook(self, stack: ExitStack) -> None:
+        """Put the hooks in until the stack closes."""
+        modules = self.modules
+        norms = {name: norm for name in NORMS if (norm := getattr(modules, name)) is not None}
+        _at_work[modules.attention] = self
+        stack.callback(_at_work.pop, modules.attention)
+        hooks = [
+            modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            modules.module.register_forward_hook(self.end),
+            modules.output.module.register_forward_pre_hook(self.mixed),
+            modules.down.module.register_forward_pre_hook(self.hidden),
+            *(norm.module.register_forward_pre_hook(partial(self.norm, name, norm)) for name, norm in norms.items()),
+        ]
+        if self.run.with_gate_total:
+            hooks.append(modules.gate.module.register_forward_hook(self.gate))
+        for hook in hooks:
+            stack.callback(hook.remove)
 
+    @property
+    def trace(self) -> Trace:
+        """Of the layer at work."""
+        assert self._trace is not None
+        return self._trace
 
-def _hook_layer(
-    stack: ExitStack,
-    bound: BoundModel,
-    index: int,
-    on_layer: Callable[[int, Trace], None],
-    pack: Callable[[Tensor], Tensor],
-    with_gate_total: bool,
-    last: list[Tensor] | None,
-    busy: list[int],
-) -> None:
-    layer: Layer = bound.layers[index]
-    open_trace: list[Trace] = []  # empty, or the one trace of the layer at work
-
-    def begin(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if busy:
+    def begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        """The stream comes in."""
+        if self.run.reading is not None:
             raise ModelError(
-                f"{bound.name} is run by what is called after layer {busy[0]}; run it after the attribution"
+                f"{self.run.bound.name} is run by what is called after layer {self.run.reading}; run it after the "
+                "attribution"
             )
-        stream = args[0] if args else kwargs["hidden_states"]
-        open_trace[:] = [Trace(pack(stream))]
+        self._trace = Trace(self.run.pack(args[0] if args else kwargs["hidden_states"]))
 
-    def norm(name: str, norm: Norm) -> Callable[..., None]:
-        def capture(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            open_trace[0].scales[name] = norm.scale(pack(args[0]), bound.state_dtype)
+    def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """A norm reads its input, whose scale is frozen."""
+        self.trace.scales[name] = norm.scale(self.run.pack(args[0]), self.run.bound.state_dtype)
 
-        return capture
+    def attention(self, pattern: Tensor) -> None:
+        """The attention has its pattern ``[B, H, T, T]``. A module that is called on its own is no layer at work."""
+        if self._trace is not None:
+            self._trace.pattern = pattern
 
-    def hidden(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        open_trace[0].hidden = pack(args[0])
+    def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """The attention's output projection reads."""
+        self.trace.mixed = self.run.pack(args[0])
 
-    def mixed(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        open_trace[0].mixed = pack(args[0])
+    def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """The down projection reads."""
+        self.trace.hidden = self.run.pack(args[0])
 
-    def gate(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        open_trace[0].gate_total = layer.gate.select_output(pack(output))
+    def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """The gate has its pre-activations."""
+        self.trace.gate_total = self.modules.gate.select_output(self.run.pack(output))
 
-    def end(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        trace = open_trace.pop()
-        if trace.pattern is None:
-            raise ModelError(
-                f"{bound.name}: the attention of layer {index} does not call transformers' AttentionInterface"
-            )
-        if trace.hidden is None:
-            raise ModelError(f"{bound.name}: the down projection of layer {index} did not run")
-        silent = [name for name in NORMS if getattr(layer, name) is not None and name not in trace.scales]
-        if silent:
-            raise ModelError(f"{bound.name}: the {silent[0]} of layer {index} did not run")
-        trace.after = pack(output[0] if isinstance(output, tuple) else output)
-        busy.append(index)
+    def end(self, _: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        """The layer is done."""
+        trace, self._trace = self.trace, None
+        self._must_be_whole(trace)
+        trace.after = self.run.pack(output[0] if isinstance(output, tuple) else output)
+        if self.index == self.run.layers[-1]:
+            self.run.stream = trace.after
+        self.run.reading = self.index
         try:
-            on_layer(index, trace)
+            self.run.layer(self.index, trace)
         finally:
-            busy.pop()
-        if last is not None:
-            last.append(trace.after)
+            self.run.reading = None
 
-    def forget() -> None:
-        del _traces[layer.attention]
+    def _must_be_whole(self, trace: Trace) -> None:
+        name, index = self.run.bound.name, self.index
+        if trace.pattern is None:
+            raise ModelError(f"{name}: the attention of layer {index} does not call transformers' AttentionInterface")
+        if trace.hidden is None:
+            raise ModelError(f"{name}: the down projection of layer {index} did not run")
+        silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
+        if silent:
+            raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run")
 
-    _traces[layer.attention] = open_trace
-    stack.callback(forget)
-    stack.callback(layer.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-    stack.callback(layer.module.register_forward_hook(end).remove)
-    stack.callback(layer.output.module.register_forward_pre_hook(mixed).remove)
-    stack.callback(layer.down.module.register_forward_pre_hook(hidden).remove)
-    for name in NORMS:
-        bound_norm = getattr(layer, name)
-        if bound_norm is not None:
-            stack.callback(bound_norm.module.register_forward_pre_hook(norm(name, bound_norm)).remove)
-    if with_gate_total:
-        stack.callback(layer.gate.module.register_forward_hook(gate).remove)
+
+class _Packer:
+    """Turns padded ``[B, T, ...]`` or ``[B·T, ...]`` into packed ``[P, ...]``."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        longest = max(lengths)
+        self.where = torch.cat([b * longest + torch.arange(n, device="cpu") for b, n in enumerate(lengths)])
+        self._moved: dict[torch.device, Tensor] = {}
+
+    def __call__(self, padded: Tensor) -> Tensor:
+        flat = padded if padded.dim() == 2 else padded.flatten(0, 1)
+        if len(self.where) == len(flat):
+            return flat
+        if flat.device not in self._moved:
+            self._moved[flat.device] = self.where.to(flat.device)
+        return flat.index_select(0, self._moved[flat.device])

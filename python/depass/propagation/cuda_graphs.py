@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,7 +29,16 @@ from .sharing import MLPSharing
 
 ROWS = 1024  # with more, a step's work outlasts its launches (by count of bytes; not measured)
 LAYOUTS = 4  # of which recordings are kept; each holds its state and one layer's buffers
-Record = Callable[[Callable[[], None], Any], Callable[[], None]]
+
+
+class Recorded(Protocol):
+    """Work that was recorded."""
+
+    def replay(self) -> None:
+        """Do it again, on the memory that it was recorded with."""
+
+
+Record = Callable[[Any], AbstractContextManager[Recorded]]  # given a pool of memory, records what is done within
 
 
 def refuse_graphs(devices: set[torch.device], quantized: bool) -> None:
@@ -56,8 +65,9 @@ def _recording_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one: the library keeps a workspace for each
 
 
-def record_cuda_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Record the kernels that ``work`` launches, without running them; the result runs them on the current stream."""
+@contextmanager
+def record_cuda_graph(pool: Any) -> Iterator[Recorded]:
+    """Record the kernels that are launched within, without running them."""
     graph, stream = torch.cuda.CUDAGraph(), _recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,21 +76,21 @@ def record_cuda_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]
         torch.mm(ones, ones)
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            work()
+            yield graph
         except BaseException:
             with suppress(RuntimeError):  # which would hide what went wrong
                 graph.capture_end()
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
 
 
 @dataclass(frozen=True)
 class _Recording:
     trace: Trace  # the buffers that it reads
     weights: tuple[int, ...]  # where the layer's weights lay
-    replay: Callable[[], None]
+    attention: Recorded
+    mlp: Recorded
 
 
 class RecordedPropagation(Propagation):
@@ -114,29 +124,38 @@ class RecordedPropagation(Propagation):
         if self._operand is not None:
             self._operand.copy_(self.state)
 
-    def step(
-        self,
-        index: int,
-        trace: Trace,
-        between: Callable[[], None] = lambda: None,
-        read: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        """Move the state through layer ``index``, in place: by its recording where there is one. It stays whole."""
-        weights = _places(self.bound.layers[index])
-        recording = self._recordings.get(index)
-        if recording is not None and recording.weights == weights:
+    def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
+        """See :meth:`Propagation.attention`: by the layer's recording where there is one. The state stays whole."""
+        recording = self._recording_of(index)
+        if recording is None:
+            super().attention(index, trace)
+        else:
             recording.trace.copy_from(trace)
-            recording.replay()
+            recording.attention.replay()
+
+    def mlp(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
+        """See :meth:`Propagation.mlp`: by the layer's recording, which is made where there is none yet."""
+        recording = self._recording_of(index)
+        if recording is not None:
+            recording.mlp.replay()
             return
-        super().step(index, trace)  # compiles kernels and fills caches, which a recording cannot do
+        super().mlp(index, trace)  # compiles kernels and fills caches, which a recording cannot do
         if "reference" not in self.served["mix_values"] | self.served["share_hidden"]:
-            buffers = replace(trace, mixed=None, after=None).map(torch.clone)
-            device = trace.stream.device
-            with (
-                torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-            ):  # where the stream is that records
-                replay = self._record(lambda: self._step(index, buffers), self._pool)
-            self._recordings[index] = _Recording(buffers, weights, replay)
+            self._recordings[index] = self._recorded(index, trace)
+
+    def _recording_of(self, index: int) -> _Recording | None:
+        recording = self._recordings.get(index)
+        return recording if recording is not None and recording.weights == _places(self.bound.layers[index]) else None
+
+    def _recorded(self, index: int, trace: Trace) -> _Recording:
+        buffers = replace(trace, mixed=None, after=None).map(torch.clone)
+        device = trace.stream.device  # where the stream is that records
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with self._record(self._pool) as attention:
+                super().attention(index, buffers)
+            with self._record(self._pool) as mlp:
+                super().mlp(index, buffers)
+        return _Recording(buffers, _places(self.bound.layers[index]), attention, mlp)
 
 
 class Recordings:

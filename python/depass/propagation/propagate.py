@@ -10,7 +10,7 @@ values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def with_rows_in_runs(pattern: Tensor, run: int) -> Tensor:
 
 
 class Propagation:
-    """A decomposed state on its way through a model. Call :meth:`step` for each layer in turn.
+    """A decomposed state on its way through a model. Call :meth:`attention`, then :meth:`mlp` for each layer in turn.
 
     Several decompositions, of one prompt or of several, go side by side: each a staircase that joins when its layer comes.
 
@@ -68,6 +68,9 @@ class Propagation:
         self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
         self._source_blocks: list[_SourceBlock] = []
         self._position_blocks: list[_PositionBlock] = []
+        self._beside_mlp: tuple[_Attention, list[_SourceBlock], list[Tensor]] | None = (
+            None  # values that wait for the MLP
+        )
 
     def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
         """Let decompositions begin: ``(decomposition, which prompt)`` each, behind those that are on their way.
@@ -114,56 +117,48 @@ class Propagation:
             return None
         return torch.empty_like(self.state, dtype=self.bound.product_dtype)
 
-    def step(
-        self,
-        index: int,
-        trace: Trace,
-        between: Callable[[], None] = lambda: None,
-        read: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        """Move the state through layer ``index``, in place, if anything has joined.
+    def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
+        """Move the state through the attention of layer ``index``, in place, if anything has joined.
+
+        Where attention and MLP stand side by side (GPT-NeoX) both read the layer's input, so the values are taken here,
+        before the MLP changes it, and :meth:`mlp` mixes them.
 
         Args:
             index: from 0.
             trace: what is frozen there, on the layer's device.
-            between: called where the attention is done and the MLP is not, unless they stand side by side.
             read: of the last layer, the positions of every staircase that are read after it: the only ones that the
                 state has from then on. None: all.
         """
-        with backends.record(self.served):
-            self._step(index, trace, between, read)
-
-    def _step(
-        self,
-        index: int,
-        trace: Trace,
-        between: Callable[[], None] = lambda: None,
-        read: Sequence[Sequence[int]] | None = None,
-    ) -> None:
         layer = self.bound.layers[index]
-        if self.layout is not None:
+        if self.layout is None:
+            return
+        with backends.record(self.served):
             self._to(layer.device)  # a model may be spread over several
             attention = _Attention(self, layer, trace)
-            blocks, kept = self._blocks_of_sources(), self._kept(read)
-            if self.bound.parallel:  # both read the layer's input: take the values before the MLP changes it
-                values = [attention.values(block) for block in blocks]
-                self._narrow(kept)
-                self._mlp(layer, trace)
-                for block, value in zip(blocks, values, strict=True):
-                    attention.mix(block, value, kept, narrowed=True)
-                attention.add_bias(trace)
+            if self.bound.parallel:
+                values = [attention.values(block) for block in self._blocks_of_sources()]
+                self._beside_mlp = attention, self._blocks_of_sources(), values
                 return
-            for block in blocks:
+            kept = self._kept(read)
+            for block in self._blocks_of_sources():
                 attention.mix(block, attention.values(block), kept)
             self._narrow(kept)
             attention.add_bias(trace)
-            del attention  # and with it copies of weights
-        if self.bound.parallel:
+
+    def mlp(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
+        """Move the state through the MLP of layer ``index``, in place, if anything has joined. See :meth:`attention`."""
+        if self.layout is None:
             return
-        between()
-        if self.layout is not None:
-            self._narrow(self._kept(read))  # what has just joined
-            self._mlp(layer, trace)
+        with backends.record(self.served):
+            self._to(self.bound.layers[index].device)
+            kept = self._kept(read)
+            self._narrow(kept)  # also what joined behind the attention
+            self._mlp(self.bound.layers[index], trace)
+            if self._beside_mlp is not None:
+                (attention, blocks, values), self._beside_mlp = self._beside_mlp, None
+                for block, value in zip(blocks, values, strict=True):
+                    attention.mix(block, value, kept, narrowed=True)
+                attention.add_bias(trace)
 
     def _kept(self, read: Sequence[Sequence[int]] | None) -> _Kept | None:
         """The rows of the positions that are read, where they are not most of all."""

@@ -44,7 +44,7 @@ class Spans:
             object.__setattr__(self, "ranges", tuple(self.ranges))
 
 
-def decompose(
+def decompose_prompt(
     prompt: Prompt, sources: Any, layer: int, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None
 ) -> Decomposition:
     """Lay out the sources of a prompt's own parts.
