@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, backends, gate_share, mix_values, residual_update, share_hidden
+from depass_kernels import SourceLayout, backends, mix_values, residual_update, share_hidden
 
 from .machine import Machine, percentile
 from .registry import SHAPES
 
-OURS = ("mix_values", "share_hidden", "taylor", "residual_update", "gate_share")
+OURS = ("mix_values", "share_hidden", "taylor", "residual_update")
 PRODUCTS = ("mm", "mm_fp32", "addmm_fp32")  # the last two with out_dtype=: sums that are left, or added, in fp32
 PROJECTIONS = ("value", "output", "gate", "down")
 LIBRARY = ("copy", *(f"{product}_{projection}" for projection in PROJECTIONS for product in PRODUCTS))
@@ -101,13 +101,6 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
             options.update(rule="taylor", gate_total=total)
             read.append(total)
         return call(lambda b: share_hidden(gate, hidden, layout, backend=b, **options), out, 8 * rows * F, *read)
-    if op == "gate_share":
-        operand, weight, hidden, out = random(rows, D), random(F, D, spread=0.02), random(n, F), made(rows, F)
-        options = {"gate_scale": scale, "temperature": 1.0, "out": out}
-        return call(
-            lambda b: gate_share(operand, weight, hidden, layout, backend=b, **options), out, 2 * rows * D * F,
-            operand, weight, hidden,
-        )  # fmt: skip
     if op == "copy":
         gate, out = gates(), made(rows, F)
         return call(lambda _: out.copy_(gate), out, 0, gate)

@@ -17,7 +17,7 @@ from depass.evaluate.summary import table
 from depass.files import write_atomically
 
 from .machine import BenchmarkError
-from .ops import TORCH
+from .ops import OPS, TORCH
 from .predict import CARDS, card_of, load
 from .registry import METHODS, OURS, SHAPES, UNITS, all_cases
 from .runner import Row
@@ -64,12 +64,12 @@ def newest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each machine, case, method and backend, in the registry's order.
 
     Each with ``times_ours``: its time over that of ours beside it, of the same session, where there is one. Rows that are
-    neither of a case nor of an op, which runs on GPUs also write, are left out.
+    neither of a case nor of an op, which runs on GPUs also write, are left out, and rows of an op that is no more.
     """
     found: dict[tuple[Any, ...], Row] = {}
     ours: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        if row["what"] not in ("case", "op"):
+        if row["what"] not in ("case", "op") or (row["what"] == "op" and row["op"] not in OPS):
             continue
         names = ("machine", "case", "method", "op", "model", "dtype", "backend", "asked_backend", "sizes",
                  "memory_limit_bytes")  # fmt: skip

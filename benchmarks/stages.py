@@ -31,8 +31,8 @@ from .ops import LIBRARY, TORCH, checked, missing, prepare, row_of
 from .registry import METHODS, OURS, Case, random_model
 from .runner import Options, Row, line, run
 
-# The most wanted first. gate_share last: by count it cannot win.
-OPS = ("mix_values", "share_hidden", *LIBRARY, "residual_update", "taylor", "gate_share")
+# The most wanted first.
+OPS = ("mix_values", "share_hidden", *LIBRARY, "residual_update", "taylor")
 OP_MODELS = ("llama-2-7b", "llama-3.1-8b", "smollm2-135m")
 MODEL = "llama-2-7b"
 CASES = ("tokens/128", "tokens/10", "tokens/64", "prompts/64", "tokens/256", "heads/16", "tokens/512")

@@ -1,13 +1,31 @@
 """Tensors in, tensors out: the ops of a decomposed forward pass over staircases of sources. Knows no model."""
 
-from .backends import _warn_if_cuda_failed
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .build import warn_if_cuda_failed
 from .errors import BackendError, KernelError, LayoutError
-from .layout import SourceLayout
-from .ops import gate_share, mix_values, residual_update, share_hidden
+
+if TYPE_CHECKING:
+    from .layout import SourceLayout
+    from .ops import mix_values, residual_update, share_hidden
 
 __all__ = [
-    "BackendError", "KernelError", "LayoutError", "SourceLayout", "gate_share", "mix_values", "residual_update",
-    "share_hidden",
+    "BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "residual_update", "share_hidden",
 ]  # fmt: skip
 
-_warn_if_cuda_failed()
+# Loaded when first used: torch takes seconds, and depass_kernels.names should not.
+_HOME = {"SourceLayout": "layout", "mix_values": "ops", "residual_update": "ops", "share_hidden": "ops"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+warn_if_cuda_failed()

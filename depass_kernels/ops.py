@@ -1,7 +1,7 @@
 """The public ops: they check what they are given, choose a backend and return the result.
 
 ``P`` positions over all staircases, ``R`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
-dim, ``F`` MLP width. ``backend`` is ``"auto"`` or one of :data:`depass_kernels.backends.NAMES`; ``depass backends`` tells
+dim, ``F`` MLP width. ``backend`` is ``"auto"`` or one of :data:`depass_kernels.names.NAMES`; ``depass backends`` tells
 which of them serve on this machine.
 """
 
@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends
 from .errors import KernelError
 from .layout import SourceLayout
+from .names import RULES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -125,7 +126,10 @@ def share_hidden(
     _on_cpu(layout)
     _matrix("gate", gate, layout.rows, None)
     _matrix("hidden", hidden, layout.positions, gate.shape[1])
-    _rule(rule, temperature, backends.RULES)
+    if rule not in RULES:
+        raise KernelError(f"unknown rule {rule!r}; there are: {', '.join(RULES)}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise KernelError(f"temperature must be a positive number, got {temperature!r}")
     if (gate_total is not None) != (rule == "taylor"):
         raise KernelError(f"gate_total goes with rule='taylor' and with no other, got rule={rule!r}")
     if gate_total is not None:
@@ -184,69 +188,12 @@ def residual_update(
     return state
 
 
-def gate_share(
-    operand: Tensor,
-    weight: Tensor,
-    hidden: Tensor,
-    layout: SourceLayout,
-    *,
-    gate_scale: Tensor | None = None,
-    rule: str = "softmax",
-    temperature: float = 0.1,
-    out: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """:func:`share_hidden` of the gates ``operand · weightᵀ``, which need not be written down (DePass section 3.3).
-
-    Args:
-        operand: ``[R, D]``, the state's rows in the model's dtype.
-        weight: ``[F, D]`` in the operand's dtype, the gate projection with the norm's ``γ`` folded in.
-        hidden: ``[P, F]``, the input of the model's down projection, one row a position.
-        layout: where the rows lie.
-        gate_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the MLP.
-        rule: ``softmax``, ``max``, ``relu`` or ``linear``; see :func:`share_hidden`.
-        temperature: ``τ`` of ``softmax``, in units of the pre-activation; positive.
-        out: ``[R, F]`` to write to, of any floating dtype; made in the operand's dtype without it.
-        backend: who does it.
-
-    Returns:
-        ``[R, F]``, ``out`` where given.
-
-    Raises:
-        KernelError: shapes, dtypes, devices or options that do not fit together.
-        BackendError: the named backend cannot serve this call.
-    """
-    _on_cpu(layout)
-    _matrix("operand", operand, layout.rows, None)
-    if weight.dim() != 2 or weight.shape[1] != operand.shape[1] or weight.dtype != operand.dtype:
-        raise KernelError(f"weight must be [F, {operand.shape[1]}] in the operand's dtype, got {_says(weight)}")
-    _matrix("hidden", hidden, layout.positions, len(weight))
-    _rule(rule, temperature, tuple(reference.RULES))
-    if out is None:
-        out = operand.new_empty(layout.rows, len(weight))
-    _matrix("out", out, layout.rows, len(weight))
-    _scale("gate_scale", gate_scale, layout)
-    _same_device(operand=operand, weight=weight, hidden=hidden, gate_scale=gate_scale, out=out)
-    backends.run(
-        "gate_share", backend, operand=operand, weight=weight, hidden=hidden, layout=layout, gate_scale=gate_scale,
-        rule=rule, temperature=temperature, out=out,
-    )  # fmt: skip
-    return out
-
-
 def _on_cpu(layout: SourceLayout) -> None:
     if layout.row_start.device.type != "cpu":
         raise KernelError(
             f"layout's offsets lie on {layout.row_start.device}; give the layout itself, not what its to() made: the op "
             "moves and keeps what it needs"
         )
-
-
-def _rule(rule: str, temperature: float, rules: tuple[str, ...]) -> None:
-    if rule not in rules:
-        raise KernelError(f"unknown rule {rule!r}; there are: {', '.join(rules)}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise KernelError(f"temperature must be a positive number, got {temperature!r}")
 
 
 def _matrix(name: str, tensor: Tensor, rows: int, columns: int | None) -> None:

@@ -1,7 +1,7 @@
 """The ops as mathematics, in plain torch: the truth every other backend is held against.
 
-Any device and floating dtype. Computes in fp32, or in fp64 where an input is fp64; the matrix products of
-``residual_update`` and ``gate_share`` are the library's own, in their operands' dtype. Inputs are taken as checked; the
+Any device and floating dtype. Computes in fp32, or in fp64 where an input is fp64; the matrix product of
+``residual_update`` is the library's own, in its operands' dtype. Inputs are taken as checked; the
 public ops in :mod:`depass_kernels.ops` check them.
 """
 
@@ -100,20 +100,6 @@ def residual_update(
         state.index_copy_(0, rows, target)
     if cast is not None:
         cast.copy_(target)
-
-
-def gate_share(
-    operand: Tensor,  # [R, D]
-    weight: Tensor,  # [F, D]
-    hidden: Tensor,  # [P, F]
-    layout: SourceLayout,
-    gate_scale: Tensor | None,  # [P]
-    rule: str,
-    temperature: float,
-    out: Tensor,  # [R, F]
-) -> None:
-    """:func:`share_hidden` of the gates ``operand · weightᵀ``."""
-    share_hidden(matmul(operand, weight), hidden, layout, gate_scale, rule, temperature, None, out)
 
 
 def matmul(operand: Tensor, weight: Tensor) -> Tensor:

@@ -90,16 +90,10 @@ def _share_tile(
     inside = (m < count)[:, None] & (f < columns)[None, :]
     part = ((m < count) & (m != skip))[:, None]
     x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
-    shared = share(x, part, m, h, per_temperature, RULE)
-    tl.store(out + m.to(tl.int64)[:, None] * out_stride + f[None, :], shared.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def share(x, part, m, h, per_temperature, RULE: tl.constexpr):
-    """What each source gets of ``h`` ``[F]``, from the gates ``x`` ``[M, F]`` of those in ``part`` ``[M, 1]``."""
     high, low, total, broken = _measure(x, part, m, per_temperature, RULE)
     weight = _weight(x, m, high, low, total, per_temperature, RULE)
-    return tl.where(part, weight * _per_weight(h, total, broken, RULE)[None, :], 0)
+    shared = tl.where(part, weight * _per_weight(h, total, broken, RULE)[None, :], 0)
+    tl.store(out + m.to(tl.int64)[:, None] * out_stride + f[None, :], shared.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ if torch.cuda.is_available():
 
 from ahead_of_time import SHARED_LIMIT, compile_for
 
-from depass_kernels.triton import gate_share, mix_values, residual_update, share_hidden, taylor
+from depass_kernels.triton import mix_values, residual_update, share_hidden, taylor
 
 RULES = ("softmax", "max", "relu", "linear")
 LAYOUTS = {
@@ -78,15 +78,6 @@ def update(scattered: bool, dtype: torch.dtype) -> Any:
     )
 
 
-def gates(name: str, rule: str, dtype: torch.dtype) -> Any:
-    layout, width, neurons = LAYOUTS[name], 2048, 5632
-    return gate_share.launch(
-        empty(layout.rows, width, dtype=dtype), empty(neurons, width, dtype=dtype),
-        empty(layout.positions, neurons, dtype=dtype), layout, empty(layout.positions), rule, 0.1,
-        empty(layout.rows, neurons, dtype=dtype),
-    )  # fmt: skip
-
-
 def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (HALF, FULL):
         short = str(dtype).removeprefix("torch.")
@@ -102,9 +93,6 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 f"residual_update {'some rows' if scattered else 'all rows'} {short}",
                 partial(update, scattered, dtype),
             )
-        for name in ("9 sources", "33 sources", "tokens 96", "tokens 256"):
-            for rule in ("softmax", "linear") if dtype == HALF else ("softmax",):
-                yield f"gate_share {rule} {name} {short}", partial(gates, name, rule, dtype)
     for head_dim in (64, 128, 256):  # fp16 scales the values instead of the pattern
         yield f"mix_values {head_dim} tokens 96 float16", partial(mix, "tokens 96", head_dim, torch.float16)
 
@@ -128,7 +116,7 @@ def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: 
     usage = compile_for(LAUNCHES[name](), capability, tmp_path)
     assert usage.shared <= SHARED_LIMIT[capability]
     assert usage.stack == 0
-    if name.startswith(("mix_values", "residual_update", "gate_share")):  # fp32 too, as three tf32 products
+    if name.startswith(("mix_values", "residual_update")):  # fp32 too, as three tf32 products
         assert usage.count("HMMA") + usage.count("HGMMA") > 0
     if name.startswith("share_hidden"):
         assert "LDG.E.128" in usage.sass or "LDG.E.EF.128" in usage.sass  # 16 bytes an access

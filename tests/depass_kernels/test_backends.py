@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from inspect import isfunction
 from typing import Any
 
 import pytest
 import torch
 
-from depass_kernels import BackendError, KernelError, SourceLayout, backends, mix_values, share_hidden
+import depass_kernels
+from depass_kernels import BackendError, KernelError, SourceLayout, backends, mix_values, names, reference, share_hidden
 
 SHARE: dict[str, Any] = {
     "gate": torch.zeros(3, 4), "hidden": torch.zeros(2, 4), "layout": SourceLayout.tokens(2), "gate_scale": None,
@@ -36,7 +39,6 @@ def test_auto_takes_the_compiled_kernel_where_it_can_serve(op: str) -> None:
     assert backends.choose(op, "auto", CALLS[op]).name == expected
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any strides")
 def test_auto_takes_the_reference_where_the_kernel_cannot_serve() -> None:
     transposed = {**SHARE, "gate": torch.zeros(4, 3).T}
     assert backends.choose("share_hidden", "auto", transposed).name == "reference"
@@ -55,7 +57,9 @@ def test_the_environment_names_a_default_for_the_ops_that_it_has(monkeypatch: py
 
 
 def test_a_missing_library_is_a_reason_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "csrc_missing", lambda: "csrc was not built")
+    cpu, *others = backends.BACKENDS
+    not_built = replace(cpu, missing=lambda: "csrc was not built")
+    monkeypatch.setattr(backends, "BACKENDS", (not_built, *others))
     assert backends.choose("share_hidden", "auto", SHARE).name == ("triton" if INTERPRETED else "reference")
     with pytest.raises(BackendError, match="cannot serve this share_hidden: csrc was not built"):
         share_hidden(SHARE["gate"], SHARE["hidden"], SHARE["layout"], backend="cpu")
@@ -76,6 +80,17 @@ def test_the_table_names_every_op_and_backend() -> None:
     assert {name for _, name, _ in rows} == {"cpu", "triton", "cuda", "reference"}
     assert ("mix_values", "reference", None) in rows
     assert ("residual_update", "cuda", "it has no residual_update") in rows
+
+
+def test_the_reference_has_every_public_op() -> None:
+    public = {name for name in depass_kernels.__all__ if isfunction(getattr(depass_kernels, name))}
+    assert set(backends.OPS) == public
+    assert all(set(backend.ops) <= public for backend in backends.BACKENDS)
+
+
+def test_the_declared_names_are_those_of_the_backends_and_of_the_rules() -> None:
+    assert tuple(backend.name for backend in backends.BACKENDS) == names.NAMES[1:]
+    assert (*reference.RULES, "taylor") == names.RULES
 
 
 def test_a_record_tells_who_served() -> None:
@@ -119,5 +134,18 @@ def test_a_layout_moved_by_the_caller_is_refused() -> None:
 
 
 def test_the_kernels_know_no_model() -> None:
-    code = "import sys, depass_kernels; sys.exit('transformers' in sys.modules or 'depass' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert loaded("from depass_kernels import backends, ops", "transformers", "depass") == []
+
+
+def test_the_names_are_declared_without_torch() -> None:
+    assert loaded("from depass_kernels import names", "torch", "triton") == []
+
+
+def test_triton_is_loaded_only_where_a_call_may_need_it() -> None:
+    assert loaded("from depass_kernels import backends, ops", "triton") == []
+
+
+def loaded(code: str, *packages: str) -> list[str]:
+    """Which of these packages a fresh process has loaded after ``code``."""
+    code += f"; import sys; print(*(name for name in {packages} if name in sys.modules))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -25,12 +25,13 @@ from cuda_emulation.library import Emulated
 from layouts import LAYOUTS, poisoned, scale, sliced
 from torch import Tensor
 
+import depass_kernels
 from depass_kernels import SourceLayout, backends, reference
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHECKOUT = Path(__file__).parents[2]
-LIBRARY = Path(backends.__file__).with_name("_csrc.so")
+LIBRARY = Path(depass_kernels.__file__).with_name("_csrc.so")
 EPS32 = torch.finfo(torch.float32).eps
 
 

@@ -1,0 +1,39 @@
+"""csrc's C++ kernels: tensors on the CPU, of any floating dtype."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import csrc
+from .common import Backend, Op, columns_apart
+
+
+def _not_on_cpu(tensor: Tensor) -> str | None:
+    return None if tensor.device.type == "cpu" else f"its tensors lie on {tensor.device}"
+
+
+def _refuses_mix(
+    pattern: Tensor, values: Tensor, key_scale: Tensor | None, query_scale: Tensor | None, out: Tensor, **_: object
+) -> str | None:
+    return (
+        _not_on_cpu(values)
+        or columns_apart(pattern=pattern, values=values, out=out)
+        or csrc.not_fp32(key_scale=key_scale, query_scale=query_scale)
+    )
+
+
+def _refuses_share(
+    gate: Tensor, hidden: Tensor, gate_scale: Tensor | None, gate_total: Tensor | None, out: Tensor, **_: object
+) -> str | None:
+    return (
+        _not_on_cpu(gate)
+        or columns_apart(gate=gate, hidden=hidden, gate_total=gate_total, out=out)
+        or csrc.not_fp32(gate_scale=gate_scale)
+    )
+
+
+CPU = Backend(
+    "cpu",
+    csrc.csrc_missing,
+    {"mix_values": Op(csrc.mix_values, _refuses_mix), "share_hidden": Op(csrc.share_hidden, _refuses_share)},
+)

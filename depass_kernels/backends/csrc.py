@@ -1,0 +1,66 @@
+"""The compiled library. torch runs its C++ or its CUDA kernel of an op, by where the tensors lie."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..layout import SourceLayout
+from ..names import RULES
+
+LIBRARY = Path(__file__).parents[1] / "_csrc.so"
+
+
+@cache
+def csrc_missing() -> str | None:
+    """None where the compiled library is loaded, else why it is not."""
+    if not LIBRARY.exists():
+        return (
+            "csrc was not built; reinstall with a C++ compiler and torch present (DEPASS_BUILD_CPU=1 shows what fails)"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"csrc does not load: {error}"
+    for op in ("mix_values", "share_hidden"):  # they write to `out` and return nothing
+        torch.library.register_fake(f"depass_kernels::{op}", lambda *_: None)
+    return None
+
+
+def not_fp32(**scales: Tensor | None) -> str | None:
+    """Which of these scales is not a contiguous fp32 vector, or None."""
+    for name, scale in scales.items():
+        if scale is not None and scale.dtype != torch.float32:
+            return f"{name} must be fp32, it is {str(scale.dtype).removeprefix('torch.')}"
+        if scale is not None and not scale.is_contiguous():
+            return f"{name} must be contiguous, its stride is {scale.stride(0)}"
+    return None
+
+
+def mix_values(
+    pattern: Tensor, values: Tensor, layout: SourceLayout, kv_heads: int, key_scale: Tensor | None,
+    query_scale: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """:func:`depass_kernels.mix_values` of checked arguments."""
+    queries = 64 if values.is_cuda else layout.longest  # csrc/mix_values.h
+    tiles = layout.mix_tiles(queries, 1, values.device)
+    offsets = layout.to(values.device)
+    torch.ops.depass_kernels.mix_values(
+        pattern, values, offsets.row_start, offsets.position_start, offsets.prompt, tiles, key_scale, query_scale,
+        kv_heads, out,
+    )  # fmt: skip
+
+
+def share_hidden(
+    gate: Tensor, hidden: Tensor, layout: SourceLayout, gate_scale: Tensor | None, rule: str, temperature: float,
+    gate_total: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """:func:`depass_kernels.share_hidden` of checked arguments."""
+    offsets = layout.to(gate.device)
+    torch.ops.depass_kernels.share_hidden(
+        gate, hidden, offsets.row_start, offsets.skipped, gate_scale, layout.most, RULES.index(rule), temperature,
+        gate_total, out,
+    )  # fmt: skip

@@ -1,0 +1,21 @@
+"""Plain torch: every op, on any device. What stands here is the list of the ops (:data:`depass_kernels.backends.OPS`)."""
+
+from __future__ import annotations
+
+from .. import reference
+from .common import Backend, Op
+
+
+def _never(**_: object) -> None:
+    """Serves every call."""
+
+
+REFERENCE = Backend(
+    "reference",
+    lambda: None,
+    {
+        "mix_values": Op(reference.mix_values, _never),
+        "share_hidden": Op(reference.share_hidden, _never),
+        "residual_update": Op(reference.residual_update, _never),
+    },
+)

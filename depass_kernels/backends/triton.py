@@ -1,0 +1,78 @@
+"""The Triton kernels: tensors on a GPU, summed in fp32; in Triton's interpreter tensors on the CPU too, to test them.
+
+Only what runs or asks whether it can run imports ``depass_kernels.triton``, and with it triton.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import Backend, Op, columns_apart, head_too_large, not_for_gpu
+
+
+@cache
+def _missing() -> str | None:
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly, to test it)"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import_module("depass_kernels.triton.launch")
+    except Exception as error:  # another version of triton may lack anything
+        return f"triton does not load: {type(error).__name__}: {error}"
+    return None if torch.version.hip is None else "its launch options are those of NVIDIA GPUs"
+
+
+def _cannot_take(*tensors: Tensor | None) -> str | None:
+    return None if import_module("depass_kernels.triton.launch").INTERPRETED else not_for_gpu(*tensors)
+
+
+def _refuses_mix(pattern: Tensor, values: Tensor, kv_heads: int, out: Tensor, **_: object) -> str | None:
+    return (
+        head_too_large(values, kv_heads, 256)
+        or _cannot_take(pattern, values, out)
+        or columns_apart(pattern=pattern, values=values, out=out)
+    )
+
+
+def _refuses_share(gate: Tensor, hidden: Tensor, gate_total: Tensor | None, out: Tensor, **_: object) -> str | None:
+    return _cannot_take(gate, hidden, gate_total, out) or columns_apart(
+        gate=gate, hidden=hidden, gate_total=gate_total, out=out
+    )
+
+
+def _refuses_update(state: Tensor, operand: Tensor, weight: Tensor, cast: Tensor | None, **_: object) -> str | None:
+    if state.dtype != torch.float32:
+        return f"its state is fp32, this one is {state.dtype}"
+    return _cannot_take(state, operand, weight, cast) or columns_apart(
+        state=state, operand=operand, weight=weight, cast=cast
+    )
+
+
+def _launch(kernel: str, **arguments: Any) -> None:
+    import_module(f"depass_kernels.triton.{kernel}").launch(**arguments).run()
+
+
+def _share_hidden(rule: str, temperature: float, gate_total: Tensor | None, **arguments: Any) -> None:
+    if rule == "taylor":
+        _launch("taylor", gate_total=gate_total, **arguments)
+    else:
+        _launch("share_hidden", rule=rule, temperature=temperature, **arguments)
+
+
+TRITON = Backend(
+    "triton",
+    _missing,
+    {
+        "mix_values": Op(partial(_launch, "mix_values"), _refuses_mix),
+        "share_hidden": Op(_share_hidden, _refuses_share),
+        "residual_update": Op(partial(_launch, "residual_update"), _refuses_update, on_request=True),
+    },
+)
