@@ -33,9 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 from depass.files import append_row  # noqa: E402  # loads no torch: this process needs none, and holds no GPU
 
-KERNEL_TESTS = [
-    f"tests/depass_kernels/test_{op}.py" for op in ("mix_values", "share_hidden", "residual_update", "gate_share")
-]
+KERNEL_TESTS = [f"tests/depass_kernels/test_{op}.py" for op in ("mix_values", "share_hidden", "residual_update")]
 MODEL_TESTS = [
     f"tests/depass/test_{what}.py" for what in ("served", "oracle", "conservation", "graphs", "batches", "streaming")
 ]

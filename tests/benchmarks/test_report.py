@@ -122,6 +122,11 @@ def test_ops(tmp_path: Path) -> None:
     assert "| mix_values | llama-2-7b, bfloat16, N=256 | triton | 1 ms | 1.0 GB | 100% |" in made(tmp_path, "ops", [OP])
 
 
+def test_rows_of_an_op_that_is_no_more_are_left_out(tmp_path: Path) -> None:
+    assert made(tmp_path, "ops", [{**OP, "op": "gone"}]).strip() == NOTHING
+    assert "gone" not in made(tmp_path, "ops", [OP, {**OP, "op": "gone"}])
+
+
 def test_the_librarys_own_products_are_in_the_table_and_not_in_the_roofline(tmp_path: Path) -> None:
     library = [{**OP, "op": op, "backend": TORCH, "operations": 0 if op == "copy" else 10**12} for op in LIBRARY]
     table = made(tmp_path, "ops", [*library, *({**OP, "op": op} for op in OURS_OPS)])
