@@ -184,6 +184,19 @@ def _private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def long_functions(trees: dict[str, ast.Module], most: int = 50) -> list[tuple[int, str]]:
+    """Functions whose body without its docstring has more lines, the longest first."""
+    found = []
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                if lines > most:
+                    found.append((lines, f"{module}.{node.name}"))
+    return sorted(found, reverse=True)
+
+
 TREES = modules()
 IMPORTS = [one for name, tree in TREES.items() for one in imports(name, tree, set(TREES))]
 
@@ -209,6 +222,10 @@ def test_private_names_stay_in_their_room() -> None:
     assert private_names(TREES, IMPORTS) == []
 
 
+def test_no_function_is_too_long_to_read() -> None:
+    assert long_functions(TREES) == []
+
+
 @pytest.mark.parametrize(
     ("module", "line", "check"),
     [
@@ -225,6 +242,7 @@ def test_private_names_stay_in_their_room() -> None:
         ("depass.engine.plan", "from ..models import weights\nweights._parts", "private_names"),
         ("depass.evaluate.run", "def f(dp):\n    return dp._engine", "private_names"),
         ("depass.engine.plan", "from depass_kernels.ops import _says", "private_names"),
+        ("depass.engine.plan", "def f():\n" + "    pass\n" * 51, "long_functions"),
     ],
 )
 def test_each_rule_finds_what_breaks_it(module: str, line: str, check: str) -> None:
@@ -237,5 +255,13 @@ def test_each_rule_finds_what_breaks_it(module: str, line: str, check: str) -> N
         "argparse_below": lambda: argparse_below(found),
         "depass_in_the_kernels": lambda: depass_in_the_kernels(trees, found),
         "private_names": lambda: private_names(trees, found),
+        "long_functions": lambda: long_functions(trees),
     }
     assert broken[check]()
+
+
+if __name__ == "__main__":
+    rooms = sorted({room(name) for name in TREES if name.startswith("depass.")})
+    print(f"{len(rooms)} rooms: {', '.join(rooms)}")
+    print(f"{len(circles(IMPORTS, set(TREES)))} circles, {len(run_up(IMPORTS))} imports that run up")
+    print("longest functions:", *long_functions(TREES, 0)[:5])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from depass_kernels.backends import NAMES, RULES
+from depass_kernels.names import NAMES, RULES
 
 from ..checks import integer
 from ..errors import OptionError

@@ -139,7 +139,10 @@ def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: Bound
     if isinstance(target, Contrast):
         ids = tuple(token_id(token, tokenizer, bound) for token in (target.token, target.other))
         return Asked("contrast", position, ids)
-    width = bound.width
+    return _check_direction(target, position, layers, bound.width)
+
+
+def _check_direction(target: Direction, position: int, layers: range, width: int) -> Asked:
     try:
         w = torch.as_tensor(target.w)
     except (TypeError, ValueError, RuntimeError):

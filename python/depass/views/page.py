@@ -110,28 +110,7 @@ def sweep_view(sweep: Grid) -> View:
     """A map of layers and components, or for more than a map can show their sums by layer, and the largest."""
     kind, rows = sweep.kind, range(len(sweep.targets))
     whole = len(sweep.columns) <= GRID
-    if whole:
-        columns = list(zip(headings(sweep), sweep.scores.unbind(2), strict=True))
-        names = [[sweep.source(row, c).label for c in range(len(columns))] for row in range(len(sweep.layers))]
-    else:
-        signs = (("raise", sweep.scores.clamp(min=0)), ("lower", sweep.scores.clamp(max=0)))
-        columns = [(does, scores.sum(2)) for does, scores in signs]
-        names = [[f"L{layer} {kind} that {does}" for does, _ in columns] for layer in sweep.layers]
-    apart = beside(sweep)
-    names = [
-        [*line, *(f"L{layer} {what}" for what, _ in apart)] for layer, line in zip(sweep.layers, names, strict=True)
-    ]
-    width = len(columns) + len(apart)
-    cells = torch.stack([scores for _, scores in [*columns, *apart]], 2)  # [targets, layers, width]
-    largest = cells[:, :, : len(columns)].abs().amax((1, 2)).tolist()
-    scores, labels = cells.flatten(1), [label for line in names for label in line]
-    ranked = [cell for cell in range(len(labels)) if cell % width < len(columns)]
-    if not whole:  # the largest neurons stand behind the cells and are listed alone
-        order = sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)
-        best = sorted(set(order[:, :_LISTED_COMPONENTS].flatten().tolist()))
-        ranked = list(range(len(labels), len(labels) + len(best)))
-        scores = torch.cat([scores, sweep.scores.flatten(1)[:, best]], 1)
-        labels += [sweep.source(*divmod(cell, len(sweep.columns))).label for cell in best]
+    cells = _Cells(sweep, whole)
     sums = (
         "A row with what stands beside it adds up to the target's logit: every layer is a decomposition of its own, and "
         "layers are compared, not added up."
@@ -142,24 +121,61 @@ def sweep_view(sweep: Grid) -> View:
         "facts": " · ".join([*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {kind}"]),
         **_words(sweep.settings, sums),
         "targets": [_target(sweep, row, _after(sweep, row)) for row in rows],
-        "scores": _rounded(scores),
-        "largest": [size or 1.0 for size in largest],
-        "names": labels,
-        "places": [""] * len(labels),
-        "ranked": ranked,
+        "scores": _rounded(cells.scores),
+        "largest": cells.largest,
+        "names": cells.names,
+        "places": [""] * len(cells.names),
+        "ranked": cells.ranked,
         "listed": _LISTED if whole else _LISTED_COMPONENTS,
         "prompt": [[_seen("".join(sweep.prompt.tokens)), None]],
         "chips": [],
         "map": {
-            "columns": [
-                {"name": heading, "beside": index >= len(columns)}
-                for index, (heading, _) in enumerate([*columns, *apart])
-            ],
+            "columns": [{"name": heading, "beside": beside} for heading, beside in cells.headings],
             "layers": list(sweep.layers),
             "across": kind.removesuffix("s") if whole else f"sum of the {kind} that",
-            "numbered": len(columns) <= NUMBERED,
+            "numbered": cells.numbered,
         },
     }
+
+
+class _Cells:
+    """The cells of a sweep's map, row by row, and behind them the largest components where the map has sums alone.
+
+    Attributes:
+        scores: ``[targets, cells]``.
+        names: of each cell.
+        largest: of each target, the score in full colour.
+        ranked: the cells that are listed by size.
+        headings: of each column, and whether it stands beside the components.
+    """
+
+    def __init__(self, sweep: Grid, whole: bool) -> None:
+        if whole:
+            columns = list(zip(headings(sweep), sweep.scores.unbind(2), strict=True))
+            names = [[sweep.source(row, c).label for c in range(len(columns))] for row in range(len(sweep.layers))]
+        else:
+            signs = (("raise", sweep.scores.clamp(min=0)), ("lower", sweep.scores.clamp(max=0)))
+            columns = [(does, scores.sum(2)) for does, scores in signs]
+            names = [[f"L{layer} {sweep.kind} that {does}" for does, _ in columns] for layer in sweep.layers]
+        apart = beside(sweep)
+        width = len(columns) + len(apart)
+        cells = torch.stack([scores for _, scores in [*columns, *apart]], 2)  # [targets, layers, width]
+        self.numbered = len(columns) <= NUMBERED
+        self.headings = [(heading, c >= len(columns)) for c, (heading, _) in enumerate([*columns, *apart])]
+        self.largest = [size or 1.0 for size in cells[:, :, : len(columns)].abs().amax((1, 2)).tolist()]
+        self.scores = cells.flatten(1)
+        self.names = [
+            name
+            for layer, line in zip(sweep.layers, names, strict=True)
+            for name in (*line, *(f"L{layer} {what}" for what, _ in apart))
+        ]
+        self.ranked = [cell for cell in range(len(self.names)) if cell % width < len(columns)]
+        if not whole:  # the largest neurons stand behind the cells and are listed alone
+            order = sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)
+            best = sorted(set(order[:, :_LISTED_COMPONENTS].flatten().tolist()))
+            self.ranked = list(range(len(self.names), len(self.names) + len(best)))
+            self.scores = torch.cat([self.scores, sweep.scores.flatten(1)[:, best]], 1)
+            self.names += [sweep.source(*divmod(cell, len(sweep.columns))).label for cell in best]
 
 
 def _facts(settings: Settings) -> list[str]:
