@@ -401,7 +401,7 @@ def count_rows(case: Case, config: Any) -> Rows:
 
 
 def floor_shapes(config: Any) -> list[tuple[int, int]]:
-    """``[outputs, inputs]`` of the value, output, gate and down projection (design, the floor)."""
+    """``[outputs, inputs]`` of the value, output, gate and down projection: the GEMMs of the floor."""
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     return [(config.num_key_value_heads * d, D), (D, config.num_attention_heads * d), (F, D), (D, F)]
 

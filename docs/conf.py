@@ -19,9 +19,7 @@ nb_execution_in_temp = True
 nb_output_stderr = "remove"
 
 add_module_names = False
-autodoc_default_options = {
-    "members": True, "inherited-members": "tuple,dict,Exception,RuntimeError,Warning", "member-order": "bysource",
-}  # fmt: skip
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_mock_imports = ["captum", "inseq", "interpreto"]  # adapters import their tools
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,13 @@ IMPORTS = [one for name, tree in TREES.items() for one in imports(name, tree, se
 
 def test_no_import_runs_up() -> None:
     assert run_up(IMPORTS) == []
+
+
+def test_the_file_map_has_every_room_on_its_level() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "docs" / "project.md").read_text(encoding="utf-8"), re.M)
+    said = {name: int(level) for level, rooms in rows for name in re.findall(r"`(\w+)", rooms)}
+    there = {room(module) for module in TREES if module.startswith("depass.")} - {"__main__"}
+    assert said == {name: floor(name) + 1 for name in there}
 
 
 def test_there_is_no_circle() -> None:

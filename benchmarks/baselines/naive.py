@@ -1,5 +1,5 @@
-"""The naive decomposition, op for op what the published code does (design: the naive baseline), as a rival
-to be measured against: our own code, no short cut and no sabotage.
+"""The naive decomposition, op for op what the published code does, as a rival to be measured against: our own code, no
+short cut and no sabotage.
 """
 
 from __future__ import annotations

@@ -10,77 +10,77 @@ res.show()
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+# The exports stand twice: type checkers read imports and run nothing, and a run must not import before a name is used.
 if TYPE_CHECKING:
-    from .api import DePass
-    from .engine.plan import Plan
-    from .errors import (
-        ConservationError,
-        ConservationWarning,
-        DataError,
-        DePassError,
-        MemoryLimitError,
-        MemoryLimitWarning,
-        ModelError,
-        NonFiniteError,
-        OptionError,
-        OutputError,
-        PromptError,
-        PublishedDifferenceWarning,
-        SourceError,
-        TargetError,
-        WorkerError,
-    )
-    from .inputs.prompt import Prompt
-    from .inputs.settings import Settings
-    from .inputs.targets import Contrast, Direction, Target, Token, TopK
-    from .models.families import FAMILIES, Family
-    from .results.attribution import Attribution
-    from .results.generation import Generation
-    from .results.states import States
-    from .results.sweep import Sweep
-    from .sources.components import Heads, Modules, Neurons
-    from .sources.source import Source
-    from .sources.spans import Spans
-    from .sources.subspaces import Custom, Subspace
+    from .api import DePass as DePass
+    from .engine.plan import Plan as Plan
+    from .errors import ConservationError as ConservationError
+    from .errors import ConservationWarning as ConservationWarning
+    from .errors import DataError as DataError
+    from .errors import DePassError as DePassError
+    from .errors import MemoryLimitError as MemoryLimitError
+    from .errors import MemoryLimitWarning as MemoryLimitWarning
+    from .errors import ModelError as ModelError
+    from .errors import NonFiniteError as NonFiniteError
+    from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
+    from .errors import PromptError as PromptError
+    from .errors import PublishedDifferenceWarning as PublishedDifferenceWarning
+    from .errors import SourceError as SourceError
+    from .errors import TargetError as TargetError
+    from .errors import WorkerError as WorkerError
+    from .inputs.prompt import Prompt as Prompt
+    from .inputs.settings import Settings as Settings
+    from .inputs.targets import Contrast as Contrast
+    from .inputs.targets import Direction as Direction
+    from .inputs.targets import Target as Target
+    from .inputs.targets import Token as Token
+    from .inputs.targets import TopK as TopK
+    from .models.families import FAMILIES as FAMILIES
+    from .models.families import Family as Family
+    from .results.attribution import Attribution as Attribution
+    from .results.generation import Generation as Generation
+    from .results.states import States as States
+    from .results.sweep import Sweep as Sweep
+    from .sources.components import Heads as Heads
+    from .sources.components import Modules as Modules
+    from .sources.components import Neurons as Neurons
+    from .sources.source import Source as Source
+    from .sources.spans import Spans as Spans
+    from .sources.subspaces import Custom as Custom
+    from .sources.subspaces import Subspace as Subspace
 
 # Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
 _MODULES = {
     "api": ("DePass",),
-    "results.states": ("States",),
-    "sources.components": ("Heads", "Modules", "Neurons"),
-    "sources.subspaces": ("Custom", "Subspace"),
+    "engine.plan": ("Plan",),
     "errors": (
         "ConservationError", "ConservationWarning", "DataError", "DePassError", "MemoryLimitError",
         "MemoryLimitWarning", "ModelError", "NonFiniteError", "OptionError", "OutputError", "PromptError",
         "PublishedDifferenceWarning", "SourceError", "TargetError", "WorkerError",
     ),
-    "models.families": ("FAMILIES", "Family"),
-    "results.generation": ("Generation",),
-    "engine.plan": ("Plan",),
     "inputs.prompt": ("Prompt",),
-    "results.attribution": ("Attribution",),
     "inputs.settings": ("Settings",),
+    "inputs.targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
+    "models.families": ("FAMILIES", "Family"),
+    "results.attribution": ("Attribution",),
+    "results.generation": ("Generation",),
+    "results.states": ("States",),
+    "results.sweep": ("Sweep",),
+    "sources.components": ("Heads", "Modules", "Neurons"),
     "sources.source": ("Source",),
     "sources.spans": ("Spans",),
-    "results.sweep": ("Sweep",),
-    "inputs.targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
+    "sources.subspaces": ("Custom", "Subspace"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = list(_HOME)
 
-__all__ = [
-    "FAMILIES", "Attribution", "ConservationError", "ConservationWarning", "Contrast", "Custom", "DataError",
-    "DePass", "DePassError", "Direction", "Family", "Generation", "Heads", "MemoryLimitError", "MemoryLimitWarning",
-    "ModelError", "Modules",
-    "Neurons", "NonFiniteError", "OptionError", "OutputError", "Plan", "Prompt", "PromptError",
-    "PublishedDifferenceWarning", "Settings", "Source", "SourceError", "Spans", "States", "Subspace", "Sweep",
-    "Target", "TargetError", "Token", "TopK", "WorkerError",
-]  # fmt: skip
+if not TYPE_CHECKING:  # type checkers would take any name for an export
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

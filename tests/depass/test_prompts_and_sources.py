@@ -384,6 +384,12 @@ def with_a_norm_without_weight() -> Any:
     return model
 
 
+def with_a_layer_without_gate() -> Any:
+    model = models.make("llama")
+    del model.model.layers[1].mlp.gate_proj
+    return model
+
+
 def looking_ahead() -> Any:
     model = models.make("gemma3")
     model.config.use_bidirectional_attention = True
@@ -396,6 +402,7 @@ def looking_ahead() -> Any:
         (with_adapter, "the output projection of layer 1 .* has an adapter .*; merge it first: model.merge_and_unload"),
         (with_a_layer_twice, "one module for several layers"),
         (with_a_norm_without_weight, r"a norm of GPT2LMHeadModel \(LayerNorm\) has no weight"),
+        (with_a_layer_without_gate, r"lacks what its family was looked up by: model.layers.1.mlp.gate_proj$"),
         (looking_ahead, "looks ahead"),
     ],
 )

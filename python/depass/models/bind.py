@@ -1,9 +1,8 @@
-"""Resolves a family's module paths on one model, and refuses what cannot be decomposed."""
+"""Refuses models that cannot be decomposed, and resolves a family's module paths on those that can."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +12,11 @@ from . import weights
 from .bound import BoundModel, Layer, Norm, Projection
 from .families import _CHOICES, FAMILIES, LLAMA, Family
 
+_LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
+
 
 def bind(model: Any, family: Family | None = None, empty: bool = False) -> BoundModel:
-    """Resolve a family's paths on ``model``.
+    """Check that ``model`` can be decomposed, then resolve its family's paths on it.
 
     Args:
         model: a causal language model of HuggingFace transformers.
@@ -25,75 +26,64 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
     Raises:
         ModelError: no decoder-only language model, an unknown family, or a path that the model does not have.
     """
+    return resolve(model, check(model, family, empty))
+
+
+def check(model: Any, family: Family | None = None, empty: bool = False) -> Family:
+    """Refuse what cannot be decomposed; the family that describes the model. Arguments and errors as of :func:`bind`."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"expected a HuggingFace causal language model, got {type(model).__name__}")
-    config, name = model.config, type(model).__name__
-    kind, head = config.model_type, model.get_output_embeddings()
+    config, name, head = model.config, type(model).__name__, model.get_output_embeddings()
     _refuse_other_kinds(config, name)
     if head is None:
         raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
-    family = FAMILIES.get(kind) if family is None else family
-    if family is None:
-        looked = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
-        raise ModelError(
-            f"unknown model family {kind!r} ({name}); known: {', '.join(FAMILIES)}. Of the Llama family's paths it has (+) "
-            f"and lacks (-): {looked}. Describe it with depass.Family and pass family=..."
-        )
-    if not isinstance(family, Family):
-        raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
-    for field_name, choices in _CHOICES.items():
-        if getattr(family, field_name) not in choices:
-            raise ModelError(f"Family({field_name}={getattr(family, field_name)!r}): there are {', '.join(choices)}")
-    missing = [path for path in _example_paths(family) if not _has(model, path)]
-    if missing:
-        raise ModelError(f"{name} ({kind}) lacks what its family was looked up by: {', '.join(missing)}")
-    if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
-        raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
+    family = _known_family(model) if family is None else family
+    _refuse_declaration(family)
+    _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
-        if getattr(text, factor, None) not in (None, 1, 1.0):
-            raise ModelError(f"{name} scales by {factor}={getattr(text, factor)}, which no family here describes")
-    if family.parallel is not None and not hasattr(text, family.parallel):
-        raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
-    if getattr(text, "add_cross_attention", False):
-        raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
-    if getattr(text, "use_bidirectional_attention", False):
-        raise ModelError(f"{name} looks ahead (use_bidirectional_attention); DePass needs causal attention")
-    heads: int = text.num_attention_heads
-    backbone: Any = model.get_submodule(family.backbone)
-    blocks = list(backbone.get_submodule(family.layers))
+    _refuse_config(config, family, name)
+    blocks = _blocks(model, family)
     if len(set(map(id, blocks))) < len(blocks):
         raise ModelError(f"{name} uses one module for several layers; DePass needs a module for each")
     if not empty:
         _refuse_unreadable(blocks, head, family, config, name)
-    layers = tuple(_bind_layer(layer, family, heads) for layer in blocks)
+    _refuse_norms(model, family)
+    return family
+
+
+def resolve(model: Any, family: Family) -> BoundModel:
+    """The modules at a family's paths, on a model that :func:`check` has passed."""
+    config, head = model.config, model.get_output_embeddings()
+    text = _text_config(config)
+    backbone: Any = model.get_submodule(family.backbone)
+    layers = tuple(_bind_layer(layer, family, text.num_attention_heads) for layer in _blocks(model, family))
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
-    norms = [getattr(layer, f.name) for layer in layers for f in fields(layer) if f.name.endswith("_norm")]
-    for module in [norm.module for norm in (*norms, final_norm) if norm is not None]:
-        if getattr(module, "weight", None) is None or not (
-            hasattr(module, "eps") or hasattr(module, "variance_epsilon")
-        ):
-            raise ModelError(
-                f"a norm of {name} ({type(module).__name__}) has no weight or no eps; no family describes that"
-            )
     biased = any(layer.has_bias() for layer in layers)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return BoundModel(
         model=model,
-        name=getattr(config, "name_or_path", "") or name,
+        name=getattr(config, "name_or_path", "") or type(model).__name__,
         backbone=backbone,
         layers=layers,
         final_norm=final_norm,
-        heads=heads,
+        heads=text.num_attention_heads,
         parallel=bool(family.parallel and getattr(text, family.parallel)),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         max_positions=getattr(text, "max_position_embeddings", None),
         configs=tuple(configs.values()),
     )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _blocks(model: Any, family: Family) -> list[Any]:
+    """The layers' modules, from the first to the last."""
+    return list(model.get_submodule(f"{family.backbone}.{family.layers}"))
 
 
 def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
@@ -117,6 +107,69 @@ def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
         attention_post_norm=norm(family.attention_post_norm),
         mlp_post_norm=norm(family.mlp_post_norm),
     )
+
+
+def _known_family(model: Any) -> Family:
+    """The family of the config's ``model_type``; a ModelError where there is none."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        looked = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
+        raise ModelError(
+            f"unknown model family {kind!r} ({type(model).__name__}); known: {', '.join(FAMILIES)}. Of the Llama family's "
+            f"paths it has (+) and lacks (-): {looked}. Describe it with depass.Family and pass family=..."
+        )
+    return FAMILIES[kind]
+
+
+def _refuse_declaration(family: Any) -> None:
+    """Raise a ModelError where a declaration is none, or holds a value that there is not."""
+    if not isinstance(family, Family):
+        raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
+    for field_name, choices in _CHOICES.items():
+        if getattr(family, field_name) not in choices:
+            raise ModelError(f"Family({field_name}={getattr(family, field_name)!r}): there are {', '.join(choices)}")
+
+
+def _refuse_missing(model: Any, family: Family) -> None:
+    """Raise a ModelError where a family's paths or its norms are not what the model has."""
+    missing = [path for path in _example_paths(family) if not _has(model, path)]
+    if not missing:
+        others = range(1, len(_blocks(model, family)))
+        missing = [path for index in others for path in _layer_paths(family, index) if not _has(model, path)]
+    if missing:
+        raise ModelError(
+            f"{type(model).__name__} ({model.config.model_type}) lacks what its family was looked up by: "
+            f"{', '.join(missing)}"
+        )
+    if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
+        raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
+
+
+def _refuse_config(config: Any, family: Family, name: str) -> None:
+    """Raise a ModelError where the config says that the model computes what no family describes."""
+    text = _text_config(config)
+    for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
+        if getattr(text, factor, None) not in (None, 1, 1.0):
+            raise ModelError(f"{name} scales by {factor}={getattr(text, factor)}, which no family here describes")
+    if family.parallel is not None and not hasattr(text, family.parallel):
+        raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
+    if getattr(text, "add_cross_attention", False):
+        raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
+    if getattr(text, "use_bidirectional_attention", False):
+        raise ModelError(f"{name} looks ahead (use_bidirectional_attention); DePass needs causal attention")
+
+
+def _refuse_norms(model: Any, family: Family) -> None:
+    """Raise a ModelError where a norm has not what its family's formula needs."""
+    paths = [path for path in (getattr(family, part) for part in _LAYER_NORMS) if path is not None]
+    norms = [block.get_submodule(path) for block in _blocks(model, family) for path in paths]
+    for module in (*norms, model.get_submodule(f"{family.backbone}.{family.final_norm}")):
+        has_epsilon = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
+        if getattr(module, "weight", None) is None or not has_epsilon:
+            raise ModelError(
+                f"a norm of {type(model).__name__} ({type(module).__name__}) has no weight or no eps; no family "
+                "describes that"
+            )
 
 
 _LOAD_DENSE = (
@@ -190,12 +243,13 @@ def _refuse_other_kinds(config: Any, name: str) -> None:
 
 
 def _example_paths(family: Family) -> list[str]:
-    """The paths of a family on a model's first layer."""
-    first = f"{family.backbone}.{family.layers}.0"
-    names = ["attention", "value", "output", "gate", "down"]
-    names += [f.name for f in fields(family) if f.name.endswith("_norm") and f.name != "final_norm"]
-    inner = [getattr(family, name) for name in names]
-    return [f"{family.backbone}.{family.final_norm}", *(f"{first}.{path}" for path in inner if path is not None)]
+    """The paths of a family on a model of one layer."""
+    return [f"{family.backbone}.{family.final_norm}", *_layer_paths(family, 0)]
+
+
+def _layer_paths(family: Family, index: int) -> list[str]:
+    inner = [getattr(family, part) for part in ("attention", "value", "output", "gate", "down", *_LAYER_NORMS)]
+    return [f"{family.backbone}.{family.layers}.{index}.{path}" for path in inner if path is not None]
 
 
 def _has(model: nn.Module, path: str) -> bool:

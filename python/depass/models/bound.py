@@ -32,7 +32,7 @@ class Norm:
         return weights.dense(self.module, "bias")
 
     def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``1/rms`` or ``1/σ`` of whole vectors ``[..., D]``, in ``dtype``: the frozen number of design section 1."""
+        """``1/rms`` or ``1/σ`` of whole vectors ``[..., D]``, in ``dtype``: the frozen ``r`` of equation (2)."""
         x = x.to(dtype)
         if self.kind == "layer":
             x = x - x.mean(-1, keepdim=True)

@@ -1,13 +1,17 @@
 """The model families: for each, where its modules are and how its weights are stored. Nothing else knows a family.
 
-A family is a list of module paths. :func:`bind` resolves them on one model and gives every layer's projections and norms
-in one shape, whatever the family: fused weights are slices, GPT-2's transposed ones are turned, ``1 + w`` is added up.
+A family is a list of module paths. ``bind`` resolves them on one model and gives every layer's projections and norms in
+one shape, whatever the family: fused weights are slices, GPT-2's transposed ones are turned, ``1 + w`` is added up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+ValueRows = Literal["all", "last", "last_of_head"]
+GateRows = Literal["all", "first_half"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,13 @@ class Family:
     mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
-    value_rows: Literal["all", "last", "last_of_head"] = "all"
-    gate_rows: Literal["all", "first_half"] = "all"
+    norm: NormKind = "rms"
+    value_rows: ValueRows = "all"
+    gate_rows: GateRows = "all"
     parallel: str | None = None
 
 
-_CHOICES = {
-    "norm": ("rms", "rms_plus_one", "layer"),
-    "value_rows": ("all", "last", "last_of_head"),
-    "gate_rows": ("all", "first_half"),
-}
+_CHOICES = {"norm": get_args(NormKind), "value_rows": get_args(ValueRows), "gate_rows": get_args(GateRows)}
 LLAMA = Family()
 GEMMA = Family(
     mlp_norm="pre_feedforward_layernorm",

@@ -1,8 +1,7 @@
 """What a model's own parts put into the stream, as sources: heads, neurons, modules, subspaces, and parts of one's own.
 
-Each names a layer and decomposes the stream there once; from there on its sources go through the model like any others
-(design: component sources). What a decomposition does not name is its source ``rest``, so that the parts add up to the
-stream.
+Each names a layer and decomposes the stream there once; from there on its sources go through the model like any others.
+What a decomposition does not name is its source ``rest``, so that the parts add up to the stream (docs/sources.md).
 """
 
 from __future__ import annotations

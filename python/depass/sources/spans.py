@@ -54,8 +54,8 @@ def decompose_prompt(
         sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`.
         layer: the layer whose input stream is decomposed.
         has_bias: whether the model has biases, and so a bias source.
-        exclude: whether the first token takes no part in the MLPs of later positions (design: BOS); ``"auto"``: where it
-            is ``bos`` and a source of its own.
+        exclude: whether the first token takes no part in the MLPs of later positions; ``"auto"``: where it is ``bos`` and
+            a source of its own.
         bos: the tokenizer's BOS id, or None.
 
     Raises:
