@@ -58,7 +58,7 @@ class SourceLayout:
         Args:
             starts: the position each source starts at, sorted; always-active sources start at 0 and so come first.
             positions: number of positions ``N``.
-            excluded: a source that takes part in the sharing at its own first position only (design: a BOS token).
+            excluded: a source that takes part in the sharing at its own first position only (a BOS token).
 
         Raises:
             LayoutError: unsorted or out-of-range starts, no source at position 0, or an ``excluded`` that is no source.

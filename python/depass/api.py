@@ -396,7 +396,7 @@ class DePass:
         exclude_bos: bool | Literal["auto"] | None = None,
         on_state: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> States:
-        """The decomposed state as it enters layers: ``Σ_m X[m, t] = x[t]`` at each (design section 1).
+        """The decomposed state as it enters layers: ``Σ_m X[m, t] = x[t]`` at each (docs/method.md, equation 1).
 
         Args:
             prompt: as for :meth:`attribute`, as the other arguments.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from . import weights
 from .bound import BoundModel, Layer, Norm, Projection
-from .families import _CHOICES, FAMILIES, LLAMA, Family
+from .families import FAMILIES, LLAMA, Family
 
 _LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
 
@@ -125,7 +125,8 @@ def _refuse_declaration(family: Any) -> None:
     """Raise a ModelError where a declaration is none, or holds a value that there is not."""
     if not isinstance(family, Family):
         raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
-    for field_name, choices in _CHOICES.items():
+    hints = get_type_hints(Family).items()
+    for field_name, choices in ((name, get_args(hint)) for name, hint in hints if get_origin(hint) is Literal):
         if getattr(family, field_name) not in choices:
             raise ModelError(f"Family({field_name}={getattr(family, field_name)!r}): there are {', '.join(choices)}")
 

@@ -7,7 +7,7 @@ one shape, whatever the family: fused weights are slices, GPT-2's transposed one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
 ValueRows = Literal["all", "last", "last_of_head"]
@@ -53,7 +53,6 @@ class Family:
     parallel: str | None = None
 
 
-_CHOICES = {"norm": get_args(NormKind), "value_rows": get_args(ValueRows), "gate_rows": get_args(GateRows)}
 LLAMA = Family()
 GEMMA = Family(
     mlp_norm="pre_feedforward_layernorm",
