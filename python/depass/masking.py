@@ -70,14 +70,14 @@ def bound_of(model: Any) -> BoundModel:
     return model.bound if isinstance(model, DePass) else bind(model)
 
 
-def width(bound: BoundModel, kind: Kind) -> int:
+def num_components(bound: BoundModel, kind: Kind) -> int:
     """How many heads or neurons each layer has.
 
     Raises:
         OptionError: layers that have different numbers of neurons.
     """
     if kind == "heads":
-        return bound.heads
+        return bound.num_heads
     widths = {layer.down.shape[1] for layer in bound.layers}
     if len(widths) > 1:
         raise OptionError(f"the layers of {bound.name} have {sorted(widths)} neurons; they must have equally many")
@@ -113,7 +113,7 @@ def _zero(off: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:
     """``[B, layers, C]``, true where masked."""
-    depth, count = len(bound.layers), width(bound, kind)
+    depth, count = len(bound.layers), num_components(bound, kind)
     if isinstance(masked, Tensor):
         if masked.dtype != torch.bool or masked.dim() != 3 or masked.shape[1:] != (depth, count) or not len(masked):
             raise OptionError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..api import DePass
 from ..checks import integer
 from ..errors import OptionError
-from ..masking import Kind, width
+from ..masking import Kind, num_components
 from ..models import capture
 from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture
@@ -82,7 +82,7 @@ def neurons(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int
 
 
 def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: Any, seed: int) -> Sweep:
-    bound, count = dp.bound, width(dp.bound, kind)
+    bound, count = dp.bound, num_components(dp.bound, kind)
     seed = integer("seed", seed, OptionError)
     (case,) = _clean(dp, [_case(dp, prompt, target)])
     scores: Tensor = method(bound, case, seed)  # [targets, layers, C]
@@ -133,7 +133,7 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
                 (g.float() * x.detach().float())[0, counted].sum(0).cpu()
                 for g, x in zip(gradients, inputs, strict=True)
             ]
-            made.append(torch.stack([part.view(width(bound, kind), -1).sum(1) for part in parts]))
+            made.append(torch.stack([part.view(num_components(bound, kind), -1).sum(1) for part in parts]))
     return torch.stack(made)
 
 
@@ -181,11 +181,11 @@ def _activation_x_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tens
 
 
 def _output_norms(bound: BoundModel, case: _Case, seed: int) -> Tensor:
-    return _at_the_target(partial(_output_norm, bound.heads), bound, case, seed)
+    return _at_the_target(partial(_output_norm, bound.num_heads), bound, case, seed)
 
 
 def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:
-    shape = (len(case.readouts), len(bound.layers), width(bound, kind))
+    shape = (len(case.readouts), len(bound.layers), num_components(bound, kind))
     return torch.randn(shape, generator=case.generator(seed), device="cpu")
 
 

@@ -252,7 +252,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.engine.workspace_bytes))
     found = sweep(dp.engine, made, groups, asked, chosen, "heads")
     judge(found, strict=False, tolerance=bound.tolerance)
-    scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.heads)  # [targets, L, N, H]
+    scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.num_heads)  # [targets, L, N, H]
     beside = {"logit": found.target_logits}
     for name, rows in (("rest", found.rest), ("bias", found.bias)):
         if name == "rest" or bound.has_bias:
@@ -267,7 +267,7 @@ def heads_by_position(layer: int, length: int, bound: BoundModel) -> Decompositi
     positions between. All of them, ``rest`` and the bias add up to the stream.
     """
     whole = decompose_components(Heads(layer), length, bound)
-    heads = bound.heads
+    heads = bound.num_heads
     always = whole.sources[:-heads]
     starts = [0] * len(always) + [position for position in range(length) for _ in range(heads)]
     layout = SourceLayout.from_starts(starts, length)

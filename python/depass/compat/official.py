@@ -213,7 +213,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             SourceError: something else than a state.
         """
         head = self.bound.unembedding
-        _check_state(attribute_state, (None, None, self.bound.width), "[N, M, D]")
+        _check_state(attribute_state, (None, None, self.bound.hidden_size), "[N, M, D]")
         length = len(attribute_state)
         if not -length <= integer("token_idx", token_idx, TargetError) < length:
             raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
@@ -333,7 +333,7 @@ class _Exact:
 
     def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
         if kind == "attn_head":
-            return self._last(ids, Heads(layer), self.bound.heads)
+            return self._last(ids, Heads(layer), self.bound.num_heads)
         return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:

@@ -177,9 +177,9 @@ class Published:
     def _mix(self, state: Tensor, here: _Frozen) -> Tensor:
         """Every head's values ``[M, N, H, d]``, mixed by the frozen pattern and without the value bias (quirk 3)."""
         values = _read(state, here.attention_scale, here.layer.value, here.layer.attention_norm)  # [M, N, K·d]
-        width = here.layer.output.shape[1] // self.bound.heads
+        width = here.layer.output.shape[1] // self.bound.num_heads
         values = values.view(*state.shape[:2], -1, width)  # [M, N, K, d]
-        values = values.repeat_interleave(self.bound.heads // values.shape[2], dim=2)
+        values = values.repeat_interleave(self.bound.num_heads // values.shape[2], dim=2)
         return torch.einsum("hqk,mkhd->mqhd", here.pattern, values)
 
     def _mlp(self, state: Tensor, here: _Frozen, exclude_first: bool) -> Tensor:

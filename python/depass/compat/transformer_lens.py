@@ -91,7 +91,7 @@ def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 def _must_agree(bridge: Any, made: DePass) -> None:
     """Refuse a bridge that computes something else than the model that was read from it."""
     bound = made.bound
-    ids = torch.arange(_PROBE, device=made.model.get_input_embeddings().weight.device)[None] % bound.vocabulary
+    ids = torch.arange(_PROBE, device=made.model.get_input_embeddings().weight.device)[None] % bound.vocab_size
     theirs, ours = bridge(ids, return_type="logits"), made.model(ids, use_cache=False).logits
     difference, size = float((theirs - ours).abs().max()), float(ours.abs().max())
     if not difference <= bound.tolerance * size:

@@ -143,7 +143,7 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
         if sources == "token":
             return positions * (positions + 1) // 2 + bias * positions, positions + bias
         if sources in SOURCES:
-            named = bound.heads if sources == "heads" else bound.layers[0].down.shape[1]
+            named = bound.num_heads if sources == "heads" else bound.layers[0].down.shape[1]
             return (named + 1 + bias) * positions, named + 1 + bias
         raise OptionError(
             f"unknown sources {sources!r} of a plan; there are: {', '.join(SOURCES)} and a number of spans"

@@ -79,7 +79,7 @@ class Components(Task):
     def _measure(self, dp: DePass, item: Item, options: argparse.Namespace) -> Row:
         pair = data.pair(dp, item)
         ids, wanted, answer = list(pair.ids), pair.answer, item.data["target"]
-        nothing = torch.zeros(1, len(dp.bound.layers), masking.width(dp.bound, self.part), dtype=torch.bool)
+        nothing = torch.zeros(1, len(dp.bound.layers), masking.num_components(dp.bound, self.part), dtype=torch.bool)
         said = generated(dp, self.part, ids, nothing, len(wanted) + 1)[0]
         if int(said[0]) != wanted[0] or not says(dp.tokenizer, said.tolist(), wanted, answer):
             return skipped(item, WRONG, said=said.tolist() if dp.tokenizer is None else dp.tokenizer.decode(said))

@@ -125,7 +125,7 @@ def streams(
     bound = dp.bound
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
-    found = torch.empty(len(layers), begins[-1], bound.width)
+    found = torch.empty(len(layers), begins[-1], bound.hidden_size)
     for batch in forward.batches(prompts):
         ids = capture.padded([prompts[i] for i in batch]).to(bound.input_device)
         with capture.running:

@@ -93,7 +93,7 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
         raise PromptError("the prompt is empty; give at least one token")
     if limit is not None and len(made.ids) > limit:
         raise PromptError(f"the prompt has {len(made.ids)} tokens, {bound.name} has {limit} positions; shorten it")
-    vocabulary = bound.vocabulary
+    vocabulary = bound.vocab_size
     for index, token in enumerate(made.ids):
         if not 0 <= token < vocabulary:
             raise PromptError(f"id {token} at position {index} is out of range: the vocabulary has {vocabulary} tokens")

@@ -131,15 +131,15 @@ def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: Bound
     position %= length
     if isinstance(target, TopK):
         k = integer("k of TopK", target.k, TargetError)
-        if not 1 <= k <= bound.vocabulary:
-            raise TargetError(f"TopK({k}): k must be from 1 to the vocabulary's {bound.vocabulary}")
+        if not 1 <= k <= bound.vocab_size:
+            raise TargetError(f"TopK({k}): k must be from 1 to the vocabulary's {bound.vocab_size}")
         return Asked("token", position, None, k)
     if isinstance(target, Token):
         return Asked("token", position, (token_id(target.token, tokenizer, bound),))
     if isinstance(target, Contrast):
         ids = tuple(token_id(token, tokenizer, bound) for token in (target.token, target.other))
         return Asked("contrast", position, ids)
-    return _check_direction(target, position, layers, bound.width)
+    return _check_direction(target, position, layers, bound.hidden_size)
 
 
 def _check_direction(target: Direction, position: int, layers: range, width: int) -> Asked:
@@ -193,8 +193,8 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
             )
         return int(ids[0])
     token = integer("a target id", token, TargetError)
-    if not 0 <= token < bound.vocabulary:
-        raise TargetError(f"target id {token} is out of range: the vocabulary has {bound.vocabulary} tokens")
+    if not 0 <= token < bound.vocab_size:
+        raise TargetError(f"target id {token} is out of range: the vocabulary has {bound.vocab_size} tokens")
     return token
 
 

@@ -69,7 +69,7 @@ def resolve(model: Any, family: Family) -> BoundModel:
         backbone=backbone,
         layers=layers,
         final_norm=final_norm,
-        heads=text.num_attention_heads,
+        num_heads=text.num_attention_heads,
         parallel=bool(family.parallel and getattr(text, family.parallel)),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         max_positions=getattr(text, "max_position_embeddings", None),
@@ -86,7 +86,7 @@ def _blocks(model: Any, family: Family) -> list[Any]:
     return list(model.get_submodule(f"{family.backbone}.{family.layers}"))
 
 
-def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
+def _bind_layer(layer: Any, family: Family, num_heads: int) -> Layer:
     def norm(path: str | None) -> Norm | None:
         return None if path is None else Norm(layer.get_submodule(path), family.norm)
 
@@ -98,7 +98,7 @@ def _bind_layer(layer: Any, family: Family, heads: int) -> Layer:
     return Layer(
         module=layer,
         attention=layer.get_submodule(family.attention),
-        value=Projection(fused, rows, heads),
+        value=Projection(fused, rows, num_heads),
         output=output,
         gate=Projection(layer.get_submodule(family.gate), family.gate_rows),
         down=Projection(layer.get_submodule(family.down)),

@@ -62,7 +62,7 @@ class Projection:
 
     module: Any
     rows: str = "all"
-    heads: int = 1
+    num_heads: int = 1
 
     @property
     def weight(self) -> Tensor:
@@ -97,7 +97,7 @@ class Projection:
         if self.rows == "first_half":
             return rows[: len(rows) // 2]
         if self.rows == "last_of_head":
-            return rows.reshape(self.heads, 3, -1, *rows.shape[1:])[:, 2].flatten(0, 1)
+            return rows.reshape(self.num_heads, 3, -1, *rows.shape[1:])[:, 2].flatten(0, 1)
         if self.rows.startswith("last:"):
             return rows[-int(self.rows[5:]) :]
         return rows
@@ -143,7 +143,7 @@ class BoundModel:
     backbone: Any
     layers: tuple[Layer, ...]
     final_norm: Norm
-    heads: int
+    num_heads: int
     parallel: bool
     has_bias: bool
     max_positions: int | None
@@ -171,12 +171,12 @@ class BoundModel:
         return made
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """The number of tokens that the head scores."""
         return self.unembedding.shape[0]
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """``D``, of the residual stream."""
         return self.unembedding.shape[1]
 

@@ -22,7 +22,7 @@ def workspace(workspace_bytes: int | None, device: torch.device) -> int:
 
 def rows_at_once(bound: BoundModel, layer: Layer, workspace: int) -> tuple[int, int]:
     """How many rows of the attention, and of the MLP, a block's buffers hold: their numbers, and what a cast takes."""
-    numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.width
+    numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.hidden_size
     attention = layer.value.shape[0] + layer.output.shape[1] + width
     return max(1, numbers // attention), max(1, numbers // (layer.gate.shape[0] + width))
 

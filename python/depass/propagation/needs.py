@@ -52,7 +52,7 @@ def needs(
     folded = max(neurons, values) * width * (number + product)
     folded += max(sum(weights.lent_bytes(part.module, bound.dtype) for part in one.projections) for one in bound.layers)
     padded = len(lengths) * max(lengths)
-    patterns = bound.heads * padded * max(lengths)
+    patterns = bound.num_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
     activations = padded * (4 * neurons + 8 * width) * own
     kept = patterns * own * (2 if device.type in KEYS else 1)  # and once more with longer rows

@@ -311,7 +311,7 @@ class _Attention:
 
         ``narrowed`` says that the state has no others any more.
         """
-        state, heads = self.propagation.state, self.propagation.bound.heads
+        state, heads = self.propagation.state, self.propagation.bound.num_heads
         mixed = mix_values(
             self.pattern,
             values,

@@ -54,7 +54,7 @@ def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
     given = [name for name in ("basis", "projection", "parts") if getattr(spec, name) is not None]
     if len(given) != 1:
         raise SourceError(f"Subspace takes one of basis, projection and parts, got {', '.join(given) or 'none'}")
-    width = bound.width
+    width = bound.hidden_size
     if spec.basis is not None:
         basis = _finite("basis of Subspace", spec.basis, (None, width)).double()
         lengths = basis.norm(dim=1, keepdim=True)
@@ -80,7 +80,7 @@ def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
 
 
 def _given(spec: Any, given: Any, kind: Kind, length: int, bound: BoundModel, has_rest: bool) -> _Parts:
-    width = bound.width
+    width = bound.hidden_size
     parts = _finite(f"parts of {type(spec).__name__}", given, (None, length, width))
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
