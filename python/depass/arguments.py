@@ -69,7 +69,7 @@ class CommandOptions:
                     raise OptionError(f"{one.name} must be {wanted}, got {part!r}")
 
 
-Kind = TypeVar("Kind", bound=CommandOptions)
+Told = TypeVar("Told", bound=CommandOptions)
 
 
 def _kind(hint: Any) -> tuple[type, bool, bool]:
@@ -79,7 +79,7 @@ def _kind(hint: Any) -> tuple[type, bool, bool]:
 
 
 def _refusal(value: Any, kind: type, said: Mapping[str, Any]) -> str | None:
-    """What a value must be; None: it is."""
+    """What a value must be and is not; None where nothing speaks against it."""
     choices, least, most = said.get("choices"), said.get("least"), said.get("most")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if choices is not None:
@@ -97,7 +97,10 @@ def _refusal(value: Any, kind: type, said: Mapping[str, Any]) -> str | None:
 def add_options(
     parser: argparse.ArgumentParser, kind: type[CommandOptions], names: Collection[str] | None = None
 ) -> None:
-    """Add an argument for each field of some options, or for those of the given names alone."""
+    """Add an argument for each field of some options, or for those of the given names alone.
+
+    Each such field has metadata of :func:`argument`. What the parser reads, :func:`read_options` makes the options of.
+    """
     hints = get_type_hints(kind)
     for one in fields(kind):
         if names is not None and one.name not in names:
@@ -122,7 +125,7 @@ def plain(help: str) -> str:
     return help.replace("%", "%%")
 
 
-def read_options(kind: type[Kind], arguments: argparse.Namespace) -> Kind:
+def read_options(kind: type[Told], arguments: argparse.Namespace) -> Told:
     """The options of a kind out of a command's arguments, which may hold others."""
     values = {one.name: getattr(arguments, one.name) for one in fields(kind)}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -185,6 +186,25 @@ def test_other_settings_are_refused_by_name(dp: DePass, tmp_path: Path, changed:
     run(Lengths(), dp, LengthsOptions(), tmp_path)
     with pytest.raises(OptionError, match=re.escape(said)):
         run(Lengths(), dp, LengthsOptions(**changed), tmp_path)
+
+
+def test_the_command_writes_every_setting_by_the_name_that_begun_runs_have(
+    dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("depass.cli.evaluate.load_model", lambda _: dp)
+    source, out = ids_data(tmp_path / "data.jsonl", 2), tmp_path / "out"
+    more = ["--quantization", "4bit", "--seed", "2", "--methods", "random", "--keep-wrong"]
+    assert cli.main(["evaluate", "tokens", "--data", source, "--out", str(out), *more]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"] == {
+        "dtype": "float32", "quantization": "4bit", "backend": "auto", "data": source, "seed": 2, "limit": None,
+        "methods": "random", "keep_wrong": True, "retokenize": False,
+        "data_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
+        "model": dp.name, "mlp_rule": "softmax", "temperature": 0.1, "exclude_bos": "auto",
+    }  # fmt: skip
+    options = tokens.TokensOptions(data=source, seed=2, methods="random", keep_wrong=True)
+    run(TASKS["tokens"], dp, options, out, quantization="4bit")
+    with pytest.raises(OptionError, match="holds a run with quantization '4bit', this one has None"):
+        run(TASKS["tokens"], dp, options, out)
 
 
 def test_a_data_set_that_changed_is_refused(dp: DePass, tmp_path: Path) -> None:
