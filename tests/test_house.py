@@ -217,7 +217,6 @@ def test_there_is_no_circle() -> None:
     assert circles(IMPORTS, set(TREES)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="options are dataclasses in the next step")
 def test_only_the_command_knows_argparse() -> None:
     assert argparse_below(IMPORTS) == []
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import models
@@ -221,11 +223,50 @@ def test_backends_prints_a_line_per_op_and_backend(capsys: pytest.CaptureFixture
     assert {tuple(line[:2]) for line in lines} >= {("share_hidden", name) for name in ("cpu", "triton", "cuda")}
 
 
-def test_the_commands_backends_are_those_that_there_are() -> None:
-    from depass_kernels import backends
+@pytest.mark.parametrize("task", ["", "tokens", "heads", "neurons", "truthful", "language", "rules"])
+def test_each_evaluation_has_a_help(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", *([task] if task else []), "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "%%" not in out
+    assert ("--seed SEED of everything random (default: 0)" if task else "top or bottom x % of all heads") in out
 
-    assert arguments.BACKENDS == backends.NAMES
-    assert arguments.RULES == backends.RULES
+
+@dataclass(frozen=True, kw_only=True)
+class Several(arguments.CommandOptions):
+    """A field of every kind."""
+
+    held_out: str = field(metadata=arguments.argument("100 % of it", metavar="FILE"))
+    layer: int | None = field(default=None, metadata=arguments.argument("which"))
+    shares: tuple[float, ...] = field(default=(1.0, 2.0), metadata=arguments.argument("how much", most=5.0))
+    kind: str = field(default="a", metadata=arguments.argument("which", choices=("a", "b"), flags=("-k", "--kind")))
+    loud: bool = field(default=False, metadata=arguments.argument("say more"))
+    data: str = field(metadata=arguments.argument("what", flags=("data",)))
+
+
+def several(*given: str) -> Several:
+    parser = argparse.ArgumentParser()
+    arguments.add_options(parser, Several)
+    return arguments.read_options(Several, parser.parse_args(given))
+
+
+def test_a_commands_arguments_are_the_fields_of_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert several("x", "--held-out", "f") == Several(data="x", held_out="f")
+    assert several(*("--held-out", "f", "--layer", "3", "--shares", "1", "5", "-k", "b", "--loud", "x")) == Several(
+        data="x", held_out="f", layer=3, shares=(1.0, 5.0), kind="b", loud=True
+    )
+    for wrong, said in (
+        (["x"], "the following arguments are required: --held-out"),
+        (["--held-out", "f"], "the following arguments are required: data"),
+        (["x", "--held-out", "f", "--layer", "1.5"], "argument --layer: invalid int value: '1.5'"),
+        (["x", "--held-out", "f", "--shares", "6"], "argument --shares: '6' is no number above 0, up to 5"),
+        (["x", "--held-out", "f", "-k", "c"], "argument -k/--kind: invalid choice: 'c'"),
+    ):
+        with pytest.raises(SystemExit):
+            several(*wrong)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        several("--help")
+    assert "100 % of it" in capsys.readouterr().out
 
 
 def test_the_dtype_is_taken_as_saved_without_one(folder: str) -> None:

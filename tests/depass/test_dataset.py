@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import pty
 import signal
 import subprocess
@@ -24,8 +25,9 @@ import tokens
 import torch
 
 from depass import DePass, DePassError, OptionError, cli, runs
-from depass.datasets import shards as dataset
-from depass.datasets.ray import _described
+from depass.datasets.local import attributed, batch_tokens
+from depass.datasets.options import DatasetOptions
+from depass.datasets.ray import Worker, _block, _described
 from depass.datasets.rows import Columns, Row, open_data
 from depass.engine import plan
 from depass.propagation import needs as memory
@@ -534,7 +536,7 @@ def test_a_shard_that_was_broken_is_named(
 
 
 def test_a_pass_takes_half_of_what_memory_is_free(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dataset.batch_tokens(dp) == 1024
+    assert batch_tokens(dp) == 1024
 
     def taken(count: int) -> int:
         done, _ = plan.rows_and_sources(dp.bound, count, "token")
@@ -542,7 +544,7 @@ def test_a_pass_takes_half_of_what_memory_is_free(dp: DePass, monkeypatch: pytes
 
     for free, tokens_of_pass in ((taken(1024) * 2, 1024), (taken(1024) * 2 - 1, 512), (taken(128) * 2, 128), (1, 1)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
-        assert dataset.batch_tokens(dp) == tokens_of_pass
+        assert batch_tokens(dp) == tokens_of_pass
 
 
 def test_progress_says_rate_and_remaining_time(
@@ -711,13 +713,27 @@ def test_a_prompt_that_is_nested_too_deep_for_ray_is_a_row_with_its_error() -> N
     assert json.loads(_described(Row("b", [5, 6], 7))) == {"id": "b", "prompt": [5, 6], "target": 7, "broken": None}
 
 
+def test_a_worker_that_gets_pickled_options_makes_the_shard_that_this_process_makes(model: str, dp: DePass) -> None:
+    options = DatasetOptions(
+        data="none", out="none", model=model, sources="word", mlp_rule="linear", workers=3, batch_tokens=64
+    )
+    sent = pickle.loads(pickle.dumps(options))
+    assert sent == options
+    rows = [Row("a", "the cat sat"), Row("b", [5, 6, 7], 9), Row("c", broken="no prompt")]
+    made = Worker(sent)(_block(8, rows))
+    linear = DePass.from_pretrained(model, mlp_rule="linear")
+    assert made["first"].to_pylist() == [8]
+    assert made["content"].to_pylist() == [attributed(linear, rows, "word", 64)]
+    assert made["content"].to_pylist() != [attributed(dp, rows, "word", 64)]
+
+
 def test_processes_that_share_memory_share_it_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dp = DePass.from_pretrained(model)
     rows, _ = plan.rows_and_sources(dp.bound, 1024, "token")
     needed = memory.needs(dp.bound, rows, [1024], None, dp.bound.device).total_bytes
     monkeypatch.setattr(memory, "room", lambda bound: 2 * needed)
-    assert dataset.batch_tokens(dp) == 1024
-    assert dataset.batch_tokens(dp, 8) < 1024
+    assert batch_tokens(dp) == 1024
+    assert batch_tokens(dp, 8) < 1024
 
 
 def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
 import math
 import re
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ import torch
 import transformers as tf
 
 from depass import DataError, DePass, OptionError, OutputError, cli
-from depass.cli.evaluate import options_of
 from depass.evaluate import TASKS, data, rules, run, summary, tokens
 from depass.evaluate.forward import next_tokens
 from depass.evaluate.run import counts
-from depass.evaluate.task import Item, Row, Task, failed, skipped
+from depass.evaluate.task import Item, Row, Task, TaskOptions, failed, skipped
 
 TRIGGER, ANSWER, OTHERS = 5, 9, 16
-FAST = ["--methods", "depass,leave_one_out,random"]
+FAST = "depass,leave_one_out,random"
 
 
 # Models and data sets.
@@ -83,21 +83,25 @@ def rows_of(folder: Path) -> dict[str, Row]:
     return {row["id"]: row for row in rows}
 
 
-class Lengths(Task):
+@dataclass(frozen=True, kw_only=True)
+class LengthsOptions(TaskOptions):
+    data: str = "facts"
+    unit: str = "characters"
+
+
+class Lengths(Task[LengthsOptions]):
     """Measures how long prompts are, last first."""
 
-    name, help, data, data_help = "lengths", "how long prompts are", "facts", data.HELP
+    name, help = "lengths", "how long prompts are"
+    Options = LengthsOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--unit", default="characters")
-
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: LengthsOptions) -> list[Item]:
         return [*data.prompts(options.data, options.seed, options.limit), Item("broken", broken="it is broken")]
 
-    def prepare(self, dp: DePass, items: Sequence[Item], options: argparse.Namespace) -> int:
+    def prepare(self, dp: DePass, items: Sequence[Item], options: LengthsOptions) -> int:
         return len(items)
 
-    def measure(self, dp: DePass, prepared: int, items: Sequence[Item], options: argparse.Namespace) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: int, items: Sequence[Item], options: LengthsOptions) -> Iterator[Row]:
         for item in reversed(items):
             if item.id == "0":
                 yield skipped(item, "it is the first")
@@ -106,7 +110,7 @@ class Lengths(Task):
             else:
                 yield {"id": item.id, "status": "ok", "length": len(item.data["prompt"]), "of": prepared}
 
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: LengthsOptions, folder: Path) -> str:
         return f"{sum(row['length'] for row in rows)} {options.unit}"
 
 
@@ -114,7 +118,7 @@ class Lengths(Task):
 
 
 def test_a_run_writes_rows_and_a_report_that_counts_everything(dp: DePass, tmp_path: Path) -> None:
-    options = options_of(Lengths(), ["--limit", "100", "--seed", "3"])
+    options = LengthsOptions(limit=100, seed=3)
     report = run(Lengths(), dp, options, tmp_path / "deep" / "out").read_text()
     count = len(data.FACTS)
     assert f"{count + 1} items: {count - 2} ok, 1 skipped, 2 errors." in report
@@ -129,7 +133,7 @@ def test_a_run_writes_rows_and_a_report_that_counts_everything(dp: DePass, tmp_p
 
 
 def test_a_run_that_is_whole_is_only_reported_again(dp: DePass, tmp_path: Path) -> None:
-    options = options_of(Lengths())
+    options = LengthsOptions()
     first = run(Lengths(), dp, options, tmp_path).read_text()
     before = (tmp_path / "rows.jsonl").read_bytes()
     assert run(Lengths(), dp, options, tmp_path).read_text() == first
@@ -137,7 +141,7 @@ def test_a_run_that_is_whole_is_only_reported_again(dp: DePass, tmp_path: Path) 
 
 
 def test_what_a_killed_write_left_is_measured_again(dp: DePass, tmp_path: Path) -> None:
-    options = options_of(Lengths())
+    options = LengthsOptions()
     run(Lengths(), dp, options, tmp_path)
     whole, path = rows_of(tmp_path), tmp_path / "rows.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -148,8 +152,8 @@ def test_what_a_killed_write_left_is_measured_again(dp: DePass, tmp_path: Path) 
 
 def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: DePass, tmp_path: Path) -> None:
     source, out = ids_data(tmp_path / "data.jsonl", 160), tmp_path / "out"
-    arguments = ["-m", folder, "--data", source, "--keep-wrong", *FAST]
-    command = [sys.executable, "-m", "depass.evaluate", "tokens", *arguments, "--out", str(out)]
+    arguments = ["-m", folder, "--data", source, "--keep-wrong", "--methods", FAST]
+    command = [sys.executable, "-m", "depass", "evaluate", "tokens", *arguments, "--out", str(out)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not ((out / "rows.jsonl").exists() and (out / "rows.jsonl").stat().st_size):
             time.sleep(0.01)
@@ -160,7 +164,8 @@ def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: 
     assert cli.main(["evaluate", "tokens", *arguments, "--out", str(out)]) == 0
     assert (out / "rows.jsonl").read_bytes().split(b"\n")[: len(lines)] == lines
     alone = tmp_path / "alone"
-    run(TASKS["tokens"], dp, options_of(TASKS["tokens"], arguments), alone)
+    options = tokens.TokensOptions(data=source, keep_wrong=True, methods=FAST)
+    run(TASKS["tokens"], dp, options, alone)
     resumed, uninterrupted = rows_of(out), rows_of(alone)
     assert resumed.keys() == uninterrupted.keys() == {str(i) for i in range(160)}
     for name, row in uninterrupted.items():
@@ -172,19 +177,38 @@ def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["--seed", "1"], "holds a run with seed 0, this one has 1; give the same options, or another --out"),
-        (["--limit", "5"], "limit None, this one has 5"),
-        (["--unit", "bytes"], "unit 'characters', this one has 'bytes'"),
+        ({"seed": 1}, "holds a run with seed 0, this one has 1; give the same options, or another --out"),
+        ({"limit": 5}, "limit None, this one has 5"),
+        ({"unit": "bytes"}, "unit 'characters', this one has 'bytes'"),
     ],
 )
-def test_other_settings_are_refused_by_name(dp: DePass, tmp_path: Path, changed: list[str], said: str) -> None:
-    run(Lengths(), dp, options_of(Lengths()), tmp_path)
+def test_other_settings_are_refused_by_name(dp: DePass, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    run(Lengths(), dp, LengthsOptions(), tmp_path)
     with pytest.raises(OptionError, match=re.escape(said)):
-        run(Lengths(), dp, options_of(Lengths(), changed), tmp_path)
+        run(Lengths(), dp, LengthsOptions(**changed), tmp_path)
+
+
+def test_the_command_writes_every_setting_by_the_name_that_begun_runs_have(
+    dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("depass.cli.evaluate.load_model", lambda _: dp)
+    source, out = ids_data(tmp_path / "data.jsonl", 2), tmp_path / "out"
+    more = ["--quantization", "4bit", "--seed", "2", "--methods", "random", "--keep-wrong"]
+    assert cli.main(["evaluate", "tokens", "--data", source, "--out", str(out), *more]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"] == {
+        "dtype": "float32", "quantization": "4bit", "backend": "auto", "data": source, "seed": 2, "limit": None,
+        "methods": "random", "keep_wrong": True, "retokenize": False,
+        "data_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
+        "model": dp.name, "mlp_rule": "softmax", "temperature": 0.1, "exclude_bos": "auto",
+    }  # fmt: skip
+    options = tokens.TokensOptions(data=source, seed=2, methods="random", keep_wrong=True)
+    run(TASKS["tokens"], dp, options, out, quantization="4bit")
+    with pytest.raises(OptionError, match="holds a run with quantization '4bit', this one has None"):
+        run(TASKS["tokens"], dp, options, out)
 
 
 def test_a_data_set_that_changed_is_refused(dp: DePass, tmp_path: Path) -> None:
-    options = options_of(Lengths(), ["--data", ids_data(tmp_path / "data.jsonl", 3)])
+    options = LengthsOptions(data=ids_data(tmp_path / "data.jsonl", 3))
     run(Lengths(), dp, options, tmp_path / "out")
     ids_data(tmp_path / "data.jsonl", 4)
     with pytest.raises(OptionError, match="data_sha256"):
@@ -202,13 +226,13 @@ def test_two_processes_do_not_measure_into_one_folder(dp: DePass, tmp_path: Path
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(OutputError, match="another process is at work"):
-            run(Lengths(), dp, options_of(Lengths()), tmp_path)
+            run(Lengths(), dp, LengthsOptions(), tmp_path)
         other.communicate()
-    run(Lengths(), dp, options_of(Lengths()), tmp_path)
+    run(Lengths(), dp, LengthsOptions(), tmp_path)
 
 
 def test_what_is_no_run_is_refused(dp: DePass, tmp_path: Path) -> None:
-    options = options_of(Lengths())
+    options = LengthsOptions()
     for content in ("[]", "{", '{"format": "else"}', '{"format": "depass-evaluation-1"}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(DataError, match="is no run of this command"):
@@ -424,7 +448,7 @@ def test_the_one_token_that_matters_is_found(at: int, tmp_path: Path) -> None:
     prompt[at] = TRIGGER
     source = jsonl(tmp_path / "data.jsonl", [{"prompt": prompt, "target": ANSWER}])
     task = TASKS["tokens"]
-    run(task, dp, options_of(task, ["--data", source, "--methods", "depass"]), tmp_path / "out")
+    run(task, dp, tokens.TokensOptions(data=source, methods="depass"), tmp_path / "out")
     row = rows_of(tmp_path / "out")["0"]
     assert row["clean"] == pytest.approx(1.0)
     assert row["patch"]["depass"] == pytest.approx([1 / OTHERS] * 10)
@@ -435,7 +459,7 @@ def test_the_one_token_that_matters_is_found(at: int, tmp_path: Path) -> None:
 
 def test_curves_are_those_of_a_loop_over_methods_and_shares(dp: DePass, tmp_path: Path) -> None:
     task, source = TASKS["tokens"], ids_data(tmp_path / "data.jsonl", 5)
-    run(task, dp, options_of(task, ["--data", source, "--keep-wrong", *FAST]), tmp_path / "out")
+    run(task, dp, tokens.TokensOptions(data=source, keep_wrong=True, methods=FAST), tmp_path / "out")
     for name, row in rows_of(tmp_path / "out").items():
         made = data.pair(dp, data.prompts(source, 0, None)[int(name)])
         scores = dp.attribute(list(made.ids), made.answer[0]).scores[0]
@@ -469,7 +493,7 @@ def test_wrong_and_long_and_unreadable_answers_are_counted(dp: DePass, tmp_path:
         "no row",
     ]
     source, task = jsonl(tmp_path / "data.jsonl", rows), TASKS["tokens"]
-    report = run(task, dp, options_of(task, ["--data", source, *FAST]), tmp_path / "out").read_text()
+    report = run(task, dp, tokens.TokensOptions(data=source, methods=FAST), tmp_path / "out").read_text()
     assert [rows_of(tmp_path / "out")[str(i)]["status"] for i in range(7)] == [
         "ok", "ok", "skipped", "error", "error", "skipped", "error"
     ]  # fmt: skip
@@ -479,7 +503,8 @@ def test_wrong_and_long_and_unreadable_answers_are_counted(dp: DePass, tmp_path:
     assert "- 1 error: a line that is no JSON" in report
     assert "the answer's beginning and the prompt's end are one token" in report
     assert "1 answers are several tokens" in report
-    kept = run(task, dp, options_of(task, ["--data", source, "--keep-wrong", *FAST]), tmp_path / "kept").read_text()
+    options = tokens.TokensOptions(data=source, keep_wrong=True, methods=FAST)
+    kept = run(task, dp, options, tmp_path / "kept").read_text()
     assert "7 items: 3 ok, 1 skipped, 3 errors." in kept
     assert "1 prompts are there though the model's own" in kept
 
@@ -498,9 +523,9 @@ def test_what_is_left_can_be_encoded_anew_as_text(dp: DePass) -> None:
 def test_no_prompt_left_makes_a_report_all_the_same(dp: DePass, tmp_path: Path) -> None:
     source = jsonl(tmp_path / "data.jsonl", ["no row"])
     for name in ("tokens", "rules"):
-        options = options_of(TASKS[name], ["--data", source])
+        options = TASKS[name].Options(data=source)
         assert "No prompt was measured." in run(TASKS[name], dp, options, tmp_path / name).read_text()
-    empty = options_of(TASKS["tokens"], ["--data", jsonl(tmp_path / "empty.jsonl", [])])
+    empty = tokens.TokensOptions(data=jsonl(tmp_path / "empty.jsonl", []))
     with pytest.raises(DataError, match="there is nothing to measure"):
         run(TASKS["tokens"], dp, empty, tmp_path / "empty")
 
@@ -511,7 +536,7 @@ def test_no_prompt_left_makes_a_report_all_the_same(dp: DePass, tmp_path: Path) 
 def test_every_rule_is_measured_and_adds_up(tmp_path: Path) -> None:
     dp = DePass(models.make("llama", torch.float64))
     task, source = TASKS["rules"], ids_data(tmp_path / "data.jsonl", 3)
-    report = run(task, dp, options_of(task, ["--data", source, "--keep-wrong"]), tmp_path / "out").read_text()
+    report = run(task, dp, rules.RulesOptions(data=source, keep_wrong=True), tmp_path / "out").read_text()
     rows = rows_of(tmp_path / "out")
     names = {variant.name for variant in rules.VARIANTS}
     assert len(names) == len(rules.VARIANTS) == 2 * len(rules.TEMPERATURES) + 7

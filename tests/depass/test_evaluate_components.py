@@ -12,8 +12,7 @@ import tokens
 import torch
 from torch import Tensor
 
-from depass import DePass, masking
-from depass.cli.evaluate import options_of
+from depass import DePass, OptionError, cli, masking
 from depass.evaluate import TASKS, components, run
 
 ANSWER = 7
@@ -111,7 +110,7 @@ def test_the_task_counts_every_row_and_goes_on(kind: str, device: str, tmp_path:
     rows += [{"prompt": models.prompt(5), "target": 8}, {"prompt": [500], "target": ANSWER}, {"prompt": 3}]
     file.write_text("\n".join(map(json.dumps, rows)))
     task, dp, out = TASKS[kind], DePass(toy(kind, device)), tmp_path / "out"
-    options = options_of(task, ["--data", str(file), "--percent", "20", "1", "50"])
+    options = task.Options(data=str(file), percent=(20, 1, 50))
     report = run(task, dp, options, out).read_text()
     assert "7 items: 4 ok, 1 skipped, 2 errors." in report
     assert f"1 skipped: {components.WRONG}" in report
@@ -137,15 +136,39 @@ def test_a_model_that_gets_nothing_right_has_a_report(device: str, tmp_path: Pat
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": models.prompt(5), "target": 8}))
     task = TASKS["heads"]
-    report = run(task, DePass(toy("heads", device)), options_of(task, ["--data", str(file)]), tmp_path / "out")
+    report = run(task, DePass(toy("heads", device)), task.Options(data=str(file)), tmp_path / "out")
     assert "got no prompt right" in report.read_text()
 
 
 @pytest.mark.parametrize("text", ["0", "101", "nan", "x"])
 def test_what_is_no_percentage_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        options_of(TASKS["heads"], ["--percent", text])
+        cli.main(["evaluate", "heads", "--percent", text])
     assert "is no number above 0, up to 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"percent": (1.0, 101)}, "percent must be a number above 0, up to 100, got 101"),
+        ({"percent": ()}, r"percent must be a tuple of at least one value, got \(\)"),
+        ({"percent": [1.0]}, r"percent must be a tuple of at least one value, got \[1.0\]"),
+        ({"positions": "first"}, "positions must be one of all, last, got 'first'"),
+        ({"limit": 0}, "limit must be an integer from 1, got 0"),
+        ({"seed": True}, "seed must be an integer from 0, got True"),
+        ({"seed": None}, "seed must be an integer from 0, got None"),
+        ({"data": Path("facts")}, "data must be of type str, got .*Path"),
+    ],
+)
+def test_python_is_refused_what_the_command_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        TASKS["heads"].Options(**given)
+
+
+def test_heads_and_neurons_have_defaults_of_their_own() -> None:
+    heads, neurons = (TASKS[kind].Options() for kind in ("heads", "neurons"))
+    assert (heads.data, heads.positions, heads.percent) == ("ioi", "all", (1, 2, 5, 10, 20, 30, 50))
+    assert (neurons.data, neurons.positions, neurons.percent[0]) == ("facts", "last", 0.01)
 
 
 def test_an_answer_is_a_whole_word_of_what_was_said() -> None:

@@ -452,13 +452,14 @@ def test_a_model_that_a_memory_limit_has_no_room_for_is_one_line(tmp_path: Path)
 FAILING = """
 import resource, torch, warnings
 from pathlib import Path
-from depass import DePass, MemoryLimitError, engine
+from depass import DePass, MemoryLimitError
+from depass.propagation import needs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 config = LlamaConfig(hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
 dp = DePass(LlamaForCausalLM(config).eval())
 expected = dp.attribute([3] * 9, 5).scores
-engine.room = lambda bound: 1 << 50  # the plan believes that there is room
+needs.free_memory = lambda device: 1 << 50  # the plan believes that there is room
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 60_000_000, resource.RLIM_INFINITY))
 warnings.simplefilter("ignore")

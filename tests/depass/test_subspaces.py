@@ -17,7 +17,6 @@ from tokens import make as make_tokenizer
 from torch import Tensor
 
 from depass import DataError, DePass, OptionError, Subspace
-from depass.cli.evaluate import options_of
 from depass.cli.main import main
 from depass.evaluate import TASKS, forward, language, probes, run, truthful
 from depass.inputs.prompt import Prompt, encode
@@ -150,11 +149,10 @@ def question(line: str, right: str = "A") -> dict[str, str]:
     }
 
 
-def run_truthful(tmp_path: Path, dp: DePass, rows: list[Any], *more: str) -> list[dict[str, Any]]:
-    arguments = ["--data", write(tmp_path / "data.json", rows), "--train", statements(tmp_path / "train.json", 0)]
-    arguments += ["--held-out", statements(tmp_path / "held.json", 1), *more]
-    task = TASKS["truthful"]
-    run(task, dp, options_of(task, arguments), tmp_path / "out")
+def run_truthful(tmp_path: Path, dp: DePass, rows: list[Any], **more: Any) -> list[dict[str, Any]]:
+    train, held_out = statements(tmp_path / "train.json", 0), statements(tmp_path / "held.json", 1)
+    options = truthful.TruthfulOptions(data=write(tmp_path / "data.json", rows), train=train, held_out=held_out, **more)
+    run(TASKS["truthful"], dp, options, tmp_path / "out")
     return rows_of(tmp_path / "out")
 
 
@@ -164,7 +162,7 @@ def test_the_token_that_misleads_through_attention_is_deleted_and_the_answer_is_
 ) -> None:
     """The probe's own reading is lowest at the decoy, which no other position ever sees."""
     dp = truthful_toy(bos)
-    (row,) = run_truthful(tmp_path, dp, [question("n1 false n2 n5 n6 decoy n7 n8")], "--masked", "0.125")
+    (row,) = run_truthful(tmp_path, dp, [question("n1 false n2 n5 n6 decoy n7 n8")], masked=0.125)
     assert row["status"] == "ok"
     assert (row["tokens"], row["deleted"]) == (8, 1)
     assert row["layer"] == 1  # what enters layer 0 is each token alone
@@ -239,7 +237,7 @@ def test_options_may_be_compared_by_their_texts(tmp_path: Path) -> None:
     """``A`` and ``B`` stand for texts here; a row without texts cannot be measured so."""
     row = question("n1 false n2 n5 n6 decoy n7 n8")
     with_texts = {**row, "correct_info": "A n1", "wrong_info": "B n1"}
-    found = run_truthful(tmp_path, truthful_toy(), [with_texts, row], "--masked", "0.125", "--answer", "text")
+    found = run_truthful(tmp_path, truthful_toy(), [with_texts, row], masked=0.125, answer="text")
     measured, refused = sorted(found, key=lambda one: one["id"])
     assert [measured[name]["correct"] for name in ("no information", "misinformation", "DePass")] == [True, False, True]
     assert refused["status"] == "error"
@@ -262,7 +260,7 @@ def test_the_same_row_comes_whatever_else_is_measured(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     together = run_truthful(tmp_path / "a", truthful_toy(), rows)
-    alone = run_truthful(tmp_path / "b", truthful_toy(), rows, "--limit", "1")
+    alone = run_truthful(tmp_path / "b", truthful_toy(), rows, limit=1)
     assert together[0]["random"]["correct"] == alone[0]["random"]["correct"]
     assert together[0]["DePass"]["probability"] == pytest.approx(alone[0]["DePass"]["probability"], abs=1e-6)
 
@@ -323,19 +321,20 @@ def language_toy() -> tuple[DePass, Tensor]:
     return DePass(model, tokenizer), offsets
 
 
-def language_files(tmp_path: Path) -> list[str]:
+def language_options(tmp_path: Path, layer: int = 1) -> language.LanguageOptions:
     texts = [{"text": f"filler{g} word{g}{m}", "label": g} for g in range(6) for m in range(MEANINGS) for _ in range(3)]
     cases = [
         {key: {"prompt": f"filler{g} word{g}{m}", "answer": f"answer{g}{m}"} for g, key in enumerate(language.KEYS)}
         for m in range(MEANINGS)
     ]
     train = write(tmp_path / "texts.json", texts)
-    return ["--data", write(tmp_path / "cases.json", cases), "--train", train, "--held-out", train, "--layer", "1"]
+    file = write(tmp_path / "cases.json", cases)
+    return language.LanguageOptions(data=file, train=train, held_out=train, layer=layer)
 
 
 def test_the_subspace_is_the_span_of_the_planted_offsets(tmp_path: Path) -> None:
     dp, offsets = language_toy()
-    train = language_files(tmp_path)[3]
+    train = language_options(tmp_path).train
     found = language.find_subspace(dp, train, train, 1, seed=0)
     assert found.basis.shape == (5, WIDTH)  # six offsets that add up to nothing
     torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(5), rtol=0, atol=1e-5)
@@ -351,8 +350,7 @@ def test_the_subspace_is_the_span_of_the_planted_offsets(tmp_path: Path) -> None
 
 def test_each_part_says_its_own_and_nothing_of_the_other(tmp_path: Path) -> None:
     dp, _ = language_toy()
-    task = TASKS["language"]
-    run(task, dp, options_of(task, language_files(tmp_path)), tmp_path / "out")
+    run(TASKS["language"], dp, language_options(tmp_path), tmp_path / "out")
     rows = rows_of(tmp_path / "out")
     assert [row["status"] for row in rows] == ["ok"] * MEANINGS
     part = {name: at for at, name in enumerate(language.PARTS)}
@@ -410,18 +408,16 @@ def test_a_classifiers_common_part_is_none_of_its_subspace() -> None:
 
 def test_cases_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     dp, _ = language_toy()
-    arguments = language_files(tmp_path)
-    cases = json.loads(Path(arguments[1]).read_text())
+    options = language_options(tmp_path)
+    cases = json.loads(Path(options.data).read_text())
     del cases[1]["German"]
     cases[2]["original"]["prompt"] = " "
     write(tmp_path / "cases.json", cases)
-    task = TASKS["language"]
-    run(task, dp, options_of(task, arguments), tmp_path / "out")
+    run(TASKS["language"], dp, options, tmp_path / "out")
     assert f"{MEANINGS} items: {MEANINGS - 2} ok, 0 skipped, 2 errors" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     dp, _ = language_toy()
-    task = TASKS["language"]
     with pytest.raises(OptionError, match="has layers 0 to 1"):
-        run(task, dp, options_of(task, [*language_files(tmp_path)[:-1], "2"]), tmp_path / "out")
+        run(TASKS["language"], dp, language_options(tmp_path, layer=2), tmp_path / "out")

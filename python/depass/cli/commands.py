@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from ..arguments import DIGITS, check_stream, device_name, load_model, say
+from ..arguments import DIGITS, ModelOptions, check_stream, device_name, load_model, read_options, say
 from ..errors import OptionError, PromptError, TargetError
 from ..files import check_writable
 
@@ -28,7 +28,7 @@ def _attribute(options: argparse.Namespace) -> None:
 
     gc.disable()  # a fifth of a start is spent looking for garbage among what imports leave, and the process is short
     targets = [_target(text) for text in options.target] if options.target else None
-    dp = load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
+    dp = load_model(read_options(ModelOptions, options), mlp_rule=options.mlp_rule, temperature=options.temperature)
     with _Progress() as progress:
         result = dp.attribute(prompt, target=targets, sources=options.sources, progress=progress.update)
     if options.json:
@@ -44,12 +44,13 @@ def _attribute(options: argparse.Namespace) -> None:
 def _attribute_dataset(options: argparse.Namespace) -> None:
     import warnings
 
+    from ..datasets.options import DatasetOptions
     from ..datasets.run import run
     from ..errors import ConservationWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConservationWarning)  # every row says how far its scores miss
-        say(run(options))
+        say(run(read_options(DatasetOptions, options)))
 
 
 def _view(options: argparse.Namespace) -> None:
@@ -74,7 +75,7 @@ def _plan(options: argparse.Namespace) -> None:
     from ..engine.plan import make, measured_rate
     from ..models.loading import empty_model
 
-    check_stream(options)
+    check_stream(options.stream, options.quantization)
     device = torch.device(device_name(options.device))
     budget = None if options.budget is None else byte_count(options.budget)
     counted = options.sources.isdecimal() and len(options.sources) <= DIGITS

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..arguments import DTYPES, RULES, add_loading, add_model, positive
+from ..arguments import ModelOptions, add_options
+from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from .commands import _attribute, _attribute_dataset, _backends, _plan, _view
 
@@ -95,12 +96,12 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     attribute.set_defaults(run=_attribute)
     add = attribute.add_argument
     add("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
-    add_model(attribute)
+    add_options(attribute, ModelOptions)
     add(
         "--target", action="append", metavar="T",
         help="what to explain, may be repeated: a token (' Europe'), id:1910 or top:5 (default: the model's next token)",
     )  # fmt: skip
-    _add_attribution(attribute)
+    add_options(attribute, DatasetOptions, ("sources", "mlp_rule", "temperature"))
     add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
     add("--viz-path", metavar="F.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of a picture")
@@ -118,11 +119,12 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--tokens", type=int, required=True, metavar="N", help="length of the prompt")
     add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
     add("--budget", metavar="48GB", help="memory that there is (default: the device's)")
-    add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as saved)")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add_options(plan, ModelOptions, ("dtype", "device"))
     add("--stream", action="store_true", help="with the weights in host memory, as of `depass attribute`")
-    add_loading(plan)
-    _add_dataset(commands.add_parser("attribute-dataset", help="attribute every row of a data set, into Parquet files"))
+    add_options(plan, ModelOptions, ("quantization", "trust_remote_code"))
+    dataset = commands.add_parser("attribute-dataset", help="attribute every row of a data set, into Parquet files")
+    dataset.set_defaults(run=_attribute_dataset)
+    add_options(dataset, DatasetOptions)
     backends = commands.add_parser("backends", help="which backend can serve which op on this machine")
     backends.set_defaults(run=_backends)
     evaluate = commands.add_parser("evaluate", help="does the attribution tell the truth: experiments on a model")
@@ -131,42 +133,3 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
         add_tasks(evaluate)
     return parser
-
-
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_attribute_dataset)
-    add = parser.add_argument
-    add("data", metavar="DATA", help="a .jsonl, .csv or .parquet file, or a HuggingFace data set's name or folder")
-    add_model(parser)
-    add("--out", metavar="DIR", required=True, help="where the rows go; a run that was stopped goes on there")
-    add("--prompt-column", metavar="NAME", default="prompt", help="texts, chat messages or ids (default: prompt)")
-    add("--target-column", metavar="NAME", help="tokens to explain (default: target, where there is one)")
-    add("--id-column", metavar="NAME", help="names of the rows (default: id, where there is one, else their numbers)")
-    add("--subset", metavar="NAME", help="of a HuggingFace data set: its configuration")
-    add("--split", metavar="NAME", help="of a HuggingFace data set (default: train)")
-    _add_attribution(parser)
-    add(
-        "--shard-rows", type=positive, default=256, metavar="N",
-        help="rows of a file; after a stop those of the unfinished one are done again (default: 256)",
-    )  # fmt: skip
-    add(
-        "--batch-tokens",
-        type=positive,
-        metavar="N",
-        help="tokens of one pass (default: 1024, or what memory has room for)",
-    )
-    add(
-        "--engine",
-        default="local",
-        choices=("local", "ray"),
-        help="this process (default), or workers of a Ray cluster",
-    )
-    add("--workers", type=positive, default=1, metavar="N", help="with --engine ray: models at work (default: 1)")
-    add("--ray-address", metavar="ADDR", help="of a cluster that is there (default: one on this machine, for the run)")
-
-
-def _add_attribution(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--sources", default="token", choices=("token", "word", "sentence"), help="the parts of the prompt")
-    add("--mlp-rule", default="softmax", choices=RULES, help="how MLPs are shared out among the sources")
-    add("--temperature", type=float, default=0.1, help="of the softmax rule (default: 0.1)")

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from depass_kernels.backends import RULES
+from depass_kernels.names import RULES
 
 from ..api import DePass
 from ..checks import integer

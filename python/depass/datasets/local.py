@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DePassError
+from .options import DatasetOptions
 from .rows import Row, load_pyarrow
 from .shards import Engine, Shard, Work
 
@@ -19,7 +19,7 @@ _MOST_TOKENS = 1024  # of one pass
 _LONGEST_ERROR = 500  # characters
 
 
-def local(dp: DePass, options: argparse.Namespace) -> Engine:
+def local(dp: DePass, options: DatasetOptions) -> Engine:
     """Makes shards one by one in this process."""
     tokens = options.batch_tokens or batch_tokens(dp)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -13,13 +12,14 @@ from typing import Any
 from .. import arguments
 from ..errors import OptionError, WorkerError, first_line
 from .local import attributed, batch_tokens
+from .options import DatasetOptions
 from .rows import Row, load_pyarrow
 from .shards import Engine, Shard, Work
 
 _INSTALL = "--engine ray needs Ray Data: pip install 'depass-kernels[ray]'"
 
 
-def on_ray(options: argparse.Namespace) -> Engine:
+def on_ray(options: DatasetOptions) -> Engine:
     """Makes shards on ``options.workers`` actors of the cluster at ``options.ray_address``, or of one on this machine alone.
 
     A worker that dies is replaced, and the shard that it was at is made again, once: rows that end their worker twice
@@ -71,7 +71,7 @@ def on_ray(options: argparse.Namespace) -> Engine:
 class Worker:
     """An actor with a model, which makes one shard after another."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: DatasetOptions) -> None:
         self.dp = arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
         self.sources = options.sources
         beside = 1 if options.device == "cuda" else options.workers  # that share this machine's memory, at most
@@ -113,12 +113,11 @@ def _connect(address: str | None) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _cpus(options: argparse.Namespace) -> int:
+def _cpus(options: DatasetOptions) -> int:
     """Of each worker: an equal part of the cluster's, as far as one machine has them; one beside a GPU."""
     import ray
 
     if options.device == "cuda":
         return 1
-    workers: int = options.workers
     of_machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(1, min(sum(of_machines) // workers, max(of_machines)))
+    return max(1, min(sum(of_machines) // options.workers, max(of_machines)))

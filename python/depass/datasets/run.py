@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..errors import DataError, DePassError, OptionError
 from ..files import check_writable, write_atomically
 from ..runs import described, hold, progress, say_kept, session, write_json
 from .local import local
+from .options import DatasetOptions
 from .rows import Columns, Data, load_pyarrow, open_data
 from .shards import Engine, Shards
 
@@ -31,7 +31,7 @@ SETTINGS = (
 )
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: DatasetOptions) -> str:
     """Attribute what has no row yet, and say how many rows there are of which status.
 
     ``options.out`` gets ``run.json`` (settings, versions) and ``rows/``, the shards.
@@ -89,7 +89,7 @@ def _fill(shards: Shards, data: Data, engine: Engine) -> None:
     assert not shards.missing(), "an engine gives back every shard"
 
 
-def _engine(options: argparse.Namespace) -> Engine:
+def _engine(options: DatasetOptions) -> Engine:
     """What makes shards, as asked for.
 
     Raises:

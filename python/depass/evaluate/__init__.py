@@ -5,16 +5,18 @@
     depass evaluate tokens -m MODEL --data known_1000.json --out DIR
 """
 
+from typing import Any
+
 from .components import Components
 from .language import Language
 from .rules import Rules
 from .run import run
-from .task import Item, Row, Task, failed, skipped
+from .task import Item, Row, Task, TaskOptions, failed, skipped
 from .tokens import Tokens
 from .truthful import Truthful
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task[Any]] = {
     task.name: task for task in (Tokens(), Components("heads"), Components("neurons"), Truthful(), Language(), Rules())
 }
 
-__all__ = ["TASKS", "Item", "Row", "Task", "failed", "run", "skipped"]
+__all__ = ["TASKS", "Item", "Row", "Task", "TaskOptions", "failed", "run", "skipped"]

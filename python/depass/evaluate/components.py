@@ -6,22 +6,22 @@ answers again. Faithful scores: without the top few the answer is gone, without 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import arguments, baselines, masking
+from .. import baselines, masking
 from ..api import DePass
+from ..arguments import argument
 from ..errors import DePassError, NonFiniteError
 from ..masking import Kind
 from ..models.health import blame
 from . import data, summary
-from .task import Item, Row, Task, failed, skipped
+from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 # |name|: by size, whatever the sign
 RANKINGS: dict[Kind, tuple[str, ...]] = {
@@ -41,34 +41,68 @@ WRONG = "the model gets it wrong with nothing masked"
 _TOKENS = 4096  # of one pass
 
 
-class Components(Task):
+def _data(default: str) -> dict[str, Any]:
+    return argument(f"{data.HELP} (default: {default})", metavar="FILE")
+
+
+def _percent(part: Kind) -> dict[str, Any]:
+    default = " ".join(f"{x:g}" for x in PERCENT[part])
+    return argument(f"how many of the model's {part} are masked (default: {default})", metavar="X", most=100.0)
+
+
+def _positions(part: Kind, default: str) -> dict[str, Any]:
+    return argument(
+        f"where DePass counts the outputs of {part}: at all positions, or the last alone, which takes far less time and "
+        f"memory (default: {default}). What is masked is masked at all",
+        choices=("all", "last"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentsOptions(TaskOptions):
+    """What :class:`Components` is told; the defaults differ by part.
+
+    Attributes:
+        percent: how many of the model's heads or neurons are masked, each above 0 and up to 100.
+        positions: where DePass counts their outputs, at ``all`` positions or the ``last`` alone.
+    """
+
+    percent: tuple[float, ...]
+    positions: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsOptions(ComponentsOptions):
+    """What the masking of heads is told."""
+
+    data: str = field(default="ioi", metadata=_data("ioi"))
+    percent: tuple[float, ...] = field(default=PERCENT["heads"], metadata=_percent("heads"))
+    positions: str = field(default="all", metadata=_positions("heads", "all"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronsOptions(ComponentsOptions):
+    """What the masking of neurons is told."""
+
+    data: str = field(default="facts", metadata=_data("facts"))
+    percent: tuple[float, ...] = field(default=PERCENT["neurons"], metadata=_percent("neurons"))
+    positions: str = field(default="last", metadata=_positions("neurons", "last"))
+
+
+class Components(Task[ComponentsOptions]):
     """Masking heads or neurons, whichever ``part`` says."""
 
     def __init__(self, part: Kind) -> None:
         self.part: Kind = part
         self.name = part
         self.help = f"accuracy after masking the top or bottom x % of all {part}"
-        self.data = "ioi" if part == "heads" else "facts"
-        self.data_help = data.HELP
+        self.Options = HeadsOptions if part == "heads" else NeuronsOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """``--percent`` and ``--positions``."""
-        default = PERCENT[self.part]
-        parser.add_argument(
-            "--percent", type=partial(arguments.fraction, most=100.0), nargs="+", default=list(default), metavar="X",
-            help=f"how many of the model's {self.part} are masked (default: {' '.join(f'{x:g}' for x in default)})",
-        )  # fmt: skip
-        parser.add_argument(
-            "--positions", choices=("all", "last"), default="all" if self.part == "heads" else "last",
-            help=f"where DePass counts the outputs of {self.part}: at all positions, or the last alone, which takes far "
-            "less time and memory (default: %(default)s). What is masked is masked at all",
-        )  # fmt: skip
-
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: ComponentsOptions) -> list[Item]:
         """Prompts and their answers."""
         return data.prompts(options.data, options.seed, options.limit)
 
-    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: argparse.Namespace) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: ComponentsOptions) -> Iterator[Row]:
         """Whether each prompt that the model gets right stays right, by measure, ranking, end and percentage."""
         for item in items:
             try:
@@ -76,7 +110,7 @@ class Components(Task):
             except DePassError as error:
                 yield failed(item, error)
 
-    def _measure(self, dp: DePass, item: Item, options: argparse.Namespace) -> Row:
+    def _measure(self, dp: DePass, item: Item, options: ComponentsOptions) -> Row:
         pair = data.pair(dp, item)
         ids, wanted, answer = list(pair.ids), pair.answer, item.data["target"]
         nothing = torch.zeros(1, len(dp.bound.layers), masking.num_components(dp.bound, self.part), dtype=torch.bool)
@@ -97,7 +131,7 @@ class Components(Task):
             "generated": right.view(shape).int().tolist(),
         }
 
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: ComponentsOptions, folder: Path) -> str:
         """A table for each measure and end, and one figure."""
         if not rows:
             return "The model got no prompt right, so there is nothing to mask for."
@@ -126,7 +160,7 @@ class Components(Task):
                 ]
         return "\n\n".join([*text[:1], self._figure(accuracy, options, folder), *text[1:]])
 
-    def _table(self, accuracy: Tensor, options: argparse.Namespace) -> str:
+    def _table(self, accuracy: Tensor, options: ComponentsOptions) -> str:
         """Of ``[rows, rankings, percentages]``."""
         percent = sorted(options.percent)
         lines = []
@@ -135,7 +169,7 @@ class Components(Task):
             lines.append([*line, str(summary.mean(of_one.mean(1).tolist(), options.seed))])
         return summary.table(["ranked by", *(f"{x:g} %" for x in percent), "mean"], lines)
 
-    def _figure(self, accuracy: dict[str, Tensor], options: argparse.Namespace, folder: Path) -> str:
+    def _figure(self, accuracy: dict[str, Tensor], options: ComponentsOptions, folder: Path) -> str:
         figure = summary.new_figure(9.5, 7)
         grid: Any = figure.subplots(len(MEASURES), len(ENDS), sharex=True, sharey=True)
         percent = [0.0, *sorted(options.percent)]
@@ -165,7 +199,7 @@ class Components(Task):
         return summary.save(figure, folder / f"{self.part}.png")
 
 
-def _ascending(accuracy: Tensor, options: argparse.Namespace) -> Tensor:
+def _ascending(accuracy: Tensor, options: ComponentsOptions) -> Tensor:
     """The same ``[..., percentages]`` with growing percentages."""
     return accuracy[..., torch.tensor(options.percent).argsort()]
 

@@ -7,9 +7,8 @@ read through the head, each alone, and how they cluster is measured.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
+from ..arguments import argument
 from ..engine.passes import Pass
 from ..engine.request import options
 from ..errors import DePassError
@@ -26,7 +26,7 @@ from ..sources.parts import check_layer
 from ..sources.subspaces import Subspace
 from . import data, probes, summary
 from .probes import Probe
-from .task import Item, Row, Task, failed, skipped
+from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 LANGUAGES = ("English", "French", "German", "Italian", "Portuguese", "Spanish")  # by their labels
 KEYS = ("original", *LANGUAGES[1:])  # of a row of the data set
@@ -57,40 +57,46 @@ class Case:
     answers: list[int]
 
 
-class Language(Task):
+@dataclass(frozen=True, kw_only=True)
+class LanguageOptions(TaskOptions):
+    """What :class:`Language` is told.
+
+    Attributes:
+        train: a file of texts and their languages, which the classifier is fitted on.
+        held_out: such a file, by which it is judged.
+        layer: whose input is split; None: at five eighths of the depth.
+    """
+
+    data: str = field(
+        metadata=argument(f"rows with {', '.join(KEYS)}, each with prompt and answer (required)", metavar="FILE")
+    )
+    train: str = field(metadata=argument("rows with text and label (0 to 5), for the classifier", metavar="FILE"))
+    held_out: str = field(metadata=argument("the same, to judge it by", metavar="FILE"))
+    layer: int | None = field(
+        default=None,
+        metadata=argument("whose input is split (default: five eighths of the depth, as published)", metavar="L"),
+    )
+
+
+class Language(Task[LanguageOptions]):
     """See the module."""
 
     name = "language"
     help = "splits states into language and meaning, and reads what each says (paper, 4.3)"
-    data = None
-    data_help = f"rows with {', '.join(KEYS)}, each with prompt and answer"
+    Options = LanguageOptions
     files = ("data", "train", "held_out")
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Texts for the classifier, and the layer."""
-        add = parser.add_argument
-        add("--train", metavar="FILE", required=True, help="rows with text and label (0 to 5), for the classifier")
-        add("--held-out", metavar="FILE", required=True, help="the same, to judge it by")
-        add(
-            "--layer",
-            type=int,
-            metavar="L",
-            help="whose input is split (default: five eighths of the depth, as published)",
-        )
-
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: LanguageOptions) -> list[Item]:
         """Rows of the data set."""
         return [_checked(item) for item in data.read(options.data)]
 
-    def prepare(self, dp: DePass, items: Sequence[Item], options: argparse.Namespace) -> Prepared:
+    def prepare(self, dp: DePass, items: Sequence[Item], options: LanguageOptions) -> Prepared:
         """Fit the classifier and find its subspace."""
         depth = len(dp.bound.layers)
         layer = round(LAYER * depth) if options.layer is None else options.layer
         return find_subspace(dp, options.train, options.held_out, layer, options.seed)
 
-    def measure(
-        self, dp: DePass, prepared: Prepared, items: Sequence[Item], options: argparse.Namespace
-    ) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: Prepared, items: Sequence[Item], options: LanguageOptions) -> Iterator[Row]:
         """Split a case's six states in both ways and read the parts."""
         for item in items:
             try:
@@ -99,7 +105,7 @@ class Language(Task):
             except DePassError as error:
                 yield failed(item, error)
 
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: LanguageOptions, folder: Path) -> str:
         """What the parts say, and how they cluster."""
         return _report(rows, options, folder)
 
@@ -245,7 +251,7 @@ def _measure(dp: DePass, prepared: Prepared, case: Case) -> Row:
 # The report.
 
 
-def _report(rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+def _report(rows: Sequence[Row], options: LanguageOptions, folder: Path) -> str:
     if not rows:
         return "No case could be measured."
     facts = rows[0]["facts"]

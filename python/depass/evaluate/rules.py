@@ -4,19 +4,19 @@ first token (DePass, section 3 and its ablations).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..api import DePass
+from ..arguments import argument
 from . import data
 from .data import HELP
 from .summary import COLOURS, Mean, area, mean, new_figure, save, table
-from .task import Item, Row, Task
-from .tokens import CURVES, SHARES, add_arguments, curves, depass, explained, relative
+from .task import Item, Row, Task, TaskOptions
+from .tokens import CURVES, KEEP_WRONG, RETOKENIZE, SHARES, curves, depass, explained, relative
 
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 OTHERS = ("max", "relu", "linear", "taylor")
@@ -48,23 +48,32 @@ VARIANTS = (
 )
 
 
-class Rules(Task):
+@dataclass(frozen=True, kw_only=True)
+class RulesOptions(TaskOptions):
+    """What :class:`Rules` is told.
+
+    Attributes:
+        keep_wrong: measure prompts that the model gets wrong as well.
+        retokenize: turn what is left of a prompt into text and encode it anew.
+    """
+
+    data: str = field(default="facts", metadata=argument(f"{HELP} (default: facts)", metavar="FILE"))
+    keep_wrong: bool = field(default=False, metadata=KEEP_WRONG)
+    retokenize: bool = field(default=False, metadata=RETOKENIZE)
+
+
+class Rules(Task[RulesOptions]):
     """Measures what :class:`.tokens.Tokens` does, of every variant of DePass."""
 
     name = "rules"
     help = "rules and temperatures of sharing MLPs: faithfulness and conservation"
-    data = "facts"
-    data_help = HELP
+    Options = RulesOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Those of :func:`.tokens.add_arguments`."""
-        add_arguments(parser)
-
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: RulesOptions) -> list[Item]:
         """Prompts with their answers."""
         return data.prompts(options.data, options.seed, options.limit)
 
-    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: argparse.Namespace) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: RulesOptions) -> Iterator[Row]:
         """Every prompt's curves by every variant."""
         scorers = {
             variant.name: partial(
@@ -72,9 +81,9 @@ class Rules(Task):
             )
             for variant in VARIANTS
         }
-        return curves(dp, items, scorers, options)
+        return curves(dp, items, scorers, options.keep_wrong, options.retokenize)
 
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: RulesOptions, folder: Path) -> str:
         """One table and one figure."""
         if not rows:
             return "No prompt was measured."
@@ -87,7 +96,8 @@ class Rules(Task):
             "*Misses the logit by*: the largest over prompts of |sum of the scores - logit|, relative to the larger of the "
             "logit and the sum of the scores' absolute values."
         )
-        return "\n\n".join([explained(rows, options), about, _table(rows, areas, options.seed), _draw(areas, folder)])
+        said = explained(rows, options.retokenize)
+        return "\n\n".join([said, about, _table(rows, areas, options.seed), _draw(areas, folder)])
 
 
 def _table(rows: Sequence[Row], areas: dict[tuple[Variant, str], Mean], seed: int) -> str:

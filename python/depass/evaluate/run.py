@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,27 +16,31 @@ from ..errors import DataError, OutputError
 from ..files import append_row, write_atomically
 from ..models.health import dtype_name
 from ..runs import described, hold, progress, say_kept, session, write_json
-from .task import Item, Row, Task, failed
+from .task import Item, Row, Task, Told, failed
 
 _FORMAT = "depass-evaluation-1"
 _REASONS = 20  # that a report lists
-_NOT_SETTINGS = (
-    "run",
-    "task",
-    "out",
-    "model",
-    "device",
-    "device_map",
-    "stream",
-    "trust_remote_code",
-)  # the name is DePass's; where it lies changes no answer
 
 
-def run(task: Task, dp: DePass, options: argparse.Namespace, folder: str | os.PathLike[str]) -> Path:
+def run(
+    task: Task[Told],
+    dp: DePass,
+    options: Told,
+    folder: str | os.PathLike[str],
+    *,
+    quantization: str | None = None,
+) -> Path:
     """Measure what has no row yet, and report.
 
     ``folder`` gets ``run.json`` (settings, seed, versions), ``rows.jsonl`` (a row for each item, as they come), and at the
     end ``report.md`` with its figures.
+
+    Args:
+        task: what is measured.
+        dp: the model.
+        options: an instance of ``task.Options``.
+        folder: where everything goes; it is made.
+        quantization: with which the model was loaded, as :meth:`DePass.from_pretrained` takes it.
 
     Returns:
         The report's path.
@@ -48,7 +51,7 @@ def run(task: Task, dp: DePass, options: argparse.Namespace, folder: str | os.Pa
         OutputError: the folder cannot be written, or another process is at work in it.
         DePassError: what the task cannot do at all.
     """
-    folder, settings = Path(folder), _settings(task, dp, options)
+    folder, settings = Path(folder), _settings(task, dp, options, quantization)
     items = task.items(options)[: options.limit]
     if not items:
         raise DataError(f"{options.data}: there is nothing to measure in it; give a data set with rows")
@@ -72,7 +75,7 @@ def run(task: Task, dp: DePass, options: argparse.Namespace, folder: str | os.Pa
 
 
 def _measure(
-    task: Task, dp: DePass, items: Sequence[Item], rows: dict[str, Row], options: argparse.Namespace, folder: Path
+    task: Task[Told], dp: DePass, items: Sequence[Item], rows: dict[str, Row], options: Told, folder: Path
 ) -> None:
     """Add the rows that are missing, on disk and to ``rows``."""
 
@@ -102,23 +105,25 @@ def _measure(
 # What a run is of.
 
 
-def _settings(task: Task, dp: DePass, options: argparse.Namespace) -> dict[str, Any]:
-    """All that rows depend on, as JSON has it."""
-    given = {name: value for name, value in vars(options).items() if name not in _NOT_SETTINGS}
-    defaults = dp.engine.defaults
-    own = {
-        "model": dp.name,
-        "dtype": dtype_name(dp.bound.dtype),
-        "mlp_rule": defaults.rule,
-        "temperature": defaults.temperature,
-        "exclude_bos": defaults.exclude_bos,
-        "backend": defaults.backend,
-    }
+def _settings(task: Task[Told], dp: DePass, options: Told, quantization: str | None) -> dict[str, Any]:
+    """All that rows depend on, as JSON has it; where the model lies changes no answer."""
+    given = dict(vars(options))
     for name in task.files:
         if given.get(name) is not None and Path(given[name]).is_file():
             given[f"{name}_sha256"] = hashlib.sha256(_bytes(given[name])).hexdigest()
-    settings: dict[str, Any] = json.loads(json.dumps({**given, **own}))
-    return settings
+    defaults = dp.engine.defaults
+    settings = {
+        "dtype": dtype_name(dp.bound.dtype),
+        "quantization": quantization,
+        "backend": defaults.backend,
+        **given,
+        "model": dp.name,
+        "mlp_rule": defaults.rule,
+        "temperature": defaults.temperature,
+        "exclude_bos": defaults.exclude_bos,
+    }
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
 
 
 def _bytes(path: str) -> bytes:
@@ -155,7 +160,7 @@ def _read(path: Path) -> dict[str, Row]:
 # The report.
 
 
-def _report(task: Task, rows: Sequence[Row], said: dict[str, Any], options: argparse.Namespace, folder: Path) -> Path:
+def _report(task: Task[Told], rows: Sequence[Row], said: dict[str, Any], options: Told, folder: Path) -> Path:
     good = [row for row in rows if row["status"] == "ok"]
     text = "\n\n".join([f"# {task.name}: {task.help}", _head(said), counts(rows), task.report(good, options, folder)])
     path = folder / "report.md"

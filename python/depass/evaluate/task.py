@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..api import DePass
+from ..arguments import CommandOptions, argument
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(CommandOptions):
+    """What every task is told. A task adds fields of its own; the command makes its arguments of them.
+
+    Attributes:
+        data: a file, or the name of a built-in set where the task knows some.
+        seed: of everything random.
+        limit: measure only the first so many items; None: all.
+
+    Raises:
+        OptionError: a field has a value that it cannot have.
+    """
+
+    data: str = field(metadata=argument("a data set (required)", metavar="FILE"))
+    seed: int = field(default=0, metadata=argument("of everything random (default: 0)", least=0))
+    limit: int | None = field(default=None, metadata=argument("measure only the first N items", metavar="N", least=1))
+
+
+Told = TypeVar("Told", bound=TaskOptions)
 
 
 @dataclass(frozen=True)
@@ -29,40 +50,34 @@ class Item:
     broken: str | None = None
 
 
-class Task(ABC):
+class Task(ABC, Generic[Told]):
     """One evaluation.
 
     Attributes:
         name: on the command line.
         help: what it measures, in a line.
-        data: what ``--data`` is unless it is given: a built-in set, or None where there is none.
-        data_help: what ``--data`` may be.
+        Options: the class of its options, a frozen dataclass that begins with :class:`TaskOptions`.
         files: names of the options that may name a file; what is in it belongs to a run's settings.
     """
 
     name: str
     help: str
-    data: str | None
-    data_help: str
+    Options: type[Told]
     files: tuple[str, ...] = ("data",)
 
     @abstractmethod
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add this task's own options. ``--data``, ``--seed`` and ``--limit`` are there (see :mod:`.command`)."""
-
-    @abstractmethod
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: Told) -> list[Item]:
         """All items; the run takes the first ``options.limit`` of them.
 
         Raises:
             DataError: the data set cannot be read.
         """
 
-    def prepare(self, dp: DePass, items: Sequence[Item], options: argparse.Namespace) -> Any:  # noqa: B027
+    def prepare(self, dp: DePass, items: Sequence[Item], options: Told) -> Any:
         """What the measuring of every item needs, of all items that are not broken; the same whenever it is called again."""
 
     @abstractmethod
-    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: argparse.Namespace) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: Told) -> Iterator[Row]:
         """One row for each item, as they come: ``id``, ``status`` (``ok``, ``skipped`` or ``error``) and what was measured.
 
         What is not ``ok`` says why as ``reason``. A row's numbers depend on its item and the options alone, not on what
@@ -70,7 +85,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: Told, folder: Path) -> str:
         """The ``ok`` rows (there may be none) as Markdown; its figures are drawn into ``folder``."""
 
 

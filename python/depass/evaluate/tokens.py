@@ -4,9 +4,9 @@ them alone?
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import baselines
 from ..api import DePass
+from ..arguments import argument
 from ..errors import DePassError, OptionError
 from ..inputs.prompt import encode
 from ..results.attribution import Attribution
@@ -23,7 +24,7 @@ from . import data
 from .data import HELP, Pair
 from .forward import next_tokens
 from .summary import COLOURS, LINES, area, mean, new_figure, save, table
-from .task import Item, Row, Task, failed, skipped
+from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 Scorer = Callable[[DePass, Sequence[Pair]], "list[Attribution | DePassError]"]
 
@@ -32,51 +33,58 @@ Asked = tuple[Pair, dict[str, Any]]  # a prompt that is measured, and what its r
 SHARES = tuple(range(10, 101, 10))  # K, in % of the tokens that may be deleted
 CURVES = ("patch", "recover")
 OURS = "depass"
+METHODS = (OURS, *baselines.TOKENS)
 _TOGETHER = 16  # prompts that are scored and asked in the same passes; so much is measured again after a stop
 WRONG = "the model's own next token is another than the answer's first"
 
 
-class Tokens(Task):
+KEEP_WRONG = argument("measure prompts that the model gets wrong as well")
+RETOKENIZE = argument(
+    "turn what is left into text and encode it anew, as the published code does, instead of leaving out ids"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensOptions(TaskOptions):
+    """What :class:`Tokens` is told.
+
+    Attributes:
+        methods: names of attributions, separated by commas.
+        keep_wrong: measure prompts that the model gets wrong as well.
+        retokenize: turn what is left of a prompt into text and encode it anew.
+    """
+
+    data: str = field(default="facts", metadata=argument(f"{HELP} (default: facts)", metavar="FILE"))
+    methods: str = field(
+        default=",".join(METHODS), metadata=argument(f"some of {', '.join(METHODS)} (default: all)", metavar="A,B")
+    )
+    keep_wrong: bool = field(default=False, metadata=KEEP_WRONG)
+    retokenize: bool = field(default=False, metadata=RETOKENIZE)
+
+
+class Tokens(Task[TokensOptions]):
     """Deletes and keeps the tokens that score highest, by DePass and by every baseline."""
 
     name = "tokens"
     help = "token faithfulness: delete or keep the highest-scoring tokens (paper, section 4.1.1)"
-    data = "facts"
-    data_help = HELP
+    Options = TokensOptions
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """``--methods`` and those of :func:`add_arguments`."""
-        names = [OURS, *baselines.TOKENS]
-        parser.add_argument(
-            "--methods", default=",".join(names), metavar="A,B", help=f"some of {', '.join(names)} (default: all)"
-        )
-        add_arguments(parser)
-
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: TokensOptions) -> list[Item]:
         """Prompts with their answers."""
         scorers(options.methods, options.seed)  # refuses what there is not before anything is loaded
         return data.prompts(options.data, options.seed, options.limit)
 
-    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: argparse.Namespace) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: TokensOptions) -> Iterator[Row]:
         """Every prompt's curves by every method."""
-        return curves(dp, items, scorers(options.methods, options.seed), options)
+        return curves(dp, items, scorers(options.methods, options.seed), options.keep_wrong, options.retokenize)
 
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: TokensOptions, folder: Path) -> str:
         """One table, and a figure for each of the two curves."""
         if not rows:
             return "No prompt was measured."
         names = options.methods.split(",")
         figures = [_draw(rows, names, curve, options.seed, folder) for curve in CURVES]
-        return "\n\n".join([explained(rows, options), _table(rows, names, options.seed), *figures])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of :func:`curves`."""
-    parser.add_argument("--keep-wrong", action="store_true", help="measure prompts that the model gets wrong as well")
-    parser.add_argument(
-        "--retokenize", action="store_true",
-        help="turn what is left into text and encode it anew, as the published code does, instead of leaving out ids",
-    )  # fmt: skip
+        return "\n\n".join([explained(rows, options.retokenize), _table(rows, names, options.seed), *figures])
 
 
 def scorers(names: str, seed: int) -> dict[str, Scorer]:
@@ -87,8 +95,8 @@ def scorers(names: str, seed: int) -> dict[str, Scorer]:
     """
     found: dict[str, Scorer] = {}
     for name in names.split(","):
-        if name != OURS and name not in baselines.TOKENS:
-            raise OptionError(f"--methods: unknown method {name!r}; there are: {OURS}, {', '.join(baselines.TOKENS)}")
+        if name not in METHODS:
+            raise OptionError(f"--methods: unknown method {name!r}; there are: {', '.join(METHODS)}")
         if name in found:
             raise OptionError(f"--methods names {name!r} twice")
         found[name] = depass if name == OURS else partial(_baseline, name=name, seed=seed)
@@ -115,13 +123,20 @@ def _baseline(dp: DePass, pairs: Sequence[Pair], name: str, seed: int) -> list[A
 
 
 def curves(
-    dp: DePass, items: Sequence[Item], methods: Mapping[str, Scorer], options: argparse.Namespace
+    dp: DePass, items: Sequence[Item], methods: Mapping[str, Scorer], keep_wrong: bool, retokenize: bool
 ) -> Iterator[Row]:
     """A row for each item: how likely the answer's first token is when the top K % of the tokens go, and when they stay.
 
     The first token where it is a special one, and the last, are always kept. An ``ok`` row has ``clean``, the probability
     after the whole prompt; ``patch`` and ``recover``, by method the probability at each of :data:`SHARES`; ``missed``, by
     how much the scores miss the logit, None for methods that do not promise it.
+
+    Args:
+        dp: whose model.
+        items: the prompts.
+        methods: what scores their tokens, by name.
+        keep_wrong: measure prompts that the model gets wrong as well.
+        retokenize: turn what is left of a prompt into text and encode it anew.
     """
     pairs = []
     for item in items:
@@ -131,16 +146,16 @@ def curves(
             yield failed(item, error)
     going: list[Asked] = []  # most prompts of a set may be skipped: passes are of those that are not
     for first in range(0, len(pairs), _TOGETHER):
-        for asked in _asked(dp, pairs[first : first + _TOGETHER], options.keep_wrong):
+        for asked in _asked(dp, pairs[first : first + _TOGETHER], keep_wrong):
             if isinstance(asked, dict):
                 yield asked
             else:
                 going.append(asked)
         if len(going) >= _TOGETHER:
-            yield from _measured(dp, going[:_TOGETHER], methods, options.retokenize)
+            yield from _measured(dp, going[:_TOGETHER], methods, retokenize)
             going = going[_TOGETHER:]
     if going:
-        yield from _measured(dp, going, methods, options.retokenize)
+        yield from _measured(dp, going, methods, retokenize)
 
 
 def _asked(dp: DePass, pairs: Sequence[Pair], keep_wrong: bool) -> Iterator[Row | Asked]:
@@ -264,12 +279,12 @@ def relative(rows: Sequence[Row], curve: str, name: str) -> Tensor:
     return torch.tensor([row[curve][name] for row in rows], dtype=torch.float64) / clean[:, None]
 
 
-def explained(rows: Sequence[Row], options: argparse.Namespace) -> str:
+def explained(rows: Sequence[Row], retokenize: bool) -> str:
     """What was measured, of which prompts."""
     several = sum(row["answer_tokens"] > 1 for row in rows)
     wrong = sum(not row["right"] for row in rows)
     lengths = [row["tokens"] for row in rows]
-    how = "turned into text and encoded anew" if options.retokenize else "read as ids"
+    how = "turned into text and encoded anew" if retokenize else "read as ids"
     return (
         f"{len(rows)} prompts of {min(lengths)} to {max(lengths)} tokens ({sum(lengths) / len(lengths):.1f} on average). "
         f"{several} answers are several tokens, of which the first counts. {wrong} prompts are there though the model's own "

@@ -7,23 +7,22 @@ it; the tokens that drew it most towards false are deleted, and the question is 
 
 from __future__ import annotations
 
-import argparse
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import arguments
 from ..api import DePass
+from ..arguments import argument
 from ..errors import DePassError, PromptError
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Direction
 from . import data, forward, probes, summary
 from .probes import Probe
-from .task import Item, Row, Task, failed, skipped
+from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 KEYS = ("prompt_init", "prompt_correct", "prompt_wrong", "correct_option")
 TEXTS = ("correct_info", "wrong_info")  # what the options say
@@ -79,51 +78,50 @@ class Question:
     options: tuple[list[int], list[int]]
 
 
-class Truthful(Task):
+@dataclass(frozen=True, kw_only=True)
+class TruthfulOptions(TaskOptions):
+    """What :class:`Truthful` is told.
+
+    Attributes:
+        train: a file of statements, true and false, which the probes are fitted on.
+        held_out: such a file, by which the layer is chosen.
+        last: how many positions at the end of a statement are read; None: all.
+        answer: how the options are compared, by ``letter`` or ``text`` (see :data:`HOW`).
+        masked: the share of the line's tokens that is deleted, above 0 and up to 1.
+    """
+
+    data: str = field(metadata=argument(f"rows with {', '.join(KEYS)} (required)", metavar="FILE"))
+    train: str = field(
+        metadata=argument("rows with text and label (1: true, 0: false), for the probes", metavar="FILE")
+    )
+    held_out: str = field(metadata=argument("the same, to choose the layer by", metavar="FILE"))
+    last: int | None = field(
+        default=None,
+        metadata=argument("read the last N positions of statements (default: all, as published)", metavar="N", least=1),
+    )
+    answer: str = field(default="letter", metadata=argument(ANSWER_HELP, choices=tuple(HOW)))
+    masked: float = field(
+        default=0.5, metadata=argument("share of the line's tokens to delete (default: 0.5)", metavar="X", most=1.0)
+    )
+
+
+class Truthful(Task[TruthfulOptions]):
     """See the module."""
 
     name = "truthful"
     help = "deletes the tokens of misinformation that a probe of truth objects to (paper, 4.1.2)"
-    data = None
-    data_help = f"rows with {', '.join(KEYS)}"
+    Options = TruthfulOptions
     files = ("data", "train", "held_out")
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Statements for the probe, and how much of the line is deleted."""
-        add = parser.add_argument
-        add(
-            "--train",
-            metavar="FILE",
-            required=True,
-            help="rows with text and label (1: true, 0: false), for the probes",
-        )
-        add("--held-out", metavar="FILE", required=True, help="the same, to choose the layer by")
-        add(
-            "--last",
-            type=arguments.positive,
-            metavar="N",
-            help="read the last N positions of statements (default: all, as published)",
-        )
-        add("--answer", choices=("letter", "text"), default="letter", help=ANSWER_HELP)
-        add(
-            "--masked",
-            type=arguments.fraction,
-            default=0.5,
-            metavar="X",
-            help="share of the line's tokens to delete (default: 0.5)",
-        )
-
-    def items(self, options: argparse.Namespace) -> list[Item]:
+    def items(self, options: TruthfulOptions) -> list[Item]:
         """Rows of the data set."""
         return [_checked(item) for item in data.read(options.data)]
 
-    def prepare(self, dp: DePass, items: Sequence[Item], options: argparse.Namespace) -> Prepared:
+    def prepare(self, dp: DePass, items: Sequence[Item], options: TruthfulOptions) -> Prepared:
         """Fit a probe at each layer and choose the one that does best on the statements held out."""
         return choose_probe(dp, options.train, options.held_out, options.last, options.seed)
 
-    def measure(
-        self, dp: DePass, prepared: Prepared, items: Sequence[Item], options: argparse.Namespace
-    ) -> Iterator[Row]:
+    def measure(self, dp: DePass, prepared: Prepared, items: Sequence[Item], options: TruthfulOptions) -> Iterator[Row]:
         """Ask each question in six ways."""
         for begin in range(0, len(items), CHUNK):
             questions = []
@@ -135,7 +133,7 @@ class Truthful(Task):
                     yield made
             yield from _measure(dp, prepared, questions, options)
 
-    def report(self, rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+    def report(self, rows: Sequence[Row], options: TruthfulOptions, folder: Path) -> str:
         """Accuracy in each condition, and the probes'."""
         return _report(rows, options, folder)
 
@@ -276,9 +274,7 @@ def information(prompt: Prompt) -> list[int]:
     return [t for t, (a, b) in enumerate(prompt.offsets) if begin <= a < b <= end]
 
 
-def _measure(
-    dp: DePass, prepared: Prepared, questions: Sequence[Question], options: argparse.Namespace
-) -> Iterator[Row]:
+def _measure(dp: DePass, prepared: Prepared, questions: Sequence[Question], options: TruthfulOptions) -> Iterator[Row]:
     """The rows of some questions."""
     heads = [[t for t in sorted(q.wrong.special) if t < q.line[0]] for q in questions]  # BOS, where there is one
     statements = [[q.wrong.ids[t] for t in (*head, *q.line)] for q, head in zip(questions, heads, strict=True)]
@@ -326,7 +322,7 @@ def without(ids: Sequence[int], positions: set[int]) -> list[int]:
 # The report.
 
 
-def _report(rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> str:
+def _report(rows: Sequence[Row], options: TruthfulOptions, folder: Path) -> str:
     if not rows:
         return "No question could be asked."
     accuracy = {name: summary.mean([float(row[name]["correct"]) for row in rows], options.seed) for name in CONDITIONS}
