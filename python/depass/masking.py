@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -88,27 +89,48 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
 def _masked(model: Any, masked: Any, kind: Kind) -> Iterator[None]:
     bound = bound_of(model)
     off = _checked(bound, masked, kind)
-    with capture.running, ExitStack() as stack:
+    with ExitStack() as stack:
         for index, layer in enumerate(bound.layers):
             if bool(off[:, index].any()):
                 module = (layer.output if kind == "heads" else layer.down).module
-                stack.callback(module.register_forward_pre_hook(_zero(off[:, index])).remove)
+                stack.callback(module.register_forward_pre_hook(_Zero(off[:, index]).hook).remove)
+                if kind == "heads":
+                    _mask_heads(stack, module, off[:, index])
         yield
 
 
-def _zero(off: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A hook that zeroes what ``off`` ``[B, C]`` switches off of an input ``[B, T, C·d]``."""
+def _mask_heads(stack: ExitStack, module: Any, off: Tensor) -> None:
+    """Tell captures of this thread which heads pass no values on, until the stack closes; masks within masks add up."""
+    key = module, threading.get_ident()
+    before = capture.masked_heads.get(key)
+    capture.masked_heads[key] = off if before is None else off | before
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def restore() -> None:
+        if before is None:
+            del capture.masked_heads[key]
+        else:
+            capture.masked_heads[key] = before
+
+    stack.callback(restore)
+
+
+class _Zero:
+    """Zeroes what ``off`` ``[B, C]`` switches off of a module's input ``[B, T, C·d]``, in this thread's passes."""
+
+    def __init__(self, off: Tensor) -> None:
+        self.off, self.thread = off, threading.get_ident()
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != self.thread:
+            return None
         x: Tensor = args[0]
+        off = self.off
         if len(off) not in (1, len(x)):
             raise OptionError(
                 f"masks for {len(off)} prompts met a batch of {len(x)}; give one for each prompt, or for all"
             )
         wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
         return (x.masked_fill(wide[:, None] if len(off) > 1 else wide[0], 0), *args[1:])
-
-    return hook
 
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:

@@ -100,3 +100,57 @@ def test_what_the_model_does_not_have_is_refused(masked: Any, message: str) -> N
 def test_no_model_is_refused() -> None:
     with pytest.raises(ModelError), masking.heads(torch.nn.Linear(2, 2), {0: [0]}):
         pass
+
+
+@pytest.mark.parametrize("rule", ["softmax", "taylor"])
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_attribution_under_a_mask_is_that_of_the_model_without_the_weights(
+    name: str, kind: str, rule: str, device: str
+) -> None:
+    masked, removed = (models.make(name, torch.float64, device) for _ in range(2))
+    layer = bind(removed).layers[1]
+    projection = layer.output if kind == "heads" else layer.down
+    d = projection.weight.shape[1] // 4 if kind == "heads" else 1
+    projection.weight.data[:, [*range(d), *range(3 * d, 4 * d)]] = 0
+    dp, ids = DePass(masked, mlp_rule=rule), IDS[0].tolist()
+    expected = DePass(removed, mlp_rule=rule)
+    context = getattr(masking, kind)
+    with context(dp, {1: [0, 3]}):
+        got, sweep = dp.attribute(ids, [5, 17]), dp.sweep("heads", ids, 5)
+        twice = list(dp.attribute_many([ids, ids[:4]], 5))
+    for result, wanted in (
+        (got, expected.attribute(ids, [5, 17])), (sweep, expected.sweep("heads", ids, 5)),
+        (twice[1], expected.attribute(ids[:4], 5)),
+    ):  # fmt: skip
+        assert result.conservation_error.max() < 1e-6
+        torch.testing.assert_close(result.scores, wanted.scores, rtol=1e-6, atol=1e-7)
+    without = dp.attribute(ids, [5, 17])
+    assert not torch.allclose(without.scores, got.scores)
+
+
+def test_prompts_of_a_batch_are_attributed_each_under_its_own_mask(device: str) -> None:
+    dp = DePass(models.make("llama", torch.float64, device))
+    prompts = [models.prompt(6, 0), models.prompt(6, 1)]
+    off = torch.zeros(2, models.LAYERS, 4, dtype=torch.bool)
+    off[0, 0, 1] = off[1, 1, 2] = True
+    with masking.heads(dp, off):
+        got = list(dp.attribute_many(prompts, 5))
+    for index, (layer, head) in enumerate([(0, 1), (1, 2)]):
+        with masking.heads(dp, {layer: [head]}):
+            alone = dp.attribute(prompts[index], 5)
+        torch.testing.assert_close(got[index].scores, alone.scores, rtol=1e-6, atol=1e-7)
+        assert got[index].conservation_error.max() < 1e-6
+
+
+def test_masks_within_masks_add_up(device: str) -> None:
+    dp = DePass(models.make("llama", torch.float64, device))
+    ids = IDS[0].tolist()
+    with masking.heads(dp, {1: [0, 3]}):
+        both = dp.attribute(ids, 5)
+    with masking.heads(dp, {1: [0]}):
+        with masking.heads(dp, {1: [3]}):
+            torch.testing.assert_close(dp.attribute(ids, 5).scores, both.scores, rtol=1e-6, atol=1e-7)
+        one = dp.attribute(ids, 5)
+    assert one.conservation_error.max() < 1e-6
+    assert not torch.allclose(one.scores, both.scores)

@@ -11,7 +11,6 @@ from ..checks import integer
 from ..errors import DePassError, MemoryLimitError, OptionError, first_line
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Token, check
-from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import refuse_dropout
 from ..results.generation import Generation
@@ -74,14 +73,13 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
     ids = torch.tensor([prompt.ids], device=bound.input_device)
 
     try:
-        with capture.running:  # another thread's hooks would take these passes for their own
-            made = bound.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                return_dict_in_generate=False,
-                **sampling,
-            )
+        made = bound.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=False,
+            **sampling,
+        )
     except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
         from ..device_memory import asked_bytes
 

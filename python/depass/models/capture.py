@@ -10,14 +10,15 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from contextvars import ContextVar
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
@@ -27,13 +28,16 @@ from .trace import NORMS, Trace
 
 ATTENTION = "depass"
 _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pass runs
-running = threading.RLock()  # held while hooks are in: other threads' passes would call them
+running = threading.RLock()  # held while a pass runs: attributions of several threads take turns
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The family's own eager attention, whose pattern is kept for the layer at hand."""
+    if mask is None:  # made for an implementation that takes "no mask" for a causal one
+        mask = _causal(module, query, key)
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's other eager attention
         upcast: Any = module._upcast_and_reordered_attn
         output, pattern = upcast(query, key, value, mask)
@@ -45,8 +49,36 @@ def _attention(
     return output, pattern
 
 
+def _causal(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask ``[1, 1, Tq, Tk]`` that implementations without an explicit one apply, or None for a single query."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == 1 or not getattr(module, "is_causal", True):
+        return None
+    lowest = torch.full((queries, keys), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+    return lowest.triu(keys - queries + 1)[None, None]
+
+
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+_captured: ContextVar[frozenset[int]] = ContextVar("captured", default=frozenset())  # this thread's configs, by id
+
+
+def _implementation_of_this_thread(theirs: property) -> property:
+    """A config's ``_attn_implementation``: ours where this thread captures the model, else what it is.
+
+    Setting the attribute instead would change it in the middle of other threads' passes, whose masks were made for another
+    implementation.
+    """
+
+    def implementation(config: Any) -> Any:
+        assert theirs.fget is not None
+        return ATTENTION if id(config) in _captured.get() else theirs.fget(config)
+
+    return property(implementation, theirs.fset, theirs.fdel, theirs.__doc__)
+
+
+PretrainedConfig._attn_implementation = _implementation_of_this_thread(PretrainedConfig._attn_implementation)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -75,23 +107,34 @@ def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | N
 
 
 def normed(bound: BoundModel, **inputs: Tensor) -> Tensor:
-    """``[B, T, D]``: the stream after the final norm, of the model's own pass alone."""
-    with running:  # another thread's hooks would take this pass for their own
-        found: Tensor = bound.backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    return found
+    """``[B, T, D]``: the residual stream after the final norm, of the model's own pass alone."""
+    output: Tensor = bound.backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    return output
 
 
 @contextmanager
 def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
-    """Within it the model runs on our attention function, whose outputs are exactly the eager ones."""
-    before = [config._attn_implementation for config in bound.configs]
+    """Within it, in this thread, the model runs on our attention function, whose outputs are exactly the eager ones."""
+    token = _captured.set(_captured.get() | {id(config) for config in bound.configs})
     try:
-        for config in bound.configs:
-            config._attn_implementation = ATTENTION
         yield
     finally:
-        for config, implementation in zip(bound.configs, before, strict=True):
-            config._attn_implementation = implementation
+        _captured.reset(token)
+
+
+def of_this_thread(hook: Hook) -> Hook:
+    """A hook that passes by unseen where another thread runs its module than the one that made the hook's owner."""
+
+    @wraps(hook)
+    def guarded(self: Any, *args: Any) -> None:  # torch may drop the keyword arguments while a hook is taken out
+        if threading.get_ident() == self.thread:
+            hook(self, *args)
+
+    return guarded  # type: ignore[return-value]
+
+
+# ``[B, H]`` by output projection and thread: heads that depass.masking has switched off, of each prompt of a pass or of all
+masked_heads: dict[tuple[nn.Module, int], Tensor] = {}
 
 
 class Capture(ABC):
@@ -135,7 +178,7 @@ class Capture(ABC):
         with (
             running,
             ExitStack() as stack,
-        ):  # other threads wait: hooks and the attention implementation belong to a model
+        ):  # other threads' attributions wait
             if _at_work:
                 raise ModelError("an attribution is already at work in this thread; start another one after it")
             stack.enter_context(eager_with_patterns(bound))
@@ -154,6 +197,7 @@ class LayerCapture:
 
     def __init__(self, run: Capture, index: int) -> None:
         self.run, self.index, self.modules = run, index, run.bound.layers[index]
+        self.thread = threading.get_ident()  # other threads may run the model meanwhile
         self._trace: Trace | None = None
 
     def hook(self, stack: ExitStack) -> None:
@@ -180,6 +224,7 @@ class LayerCapture:
         assert self._trace is not None
         return self._trace
 
+    @of_this_thread
     def begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """The stream comes in."""
         if self.run.reading is not None:
@@ -189,27 +234,36 @@ class LayerCapture:
             )
         self._trace = Trace(self.run.pack(args[0] if args else kwargs["hidden_states"]))
 
+    @of_this_thread
     def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """A norm reads its input, whose scale is frozen."""
         self.trace.scales[name] = norm.scale(self.run.pack(args[0]), self.run.bound.state_dtype)
 
     def attention(self, pattern: Tensor) -> None:
         """The attention has its pattern ``[B, H, T, T]``. A module that is called on its own is no layer at work."""
-        if self._trace is not None:
-            self._trace.pattern = pattern
+        if self._trace is None or threading.get_ident() != self.thread:
+            return
+        off = masked_heads.get((self.modules.output.module, self.thread))
+        if off is not None:  # a head without an output passes no values on
+            pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
+        self._trace.pattern = pattern
 
+    @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """The attention's output projection reads."""
         self.trace.mixed = self.run.pack(args[0])
 
+    @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """The down projection reads."""
         self.trace.hidden = self.run.pack(args[0])
 
+    @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """The gate has its pre-activations."""
         self.trace.gate_total = self.modules.gate.select_output(self.run.pack(output))
 
+    @of_this_thread
     def end(self, _: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         """The layer is done."""
         trace, self._trace = self.trace, None
