@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import Any
 
 import models
@@ -16,6 +17,7 @@ from depass import (
     Contrast,
     Custom,
     DePass,
+    DePassError,
     Direction,
     Heads,
     Modules,
@@ -25,7 +27,9 @@ from depass import (
     Spans,
     TargetError,
     TopK,
+    engine,
 )
+from depass.engine import batches
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")
 
@@ -76,6 +80,53 @@ def test_every_kind_of_source(sources: Any, device: str) -> None:
     prompts = [models.prompt(length, length) for length in (4, 17, 6)]
     for ids, got in zip(prompts, dp.attribute_many(prompts, 5, sources=sources), strict=True):
         same(got, dp.attribute(ids, 5, sources=sources), 2e-6)
+
+
+def ids_of(given: Any) -> tuple[int, ...]:
+    """The ids of a prompt, or of what holds one; () of anything else."""
+    given = getattr(given, "prompt", given)
+    given = getattr(given, "ids", given)
+    return tuple(given) if isinstance(given, (list, tuple)) else ()
+
+
+@pytest.mark.parametrize("error", [IndexError("out of range"), RuntimeError("odd"), KeyError("x"), TargetError("none")])
+@pytest.mark.parametrize(
+    "step",
+    ["request.encode", "request.decompose", "scores.logits_of", "scores.readouts_of", "scores.score",
+     "scores.conservation_error", "scores.settings", "batches.judge"],
+)  # fmt: skip
+def test_whatever_one_prompt_raises_is_its_own_result(
+    step: str, error: Exception, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step of the third of five prompts, in whatever pass it is."""
+    dp = DePass(models.make("llama", torch.float64, device))
+    prompts = [models.prompt(5, seed) for seed in range(5)]
+    expected, bad = [dp.attribute(ids, 5) for ids in prompts], tuple(prompts[2])
+    in_the_pass: list[tuple[int, ...]] = []
+    attribute, real = batches.attribute, attrgetter(step)(engine)
+
+    def watched(engine: Any, cases: Any, options: Any) -> Any:
+        in_the_pass[:] = [case.prompt.ids for case in cases]
+        try:
+            return attribute(engine, cases, options)
+        finally:
+            in_the_pass.clear()
+
+    def broken(*given: Any, **options: Any) -> Any:
+        if bad in [*in_the_pass, *map(ids_of, given)]:
+            raise error
+        return real(*given, **options)
+
+    monkeypatch.setattr(batches, "attribute", watched)
+    monkeypatch.setattr(f"depass.engine.{step}", broken)
+    results = list(dp.attribute_many(prompts, 5, batch_tokens=1000, errors="return"))
+    assert isinstance(results[2], DePassError)
+    assert str(error) in str(results[2])
+    assert results[2] is error or results[2].__cause__ is error
+    for index in (0, 1, 3, 4):
+        same(results[index], expected[index], 1e-6)
+    with pytest.raises(DePassError, match="prompt 2: "):
+        list(dp.attribute_many(prompts, 5, batch_tokens=1000))
 
 
 def test_targets_of_their_own_and_probes(device: str) -> None:

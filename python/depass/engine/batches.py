@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import ConservationError, DePassError, OptionError
+from ..errors import DePassError, OptionError
 from ..results.attribution import Attribution
 from .passes import Engine
 from .request import Case, Options, case
@@ -61,8 +61,8 @@ class Many:
                 one: Case | DePassError = case(
                     self.engine.bound, self.engine.tokenizer, prompt, target, self.sources, self.options
                 )
-            except DePassError as error:
-                one = error
+            except Exception as error:  # a tokenizer, for one, runs code that raises what it likes
+                one = _of_one_prompt(error)
             length = len(one.prompt.ids) if isinstance(one, Case) else 1
             if batch.cases and batch.tokens_with(length) > self.batch_tokens:
                 yield from self._of(batch)
@@ -84,8 +84,10 @@ class Many:
             if isinstance(result, Attribution):
                 try:
                     judge(result, self.strict, tolerance)
-                except ConservationError as error:
-                    result = error
+                except Warning:  # that the caller has made an error of
+                    raise
+                except Exception as error:
+                    result = _of_one_prompt(error)
             if isinstance(result, DePassError) and self.errors == "raise":
                 raise type(result)(f"prompt {index}: {result}") from result
             yield result
@@ -97,10 +99,19 @@ class Many:
             return []
         try:
             return attribute(self.engine, cases, self.options)
-        except DePassError as error:
+        except Exception as error:  # whatever it is, it is of one of them
             if len(cases) == 1:
-                return [error]
-            return [result for one in cases for result in self._together([one])]
+                return [_of_one_prompt(error)]
+        return [result for one in cases for result in self._together([one])]
+
+
+def _of_one_prompt(error: Exception) -> DePassError:
+    """An error as a prompt's result: our own as it is, any other with its kind and the error itself as its cause."""
+    if isinstance(error, DePassError):
+        return error
+    unexpected = DePassError(f"{type(error).__name__}: {error}")
+    unexpected.__cause__ = error
+    return unexpected
 
 
 def with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
