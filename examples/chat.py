@@ -1,4 +1,4 @@
-"""Which sentence of a chat decided how the answer begins. Usage: python examples/chat.py [FOLDER]"""
+"""Which sentence of a chat decided the first token of the answer. Usage: python examples/chat.py [FOLDER]"""
 
 import sys
 from pathlib import Path

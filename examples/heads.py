@@ -1,4 +1,4 @@
-"""Which attention heads made the model say what it said. Usage: python examples/heads.py [FOLDER]"""
+"""Which attention heads led the model to its answer. Usage: python examples/heads.py [FOLDER]"""
 
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 dp = DePass.from_pretrained()
 prompt = "The Eiffel Tower is in Paris. The Colosseum is in"
 
-# the plane that the two answers' unembeddings span: 2 of the stream's 576 dimensions
+# the plane spanned by the unembeddings of the two answers: 2 of the stream's 576 dimensions
 ids = [dp.tokenizer.encode(answer, add_special_tokens=False)[0] for answer in (" Rome", " Paris")]
 plane = dp.model.lm_head.weight[ids].detach()
 

@@ -1,4 +1,4 @@
-"""Which words of a prompt made the model say what it said. Usage: python examples/tokens.py [FOLDER]"""
+"""Which words of a prompt led the model to its answer. Usage: python examples/tokens.py [FOLDER]"""
 
 import sys
 from pathlib import Path
@@ -18,4 +18,4 @@ res.save(folder / "tokens.safetensors")
 
 for row, target in enumerate(res.targets):
     best = ", ".join(f"{source.label!r} {score:+.2f}" for source, score in res.top(3, target=row))
-    print(f"{target.label!r} owes most to {best}")
+    print(f"{target.label!r} depends most on {best}")

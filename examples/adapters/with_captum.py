@@ -1,4 +1,4 @@
-"""captum: which tokens and which parts of a template made the model say it. Usage: python with_captum.py [FOLDER]"""
+"""captum: which tokens and which parts of a template led to the answer. Usage: python with_captum.py [FOLDER]"""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 dp = DePass.from_pretrained()
 llm = DePassLLMAttribution(DePassAttribution(dp))
 
-found = llm.attribute(TextTokenInput("The Colosseum is in the city of", dp.tokenizer), target=" Rome, Italy")
-figure, _ = found.plot_token_attr()
+result = llm.attribute(TextTokenInput("The Colosseum is in the city of", dp.tokenizer), target=" Rome, Italy")
+figure, _ = result.plot_token_attr()
 figure.savefig(folder / "captum.png", bbox_inches="tight")
 
 template = TextTemplateInput("{} was built by the {}. It stands in", values=["The Colosseum", "Romans"])

@@ -1,4 +1,4 @@
-"""inseq: its method "depass", shown and saved by inseq. Usage: python with_inseq.py [FOLDER]"""
+"""inseq: DePass as a method of inseq, which shows and saves the result. Usage: python with_inseq.py [FOLDER]"""
 
 import sys
 from pathlib import Path

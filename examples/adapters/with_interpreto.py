@@ -1,4 +1,4 @@
-"""interpreto: DePass as its explainer, word by word. Usage: python with_interpreto.py [FOLDER]"""
+"""interpreto: DePass as an explainer, with a score for each word. Usage: python with_interpreto.py [FOLDER]"""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 dp = DePass.from_pretrained()
 explainer = DePassExplainer(dp.model, dp.tokenizer, granularity=Granularity.WORD)
 
-(found,) = explainer("The Colosseum is in the city of", " Rome")
-lines = [f"{word!r} {score:+.2f}" for word, score in zip(found.elements, found.attributions[0].tolist(), strict=True)]
+(result,) = explainer("The Colosseum is in the city of", " Rome")
+lines = [f"{word!r} {score:+.2f}" for word, score in zip(result.elements, result.attributions[0].tolist(), strict=True)]
 print("\n".join(lines))
 (folder / "interpreto.txt").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""nnsight: the model that it wraps, attributed, and a trace of it. Usage: python with_nnsight.py [FOLDER]"""
+"""nnsight: attribute the wrapped model, and compare with a trace of it. Usage: python with_nnsight.py [FOLDER]"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TransformerLens: a bridge's model attributed, drawn by CircuitsVis. Usage: python with_transformer_lens.py [FOLDER]"""
+"""TransformerLens: attribute a bridge's model, draw with CircuitsVis. Usage: python with_transformer_lens.py [FOLDER]"""
 
 import sys
 from pathlib import Path
@@ -22,4 +22,4 @@ heads = dp.sweep("heads", text, target=" Rome")
 source, score = heads.top(1)[0]
 _, cache = bridge.run_with_cache(text)
 pattern = cache[f"blocks.{source.layer}.attn.hook_pattern"][0, source.index, -1]
-print(f"{source.label} gives {score:+.2f}; it looks at {heads.prompt.tokens[int(pattern[1:].argmax()) + 1]!r}")
+print(f"{source.label} gives {score:+.2f}; it attends to {heads.prompt.tokens[int(pattern[1:].argmax()) + 1]!r}")
