@@ -201,41 +201,68 @@ def _model(name: str) -> str:
     return "SmolLM2-135M-Instruct" if name == "smollm2" else f"{name}, random weights"
 
 
+def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the model and dtype that stand above their table."""
+    by_model: dict[str, list[Row]] = {}
+    for row in rows:
+        by_model.setdefault(f"**{_model(row['model'])}, {row['dtype']}**", []).append(row)
+    return by_model
+
+
 def _question(question: str) -> Callable[[Newest, Path], str]:
-    def full_table(newest: Newest, _: Path) -> str:
+    def full_tables(newest: Newest, _: Path) -> str:
         rows = [row for row in newest.rows if row.get("question") == question and row["model"] != "tiny"]
         parts = []
         for of_machine in _by_machine(rows).values():
-            lines = [_line(row) for row in of_machine]
-            head = ["model, dtype", UNITS[question], "method", "median time", "20th to 80th percentile", "runs",
-                    "time relative to depass", "extra memory", "prompts/s", "tokens/s", "rows/s", "TFLOP/s",
-                    "share of the floor", "conservation error", "difference from depass",
-                    "backends used"]  # fmt: skip
-            command = f"Command: `python -m benchmarks run '{question}/*'`."
-            parts.append(f"{command} {_where(of_machine)}\n\n{table(head, lines)}")
+            parts.append(f"Command: `python -m benchmarks run '{question}/*'`. {_where(of_machine)}")
+            for title, of_model in _by_model(of_machine).items():
+                parts += [title, *_times_and_rates(UNITS[question], of_model)]
         return "\n\n".join(parts) or NOTHING
 
-    return full_table
+    return full_tables
 
 
-def _line(row: Row) -> list[str]:
-    begin = [f"{_model(row['model'])}, {row['dtype']}", row["size"], row["method"]]
+def _times_and_rates(unit: str, rows: Sequence[Row]) -> list[str]:
+    """Two tables, because one would be wider than a page, and the backends that ours used."""
+    times = [unit, "method", "median time", "20th to 80th percentile", "runs", "time relative to depass",
+             "share of the floor", "extra memory"]  # fmt: skip
+    rates = [unit, "method", "prompts/s", "tokens/s", "rows/s", "TFLOP/s", "conservation error",
+             "difference from depass"]  # fmt: skip
+    parts = [table(times, [_times(row) for row in rows])]
+    measured = [_rates(row) for row in rows if row["status"] == "ok"]
+    if measured:
+        parts.append(table(rates, measured))
+    used = sorted({f"{op} {name}" for row in rows for op, name in row.get("backends", {}).items()})
+    if used:
+        parts.append(f"Backends used: {', '.join(used)}.")
+    return parts
+
+
+def _names(row: Row) -> list[str]:
+    return [row["size"], row["method"].replace("_", " ")]
+
+
+def _times(row: Row) -> list[str]:
     if row["status"] == "stopped":
         times = _format(row, "times_ours", "over {:.2f}")
-        return [*begin, f"over {_seconds(row['seconds_at_least'])}: stopped", "", "", times, *[""] * 9]
+        return [*_names(row), f"over {_seconds(row['seconds_at_least'])}: stopped", "", "", times, "", ""]
     if row["status"] != "ok":
-        what = row["status"]
-        if what == "oom":
-            what = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
-        return [*begin, what, *[""] * 12]
+        reason = row["status"]
+        if reason == "oom":
+            reason = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
+        return [*_names(row), reason, *[""] * 5]
     return [
-        *begin, _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
-        str(row["runs"]), _format(row, "times_ours", "{:.2f}"), _format(row, "beyond_plain_bytes", _bytes),
-        _format(row, "prompts_per_second", "{:.3g}"), _format(row, "tokens_per_second", "{:.3g}"),
+        *_names(row), _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
+        str(row["runs"]), _format(row, "times_ours", "{:.2f}"), _format(row, "share_of_floor", "{:.0%}"),
+        _format(row, "beyond_plain_bytes", _bytes),
+    ]  # fmt: skip
+
+
+def _rates(row: Row) -> list[str]:
+    return [
+        *_names(row), _format(row, "prompts_per_second", "{:.3g}"), _format(row, "tokens_per_second", "{:.3g}"),
         _format(row, "rows_per_second", "{:.3g}"), _format(row, "tflops", "{:.3g}"),
-        _format(row, "share_of_floor", "{:.0%}"), _format(row, "conservation_error", "{:.0e}"),
-        _format(row, "difference", "{:.0e}"),
-        ", ".join(f"{op} {name}" for op, name in row.get("backends", {}).items()),
+        _format(row, "conservation_error", "{:.0e}"), _format(row, "difference", "{:.0e}"),
     ]  # fmt: skip
 
 
@@ -293,23 +320,27 @@ def _by_case(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 def _comparison(newest: Newest, _: Path) -> str:
     """Ours and the time of every other method relative to it, one line a case."""
     rows = [row for row in newest.rows if row["what"] == "case" and row["model"] != "tiny"]
+    rows = [row for row in rows if row["question"] in ("tokens", "heads", "prompts")]
     parts = []
     for of_machine in _by_machine(rows).values():
-        by_case = _by_case([row for row in of_machine if row["question"] in ("tokens", "heads", "prompts")])
-        rivals = [name for name in COLOURS if name != OURS and any(name in of_case for of_case in by_case.values())]
-        lines = []
-        for case, of_case in by_case.items():
-            if not _measured(of_case):
-                continue
-            ours = of_case[OURS]
-            cells = [_against(of_case.get(name)) for name in rivals]
-            size = [_seconds(ours["seconds_p50"]), _format(ours, "beyond_plain_bytes", _bytes)]
-            lines.append([f"`{case}`", *size, f"{ours['share_of_floor']:.0%}", *cells])
-        if lines:
-            names = [name.replace("_", " ") for name in rivals]
-            head = ["case", "depass", "extra memory", "share of the floor", *names]
-            parts.append(f"{table(head, lines)}\n\n{_where(of_machine)}")
+        tables = []
+        for title, of_model in _by_model(of_machine).items():
+            by_case = {case: by for case, by in _by_case(of_model).items() if _measured(by)}
+            rivals = [name for name in COLOURS if name != OURS and any(name in by for by in by_case.values())]
+            lines = [
+                [_short_case(by[OURS]), _seconds(by[OURS]["seconds_p50"]), *(_against(by.get(name)) for name in rivals)]
+                for by in by_case.values()
+            ]
+            if lines:
+                tables += [title, table(["case", "depass", *(name.replace("_", " ") for name in rivals)], lines)]
+        if tables:
+            parts += [*tables, _where(of_machine)]
     return "\n\n".join(parts) or NOTHING
+
+
+def _short_case(row: Row) -> str:
+    """A case below a title that names its model and dtype."""
+    return f"`{row['question']}/{row['size']}`"
 
 
 def _against(row: Row | None) -> str:
@@ -351,33 +382,47 @@ def _ops(newest: Newest, _: Path) -> str:
 
 
 def _predicted(newest: Newest, _: Path) -> str:
-    """The predicted time of each case on each card, and the measured time beside it."""
+    """What each case should take on each card; and, for the cases that were measured there, how far off that is."""
     measured: dict[tuple[str, str | None], Row] = {}
     for row in sorted((row for row in newest.rows if row["what"] == "case"), key=lambda row: str(row["date"])):
         if row["method"] == OURS and row["status"] == "ok" and row.get("asked_backend") in (None, "auto"):
             measured[row["case"], card_of(row["gpu"])] = row
-    lines = []
+    predictions: dict[str, list[Row]] = {}
     for row in load():
-        ours = measured.get((row["case"], row["card"]))
-        beside = ["not measured", "", "", ""]
-        if ours is not None:
-            ratio = ours["seconds_p50"] / row["seconds"]
-            mark = "" if OFF[0] <= ratio <= OFF[1] else "off"
-            beside = [_seconds(ours["seconds_p50"]), _format(ours, "share_of_floor", "{:.0%}"), f"{ratio:.2f}", mark]
-        lines.append([
-            f"`{row['case']}`", CARDS[row["card"]].name, f"{row['rows']:,}",
-            _short(sum(row["operations"].values()) / 1e12), _short(sum(row["bytes"].values()) / 1e9),
-            f"{row['launches']:,}", _seconds(row["seconds"]),
-            _seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}", *beside,
-        ])  # fmt: skip
-    head = ["case", "card", "rows", "TFLOP", "GB moved", "kernel launches", "predicted time", "predicted floor",
-            "share of the predicted floor", "measured time", "share of the measured floor", "measured over predicted",
-            f"outside {OFF[0]:g} to {OFF[1]:g}"]  # fmt: skip
+        dtype = row["case"].split("/")[2]
+        predictions.setdefault(f"**{CARDS[row['card']].name}, {row['model']}, {dtype}**", []).append(row)
     rates = "; ".join(
         f"{card.name} {card.operations_per_second / 1e12:g} TFLOP/s and {card.bytes_per_second / 1e12:g} TB/s"
         for card in CARDS.values()
     )
-    return f"Command: `python -m benchmarks predict`. Assumed rates: {rates}.\n\n{table(head, lines)}"
+    parts = [f"Command: `python -m benchmarks predict`. Assumed rates: {rates}."]
+    head = ["case", "rows", "TFLOP", "GB moved", "kernel launches", "predicted time", "floor", "share of the floor",
+            "measured time"]  # fmt: skip
+    judged = ["case", "predicted time", "measured time", "share of the measured floor", "measured over predicted",
+              f"outside {OFF[0]:g} to {OFF[1]:g}"]  # fmt: skip
+    for title, rows in predictions.items():
+        pairs = [(row, measured.get((row["case"], row["card"]))) for row in rows]
+        parts += [title, table(head, [_prediction(row, ours) for row, ours in pairs])]
+        lines = [_judged(row, ours) for row, ours in pairs if ours is not None]
+        if lines:
+            parts.append(table(judged, lines))
+    return "\n\n".join(parts)
+
+
+def _prediction(row: Row, ours: Row | None) -> list[str]:
+    return [
+        _short_case(row), f"{row['rows']:,}", _short(sum(row["operations"].values()) / 1e12),
+        _short(sum(row["bytes"].values()) / 1e9), f"{row['launches']:,}", _seconds(row["seconds"]),
+        _seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}",
+        "not measured" if ours is None else _seconds(ours["seconds_p50"]),
+    ]  # fmt: skip
+
+
+def _judged(row: Row, ours: Row) -> list[str]:
+    ratio = ours["seconds_p50"] / row["seconds"]
+    mark = "" if OFF[0] <= ratio <= OFF[1] else "off"
+    times = [_seconds(row["seconds"]), _seconds(ours["seconds_p50"]), _format(ours, "share_of_floor", "{:.0%}")]
+    return [_short_case(row), *times, f"{ratio:.2f}", mark]
 
 
 def _short(number: float) -> str:
@@ -459,7 +504,7 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
         )  # fmt: skip
     for axes, what in (
         (left, "time, s (band: p20 to p80; hollow: stopped)"),
-        (right, "memory beyond a plain forward pass, MB (x: did not fit)"),
+        (right, "extra memory, MB (x: did not fit)"),
     ):
         axes.set(xscale="log", yscale="log", xlabel="prompt length N, tokens", ylabel=what)
         axes.set_xticks(sizes, [str(size) for size in sizes])
