@@ -1,7 +1,7 @@
-"""Figures of the rows, and tables between the markers of documents: no number in them is typed by hand.
+"""Draws the figures and writes the tables of documents from the results: no number in them is typed by hand.
 
-A document says where a table goes: ``<!-- begin tokens -->`` and ``<!-- end tokens -->``, each on a line of its own. What
-stands between them is replaced, all else stays.
+A document marks where a table goes with ``<!-- begin tokens -->`` and ``<!-- end tokens -->``, each on its own line. The
+report replaces the text between the markers and nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +24,22 @@ from .runner import Row
 
 NOTHING = "Not measured yet."
 OFF = (0.8, 1.25)  # measured over predicted: what lies outside is marked
+PLAIN_PYTORCH = "eager"
+GRADIENT = "input_x_gradient"
+SPEED_ROWS = {  # the cases that the README states in words, by model
+    "smollm2": (
+        "tokens/smollm2/float32/10", "tokens/smollm2/float32/32", "tokens/smollm2/float32/128",
+        "heads/smollm2/float32/10", "prompts/smollm2/float32/64",
+    ),
+    "llama-2-7b": (
+        "tokens/llama-2-7b/bfloat16/16", "tokens/llama-2-7b/bfloat16/64", "tokens/llama-2-7b/bfloat16/256",
+        "heads/llama-2-7b/bfloat16/16", "prompts/llama-2-7b/bfloat16/64",
+    ),
+}  # fmt: skip
+CASE_IN_WORDS = {
+    "tokens": "a {}-token prompt", "heads": "every head of every layer, {}-token prompt", "prompts": "{} short prompts",
+}  # fmt: skip
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _MARKER = re.compile(r"^<!-- (begin|end) ([a-z0-9-]+) -->[ \t]*$", re.MULTILINE)
 # fixed order, ours first: a method keeps its colour in every figure
 COLOURS = {
@@ -35,18 +51,18 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest rows of each machine, by case, method and backend; and the figures drawn of them."""
+    """The newest row of each machine, case, method and backend; and the figures drawn from these rows."""
 
     rows: list[Row]
     figures: list[Path]
 
 
 def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """Draw the figures into a folder and fill in the documents; the paths written.
+    """Draw the figures into ``folder`` and fill in the documents. Yields the paths written.
 
     Raises:
-        BenchmarkError: a document cannot be read, has no markers, unknown ones, or ones that do not pair up; matplotlib
-            is not installed. No document is written then.
+        BenchmarkError: a document cannot be read; its markers are missing, unknown or unpaired; or matplotlib is not
+            installed. No document is written in these cases.
     """
     texts = {path: _read(path) for path in documents}
     for path, text in texts.items():
@@ -63,8 +79,8 @@ def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iter
 def newest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each machine, case, method and backend, in the registry's order.
 
-    Each with ``times_ours``: its time over that of ours beside it, of the same session, where there is one. Rows that are
-    neither of a case nor of an op, which runs on GPUs also write, are left out, and rows of an op that is no more.
+    ``times_ours`` is added where the same session also measured ours: the row's time divided by the time of ours. Runs on
+    GPUs also write rows of other kinds; these are left out, and so are rows of an op that no longer exists.
     """
     found: dict[tuple[Any, ...], Row] = {}
     ours: dict[tuple[Any, ...], float] = {}
@@ -97,35 +113,39 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 # Documents.
 
 
-def fill(path: Path, text: str, made: Newest) -> str:
+def fill(path: Path, text: str, results: Newest) -> str:
     """The text with every table between its markers."""
     out, last = [], 0
     for name, begin, end in _marked(path, text):
-        out += [text[last:begin], "\n", TABLES[name](made, path), "\n"]
+        out += [text[last:begin], "\n", TABLES[name](results, path), "\n"]
         last = end
     return "".join([*out, text[last:]])
 
 
 def _marked(path: Path, text: str) -> list[tuple[str, int, int]]:
-    """Name, and where what stands between its markers begins and ends."""
-    found: list[tuple[str, int, int]] = []
+    """Each table's name, and where the text between its markers begins and ends."""
+    tables: list[tuple[str, int, int]] = []
     open_at: tuple[str, int] | None = None
     for match in _MARKER.finditer(text):
         kind, name = match.groups()
         if name not in TABLES:
-            raise BenchmarkError(f"{path}: no table is named {name!r}; there are: {', '.join(TABLES)}")
+            raise BenchmarkError(f"{path}: unknown table {name!r}; choose from: {', '.join(TABLES)}")
         if (kind == "end") != (open_at is not None) or (open_at is not None and open_at[0] != name):
-            raise BenchmarkError(f"{path}: {match[0].strip()!r} has no partner; markers come as begin NAME, end NAME")
+            raise BenchmarkError(
+                f"{path}: {match[0].strip()!r} has no partner; markers come in pairs, begin NAME then end NAME"
+            )
         if open_at is not None:
-            found.append((name, open_at[1], match.start()))
+            tables.append((name, open_at[1], match.start()))
             open_at = None
         else:
             open_at = (name, match.end())
     if open_at is not None:
-        raise BenchmarkError(f"{path}: 'begin {open_at[0]}' is never ended")
-    if not found:
-        raise BenchmarkError(f"{path} has no markers (<!-- begin NAME -->, <!-- end NAME -->); nothing was written")
-    return found
+        raise BenchmarkError(f"{path}: 'begin {open_at[0]}' has no 'end {open_at[0]}' after it")
+    if not tables:
+        raise BenchmarkError(
+            f"{path} has no markers; add <!-- begin NAME --> and <!-- end NAME --> where a table goes. Nothing was written"
+        )
+    return tables
 
 
 def _read(path: Path) -> str:
@@ -146,18 +166,25 @@ def _by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _where(rows: Sequence[Row]) -> str:
-    """The machine and the commits that a table's rows are from."""
+    """The machine, the versions, the commits and the dates of a table's rows."""
     row = rows[-1]
-    device = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, {row['cpu_capability']}"
-    commits = sorted({f"{str(r.get('commit'))[:10]}{' and changes' if r.get('changed') else ''}" for r in rows})
+    commits = sorted(
+        {f"{str(r.get('commit'))[:10]}{' with uncommitted changes' if r.get('changed') else ''}" for r in rows}
+    )
     dates = sorted({r["date"][:10] for r in rows})
+    cpu = f"{row['threads']} threads, {row['cpu_capability']}"
     driver = f", driver {row['driver']}" if row.get("driver") else ""
     limit = sorted({r["memory_limit_bytes"] for r in rows if r.get("memory_limit_bytes")})
     capped = f", memory capped at {', '.join(f'{b / 1e9:g} GB' for b in limit)}" if limit else ""
     return (
-        f"{device}{driver}{capped}; torch {row['torch']}, transformers {row['transformers']}; commit {', '.join(commits)}, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+        f"Measured on {_machine(row)} ({'GPU' if row['gpu'] else cpu}{driver}{capped}) with torch {row['torch']} and "
+        f"transformers {row['transformers']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
+        f"{'Commit' if len(commits) == 1 else 'Commits'}: {', '.join(commits)}."
     )
+
+
+def _machine(row: Row) -> str:
+    return str(row["gpu"] or row["cpu"])
 
 
 def _seconds(value: float) -> str:
@@ -174,40 +201,68 @@ def _model(name: str) -> str:
     return "SmolLM2-135M-Instruct" if name == "smollm2" else f"{name}, random weights"
 
 
+def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the model and dtype that stand above their table."""
+    by_model: dict[str, list[Row]] = {}
+    for row in rows:
+        by_model.setdefault(f"**{_model(row['model'])}, {row['dtype']}**", []).append(row)
+    return by_model
+
+
 def _question(question: str) -> Callable[[Newest, Path], str]:
-    def made(newest: Newest, _: Path) -> str:
+    def full_tables(newest: Newest, _: Path) -> str:
         rows = [row for row in newest.rows if row.get("question") == question and row["model"] != "tiny"]
         parts = []
         for of_machine in _by_machine(rows).values():
-            lines = [_line(row) for row in of_machine]
-            head = ["model, dtype", UNITS[question], "method", "p50", "p20 to p80", "runs", "times ours",
-                    "memory beyond a plain pass", "prompts/s", "tokens/s", "rows/s", "TFLOP/s", "of the floor",
-                    "misses logit by", "differs from ours by", "served by"]  # fmt: skip
-            command = f"`python -m benchmarks run '{question}/*'`"
-            parts.append(f"{command} on {_where(of_machine)}\n\n{table(head, lines)}")
+            parts.append(f"Command: `python -m benchmarks run '{question}/*'`. {_where(of_machine)}")
+            for title, of_model in _by_model(of_machine).items():
+                parts += [title, *_times_and_rates(UNITS[question], of_model)]
         return "\n\n".join(parts) or NOTHING
 
-    return made
+    return full_tables
 
 
-def _line(row: Row) -> list[str]:
-    begin = [f"{_model(row['model'])}, {row['dtype']}", row["size"], row["method"]]
+def _times_and_rates(unit: str, rows: Sequence[Row]) -> list[str]:
+    """Two tables, because one would be wider than a page, and the backends that ours used."""
+    times = [unit, "method", "median time", "20th to 80th percentile", "runs", "time relative to depass",
+             "share of the floor", "extra memory"]  # fmt: skip
+    rates = [unit, "method", "prompts/s", "tokens/s", "rows/s", "TFLOP/s", "conservation error",
+             "difference from depass"]  # fmt: skip
+    parts = [table(times, [_times(row) for row in rows])]
+    measured = [_rates(row) for row in rows if row["status"] == "ok"]
+    if measured:
+        parts.append(table(rates, measured))
+    used = sorted({f"{op} {name}" for row in rows for op, name in row.get("backends", {}).items()})
+    if used:
+        parts.append(f"Backends used: {', '.join(used)}.")
+    return parts
+
+
+def _names(row: Row) -> list[str]:
+    return [row["size"], row["method"].replace("_", " ")]
+
+
+def _times(row: Row) -> list[str]:
     if row["status"] == "stopped":
         times = _format(row, "times_ours", "over {:.2f}")
-        return [*begin, f"over {_seconds(row['seconds_at_least'])}: stopped", "", "", times, *[""] * 9]
+        return [*_names(row), f"over {_seconds(row['seconds_at_least'])}: stopped", "", "", times, "", ""]
     if row["status"] != "ok":
-        what = row["status"]
-        if what == "oom":
-            what = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
-        return [*begin, what, *[""] * 12]
+        reason = row["status"]
+        if reason == "oom":
+            reason = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
+        return [*_names(row), reason, *[""] * 5]
     return [
-        *begin, _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
-        str(row["runs"]), _format(row, "times_ours", "{:.2f}"), _format(row, "beyond_plain_bytes", _bytes),
-        _format(row, "prompts_per_second", "{:.3g}"), _format(row, "tokens_per_second", "{:.3g}"),
+        *_names(row), _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
+        str(row["runs"]), _format(row, "times_ours", "{:.2f}"), _format(row, "share_of_floor", "{:.0%}"),
+        _format(row, "beyond_plain_bytes", _bytes),
+    ]  # fmt: skip
+
+
+def _rates(row: Row) -> list[str]:
+    return [
+        *_names(row), _format(row, "prompts_per_second", "{:.3g}"), _format(row, "tokens_per_second", "{:.3g}"),
         _format(row, "rows_per_second", "{:.3g}"), _format(row, "tflops", "{:.3g}"),
-        _format(row, "share_of_floor", "{:.0%}"), _format(row, "conservation_error", "{:.0e}"),
-        _format(row, "difference", "{:.0e}"),
-        ", ".join(f"{op} {name}" for op, name in row.get("backends", {}).items()),
+        _format(row, "conservation_error", "{:.0e}"), _format(row, "difference", "{:.0e}"),
     ]  # fmt: skip
 
 
@@ -219,27 +274,73 @@ def _format(row: Row, key: str, how: str | Callable[[float], str]) -> str:
 
 
 def _speed(newest: Newest, _: Path) -> str:
-    """Ours beside each rival's time and memory, in one line a case: the short table."""
+    """A few cases of each machine and model in plain words, for the README."""
+    parts = []
+    for of_machine in _by_machine([row for row in newest.rows if row["what"] == "case"]).values():
+        by_case = _by_case(of_machine)
+        for model, cases in SPEED_ROWS.items():
+            lines = [_in_words(by_case[case]) for case in cases if _measured(by_case.get(case, {}))]
+            if lines:
+                parts.append("\n".join([f"{_model(model)}, measured on {_machine(of_machine[-1])}:\n", *lines]))
+    return "\n\n".join(parts) or NOTHING
+
+
+def _in_words(of_case: Mapping[str, Row]) -> str:
+    """What ours took, and how plain PyTorch and one gradient compare."""
+    ours, plain, gradient = of_case[OURS], of_case.get(PLAIN_PYTORCH), of_case.get(GRADIENT)
+    case = CASE_IN_WORDS[ours["question"]].format(ours["size"])
+    cores = "" if ours["gpu"] else f", {ours['threads']} cores"
+    words = [f"- {case[0].upper()}{case[1:]}, {SHORT_DTYPES[ours['dtype']]}{cores}: {_rounded(ours['seconds_p50'])} s"]
+    if plain is not None and plain["status"] == "oom":
+        words.append("plain PyTorch runs out of memory")
+    elif plain is not None and plain["status"] in ("ok", "stopped") and "times_ours" in plain:
+        more_than = "more than " if plain["status"] == "stopped" else ""
+        words.append(f"{more_than}{_rounded(plain['times_ours'])} times as fast as plain PyTorch")
+    if gradient is not None and gradient["status"] == "ok":
+        words.append(f"input × gradient takes {_rounded(gradient['seconds_p50'])} s")
+    return "; ".join(words)
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def _measured(of_case: Mapping[str, Row]) -> bool:
+    return OURS in of_case and of_case[OURS]["status"] == "ok"
+
+
+def _by_case(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by case, then by method."""
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["method"]] = row
+    return by_case
+
+
+def _comparison(newest: Newest, _: Path) -> str:
+    """Ours and the time of every other method relative to it, one line a case."""
     rows = [row for row in newest.rows if row["what"] == "case" and row["model"] != "tiny"]
+    rows = [row for row in rows if row["question"] in ("tokens", "heads", "prompts")]
     parts = []
     for of_machine in _by_machine(rows).values():
-        by_case: dict[str, dict[str, Row]] = {}
-        for row in of_machine:
-            if row["question"] in ("tokens", "heads", "prompts"):
-                by_case.setdefault(row["case"], {})[row["method"]] = row
-        rivals = [name for name in COLOURS if name != OURS and any(name in of_case for of_case in by_case.values())]
-        lines = []
-        for case, of_case in by_case.items():
-            ours = of_case.get(OURS, {})
-            if ours.get("status") != "ok":
-                continue
-            cells = [_against(of_case.get(name)) for name in rivals]
-            size = [_seconds(ours["seconds_p50"]), _format(ours, "beyond_plain_bytes", _bytes)]
-            lines.append([f"`{case}`", *size, f"{ours['share_of_floor']:.0%}", *cells])
-        if lines:
-            head = ["case", "ours", "memory", "of the floor", *(name.replace("_", " ") for name in rivals)]
-            parts.append(f"{_where(of_machine)}\n\n{table(head, lines)}")
+        tables = []
+        for title, of_model in _by_model(of_machine).items():
+            by_case = {case: by for case, by in _by_case(of_model).items() if _measured(by)}
+            rivals = [name for name in COLOURS if name != OURS and any(name in by for by in by_case.values())]
+            lines = [
+                [_short_case(by[OURS]), _seconds(by[OURS]["seconds_p50"]), *(_against(by.get(name)) for name in rivals)]
+                for by in by_case.values()
+            ]
+            if lines:
+                tables += [title, table(["case", "depass", *(name.replace("_", " ") for name in rivals)], lines)]
+        if tables:
+            parts += [*tables, _where(of_machine)]
     return "\n\n".join(parts) or NOTHING
+
+
+def _short_case(row: Row) -> str:
+    """A case below a title that names its model and dtype."""
+    return f"`{row['question']}/{row['size']}`"
 
 
 def _against(row: Row | None) -> str:
@@ -264,49 +365,64 @@ def _ops(newest: Newest, _: Path) -> str:
              f"{row['operations'] / 1e9:.3g}", f"{row['share_of_gemm']:.0%}"]
             for row in of_machine
         ]  # fmt: skip
-        head = ["op", "shape", "backend", "p50", "bytes", "of the copy", "GFLOP", "of the GEMM"]
+        head = ["op", "shape", "backend", "median time", "bytes", "share of the copy rate", "GFLOP",
+                "share of the GEMM rate"]  # fmt: skip
         if (card := card_of(first["gpu"])) is not None:
-            head.append("predicted")
+            head.append("predicted time")
             for line, row in zip(lines, of_machine, strict=True):
                 line.append(_seconds(CARDS[card].seconds(row["operations"], row["bytes"])))
-        command = f"`pytest benchmarks/test_ops.py --sizes {first['sizes']} --rows FILE`"
+        command = f"Command: `pytest benchmarks/test_ops.py --sizes {first['sizes']} --rows FILE`."
         rates = {row["dtype"]: row for row in of_machine}
         said = "; ".join(
-            f"beside {dtype}, a copy moved {row['copy_bytes_per_second'] / 1e9:.3g} GB/s and a GEMM did "
+            f"in {dtype}, a copy moved {row['copy_bytes_per_second'] / 1e9:.3g} GB/s and a GEMM did "
             f"{row['gemm_operations_per_second'] / 1e12:.3g} TFLOP/s" for dtype, row in rates.items()
         )  # fmt: skip
-        parts.append(f"{command} on {_where(of_machine)} Measured {said}.\n\n{table(head, lines)}")
+        parts.append(f"{command} {_where(of_machine)} In the same session, {said}.\n\n{table(head, lines)}")
     return "\n\n".join(parts) or NOTHING
 
 
 def _predicted(newest: Newest, _: Path) -> str:
-    """What GPUs should take, a line for each case and card, and beside it what they took."""
+    """What each case should take on each card; and, for the cases that were measured there, how far off that is."""
     measured: dict[tuple[str, str | None], Row] = {}
     for row in sorted((row for row in newest.rows if row["what"] == "case"), key=lambda row: str(row["date"])):
         if row["method"] == OURS and row["status"] == "ok" and row.get("asked_backend") in (None, "auto"):
             measured[row["case"], card_of(row["gpu"])] = row
-    lines = []
+    predictions: dict[str, list[Row]] = {}
     for row in load():
-        ours = measured.get((row["case"], row["card"]))
-        beside = ["not measured", "", "", ""]
-        if ours is not None:
-            ratio = ours["seconds_p50"] / row["seconds"]
-            mark = "" if OFF[0] <= ratio <= OFF[1] else "off"
-            beside = [_seconds(ours["seconds_p50"]), _format(ours, "share_of_floor", "{:.0%}"), f"{ratio:.2f}", mark]
-        lines.append([
-            f"`{row['case']}`", CARDS[row["card"]].name, f"{row['rows']:,}",
-            _short(sum(row["operations"].values()) / 1e12), _short(sum(row["bytes"].values()) / 1e9),
-            f"{row['launches']:,}", _seconds(row["seconds"]),
-            _seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}", *beside,
-        ])  # fmt: skip
-    head = ["case", "card", "rows", "TFLOP", "GB moved", "launches", "predicted p50", "predicted floor", "of the floor",
-            "measured p50", "of the measured floor", "measured over predicted",
-            f"outside {OFF[0]:g} to {OFF[1]:g}"]  # fmt: skip
+        dtype = row["case"].split("/")[2]
+        predictions.setdefault(f"**{CARDS[row['card']].name}, {row['model']}, {dtype}**", []).append(row)
     rates = "; ".join(
         f"{card.name} {card.operations_per_second / 1e12:g} TFLOP/s and {card.bytes_per_second / 1e12:g} TB/s"
         for card in CARDS.values()
     )
-    return f"`python -m benchmarks predict`. Assumed: {rates}.\n\n{table(head, lines)}"
+    parts = [f"Command: `python -m benchmarks predict`. Assumed rates: {rates}."]
+    head = ["case", "rows", "TFLOP", "GB moved", "kernel launches", "predicted time", "floor", "share of the floor",
+            "measured time"]  # fmt: skip
+    judged = ["case", "predicted time", "measured time", "share of the measured floor", "measured over predicted",
+              f"outside {OFF[0]:g} to {OFF[1]:g}"]  # fmt: skip
+    for title, rows in predictions.items():
+        pairs = [(row, measured.get((row["case"], row["card"]))) for row in rows]
+        parts += [title, table(head, [_prediction(row, ours) for row, ours in pairs])]
+        lines = [_judged(row, ours) for row, ours in pairs if ours is not None]
+        if lines:
+            parts.append(table(judged, lines))
+    return "\n\n".join(parts)
+
+
+def _prediction(row: Row, ours: Row | None) -> list[str]:
+    return [
+        _short_case(row), f"{row['rows']:,}", _short(sum(row["operations"].values()) / 1e12),
+        _short(sum(row["bytes"].values()) / 1e9), f"{row['launches']:,}", _seconds(row["seconds"]),
+        _seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}",
+        "not measured" if ours is None else _seconds(ours["seconds_p50"]),
+    ]  # fmt: skip
+
+
+def _judged(row: Row, ours: Row) -> list[str]:
+    ratio = ours["seconds_p50"] / row["seconds"]
+    mark = "" if OFF[0] <= ratio <= OFF[1] else "off"
+    times = [_seconds(row["seconds"]), _seconds(ours["seconds_p50"]), _format(ours, "share_of_floor", "{:.0%}")]
+    return [_short_case(row), *times, f"{ratio:.2f}", mark]
 
 
 def _short(number: float) -> str:
@@ -314,13 +430,13 @@ def _short(number: float) -> str:
 
 
 def _figures(newest: Newest, path: Path) -> str:
-    links = [f"![{one.stem}]({os.path.relpath(one, path.parent)})" for one in newest.figures]
+    links = [f"![{figure.stem}]({os.path.relpath(figure, path.parent)})" for figure in newest.figures]
     return "\n\n".join(links) or NOTHING
 
 
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
-    "speed": _speed, **{name: _question(name) for name in METHODS}, "ops": _ops, "predicted": _predicted,
-    "figures": _figures,
+    "speed": _speed, "comparison": _comparison, **{name: _question(name) for name in METHODS}, "ops": _ops,
+    "predicted": _predicted, "figures": _figures,
 }  # fmt: skip
 
 
@@ -328,7 +444,7 @@ TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Time and memory against N of every model that has two sizes or more, and a roofline of our ops.
+    """Time and memory against prompt length for each model with two or more sizes, and a roofline of our ops.
 
     Raises:
         BenchmarkError: matplotlib is not installed.
@@ -387,10 +503,10 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
             label="floor: the GEMMs alone, measured",
         )  # fmt: skip
     for axes, what in (
-        (left, "seconds (p20 to p80); hollow: stopped"),
-        (right, "memory beyond a plain pass, MB; x: did not fit"),
+        (left, "time, s (band: p20 to p80; hollow: stopped)"),
+        (right, "extra memory, MB (x: did not fit)"),
     ):
-        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)
+        axes.set(xscale="log", yscale="log", xlabel="prompt length N, tokens", ylabel=what)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
@@ -414,12 +530,12 @@ def _draw_roofline(rows: Sequence[Row], path: Path) -> Path:
     for (op, backend), of in _grouped(rows).items():
         axes.plot([r["operations"] / r["bytes"] for r in of], [r["operations"] / r["seconds_p50"] / 1e9 for r in of],
                   shapes[backend], color=colours[op], label=f"{op}, {backend}", linestyle="none", alpha=0.85)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="rate, GFLOP/s")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
     models = sorted({row["model"] for row in rows})
     of = models[0] if len(models) == 1 else f"{len(models)} models"
-    what = f"The ops at the shapes of {of}, {rows[-1]['dtype']}, N={rows[-1]['positions']}"
+    what = f"Kernels at the shapes of {of}, {rows[-1]['dtype']}, N={rows[-1]['positions']}"
     axes.set_title(f"{what}: {_device(rows[-1])}", fontsize=10)
     return _save(figure, path)
 

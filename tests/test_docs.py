@@ -1,4 +1,4 @@
-"""The documents: nothing public is missing, nothing is linked that is not there, and the tutorial has been run."""
+"""The documents: they list every public name, their links and examples work, and the tutorial has been run."""
 
 from __future__ import annotations
 
@@ -51,6 +51,31 @@ def links(document: Path) -> list[str]:
     """What a document links to or shows of this repository."""
     found = re.findall(r"\]\(([^()\s]+)\)", document.read_text(encoding="utf-8"))
     return [link.partition("#")[0] for link in found if not link.startswith(("http", "#"))]
+
+
+@pytest.mark.usefixtures("smollm2_folder")
+def test_the_readmes_example_prints_what_the_readme_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.+?)```\n\n```\n(.+?)```", text, re.S)
+    assert example is not None
+    monkeypatch.setenv("COLUMNS", "100")
+    exec(example[1], {})
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert without_error("\n".join(printed)) == without_error(example[2].rstrip("\n"))
+
+
+def without_error(text: str) -> str:
+    """The conservation error is rounding, which differs between machines."""
+    return re.sub(r"\(error [^)]*\)", "(error)", text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_code_fits_the_page(document: Path) -> None:
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S)
+    code = [lines for language, lines in blocks if not language.startswith("{")]  # the others are directives of Sphinx
+    assert [line for lines in code for line in lines.splitlines() if len(line) > 88] == []
 
 
 def test_the_tutorial_has_been_run_from_top_to_bottom(tutorial: dict[str, Any]) -> None:

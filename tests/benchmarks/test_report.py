@@ -1,4 +1,4 @@
-"""Tables go between the markers of documents and nowhere else, and say what the rows say."""
+"""Tables go between the markers of documents and nowhere else, and their numbers are those of the rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ OP = {
 TEXT = "# Title\n\nmine\n\n<!-- begin {0} -->\nold\n<!-- end {0} -->\n\nmine, too: <!-- begin nothing\n"
 
 
-def made(tmp_path: Path, name: str, rows: list[Row]) -> str:
+def filled(tmp_path: Path, name: str, rows: list[Row]) -> str:
     document = tmp_path / "docs" / "page.md"
     document.parent.mkdir(exist_ok=True)
     document.write_text(TEXT.format(name))
@@ -64,28 +64,70 @@ def made(tmp_path: Path, name: str, rows: list[Row]) -> str:
 
 
 def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
-    table = made(tmp_path, "tokens", ROWS)
+    table = filled(tmp_path, "tokens", ROWS)
     assert "old" not in table
-    assert "| llama-2-7b, random weights, bfloat16 | 16 | depass | 250 ms |" in table
+    assert "**llama-2-7b, random weights, bfloat16**" in table
+    assert "| 16 | depass | 250 ms |" in table
     assert "9 s" not in table
     assert "out of memory: asked for 69.0 GB" in table
-    assert "A Card, driver 1.2" in table
+    assert "A Card (GPU, driver 1.2)" in table
     assert "abcdef0123" in table
 
 
-def test_writing_twice_is_writing_once(tmp_path: Path) -> None:
+def test_a_second_report_changes_nothing(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
-    document.write_text(TEXT.format("speed"))
-    list(report(ROWS, [document], tmp_path / "figures"))
+    document.write_text("".join(TEXT.format(name) for name in TABLES))
+    list(report([*ROWS, OP], [document], tmp_path / "figures"))
     once = document.read_text()
-    list(report(ROWS, [document], tmp_path / "figures"))
+    assert "old" not in once
+    list(report([*ROWS, OP], [document], tmp_path / "figures"))
     assert document.read_text() == once
 
 
-def test_the_short_table_holds_rivals_against_ours(tmp_path: Path) -> None:
-    table = made(tmp_path, "speed", ROWS)
-    assert "| `tokens/llama-2-7b/bfloat16/16` | 250 ms | 3 MB | 50% | 8× |" in table
-    assert "| `tokens/llama-2-7b/bfloat16/64` | 500 ms | 3 MB | 50% | out of memory |" in table
+def test_the_comparison_shows_each_methods_time_relative_to_ours_and_the_commits_below(tmp_path: Path) -> None:
+    table = filled(tmp_path, "comparison", ROWS)
+    assert "| `tokens/16` | 250 ms | 8× |" in table
+    assert "| `tokens/64` | 500 ms | out of memory |" in table
+    last = table.strip().splitlines()[-1]
+    assert last.startswith("Measured on A Card (GPU, driver 1.2) with torch 2 and transformers 5, 2026-01-02.")
+    assert last.endswith("Commit: abcdef0123.")
+
+
+def test_the_speed_is_said_in_plain_words(tmp_path: Path) -> None:
+    def on_smollm2(question: str, method: str, size: int, seconds: float) -> Row:
+        names = {"case": f"{question}/smollm2/float32/{size}", "question": question, "model": "smollm2"}
+        return case_row(method, size, seconds, **names, dtype="float32", gpu=None)
+
+    rows = [
+        on_smollm2("tokens", OURS, 32, 0.854),
+        on_smollm2("tokens", "eager", 32, 1.6),
+        on_smollm2("tokens", "input_x_gradient", 32, 0.496),
+        on_smollm2("tokens", OURS, 64, 3.0),  # not among the cases that are said
+        on_smollm2("heads", OURS, 10, 2.03),
+    ]
+    assert filled(tmp_path, "speed", rows).strip().splitlines() == [
+        "SmolLM2-135M-Instruct, measured on a cpu:",
+        "",
+        "- A 32-token prompt, fp32, 2 cores: 0.85 s; 1.9 times as fast as plain PyTorch; input × gradient takes 0.5 s",
+        "- Every head of every layer, 10-token prompt, fp32, 2 cores: 2 s",
+    ]
+
+
+def test_the_speed_on_a_gpu_names_the_gpu_and_what_plain_pytorch_could_not_do(tmp_path: Path) -> None:
+    stopped = {**case_row("eager", 16, 0), "status": "stopped", "seconds_at_least": 300.0}
+    del stopped["seconds_p50"]
+    rows = [
+        case_row(OURS, 16, 0.25),
+        stopped,
+        case_row(OURS, 64, 0.5),
+        case_row("eager", 64, 1.0, status="oom", asked_bytes=69_000_000_000, reason="no"),
+    ]
+    assert filled(tmp_path, "speed", rows).strip().splitlines() == [
+        "llama-2-7b, random weights, measured on A Card:",
+        "",
+        "- A 16-token prompt, bf16: 0.25 s; more than 1200 times as fast as plain PyTorch",
+        "- A 64-token prompt, bf16: 0.5 s; plain PyTorch runs out of memory",
+    ]
 
 
 def test_a_rival_is_held_against_ours_of_the_same_session(tmp_path: Path) -> None:
@@ -96,7 +138,7 @@ def test_a_rival_is_held_against_ours_of_the_same_session(tmp_path: Path) -> Non
         case_row("eager", 16, 3.0, session="second"),
         case_row("ablation", 16, 9.0, session="third"),
     ]
-    assert "/16` | 500 ms | 3 MB | 50% | 2× | 6× |  |" in made(tmp_path, "speed", rows)
+    assert "/16` | 500 ms | 2× | 6× |  |" in filled(tmp_path, "comparison", rows)
 
 
 def test_what_was_stopped_says_when(tmp_path: Path) -> None:
@@ -104,42 +146,44 @@ def test_what_was_stopped_says_when(tmp_path: Path) -> None:
     for missing in ("seconds_p20", "seconds_p50", "seconds_p80", "beyond_plain_bytes"):
         del stopped[missing]
     rows = [case_row(OURS, 16, 0.25), case_row(OURS, 64, 0.5), stopped]
-    assert "| naive | over 300 s: stopped |  |  | over 600.00 |" in made(tmp_path, "tokens", rows)
-    assert "| over 600× |" in made(tmp_path, "speed", rows)
+    assert "| naive | over 300 s: stopped |  |  | over 600.00 |" in filled(tmp_path, "tokens", rows)
+    assert "| over 600× |" in filled(tmp_path, "comparison", rows)
     alone = [*rows[:2], {**stopped, "session": "another"}]  # with none of ours beside it
-    assert "| over 300 s |" in made(tmp_path, "speed", alone)
-    assert "tokens-a-card" in made(tmp_path, "figures", rows)
+    assert "| over 300 s |" in filled(tmp_path, "comparison", alone)
+    assert "tokens-a-card" in filled(tmp_path, "figures", rows)
 
 
 def test_figures_are_drawn_and_linked(tmp_path: Path) -> None:
-    table = made(tmp_path, "figures", [*ROWS, OP])
+    table = filled(tmp_path, "figures", [*ROWS, OP])
     for name in ("tokens-a-card-llama-2-7b-bfloat16.png", "roofline-a-card-bfloat16-full.png"):
         assert f"(figures/{name})" in table
         assert (tmp_path / "docs" / "figures" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_ops(tmp_path: Path) -> None:
-    assert "| mix_values | llama-2-7b, bfloat16, N=256 | triton | 1 ms | 1.0 GB | 100% |" in made(tmp_path, "ops", [OP])
+    assert "| mix_values | llama-2-7b, bfloat16, N=256 | triton | 1 ms | 1.0 GB | 100% |" in filled(
+        tmp_path, "ops", [OP]
+    )
 
 
 def test_rows_of_an_op_that_is_no_more_are_left_out(tmp_path: Path) -> None:
-    assert made(tmp_path, "ops", [{**OP, "op": "gone"}]).strip() == NOTHING
-    assert "gone" not in made(tmp_path, "ops", [OP, {**OP, "op": "gone"}])
+    assert filled(tmp_path, "ops", [{**OP, "op": "gone"}]).strip() == NOTHING
+    assert "gone" not in filled(tmp_path, "ops", [OP, {**OP, "op": "gone"}])
 
 
 def test_the_librarys_own_products_are_in_the_table_and_not_in_the_roofline(tmp_path: Path) -> None:
     library = [{**OP, "op": op, "backend": TORCH, "operations": 0 if op == "copy" else 10**12} for op in LIBRARY]
-    table = made(tmp_path, "ops", [*library, *({**OP, "op": op} for op in OURS_OPS)])
+    table = filled(tmp_path, "ops", [*library, *({**OP, "op": op} for op in OURS_OPS)])
     for op in (*LIBRARY, *OURS_OPS):
         assert f"| {op} |" in table
-    assert made(tmp_path, "figures", library).strip() == NOTHING
+    assert filled(tmp_path, "figures", library).strip() == NOTHING
 
 
 def test_an_op_of_a_card_with_assumed_rates_stands_beside_its_prediction(tmp_path: Path) -> None:
-    on_h100 = made(tmp_path, "ops", [{**OP, "gpu": "NVIDIA H100 80GB HBM3"}])  # 1e12 operations at 700e12 a second
-    assert "| of the GEMM | predicted |" in on_h100
+    on_h100 = filled(tmp_path, "ops", [{**OP, "gpu": "NVIDIA H100 80GB HBM3"}])  # 1e12 operations at 700e12 a second
+    assert "| share of the GEMM rate | predicted time |" in on_h100
     assert "| 200% | 1.43 ms |" in on_h100
-    assert "predicted" not in made(tmp_path, "ops", [OP])
+    assert "predicted" not in filled(tmp_path, "ops", [OP])
 
 
 @pytest.mark.parametrize(("times", "mark"), [(1.3, "off"), (1.2, ""), (0.75, "off")])
@@ -149,16 +193,21 @@ def test_a_measured_case_stands_beside_its_prediction_and_is_marked_where_it_is_
     name = "tokens/llama-2-7b/bfloat16/16"
     (predicted,) = (row for row in load() if (row["case"], row["card"]) == (name, "h100"))
     ours = case_row(OURS, 16, times * predicted["seconds"], gpu="NVIDIA H100 80GB HBM3")
-    lines = made(tmp_path, "predicted", [ours, {**OP, "gpu": "NVIDIA H100 80GB HBM3"}]).splitlines()
-    beside = {tuple(line.split(" | ")[:2]): line for line in lines}
-    assert beside[f"| `{name}`", "H100"].endswith(f" | 50% | {times:.2f} | {mark} |")
-    assert beside[f"| `{name}`", "A6000"].endswith(" | not measured |  |  |  |")
+    parts = filled(tmp_path, "predicted", [ours, {**OP, "gpu": "NVIDIA H100 80GB HBM3"}]).split("**")
+    on_card = {
+        title.split(",")[0]: tables for title, tables in zip(parts[1::2], parts[2::2], strict=True) if "2-7b" in title
+    }
+    assert f" | 50% | {times:.2f} | {mark} |" in on_card["H100"]
+    assert on_card["H100"].count("| `tokens/16` |") == 2
+    assert on_card["A6000"].count("| `tokens/16` |") == 1
+    (line,) = (line for line in on_card["A6000"].splitlines() if line.startswith("| `tokens/16` |"))
+    assert line.endswith(" | not measured |")
 
 
 def test_what_did_not_run_or_is_not_ours_is_no_measurement_of_a_prediction(tmp_path: Path) -> None:
     h100 = {"gpu": "NVIDIA H100 80GB HBM3"}
     rows = [case_row(OURS, 16, 1.0, status="oom", **h100), case_row("naive", 16, 1.0, **h100), case_row(OURS, 16, 1.0)]
-    table = made(tmp_path, "predicted", rows)
+    table = filled(tmp_path, "predicted", rows)
     assert table.count("not measured") == len(load())
 
 
@@ -174,18 +223,18 @@ def test_rows_of_other_kinds_are_ignored() -> None:
 
 def test_what_has_no_rows_says_so(tmp_path: Path) -> None:
     for name in TABLES:
-        if name not in ("tokens", "speed", "figures", "predicted"):
-            assert made(tmp_path, name, ROWS).strip() == NOTHING
+        if name not in ("tokens", "speed", "comparison", "figures", "predicted"):
+            assert filled(tmp_path, name, ROWS).strip() == NOTHING
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("no markers", "has no markers"),
-        ("<!-- begin tokens -->\n", "never ended"),
+        ("<!-- begin tokens -->\n", "has no 'end tokens'"),
         ("<!-- end tokens -->\n", "has no partner"),
         ("<!-- begin tokens -->\n<!-- end heads -->\n", "has no partner"),
-        ("<!-- begin cakes -->\n<!-- end cakes -->\n", "no table is named 'cakes'; there are: speed"),
+        ("<!-- begin cakes -->\n<!-- end cakes -->\n", "unknown table 'cakes'; choose from: speed"),
     ],
 )
 def test_a_document_without_proper_markers_is_refused_and_none_is_written(tmp_path: Path, text: str, said: str) -> None:
