@@ -1,8 +1,8 @@
-"""mix_values: the frozen pattern times every source's values, on the staircase alone.
+"""mix_values: the frozen pattern times every source's values, only where sources are active.
 
-A program takes ``QUERIES`` query positions of ``SOURCES`` sources for one head and runs over the keys from where its
-first source starts to its last query. Which programs there are stands in the layout's list of tiles, so nothing that is
-zero by structure is launched. Query heads that share values (GQA) read the same rows, one program after the other.
+A program takes ``QUERIES`` query positions of ``SOURCES`` sources for one head. It loops over the keys from the start of
+its first source to its last query. The programs follow from the layout's list of tiles, so no program is launched for
+sources that have not started. Query heads that share values (GQA) read the same rows, in consecutive programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launch(
     query_scale: torch.Tensor | None,  # [P]
     out: torch.Tensor,  # [R, H·d]
 ) -> Launch:
-    """How :func:`depass_kernels.mix_values` is launched for these (checked) arguments."""
+    """The launch of :func:`depass_kernels.mix_values` with checked arguments."""
     heads, head_dim = pattern.shape[1], values.shape[1] // kv_heads
     block_d = power_of_two(head_dim, 16, LARGEST_HEAD)
     operand = torch.promote_types(pattern.dtype, values.dtype)
