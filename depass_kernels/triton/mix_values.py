@@ -79,9 +79,9 @@ def _mix_values(
         weight = tl.load(pattern + q.to(tl.int64)[:, None] * query_stride + k[None, :], mask=seen, other=0).to(DOT)
         row = tl.load(row_start + k, mask=k < length, other=0)
         stop = tl.load(row_start + k + 1, mask=k < length, other=0)
-        here = row[:, None] + m[None, :]
-        active = (here < stop[:, None]) & (e < HEAD_DIM)[None, :]
-        value = tl.load(values + here * values_stride + e[None, :], mask=active, other=0).to(DOT)
+        value_row = row[:, None] + m[None, :]
+        active = (value_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
+        value = tl.load(values + value_row * values_stride + e[None, :], mask=active, other=0).to(DOT)
         if key_scale is not None:
             scale = tl.load(key_scale + position + k, mask=k < length, other=0).to(ACC)
             if values.dtype.element_ty == tl.float16:  # a pattern times 1/rms leaves fp16's range, values then do not
@@ -94,7 +94,7 @@ def _mix_values(
         mixed *= scale.to(ACC)[:, None]
     row = tl.load(row_start + q, mask=q < length, other=0)
     stop = tl.load(row_start + q + 1, mask=q < length, other=0)
-    here = row[:, None] + m[None, :]
-    active = (here < stop[:, None]) & (e < HEAD_DIM)[None, :]
-    target = out + here * out_stride + head * HEAD_DIM + e[None, :]
+    out_row = row[:, None] + m[None, :]
+    active = (out_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
+    target = out + out_row * out_stride + head * HEAD_DIM + e[None, :]
     tl.store(target, mixed.to(out.dtype.element_ty), mask=active)

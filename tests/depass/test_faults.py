@@ -317,7 +317,8 @@ def test_weights_that_a_file_lacks_are_not_made_up(
     name = "model.layers.1.mlp.down_proj.weight"
     model = broken_weights(folder, tmp_path / "model", lambda weights: weights.pop(name))
     said = fails(["attribute", "the cat", "-m", model], capsys)
-    assert said == f"depass: cannot load the model '{model}': weights missing from its files: 1, the first is {name}\n"
+    lacks = f"its files lack 1 weight, the first is {name}; load it from intact files"
+    assert said == f"depass: cannot load the model '{model}': {lacks}\n"
     other = broken_weights(folder, tmp_path / "other", lambda weights: weights.update({name: torch.zeros(3, 3)}))
     fails(["attribute", "the cat", "-m", other], capsys)
 
@@ -448,7 +449,9 @@ def test_a_model_that_a_memory_limit_has_no_room_for_is_one_line(tmp_path: Path)
     LlamaForCausalLM(config).save_pretrained(large)  # 160 MB
     assert dying.run(["attribute", "x", "-m", large], tmp_path / "said", memory=60_000_000) == 1
     said = (tmp_path / "said").read_text()
-    assert re.fullmatch(rf"depass: cannot load the model '{large}': out of memory; `depass plan` shows .*\n", said), said
+    assert re.fullmatch(rf"depass: cannot load the model '{large}': out of memory; `depass plan` shows .*\n", said), (
+        said
+    )
 
 
 FAILING = """

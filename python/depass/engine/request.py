@@ -119,8 +119,8 @@ def case(bound: BoundModel, tokenizer: Any, prompt: Any, target: Any, sources: A
     """
     encoded = encode(prompt, tokenizer, bound)
     parts = decompose(bound, tokenizer, encoded, sources, chosen)
-    asked = check(target, len(encoded.ids), decomposed_layers(parts, chosen.stop), tokenizer, bound)
-    return Case(encoded, parts, tuple(asked))
+    targets = check(target, len(encoded.ids), decomposed_layers(parts, chosen.stop), tokenizer, bound)
+    return Case(encoded, parts, tuple(targets))
 
 
 def decompose(bound: BoundModel, tokenizer: Any, prompt: Prompt, sources: Any, chosen: Options) -> Decomposition:

@@ -116,8 +116,10 @@ def load(
         anew = f"; delete {path} to download it again" if name == smollm2.NAME else ""
         raise ModelError(f"cannot load the model {name!r}: {_said(error)}{anew}") from error
     if missing := sorted(loading_info["missing_keys"]):  # transformers initialises them randomly
+        plural = "s" if len(missing) > 1 else ""
         raise ModelError(
-            f"cannot load the model {name!r}: weights missing from its files: {len(missing)}, the first is {missing[0]}"
+            f"cannot load the model {name!r}: its files lack {len(missing)} weight{plural}, the first is {missing[0]}; "
+            "load it from intact files"
         )
     return model, tokenizer
 

@@ -61,7 +61,7 @@ class _Ahead:
         self.modules, self.device = modules, device
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.coming: dict[int, tuple[list[Tensor], Any]] = {}
-        self.there: dict[int, ExitStack] = {}
+        self.on_device: dict[int, ExitStack] = {}
         self.done: Any = None  # the event after the last layer whose weights were removed
 
     def bring(self, index: int) -> Callable[..., None]:
@@ -72,8 +72,8 @@ class _Ahead:
                 current.wait_event(arrived)
                 for copy in copies:
                     copy.record_stream(current)  # allocated on the other stream
-            self.there[index] = ExitStack()
-            _replace(self.there[index], _tensors(self.modules[index]), copies)
+            self.on_device[index] = ExitStack()
+            _replace(self.on_device[index], _tensors(self.modules[index]), copies)
             if self.done is not None:
                 self.done.synchronize()  # or the host would run ahead and copy further layers before one is removed
             if index + 1 < len(self.modules):
@@ -83,7 +83,7 @@ class _Ahead:
 
     def take_away(self, index: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self.there.pop(index).close()
+            self.on_device.pop(index).close()
             if self.stream is not None:
                 self.done = torch.cuda.current_stream(self.device).record_event()
 
@@ -91,7 +91,7 @@ class _Ahead:
 
     def clear(self) -> None:
         self.coming.clear()
-        for stack in self.there.values():
+        for stack in self.on_device.values():
             stack.close()
 
     def _copies(self, index: int) -> tuple[list[Tensor], Any]:
