@@ -1,14 +1,14 @@
-"""Builds csrc through ninja; everything else about the package is in pyproject.toml.
+"""Builds csrc with ninja; the rest of the package's configuration is in pyproject.toml.
 
-``depass_kernels/_csrc.so`` holds the CPU and the CUDA kernels, and torch loads it. It needs the headers of the torch it
-will run with, and nothing of torch at build time but those, so an isolated build looks them up in the environment that
-it installs into instead of downloading a torch of its own. ``depass_kernels._build_info`` says what it was built with, and
-needs no torch. Objects are kept in ``build/csrc``: a second build does nothing.
+``depass_kernels/_csrc.so`` holds the CPU and the CUDA kernels; torch loads it. The build needs only the headers of the
+torch that the package will run with. An isolated build looks for them in the environment that it installs into, so it
+downloads no second torch. ``depass_kernels._build_info`` says how the library was built and needs no torch. Object files
+are kept in ``build/csrc``, so a second build compiles nothing.
 
-Where torch, a compiler or ninja is missing, the library is left out: the package then runs on plain torch, more slowly,
-and says so in ``depass_kernels.backends.table()``. ``DEPASS_BUILD_CPU=1`` makes that an error. Without nvcc the CUDA
-kernels are left out; ``DEPASS_BUILD_CUDA=1`` makes that an error, ``DEPASS_BUILD_CUDA=0`` leaves them out on purpose.
-Where nvcc is found and fails, they are left out too, and ``import depass_kernels`` warns and says why.
+If torch, a compiler or ninja is missing, the library is left out. The package then runs on plain torch, more slowly, and
+``depass backends`` says why. ``DEPASS_BUILD_CPU=1`` makes that an error. Without nvcc the CUDA kernels are left out;
+``DEPASS_BUILD_CUDA=1`` makes that an error, and ``DEPASS_BUILD_CUDA=0`` leaves them out on purpose. If nvcc is found but
+fails, they are left out too, and ``import depass_kernels`` warns and says why.
 """
 
 import importlib.util

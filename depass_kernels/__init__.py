@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the ops of a decomposed forward pass over staircases of sources. Knows no model."""
+"""The ops of a decomposed forward pass over a packed (staircase) layout of sources: tensors in, tensors out, no model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ __all__ = [
     "BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "residual_update", "share_hidden",
 ]  # fmt: skip
 
-# Loaded when first used: torch takes seconds, and depass_kernels.names should not.
+# Loaded on first use: torch takes seconds to import, and depass_kernels.names must not.
 _HOME = {"SourceLayout": "layout", "mix_values": "ops", "residual_update": "ops", "share_hidden": "ops"}
 
 

@@ -1,4 +1,4 @@
-"""What csrc was built with, without loading it or torch."""
+"""Reads how csrc was built, without loading it or torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def build_info() -> dict[str, Any]:
-    """What csrc was built with: compilers, their versions, CUDA architectures. Empty where it was not built.
+    """The compilers, their versions and the CUDA architectures that csrc was built with; empty if it was not built.
 
-    ``cuda_missing`` says why the CUDA kernels were left out, ``cuda_failed`` whether an nvcc was found and failed.
+    ``cuda_missing`` says why the CUDA kernels were left out. ``cuda_failed`` says whether nvcc was found but failed.
     """
     if find_spec("depass_kernels._build_info") is None:
         return {}
@@ -20,12 +20,12 @@ def build_info() -> dict[str, Any]:
 
 
 def warn_if_cuda_failed() -> None:
-    """The build fell back to the CPU kernels where pip shows nothing, so the first to tell the user is the import."""
+    """Warn that the CUDA kernels failed to build; pip shows no build output, so the import is the first to tell."""
     info = build_info()
     if info.get("cuda_failed"):
         warnings.warn(
             f"depass_kernels was built without its CUDA kernels because nvcc failed: {info['cuda_missing']}. On a GPU, "
-            "Triton or the reference serves instead. To see the whole error, run this in the source directory: "
+            "Triton or the reference is used instead. To see the whole error, run this in the source directory: "
             "DEPASS_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir . "
             "To leave the CUDA kernels out without this warning, install with DEPASS_BUILD_CUDA=0.",
             RuntimeWarning,

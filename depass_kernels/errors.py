@@ -1,13 +1,13 @@
-"""What this package raises when it is given something it cannot work with."""
+"""The errors of this package."""
 
 
 class KernelError(ValueError):
-    """A tensor, option or backend that an op cannot take."""
+    """Base class: an op cannot take a tensor, an option or a backend."""
 
 
 class LayoutError(KernelError):
-    """Sources or positions that do not form a staircase."""
+    """The sources or positions do not form a staircase."""
 
 
 class BackendError(KernelError):
-    """A backend was asked for by name and cannot serve the call; the message says why."""
+    """The named backend is unknown or cannot run the call; the message says why."""

@@ -1,4 +1,4 @@
-"""Where each source's row lies: the staircase layout of the decomposed state.
+"""The packed (staircase) layout of the decomposed state: the row of each source at each position.
 
 A source cannot reach a position before it starts. With the sources sorted by start, the sources active at position
 ``t`` are exactly ``0 .. count[t] - 1``, and rows are stored position by position::
@@ -7,8 +7,8 @@ A source cannot reach a position before it starts. With the sources sorted by st
     t=1: x x            count 2         row(t, m) = row_start[t] + m
     t=2: x x x          count 3         R = row_start[P]
 
-Several staircases (prompts, or decompositions of one prompt) stand behind one another in the same buffer, with
-cumulative offsets in the ``cu_seqlens`` convention.
+Several staircases (prompts, or decompositions of one prompt) follow one another in the same buffer, with cumulative
+offsets in the ``cu_seqlens`` convention.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from .errors import LayoutError
 
 @dataclass(frozen=True, eq=False)
 class SourceLayout:
-    """Offsets of a state of ``S`` staircases, ``P`` positions over all of them and ``R`` rows.
+    """The offsets of a state with ``S`` staircases, ``P`` positions in total and ``R`` rows.
 
-    Build one with :meth:`from_starts`, :meth:`tokens` or :meth:`dense`, and put several behind one another with
-    :meth:`concat`. All offsets are int64 (``R * F`` passes 2**31 on long prompts) and live on the CPU;
-    :meth:`to` gives the same layout with its offsets on another device.
+    Create a layout with :meth:`from_starts`, :meth:`tokens` or :meth:`dense`, and join several with :meth:`concat`. All
+    offsets are int64 (``R * F`` exceeds 2**31 for long prompts) and on the CPU; :meth:`to` copies them to another device.
 
     Attributes:
-        row_start: ``[P + 1]``, row of each position's first source; the last entry is ``R``.
-        position_start: ``[S + 1]``, first position of each staircase; the last entry is ``P``.
-        prompt: ``[S]``, which prompt's attention pattern a staircase mixes with.
-        skipped: ``[P]``, the one source that takes no part in the sharing at a position, or -1. Set from the
-            ``excluded`` source of a staircase: everywhere but at its own first position and where it is alone.
+        row_start: ``[P + 1]``, the row of each position's first source; the last entry is ``R``.
+        position_start: ``[S + 1]``, the first position of each staircase; the last entry is ``P``.
+        prompt: ``[S]``, the index of the prompt whose attention pattern a staircase mixes with.
+        skipped: ``[P]``, the source that takes no part in the sharing at a position, or -1. It is the ``excluded`` source
+            of the staircase, except at that source's first position and where it is the only source.
     """
 
     row_start: Tensor
@@ -56,12 +55,13 @@ class SourceLayout:
         """One staircase over ``positions`` positions.
 
         Args:
-            starts: the position each source starts at, sorted; always-active sources start at 0 and so come first.
-            positions: number of positions ``N``.
-            excluded: a source that takes part in the sharing at its own first position only (a BOS token).
+            starts: the first position of each source, sorted; sources that are always active start at 0 and come first.
+            positions: the number of positions ``N``.
+            excluded: the index of a source that takes part in the sharing only at its own first position (a BOS token).
 
         Raises:
-            LayoutError: unsorted or out-of-range starts, no source at position 0, or an ``excluded`` that is no source.
+            LayoutError: the starts are unsorted or out of range, no source starts at position 0, or ``excluded`` is out
+                of range.
         """
         if positions < 1:
             raise LayoutError(f"a layout needs at least one position, got positions={positions}")
@@ -71,45 +71,50 @@ class SourceLayout:
         if bool((start[1:] < start[:-1]).any()):
             raise LayoutError(f"starts must be sorted, got {list(starts)}; sort the sources by their first position")
         if int(start[0]) != 0:
-            raise LayoutError(f"some source must start at position 0, the first start is {int(start[0])}")
+            raise LayoutError(f"a source must start at position 0, but the first start is {int(start[0])}")
         if int(start[-1]) >= positions:
-            raise LayoutError(f"start {int(start[-1])} is outside of the {positions} positions (0 to {positions - 1})")
+            raise LayoutError(f"start {int(start[-1])} is out of range: the positions are 0 to {positions - 1}")
         where = torch.arange(positions, device="cpu")
         counts = torch.searchsorted(start, where, right=True)  # [N]
         skipped = torch.full((positions,), -1, dtype=torch.int64, device="cpu")
         if excluded is not None:
             if not 0 <= excluded < len(start):
-                raise LayoutError(f"excluded={excluded} is no source, there are {len(start)} (0 to {len(start) - 1})")
+                raise LayoutError(f"excluded={excluded} is out of range: the sources are 0 to {len(start) - 1}")
             skipped[(where > start[excluded]) & (counts > 1)] = excluded
         return SourceLayout(_cumulative(counts), _int64([0, positions]), _int64([0]), skipped)
 
     @staticmethod
     def tokens(positions: int, always: int = 0, excluded: int | None = None) -> SourceLayout:
-        """One source per token, behind ``always`` sources that are active everywhere. ``excluded`` counts from 0."""
+        """One source per token, after ``always`` sources that are active everywhere; ``excluded`` counts them all."""
         return SourceLayout.from_starts([0] * always + list(range(positions)), positions, excluded)
 
     @staticmethod
     def dense(sources: int, positions: int) -> SourceLayout:
-        """``sources`` sources, all active everywhere (heads, neurons, modules, subspaces)."""
+        """``sources`` sources that are all active everywhere (heads, neurons, modules, subspaces)."""
         return SourceLayout.from_starts([0] * sources, positions)
 
     @staticmethod
     def concat(layouts: Sequence[SourceLayout], prompt: Sequence[int] | None = None) -> SourceLayout:
-        """Several layouts behind one another in one buffer.
+        """Join several layouts in one buffer, one after another.
 
         Args:
-            layouts: what to join.
-            prompt: for each staircase of the result, the prompt whose pattern it uses; without it every staircase is
-                a prompt of its own.
+            layouts: the layouts, at least one.
+            prompt: for each staircase of the result, the index of the prompt whose pattern it uses; by default every
+                staircase has a separate prompt.
+
+        Raises:
+            LayoutError: there are no layouts, or ``prompt`` has the wrong length.
         """
         if not layouts:
-            raise LayoutError("nothing to join, got layouts=[]")
+            raise LayoutError("concat needs at least one layout, got layouts=[]")
         counts = torch.cat([layout.counts for layout in layouts])
         lengths = torch.cat([layout.position_start.diff() for layout in layouts])
         if prompt is None:
             prompt = range(len(lengths))
         elif len(prompt) != len(lengths):
-            raise LayoutError(f"prompt names {len(prompt)} staircases, the joined layouts have {len(lengths)}")
+            raise LayoutError(
+                f"prompt must have one entry per staircase: got {len(prompt)} for {len(lengths)} staircases"
+            )
         skipped = torch.cat([layout.skipped for layout in layouts])
         return SourceLayout(_cumulative(counts), _cumulative(lengths), _int64(list(prompt)), skipped)
 
@@ -120,7 +125,7 @@ class SourceLayout:
 
     @property
     def positions(self) -> int:
-        """``P``, the number of positions over all staircases."""
+        """``P``, the number of positions of all staircases."""
         return len(self.row_start) - 1
 
     @property
@@ -140,7 +145,7 @@ class SourceLayout:
 
     @cached_property
     def prompts(self) -> int:
-        """How many attention patterns the staircases mix with."""
+        """The number of prompts, whose attention patterns the staircases mix with."""
         return int(self.prompt.max()) + 1
 
     @cached_property
@@ -149,14 +154,14 @@ class SourceLayout:
         return int(self.position_start.diff().max())
 
     def mix_tiles(self, queries: int, sources: int, device: torch.device) -> Tensor:
-        """The pieces that mixing falls into, without those that are zero by structure.
+        """The tiles of the mixing, without those that are zero because no source has started.
 
-        A piece is ``queries`` query positions by ``sources`` sources of one staircase. Sources that have not started by
-        the piece's last query are left out with it, and no key before the piece's first source starts is named.
+        A tile is ``queries`` query positions by ``sources`` sources of one staircase. Its first key is the position at
+        which its first source starts.
 
         Returns:
-            ``[T, 4]`` int32 on ``device``, made once and kept: staircase, first source, first query, first key,
-            each counted from the staircase's own beginning; the pieces with the most work first.
+            ``[T, 4]`` int32 on ``device``, computed once and kept: staircase, first source, first query and first key, the
+            last three counted from the staircase's beginning. The tiles with the most work come first.
         """
         key = (queries, sources, device)
         if key not in self._tiles:
@@ -164,7 +169,7 @@ class SourceLayout:
         return self._tiles[key]
 
     def _mix_tiles(self, queries: int, sources: int) -> Tensor:
-        found, position_start, counts = [], self.position_start.tolist(), self.counts.cpu()
+        kept, position_start, counts = [], self.position_start.tolist(), self.counts.cpu()
         for staircase in range(self.staircases):
             count = counts[position_start[staircase] : position_start[staircase + 1]]  # [N]
             source = torch.arange(0, int(count.max()), sources, device="cpu")
@@ -174,12 +179,12 @@ class SourceLayout:
             s, q = (index.flatten() for index in torch.meshgrid(number, query, indexing="ij"))
             last = (q + queries).clamp(max=len(count))
             tile = torch.stack([torch.full_like(q, staircase), source[s], q, start[s], last - start[s]], dim=1)
-            found.append(tile[last > start[s]])
-        tiles = torch.cat(found)
+            kept.append(tile[last > start[s]])
+        tiles = torch.cat(kept)
         return tiles[tiles[:, 4].argsort(descending=True, stable=True), :4].to(torch.int32)
 
     def to(self, device: torch.device | str) -> SourceLayout:
-        """The same layout with its offsets on ``device``, copied once and kept."""
+        """The same layout with its offsets on ``device``; the copy is made once and kept."""
         device = torch.device(device)
         if device == self.row_start.device:
             return self
@@ -193,39 +198,39 @@ class SourceLayout:
         return self._moved[device]
 
     def slice_positions(self, first: int, last: int) -> SourceLayout:
-        """The rows of positions ``first .. last - 1``, which are ``row_start[first] : row_start[last]`` of this layout.
+        """A layout of positions ``first .. last - 1``: rows ``row_start[first] : row_start[last]`` of this layout.
 
-        Sharing couples the rows of one position only, so it may run on such blocks. The result is one staircase or a
-        part of several and is meant for sharing, not for mixing.
+        Sharing couples only the rows of one position, so it can run on such blocks. Use the result for sharing, not for
+        mixing: it may be a part of several staircases.
         """
         row_start = self.row_start[first : last + 1] - self.row_start[first]
         return SourceLayout(row_start, _int64([0, last - first]), _int64([0]), self.skipped[first:last])
 
     def select_positions(self, positions: Sequence[Tensor]) -> tuple[SourceLayout, Tensor]:
-        """Some positions of every staircase, as a layout, and their rows here. Meant for sharing, not for mixing.
+        """A layout of some positions of every staircase, and its rows in this layout; for sharing, not for mixing.
 
         Args:
-            positions: for each staircase the positions of this layout (all staircases' counted through), rising, int64.
+            positions: for each staircase, int64 positions in ascending order, counted over all staircases.
 
         Returns:
-            The layout, and ``[R_selected]`` int64: the row of this layout that each of its rows is.
+            The new layout, and ``[R_selected]`` int64: for each of its rows, the row in this layout.
         """
         where = torch.cat(list(positions))
         counts = self.counts[where]
         row_start = _cumulative(counts)
         offset = self.row_start[where] - row_start[:-1]
         rows = torch.arange(int(row_start[-1]), device="cpu") + offset.repeat_interleave(counts)
-        lengths = _int64([len(some) for some in positions])
+        lengths = _int64([len(selected) for selected in positions])
         return SourceLayout(row_start, _cumulative(lengths), self.prompt, self.skipped[where]), rows
 
     def slice_sources(self, first: int, last: int) -> tuple[SourceLayout, Tensor]:
-        """Sources ``first .. last - 1`` of every staircase, as a layout over the same positions, and their rows here.
+        """A layout of sources ``first .. last - 1`` of every staircase over all positions, and its rows in this layout.
 
-        Mixing takes each source its own way, so it may run on such blocks. Positions before a block's first start have
-        no rows in it.
+        Mixing treats each source independently, so it can run on such blocks. A block has no rows at positions before its
+        first source starts.
 
         Returns:
-            The block's layout, and ``[R_block]`` int64: the row of this layout that each of its rows is.
+            The block's layout, and ``[R_block]`` int64: for each of its rows, the row in this layout.
         """
         counts = (self.counts - first).clamp(0, last - first)  # [P]
         row_start = _cumulative(counts)
@@ -234,7 +239,7 @@ class SourceLayout:
         return SourceLayout(row_start, self.position_start, self.prompt, torch.full_like(counts, -1)), rows
 
     def source_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
-        """Cut the sources into runs ``(first, last)`` of at most ``max_rows`` rows over all positions, or of one source."""
+        """Cut the sources into ranges ``(first, last)`` of at most ``max_rows`` rows, or of a single source."""
         ending = torch.bincount(self.counts.cpu(), minlength=self.most + 1)  # positions by their number of sources
         # of each source: the positions with more sources than its number
         rows = ending.flip(0).cumsum(0).flip(0)[1:].tolist()
@@ -246,7 +251,7 @@ class SourceLayout:
                 first, held = last, 0
 
     def position_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
-        """Cut the positions into runs ``(first, last)`` of at most ``max_rows`` rows, or of one position."""
+        """Cut the positions into ranges ``(first, last)`` of at most ``max_rows`` rows, or of a single position."""
         starts = self.row_start.tolist()
         first = 0
         for last in range(1, self.positions + 1):
@@ -260,5 +265,5 @@ def _int64(numbers: list[int]) -> Tensor:
 
 
 def _cumulative(counts: Tensor) -> Tensor:
-    """``[n]`` counts to ``[n + 1]`` offsets."""
+    """The ``[n + 1]`` offsets of ``[n]`` counts."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,8 +1,8 @@
-"""The names that a caller chooses from. Needs no torch, so that a command's help can list them at once."""
+"""The names of sharing rules and backends. This module needs no torch, so a command's help can list them quickly."""
 
 from __future__ import annotations
 
-#: How a neuron's output is shared among sources. csrc numbers the rules in this order.
+#: The rules that share a neuron's output among the sources. csrc numbers the rules in this order.
 RULES = ("softmax", "max", "relu", "linear", "taylor")
-#: Of backends, in the order in which ``auto`` asks them.
+#: The backends, in the order in which ``auto`` tries them.
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")

@@ -1,8 +1,8 @@
-"""The public ops: they check what they are given, choose a backend and return the result.
+"""The public ops: they check their arguments, choose a backend and return the result.
 
-``P`` positions over all staircases, ``R`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
-dim, ``F`` MLP width. ``backend`` is ``"auto"`` or one of :data:`depass_kernels.names.NAMES`; ``depass backends`` tells
-which of them serve on this machine.
+Shapes: ``P`` positions of all staircases, ``R`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d``
+head dimension, ``F`` MLP neurons. ``backend`` is one of :data:`depass_kernels.names.NAMES`; ``depass backends`` lists
+which backend runs each op on this machine.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ def mix_values(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mix every source's values with the frozen attention pattern (DePass section 3.2, before the output projection).
+    """Mix every source's values with the frozen attention pattern (docs/method.md, equation 3; DePass, section 3.2).
 
     ``out[q, m, h] = query_scale[q] · Σ_k pattern[h, q, k] · key_scale[k] · values[k, m, kv(h)]`` over the positions
-    ``k`` where source ``m`` is active. Rows of ``pattern`` need not sum to one, and nothing right of its diagonal may be
-    nonzero: a source's rows end where it starts.
+    ``k ≤ q`` where source ``m`` is active. The output projection comes after it. Rows of ``pattern`` need not sum to one,
+    but all entries right of its diagonal must be zero.
 
     Args:
-        pattern: ``[B, H, N, W]``, attention after softmax, one per prompt of ``layout``; ``N`` positions or more, and
-            ``W`` keys, ``N`` or more, the further ones zero. Where ``W`` is a multiple of 16, GPUs read runs of keys.
-        values: ``[R, K·d]`` in the layout's rows.
-        layout: where the rows lie.
-        kv_heads: ``K``, which no shape tells where query heads share values (GQA); ``H`` without it.
-        key_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the attention.
-        query_scale: ``[P]``, the same of a norm on the attention's output.
-        out: ``[R, H·d]`` to write to, of any floating dtype; made in the dtype of ``values`` without it.
-        backend: who does it.
+        pattern: ``[B, H, N, W]``, the attention pattern after the softmax, one per prompt of ``layout``. ``N`` is at least
+            the length of the longest staircase. ``W >= N`` keys, those after the ``N``-th zero; a multiple of 16 is faster
+            on GPUs.
+        values: ``[R, K·d]``, in the layout's rows.
+        layout: the layout of the rows.
+        kv_heads: ``K``, the number of key/value heads; by default ``H``. Give it for grouped-query attention (GQA).
+        key_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the attention; by default 1.
+        query_scale: ``[P]``, the frozen scale of a norm on the attention's output; by default 1.
+        out: ``[R, H·d]``, an output tensor of any floating dtype; by default a new tensor in the dtype of ``values``.
+        backend: the backend.
 
     Returns:
-        ``[R, H·d]``, ``out`` where given.
+        The mixed values ``[R, H·d]``: ``out`` if given.
 
     Raises:
-        KernelError: shapes, dtypes or devices that do not fit together.
-        BackendError: the named backend cannot serve this call.
+        KernelError: the shapes, dtypes or devices are inconsistent.
+        BackendError: the named backend is unknown or cannot run this call.
     """
     _on_cpu(layout)
     _matrix("values", values, layout.rows, None)
@@ -93,45 +94,47 @@ def share_hidden(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Share each neuron's output out among the sources of a position (DePass section 3.3, before the down projection).
+    """Share each neuron's output among the sources of a position (docs/method.md, equation 4; DePass, section 3.3).
 
-    ``out[t, m] = α[t, m] · hidden[t]``, with shares ``α`` from ``g = gate_scale[t] · gate[t, m]`` by ``rule``:
+    ``out[t, m] = α[t, m] · hidden[t]``. The down projection comes after it. The shares ``α`` follow from
+    ``g = gate_scale[t] · gate[t, m]`` by ``rule``:
 
-    - ``softmax``: ``softmax_m(g / temperature)``, the paper's;
-    - ``max``: all to the largest, ties to the first;
-    - ``relu``: in proportion to ``max(g, 0)``, equally where no source is positive;
-    - ``linear``: in proportion to ``g - min_m g``, equally where all are equal;
-    - ``taylor``: ``g / gate_total``, 0 where that is 0; the layout's excluded source takes part like any other.
+    - ``softmax``: ``softmax_m(g / temperature)``, the paper's rule;
+    - ``max``: 1 for the largest ``g``, the first of equal ones; 0 for the others;
+    - ``relu``: in proportion to ``max(g, 0)``; equal shares if no source is positive;
+    - ``linear``: in proportion to ``g - min_m g``; equal shares if all are equal;
+    - ``taylor``: ``g / gate_total``, or 0 where ``gate_total`` is 0. The excluded source takes part like any other.
 
-    The first four sum to one over the sources that take part: those active at ``t`` but the layout's excluded one.
+    With the first four rules the shares sum to one over the sources active at ``t``, without the excluded source.
 
     Args:
-        gate: ``[R, F]`` pre-activations, any floating dtype.
-        hidden: ``[P, F]``, the input of the model's down projection, one row a position.
-        layout: where the rows lie.
-        gate_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the MLP.
-        rule: see above.
-        temperature: ``τ`` of ``softmax``, in units of the pre-activation; positive.
-        gate_total: ``[P, F]``, the model's own pre-activation; needed by ``taylor`` and refused by the others.
-        out: ``[R, F]`` to write to, of any floating dtype, and may be ``gate`` itself; made in ``gate``'s dtype without it.
-        backend: who does it.
+        gate: ``[R, F]``, the pre-activations, of any floating dtype.
+        hidden: ``[P, F]``, the input of the model's down projection, one row per position.
+        layout: the layout of the rows.
+        gate_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the MLP; by default 1.
+        rule: the rule, one of :data:`depass_kernels.names.RULES`.
+        temperature: the temperature ``τ`` of ``softmax``, positive, in units of the pre-activation.
+        gate_total: ``[P, F]``, the model's own pre-activation; required by ``taylor``, not allowed with other rules.
+        out: ``[R, F]``, an output tensor of any floating dtype, which may be ``gate`` itself; by default a new tensor in
+            the dtype of ``gate``.
+        backend: the backend.
 
     Returns:
-        ``[R, F]``, ``out`` where given.
+        The shared hidden values ``[R, F]``: ``out`` if given.
 
     Raises:
-        KernelError: shapes, dtypes, devices or options that do not fit together.
-        BackendError: the named backend cannot serve this call.
+        KernelError: the shapes, dtypes, devices or options are inconsistent.
+        BackendError: the named backend is unknown or cannot run this call.
     """
     _on_cpu(layout)
     _matrix("gate", gate, layout.rows, None)
     _matrix("hidden", hidden, layout.positions, gate.shape[1])
     if rule not in RULES:
-        raise KernelError(f"unknown rule {rule!r}; there are: {', '.join(RULES)}")
+        raise KernelError(f"unknown rule {rule!r}; choose one of: {', '.join(RULES)}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise KernelError(f"temperature must be a positive number, got {temperature!r}")
     if (gate_total is not None) != (rule == "taylor"):
-        raise KernelError(f"gate_total goes with rule='taylor' and with no other, got rule={rule!r}")
+        raise KernelError(f"rule='taylor' needs gate_total, and no other rule takes it; got rule={rule!r}")
     if gate_total is not None:
         _matrix("gate_total", gate_total, layout.positions, gate.shape[1])
     if out is None:
@@ -155,22 +158,22 @@ def residual_update(
     cast: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Add a projection's output to the state, ``state[rows] += operand · weightᵀ`` (DePass sections 3.2 and 3.3).
+    """Add a projection's output to the state in place: ``state[rows] += operand · weightᵀ`` (DePass, sections 3.2 and 3.3).
 
     Args:
-        state: ``[R, D]``, fp32 or wider than the operand; changed in place.
-        operand: ``[n, E]`` in the model's dtype.
-        weight: ``[D, E]`` in the operand's dtype.
-        rows: ``[n]`` int64, the rows of the state to add to, none of them twice; all ``R`` in order without it.
-        cast: ``[n, D]`` of any floating dtype, to be left holding the rows as they then are: the next GEMM's operand.
-        backend: who does it.
+        state: ``[R, D]``, the state, fp32 or fp64; changed in place.
+        operand: ``[n, E]``, the input of the projection, in the model's dtype.
+        weight: ``[D, E]``, the weight of the projection, in the dtype of ``operand``.
+        rows: ``[n]`` int64, the rows of the state to update, each at most once; by default all ``R`` in order.
+        cast: ``[n, D]`` of any floating dtype; if given, it receives the updated rows, as the operand of the next GEMM.
+        backend: the backend.
 
     Returns:
         ``state``.
 
     Raises:
-        KernelError: shapes, dtypes or devices that do not fit together.
-        BackendError: the named backend cannot serve this call.
+        KernelError: the shapes, dtypes or devices are inconsistent.
+        BackendError: the named backend is unknown or cannot run this call.
     """
     if state.dim() != 2 or state.dtype not in (torch.float32, torch.float64):
         raise KernelError(f"state must be fp32 or fp64 [R, D], got {_says(state)}")
@@ -180,7 +183,7 @@ def residual_update(
     _matrix("operand", operand, n, None)
     _matrix("weight", weight, state.shape[1], operand.shape[1])
     if weight.dtype != operand.dtype:
-        raise KernelError(f"operand and weight must have one dtype, got {_says(operand)} and {_says(weight)}")
+        raise KernelError(f"operand and weight must have the same dtype, got {_says(operand)} and {_says(weight)}")
     if cast is not None:
         _matrix("cast", cast, n, state.shape[1])
     _same_device(state=state, operand=operand, weight=weight, rows=rows, cast=cast)
@@ -191,8 +194,8 @@ def residual_update(
 def _on_cpu(layout: SourceLayout) -> None:
     if layout.row_start.device.type != "cpu":
         raise KernelError(
-            f"layout's offsets lie on {layout.row_start.device}; give the layout itself, not what its to() made: the op "
-            "moves and keeps what it needs"
+            f"the layout's offsets must be on the CPU, got {layout.row_start.device}; pass the original layout and not the "
+            "result of its to(): the op copies the offsets to the device"
         )
 
 
@@ -211,7 +214,7 @@ def _same_device(**tensors: Tensor | None) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise KernelError(f"all tensors must lie on one device, got {listed}")
+        raise KernelError(f"all tensors must be on one device, got {listed}")
 
 
 def _says(tensor: Tensor) -> str:

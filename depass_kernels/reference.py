@@ -1,8 +1,8 @@
-"""The ops as mathematics, in plain torch: the truth every other backend is held against.
+"""The reference implementation of the ops in plain torch, which every other backend is tested against.
 
-Any device and floating dtype. Computes in fp32, or in fp64 where an input is fp64; the matrix product of
-``residual_update`` is the library's own, in its operands' dtype. Inputs are taken as checked; the
-public ops in :mod:`depass_kernels.ops` check them.
+It runs on any device and with any floating dtype. It computes in fp32, or in fp64 if an input is fp64; the matrix product
+of ``residual_update`` is the library's own, in the dtype of its operands. The arguments are not checked here but by the
+public ops in :mod:`depass_kernels.ops`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mix_values(
     query_scale: Tensor | None,  # [P]
     out: Tensor,  # [R, H·d]
 ) -> None:
-    """``out[q, m] = query_scale[q] · Σ_k pattern[q, k] · key_scale[k] · values[k, m]``, per head (DePass, section 3.2)."""
+    """``out[q, m] = query_scale[q] · Σ_k pattern[q, k] · key_scale[k] · values[k, m]`` per head (DePass, section 3.2)."""
     dtype = _computing_dtype(pattern, values)
     heads = pattern.shape[1]
     head_dim = values.shape[1] // kv_heads
@@ -32,7 +32,7 @@ def mix_values(
     for staircase, prompt in enumerate(layout.prompt.tolist()):
         begin, end = positions[staircase], positions[staircase + 1]
         count = counts[begin:end]
-        empty = int((count == 0).sum())  # a block of sources has no rows before its first start
+        empty = int((count == 0).sum())  # a block of sources has no rows before its first source starts
         n, sources = end - begin - empty, int(count.max())
         if sources == 0:
             continue
@@ -41,7 +41,7 @@ def mix_values(
             weight = weight * key_scale[begin + empty : end].to(dtype)
         if query_scale is not None:
             weight = weight * query_scale[begin + empty : end, None].to(dtype)
-        weight = weight.reshape(kv_heads, -1, n)  # [K, G·n, n]: the query heads of one key/value head read its values
+        weight = weight.reshape(kv_heads, -1, n)  # [K, G·n, n]: G query heads share the values of a key/value head
         active = (torch.arange(sources) < count[empty:, None]).to(values.device)  # [n, M]
         block = slice(rows[begin], rows[end])
         square = values.new_zeros(n, sources, kv_heads, head_dim, dtype=dtype)
@@ -61,7 +61,7 @@ def share_hidden(
     gate_total: Tensor | None,  # [P, F]
     out: Tensor,  # [R, F]
 ) -> None:
-    """``out[t, m] = α[t, m] · hidden[t]`` with shares ``α`` that sum to one over the sources (DePass, section 3.3)."""
+    """``out[t, m] = α[t, m] · hidden[t]``, with shares ``α`` by the rule (DePass, section 3.3)."""
     dtype = _computing_dtype(gate, hidden)
     rows, skipped = layout.row_start.tolist(), layout.skipped.tolist()
     for t in range(layout.positions):
@@ -88,7 +88,7 @@ def residual_update(
     rows: Tensor | None,  # [n]
     cast: Tensor | None,  # [n, D]
 ) -> None:
-    """``state[rows] += operand · weightᵀ``, and what then stands there in ``cast`` (DePass, sections 3.2 and 3.3)."""
+    """``state[rows] += operand · weightᵀ``; ``cast`` receives the updated rows (DePass, sections 3.2 and 3.3)."""
     target = state if rows is None else state.index_select(0, rows)
     if target.dtype == operand.dtype:
         target.addmm_(operand, weight.T)
@@ -103,7 +103,7 @@ def residual_update(
 
 
 def matmul(operand: Tensor, weight: Tensor) -> Tensor:
-    """``operand · weightᵀ``, in fp32 where the library can leave a half-precision product's sums there (CUDA)."""
+    """``operand · weightᵀ``; in fp32 where the library can return the fp32 sums of a half-precision product (CUDA)."""
     if operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(operand, weight.T, out_dtype=torch.float32)
     return operand @ weight.T
@@ -111,7 +111,7 @@ def matmul(operand: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def library_adds_to_fp32(device: torch.device) -> bool:
-    """Whether this torch's GEMM of bf16 operands can end in an fp32 matrix that it adds to (not all from 2.10 on can)."""
+    """Whether this torch can add the product of bf16 matrices to an fp32 matrix (not every version from 2.10 on can)."""
     total = torch.ones(16, 16, device=device, dtype=torch.float32)
     operand = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     try:
@@ -124,13 +124,13 @@ def library_adds_to_fp32(device: torch.device) -> bool:
 
 
 def softmax(g: Tensor, temperature: float) -> Tensor:
-    """``softmax_m(g / τ)``: the paper's rule. ``[M, F] -> [M, F]``, as every rule below."""
+    """The paper's rule, ``softmax_m(g / τ)``. It maps ``[M, F]`` to ``[M, F]``, as every rule below."""
     return torch.softmax(g / temperature, dim=0)
 
 
 def largest(g: Tensor, _: float) -> Tensor:
-    """All to the source with the largest ``g``; ties to the first."""
-    # argmax names no first among equals, so take the smallest index of a maximum; NaN stays NaN
+    """1 for the source with the largest ``g``, the first of equal ones; 0 for the others."""
+    # argmax may return any of equal entries, so take the smallest index of a maximum; NaN stays NaN
     top = g.amax(dim=0)
     index = torch.arange(len(g), device=g.device)[:, None].expand_as(g)
     first = torch.where(g == top, index, len(g)).amin(dim=0)
@@ -138,12 +138,12 @@ def largest(g: Tensor, _: float) -> Tensor:
 
 
 def relu(g: Tensor, _: float) -> Tensor:
-    """In proportion to ``max(g, 0)``; equally where no source is positive."""
+    """Shares in proportion to ``max(g, 0)``; equal shares if no source is positive."""
     return _in_proportion(g.clamp(min=0))
 
 
 def linear(g: Tensor, _: float) -> Tensor:
-    """In proportion to ``g - min_m g``; equally where all are equal."""
+    """Shares in proportion to ``g - min_m g``; equal shares if all are equal."""
     return _in_proportion(g - g.amin(dim=0))
 
 
@@ -151,7 +151,7 @@ RULES = {"softmax": softmax, "max": largest, "relu": relu, "linear": linear}
 
 
 def taylor(g: Tensor, total: Tensor) -> Tensor:
-    """``g / g_tot`` with the model's own ``g_tot``, 0 where that is 0: no sharing, linear in the state."""
+    """``g / g_tot`` with the model's own ``g_tot``, or 0 where that is 0; it is linear in the state."""
     return torch.where(total == 0, 0, g / torch.where(total == 0, 1, total))
 
 

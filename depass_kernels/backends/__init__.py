@@ -1,9 +1,9 @@
-"""Which backend serves a call, and why the others cannot. An op never changes its backend silently: it asks here.
+"""Chooses the backend that runs a call. There is no silent fallback: a named backend that cannot run a call raises.
 
-A backend has a file here. It says why it serves nothing on this machine (or None), and per op what does the work and why
-it cannot serve a call (or None). ``auto`` takes the first of :data:`BACKENDS` that can; a name forces that backend or
-raises with its reason. ``DEPASS_BACKEND`` names one for all calls that say ``auto`` and whose op it has. :func:`record`
-tells who served.
+Each backend has a file here, with the reason that it cannot run on this machine (or None), and for each op a function and
+the reason that it cannot run a call (or None). ``auto`` takes the first of :data:`BACKENDS` that can run the call. The
+environment variable ``DEPASS_BACKEND`` overrides ``auto`` for the ops that the backend implements. :func:`record` collects
+the backends used.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ __all__ = [
     "run", "table",
 ]  # fmt: skip
 
-BACKENDS = (CPU, TRITON, CUDA, REFERENCE)  # in the order in which auto asks them
-OPS = tuple(REFERENCE.ops)  # it has every one
+BACKENDS = (CPU, TRITON, CUDA, REFERENCE)  # in the order in which auto tries them
+OPS = tuple(REFERENCE.ops)  # the reference implements every op
 
+_NOT_IMPLEMENTED = "not implemented"
 _served: ContextVar[dict[str, set[str]] | None] = ContextVar("served", default=None)
 
 
 @contextmanager
 def record(served: dict[str, set[str]]) -> Iterator[None]:
-    """Within it, ``served`` fills with the names of the backends that serve each op."""
+    """Inside the ``with`` block, add the names of the backends used to ``served``, by op."""
     token = _served.set(served)
     try:
         yield
@@ -46,7 +47,7 @@ def record(served: dict[str, set[str]]) -> Iterator[None]:
 
 
 def run(op: str, backend: str, /, **arguments: Any) -> None:
-    """Do ``op`` with these (checked) arguments on the backend that :func:`choose` names."""
+    """Run ``op`` with checked arguments on the backend that :func:`choose` returns."""
     chosen = choose(op, backend, arguments)
     chosen.ops[op].run(**arguments)
     served = _served.get()
@@ -55,10 +56,10 @@ def run(op: str, backend: str, /, **arguments: Any) -> None:
 
 
 def choose(op: str, backend: str, arguments: dict[str, Any]) -> Backend:
-    """The backend that serves ``op`` with these (checked) arguments.
+    """The backend that runs ``op`` with checked arguments.
 
     Raises:
-        BackendError: ``backend`` is no backend, or cannot serve the call; the message says why.
+        BackendError: ``backend`` is unknown or cannot run the call; the message says why.
     """
     if backend == "auto":
         backend = named_for(op, os.environ.get("DEPASS_BACKEND") or "auto")
@@ -67,27 +68,27 @@ def choose(op: str, backend: str, arguments: dict[str, Any]) -> Backend:
             b for b in BACKENDS if op in b.ops and not b.ops[op].on_request and _refuses(b, op, arguments) is None
         )
     chosen = _named(backend)
-    reason = _refuses(chosen, op, arguments) if op in chosen.ops else f"it has no {op}"
+    reason = _refuses(chosen, op, arguments) if op in chosen.ops else _NOT_IMPLEMENTED
     if reason is not None:
-        raise BackendError(f"backend {backend!r} cannot serve this {op}: {reason}")
+        raise BackendError(f"backend {backend!r} cannot run this {op}: {reason}")
     return chosen
 
 
 def named_for(op: str, backend: str) -> str:
-    """``backend`` where it has the op, else ``auto``: for one name that stands for a whole propagation's ops."""
+    """``backend`` if it implements the op, else ``auto``: one name applies to all ops of a propagation."""
     return backend if backend == "auto" or op in _named(backend).ops else "auto"
 
 
 def table() -> list[tuple[str, str, str | None]]:
-    """``(op, backend, reason)`` for this machine: the reason it can never serve here, or None."""
-    return [(op, b.name, b.missing() if op in b.ops else f"it has no {op}") for op in OPS for b in BACKENDS]
+    """``(op, backend, reason)`` for this machine: the reason why the backend cannot run the op here, or None."""
+    return [(op, b.name, b.missing() if op in b.ops else _NOT_IMPLEMENTED) for op in OPS for b in BACKENDS]
 
 
 def _named(backend: str) -> Backend:
     for candidate in BACKENDS:
         if candidate.name == backend:
             return candidate
-    raise BackendError(f"unknown backend {backend!r}; there are: {', '.join(NAMES)}")
+    raise BackendError(f"unknown backend {backend!r}; choose one of: {', '.join(NAMES)}")
 
 
 def _refuses(backend: Backend, op: str, arguments: dict[str, Any]) -> str | None:

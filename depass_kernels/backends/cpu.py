@@ -1,4 +1,4 @@
-"""csrc's C++ kernels: tensors on the CPU, of any floating dtype."""
+"""csrc's C++ kernels, for tensors on the CPU of any floating dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .common import Backend, Op, columns_apart
 
 
 def _not_on_cpu(tensor: Tensor) -> str | None:
-    return None if tensor.device.type == "cpu" else f"its tensors lie on {tensor.device}"
+    return None if tensor.device.type == "cpu" else f"it needs tensors on the CPU, got {tensor.device}"
 
 
 def _refuses_mix(

@@ -1,4 +1,4 @@
-"""The compiled library. torch runs its C++ or its CUDA kernel of an op, by where the tensors lie."""
+"""The compiled library; torch runs its C++ or its CUDA kernel of an op, depending on the tensors' device."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ LIBRARY = Path(__file__).parents[1] / "_csrc.so"
 
 @cache
 def csrc_missing() -> str | None:
-    """None where the compiled library is loaded, else why it is not."""
+    """None if the compiled library is loaded, else the reason why it is not."""
     if not LIBRARY.exists():
         return (
-            "csrc was not built; reinstall with a C++ compiler and torch present (DEPASS_BUILD_CPU=1 shows what fails)"
+            "csrc was not built; reinstall with a C++ compiler and torch present (DEPASS_BUILD_CPU=1 shows the error)"
         )
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"csrc does not load: {error}"
+        return f"csrc cannot be loaded: {error}"
     for op in ("mix_values", "share_hidden"):  # they write to `out` and return nothing
         torch.library.register_fake(f"depass_kernels::{op}", lambda *_: None)
     return None
 
 
 def not_fp32(**scales: Tensor | None) -> str | None:
-    """Which of these scales is not a contiguous fp32 vector, or None."""
+    """The reason why a kernel cannot take these scales: one is not a contiguous fp32 vector. Or None."""
     for name, scale in scales.items():
         if scale is not None and scale.dtype != torch.float32:
-            return f"{name} must be fp32, it is {str(scale.dtype).removeprefix('torch.')}"
+            return f"{name} must be fp32, got {str(scale.dtype).removeprefix('torch.')}"
         if scale is not None and not scale.is_contiguous():
-            return f"{name} must be contiguous, its stride is {scale.stride(0)}"
+            return f"{name} must be contiguous, got stride {scale.stride(0)}"
     return None
 
 
@@ -44,7 +44,7 @@ def mix_values(
     pattern: Tensor, values: Tensor, layout: SourceLayout, kv_heads: int, key_scale: Tensor | None,
     query_scale: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """:func:`depass_kernels.mix_values` of checked arguments."""
+    """:func:`depass_kernels.mix_values` with checked arguments."""
     queries = 64 if values.is_cuda else layout.longest  # csrc/mix_values.h
     tiles = layout.mix_tiles(queries, 1, values.device)
     offsets = layout.to(values.device)
@@ -58,7 +58,7 @@ def share_hidden(
     gate: Tensor, hidden: Tensor, layout: SourceLayout, gate_scale: Tensor | None, rule: str, temperature: float,
     gate_total: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """:func:`depass_kernels.share_hidden` of checked arguments."""
+    """:func:`depass_kernels.share_hidden` with checked arguments."""
     offsets = layout.to(gate.device)
     torch.ops.depass_kernels.share_hidden(
         gate, hidden, offsets.row_start, offsets.skipped, gate_scale, layout.most, RULES.index(rule), temperature,

@@ -1,4 +1,4 @@
-"""csrc's CUDA kernels: tensors on a GPU, summed in fp32."""
+"""csrc's CUDA kernels, for tensors on a GPU; sums are in fp32."""
 
 from __future__ import annotations
 

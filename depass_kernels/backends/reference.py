@@ -1,4 +1,4 @@
-"""Plain torch: every op, on any device. What stands here is the list of the ops (:data:`depass_kernels.backends.OPS`)."""
+"""Plain torch, for every op on any device. Its ops are the list of all ops (:data:`depass_kernels.backends.OPS`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .common import Backend, Op
 
 
 def _never(**_: object) -> None:
-    """Serves every call."""
+    """It can run every call."""
 
 
 REFERENCE = Backend(

@@ -1,6 +1,6 @@
-"""The Triton kernels: tensors on a GPU, summed in fp32; in Triton's interpreter tensors on the CPU too, to test them.
+"""The Triton kernels, for tensors on a GPU; sums are in fp32. For tests, Triton's interpreter also takes CPU tensors.
 
-Only what runs or asks whether it can run imports ``depass_kernels.triton``, and with it triton.
+``depass_kernels.triton``, and with it triton, is imported only to run a kernel or to check that it can run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .common import Backend, Op, columns_apart, head_too_large, not_for_gpu
 @cache
 def _missing() -> str | None:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly, to test it)"
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"
     if find_spec("triton") is None:
         return "triton is not installed"
     try:
         import_module("depass_kernels.triton.launch")
     except Exception as error:  # another version of triton may lack anything
-        return f"triton does not load: {type(error).__name__}: {error}"
-    return None if torch.version.hip is None else "its launch options are those of NVIDIA GPUs"
+        return f"triton cannot be loaded: {type(error).__name__}: {error}"
+    return None if torch.version.hip is None else "it supports NVIDIA GPUs only"
 
 
 def _cannot_take(*tensors: Tensor | None) -> str | None:
@@ -50,7 +50,7 @@ def _refuses_share(gate: Tensor, hidden: Tensor, gate_total: Tensor | None, out:
 
 def _refuses_update(state: Tensor, operand: Tensor, weight: Tensor, cast: Tensor | None, **_: object) -> str | None:
     if state.dtype != torch.float32:
-        return f"its state is fp32, this one is {state.dtype}"
+        return f"it needs an fp32 state, got {str(state.dtype).removeprefix('torch.')}"
     return _cannot_take(state, operand, weight, cast) or columns_apart(
         state=state, operand=operand, weight=weight, cast=cast
     )

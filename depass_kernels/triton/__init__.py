@@ -1,1 +1,1 @@
-"""The ops as Triton kernels, one file per kernel. Import a file of this package only where triton is there."""
+"""The ops as Triton kernels, one file per kernel. The files need triton to be installed."""

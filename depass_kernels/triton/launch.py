@@ -1,4 +1,4 @@
-"""A kernel with everything it is launched with, so that one description serves a launch and a compilation ahead of time."""
+"""The description of a kernel launch, used to launch the kernel and to compile it ahead of time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> None:
-        """Start the kernel on the current stream of the device that its tensors lie on."""
+        """Launch the kernel on the current stream of its tensors' device."""
         if self.programs == 0:
             return
         device = next(arg.device for arg in self.args if isinstance(arg, Tensor))
@@ -39,5 +39,5 @@ def power_of_two(number: int, least: int, most: int) -> int:
 
 
 def computing_type(*tensors: Tensor) -> tl.dtype:
-    """What a kernel computes in: fp64 where a tensor is, else fp32."""
+    """The type that a kernel computes in: fp64 if a tensor is fp64, else fp32."""
     return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32

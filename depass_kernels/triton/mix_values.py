@@ -1,8 +1,8 @@
-"""mix_values: the frozen pattern times every source's values, on the staircase alone.
+"""mix_values: the frozen pattern times every source's values, only where sources are active.
 
-A program takes ``QUERIES`` query positions of ``SOURCES`` sources for one head and runs over the keys from where its
-first source starts to its last query. Which programs there are stands in the layout's list of tiles, so nothing that is
-zero by structure is launched. Query heads that share values (GQA) read the same rows, one program after the other.
+A program takes ``QUERIES`` query positions of ``SOURCES`` sources for one head. It loops over the keys from the start of
+its first source to its last query. The programs follow from the layout's list of tiles, so no program is launched for
+sources that have not started. Query heads that share values (GQA) read the same rows, in consecutive programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launch(
     query_scale: torch.Tensor | None,  # [P]
     out: torch.Tensor,  # [R, H·d]
 ) -> Launch:
-    """How :func:`depass_kernels.mix_values` is launched for these (checked) arguments."""
+    """The launch of :func:`depass_kernels.mix_values` with checked arguments."""
     heads, head_dim = pattern.shape[1], values.shape[1] // kv_heads
     block_d = power_of_two(head_dim, 16, LARGEST_HEAD)
     operand = torch.promote_types(pattern.dtype, values.dtype)
@@ -79,9 +79,9 @@ def _mix_values(
         weight = tl.load(pattern + q.to(tl.int64)[:, None] * query_stride + k[None, :], mask=seen, other=0).to(DOT)
         row = tl.load(row_start + k, mask=k < length, other=0)
         stop = tl.load(row_start + k + 1, mask=k < length, other=0)
-        here = row[:, None] + m[None, :]
-        active = (here < stop[:, None]) & (e < HEAD_DIM)[None, :]
-        value = tl.load(values + here * values_stride + e[None, :], mask=active, other=0).to(DOT)
+        value_row = row[:, None] + m[None, :]
+        active = (value_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
+        value = tl.load(values + value_row * values_stride + e[None, :], mask=active, other=0).to(DOT)
         if key_scale is not None:
             scale = tl.load(key_scale + position + k, mask=k < length, other=0).to(ACC)
             if values.dtype.element_ty == tl.float16:  # a pattern times 1/rms leaves fp16's range, values then do not
@@ -94,7 +94,7 @@ def _mix_values(
         mixed *= scale.to(ACC)[:, None]
     row = tl.load(row_start + q, mask=q < length, other=0)
     stop = tl.load(row_start + q + 1, mask=q < length, other=0)
-    here = row[:, None] + m[None, :]
-    active = (here < stop[:, None]) & (e < HEAD_DIM)[None, :]
-    target = out + here * out_stride + head * HEAD_DIM + e[None, :]
+    out_row = row[:, None] + m[None, :]
+    active = (out_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
+    target = out + out_row * out_stride + head * HEAD_DIM + e[None, :]
     tl.store(target, mixed.to(out.dtype.element_ty), mask=active)

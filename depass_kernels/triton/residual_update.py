@@ -1,7 +1,7 @@
-"""residual_update: a projection's GEMM that ends in the state, ``state[rows] += operand · weightᵀ``.
+"""residual_update: a projection's GEMM that adds its result to the state, ``state[rows] += operand · weightᵀ``.
 
-The sums never leave registers: they are added to the fp32 state, and what the next GEMM reads is written beside it in its
-own dtype, where a library GEMM would need a pass to gather the rows, one to scatter them and one to cast them.
+The sums stay in registers until they are added to the fp32 state. The operand of the next GEMM is written at the same
+time, in its own dtype. A library GEMM needs separate passes to gather, scatter and cast the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def launch(
     rows: torch.Tensor | None,  # [n]
     cast: torch.Tensor | None,  # [n, D]
 ) -> Launch:
-    """How :func:`depass_kernels.residual_update` is launched for these (checked) arguments."""
+    """The launch of :func:`depass_kernels.residual_update` with checked arguments."""
     n, inner = operand.shape
     narrow = operand.dtype != torch.float32
     block_n, block_d = power_of_two(n, 16, 128), power_of_two(len(weight), 16, 128)

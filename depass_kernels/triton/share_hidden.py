@@ -1,9 +1,9 @@
-"""share_hidden: each neuron's output shared out among the sources of a position, in one pass over the gates.
+"""share_hidden: shares each neuron's output among the sources of a position.
 
-A program takes one position and ``BLOCK_F`` neurons. Where the position's sources fit one tile they are read once, shared
-in registers and written once; where they do not, a first pass over blocks of sources measures them (the running maximum
-and the sum in units of it, as in an online softmax) and a second shares them out. A program reads all that it writes
-over before it writes, so ``out`` may be ``gate``.
+A program takes one position and ``BLOCK_F`` neurons. If the position's sources fit one tile, they are read once, shared in
+registers and written once. Otherwise a first pass over blocks of sources computes the running maximum and the sum relative
+to it, as an online softmax does, and a second pass writes the shares. A program reads every value before it overwrites it,
+so ``out`` may be ``gate``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import triton.language as tl
 from ..layout import SourceLayout
 from .launch import Launch, computing_type, power_of_two
 
-WIDEST = 256  # sources of one tile that holds all of a position's
-BLOCK = 128  # sources of one of several
-BYTES = 32768  # of one tile: with 8 warps 32 numbers a thread in fp32, so that two tiles are at work per multiprocessor
+WIDEST = 256  # the most sources of a tile that holds all of a position's sources
+BLOCK = 128  # sources of a tile where a position needs several
+BYTES = 32768  # of one tile: with 8 warps, 32 fp32 numbers per thread, so that two tiles run per multiprocessor
 
 
 def launch(
@@ -29,7 +29,7 @@ def launch(
     temperature: float,
     out: torch.Tensor,  # [R, F]
 ) -> Launch:
-    """How :func:`depass_kernels.share_hidden` is launched for these (checked) arguments."""
+    """The launch of :func:`depass_kernels.share_hidden` with checked arguments."""
     columns = gate.shape[1]
     accumulator = computing_type(gate, hidden)
     online = layout.most > WIDEST
@@ -128,7 +128,10 @@ def _share_online(
 
 @triton.jit
 def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
-    """The largest and smallest gate, the weights' sum (``max``: who is first), and NaN where a gate is. ``[F]`` each."""
+    """The largest and smallest gate, the sum of the weights (``max``: the first maximum), and NaN if a gate is NaN.
+
+    Each is ``[F]``.
+    """
     high = tl.max(tl.where(part, x, float("-inf")), 0)
     low = tl.min(tl.where(part, x, float("inf")), 0)
     if RULE == "max":
@@ -142,7 +145,7 @@ def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
 
 @triton.jit
 def _weight(x, m, high, low, total, per_temperature, RULE: tl.constexpr):
-    """Each source's weight, in units that keep their sum finite and nonzero. ``[M, F]``."""
+    """The weight of each source, ``[M, F]``, scaled so that the sum is finite and nonzero."""
     if RULE == "softmax":
         weight = tl.exp((x - high[None, :]) * per_temperature)
     elif RULE == "max":
@@ -158,13 +161,13 @@ def _weight(x, m, high, low, total, per_temperature, RULE: tl.constexpr):
 
 @triton.jit
 def _per_weight(h, total, broken, RULE: tl.constexpr):
-    """How much of ``h`` a weight of one gets."""
+    """The part of ``h`` for a weight of one."""
     return h + broken if RULE == "max" else (h + broken) / total
 
 
 @triton.jit
 def _join(high1, low1, total1, n1, high2, low2, total2, n2, per_temperature, RULE: tl.constexpr):
-    """What :func:`_measure` says of two blocks of ``n1`` and ``n2`` sources together."""
+    """The values of :func:`_measure` for two blocks of ``n1`` and ``n2`` sources together."""
     high = tl.maximum(high1, high2)
     low = tl.minimum(low1, low2)
     if RULE == "softmax":

@@ -1,4 +1,4 @@
-"""The taylor step of share_hidden: ``g / g_tot · h``, one pass over the gates, nothing shared between sources."""
+"""The taylor rule of share_hidden: ``g / g_tot · h``, in one pass over the gates; each source is independent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def launch(
     gate_total: torch.Tensor,  # [P, F]
     out: torch.Tensor,  # [R, F]
 ) -> Launch:
-    """How ``share_hidden(..., rule="taylor")`` is launched for these (checked) arguments."""
+    """The launch of ``share_hidden(..., rule="taylor")`` with checked arguments."""
     columns = gate.shape[1]
     block = power_of_two(columns, 16, 256)
     offsets = layout.to(gate.device)

@@ -1,4 +1,4 @@
-"""Which part of the input made a language model say what it said: exact additive attribution by DePass.
+"""Attribute a language model's output to the parts of its input with DePass; the scores add up to the logit.
 
 from depass import DePass
 
@@ -10,7 +10,7 @@ res.show()
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# The exports stand twice: type checkers read imports and run nothing, and a run must not import before a name is used.
+# The exports are listed twice: type checkers need imports, and at run time a module is imported when a name is used.
 if TYPE_CHECKING:
     from .api import DePass as DePass
     from .engine.plan import Plan as Plan
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .sources.subspaces import Custom as Custom
     from .sources.subspaces import Subspace as Subspace
 
-# Loaded when first used: torch and transformers take seconds, and `depass --help` should not.
+# Loaded on first use: torch and transformers take seconds to import, and `depass --help` must not.
 _MODULES = {
     "api": ("DePass",),
     "engine.plan": ("Plan",),

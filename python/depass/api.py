@@ -1,4 +1,4 @@
-"""``DePass``: attribute what a model said to the parts of its prompt."""
+"""``DePass``: attribute a model's output to the parts of its prompt."""
 
 from __future__ import annotations
 
@@ -40,24 +40,27 @@ class DePass:
     """Attribute a causal language model's outputs to its inputs by decomposed forward passes (arXiv 2510.18462).
 
     Args:
-        model: a causal language model of HuggingFace transformers; never modified.
-        tokenizer: its tokenizer, or None where prompts and targets are ids.
-        mlp_rule: how an MLP's output is shared out: ``softmax`` (the paper's), ``max``, ``relu``, ``linear``, ``taylor``.
-        temperature: of the softmax rule, in units of the pre-activation.
-        exclude_bos: whether the first token takes no part in later positions' MLPs; ``"auto"``: where it is the
-            tokenizer's BOS token.
-        backend: of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``; what ``depass backends``
-            says cannot serve here is refused, never replaced. Results say who served in ``settings.backends``.
-        workspace_bytes: size of the block buffers, by device without it; changes no result beyond rounding.
-        cuda_graphs: replay the layers of short prompts of which a like one came before (as many tokens or the same spans)
-            as CUDA graphs; for many short prompts one by one on one GPU.
-        stream_to: a GPU for a model that lies in host memory: its weights stay there, in pinned memory from now on, and
-            come to the GPU layer by layer. For prompts whose state leaves no room for them.
-        family: where the model's modules are, for families that are not known.
+        model: a causal language model of HuggingFace transformers; it is not modified.
+        tokenizer: its tokenizer, or None if all prompts and targets are token ids.
+        mlp_rule: the rule that shares an MLP neuron's output among the sources (docs/method.md, equation 4):
+            ``softmax`` (the paper's, equation 5), ``max``, ``relu``, ``linear`` or ``taylor``.
+        temperature: the temperature ``τ`` of the softmax rule, in units of the pre-activation.
+        exclude_bos: whether the first token is excluded from the MLPs of later positions. ``"auto"`` excludes it if it is
+            the tokenizer's BOS token.
+        backend: the backend of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``. There is no
+            silent fallback: a backend that cannot run here raises. ``depass backends`` lists what can run on this
+            machine, and ``settings.backends`` of a result the backends used.
+        workspace_bytes: the size of the block buffers; the default depends on the device. It changes results only by
+            rounding.
+        cuda_graphs: whether to record the layers of short prompts as CUDA graphs and replay them for later prompts with
+            the same number of tokens or the same spans. For many short prompts, one by one, on one GPU.
+        stream_to: a GPU that runs a model whose weights stay in host memory. The weights are pinned and copied to the GPU
+            layer by layer. For prompts whose state leaves no room for the weights.
+        family: the paths of the model's modules, for a model of an unknown family.
 
     Raises:
-        ModelError: a model that cannot be attributed.
-        OptionError: an option with a value that it does not have.
+        ModelError: the model cannot be attributed.
+        OptionError: an option has an invalid value.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class DePass:
         name: str = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         bound = bind(model, family)
         if not (tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decode", "bos_token_id"))):
-            raise OptionError(f"tokenizer must be one of transformers, or None, got {type(tokenizer).__name__}")
+            raise OptionError(f"tokenizer must be a transformers tokenizer or None, got {type(tokenizer).__name__}")
         if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
         defaults = Defaults(mlp_rule, temperature, exclude_bos, backend)
@@ -92,7 +95,7 @@ class DePass:
 
     @property
     def bound(self) -> BoundModel:
-        """The model as the decomposition sees it: its layers, their projections and norms."""
+        """The model's layers, projections and norms, in the form that the decomposition uses."""
         return self.engine.bound
 
     @property
@@ -102,7 +105,7 @@ class DePass:
 
     @property
     def name(self) -> str:
-        """The model's name or path, as results have it."""
+        """The model's name or path, as results record it."""
         return self.engine.name
 
     @staticmethod
@@ -117,33 +120,33 @@ class DePass:
         say: Callable[[str], None] = lambda message: None,
         **options: Any,
     ) -> DePass:
-        """Load a model and its tokenizer with transformers, from safetensors alone.
+        """Load a model and its tokenizer with transformers; only safetensors weights are loaded.
 
         Args:
-            name_or_path: a folder, a name on the hub, or ``"smollm2"``, the embedded default.
-            dtype: of the weights; ``"auto"``: as saved.
-            device_map: one device; or several (and host memory and disk, as ``"cpu"`` and ``"disk"``) as transformers takes
-                them, ``"auto"`` or a dict from modules to devices, which needs accelerate.
-            max_memory: with a ``device_map`` such as ``"auto"``, how much of each device the weights may take, as
-                transformers takes it: ``{0: "20GiB", "cpu": "64GiB"}``. The decomposed state needs room beside them.
-            quantization: ``"8bit"`` or ``"4bit"`` weights by bitsandbytes, or a quantisation config of transformers
-                for bitsandbytes or torchao. Models that were saved so need none.
-            trust_remote_code: run code that the model's folder or repository brings along.
-            say: told in a line what takes long.
-            options: of :class:`DePass`.
+            name_or_path: a directory, a name on the hub, or ``"smollm2"``, the default model.
+            dtype: the dtype of the weights; ``"auto"`` keeps the saved one.
+            device_map: one device; or, with accelerate, transformers' map of several devices: ``"auto"``, or a dict from
+                modules to devices, which may include ``"cpu"`` and ``"disk"``.
+            max_memory: with a ``device_map`` such as ``"auto"``, the memory that the weights may take on each device, in
+                transformers' form: ``{0: "20GiB", "cpu": "64GiB"}``. Leave room for the decomposed state.
+            quantization: ``"8bit"`` or ``"4bit"`` weights by bitsandbytes, or a transformers quantisation config for
+                bitsandbytes or torchao. Leave it out for a model that was saved quantised.
+            trust_remote_code: whether to run code from the model's directory or repository.
+            say: a function that is called with one line of text before each slow step.
+            options: keyword arguments of :class:`DePass`.
 
         Raises:
-            ModelError: there is no such model, or it cannot be attributed.
-            OptionError: an option that does not fit the model, or a package that it needs is not installed.
+            ModelError: the model does not exist or cannot be attributed.
+            OptionError: an option does not fit the model, or a package that it needs is not installed.
         """
         name = os.fspath(name_or_path)
         path = os.fspath(smollm2.folder(say)) if name == smollm2.NAME else name
         if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith((".", "~"))):
-            raise ModelError(f"the model path {name!r} is no folder")
+            raise ModelError(f"the model path {name!r} is not a directory")
         model, tokenizer = load(name, path, dtype, device_map, max_memory, quantization, trust_remote_code)
-        made = DePass(model, tokenizer, **options)
-        made.engine = replace(made.engine, name=name)
-        return made
+        dp = DePass(model, tokenizer, **options)
+        dp.engine = replace(dp.engine, name=name)
+        return dp
 
     @torch.no_grad()
     def attribute(
@@ -160,27 +163,34 @@ class DePass:
         strict: bool = False,
         progress: Progress | None = None,
     ) -> Attribution:
-        """Split the targets' logits into the contributions of the prompt's parts (DePass, section 3).
+        """Split each target's logit into one score per source (DePass, section 3).
+
+        ``score[m] = w · x̂_final[m, t]`` and ``Σ_m score[m] = logit`` (docs/method.md, equation 6).
 
         Args:
-            prompt: one prompt: a string, chat messages (a list of dicts), or ids (a list of ints or a 1-D tensor).
-            target: None (the model's own next token), a string or id, :class:`TopK`, :class:`Token`, :class:`Contrast`,
-                :class:`Direction`, or a list of these.
-            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`; or what the model's own parts put into the
-                stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`, :class:`Subspace`, :class:`Custom`.
-            start_layer: the layer whose input stream is decomposed, from 0.
-            stop_layer: one past the last layer, the model's last without it; before that, scores are read from the
-                stream there through the final norm and head (a logit lens).
-            mlp_rule: instead of the constructor's, as ``temperature`` and ``exclude_bos``.
-            temperature: of the softmax rule.
+            prompt: one prompt: a string, chat messages (a list of dicts), or token ids (a list of ints or a 1-D tensor).
+            target: the logits to explain: None (the model's own next token), a string or a token id, :class:`TopK`,
+                :class:`Token`, :class:`Contrast`, :class:`Direction`, or a list of these.
+            sources: the parts of the prompt: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`; or the parts of
+                the residual stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`, :class:`Subspace`,
+                :class:`Custom`.
+            start_layer: the layer whose input is decomposed, from 0.
+            stop_layer: one past the last layer that runs; by default all layers run. With fewer, the scores are read from
+                the residual stream there through the final norm and the head (a logit lens).
+            mlp_rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``.
+            temperature: the temperature of the softmax rule.
             exclude_bos: see :class:`DePass`.
-            strict: raise instead of warn where the scores do not add up to the logit within tolerance.
-            progress: called after each layer with the number of layers done and of all.
+            strict: raise an error, instead of a warning, if the scores do not add up to the logit within tolerance.
+            progress: a function that is called after each layer with the number of layers done and their total.
+
+        Returns:
+            The scores ``[targets, sources]`` in logits, with their sources, targets and settings.
 
         Raises:
-            PromptError, TargetError, SourceError, OptionError, ModelError: something that cannot be attributed.
-            NonFiniteError: the model's logits or the parts are not finite.
-            ConservationError: with ``strict``, scores that do not add up.
+            PromptError, TargetError, SourceError, OptionError, ModelError: an argument or the model is not usable.
+            NonFiniteError: the model's logits or the scores are not finite.
+            ConservationError: with ``strict``, the scores do not add up.
+            MemoryLimitError: the device has too little memory.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
         case = request.case(self.bound, self.tokenizer, prompt, target, sources, options)
@@ -206,33 +216,33 @@ class DePass:
         exclude_bos: bool | Literal["auto"] | None = None,
         strict: bool = False,
     ) -> Iterator[Attribution | DePassError]:
-        """Attribute many prompts, several in one pass of the model; each result equals its own run's to rounding.
+        """Attribute many prompts, several in one forward pass; each result equals that of a separate run up to rounding.
 
-        Prompts are taken from the iterable as they are needed, and results come in their order. They are padded for the
-        model's own pass only, on the right, whatever side the tokenizer pads on.
+        Prompts are taken from the iterable as needed, and results come in the same order. Prompts are padded on the right
+        for the model's own pass, whatever side the tokenizer pads on.
 
         Args:
-            prompts: prompts as for :meth:`attribute`.
-            target: of every prompt, as for :meth:`attribute`.
-            targets: instead of ``target``, one for each prompt.
+            prompts: an iterable of prompts, each as for :meth:`attribute`.
+            target: the target of every prompt, as for :meth:`attribute`.
+            targets: an iterable with one target per prompt, instead of ``target``.
             sources: as for :meth:`attribute`.
-            batch_tokens: how many tokens, padding included, go in one pass; a longer prompt goes alone. The state has
-                about half as many rows for each token as its prompt has tokens.
-            errors: ``"raise"``: a prompt that cannot be attributed raises at its turn, with its index; all before it have
-                come by then. ``"return"``: the error comes in its place and the others go on.
+            batch_tokens: the most tokens in one pass, padding included; a longer prompt runs alone. With tokens as
+                sources, a prompt of ``N`` tokens has about ``N / 2`` rows of state per token.
+            errors: ``"raise"`` raises at the first prompt that cannot be attributed, with its index, after the results of
+                all prompts before it. ``"return"`` yields the error in place of the result and continues.
             start_layer: see :meth:`attribute`.
             stop_layer: see :meth:`attribute`.
             mlp_rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
-            strict: an attribution that does not add up is an error.
+            strict: see :meth:`attribute`.
 
         Yields:
-            An :class:`Attribution` for each prompt, or with ``errors="return"`` the error in its place.
+            An :class:`Attribution` for each prompt, or with ``errors="return"`` possibly the error instead.
 
         Raises:
-            OptionError: at once, for options that no prompt could have; no prompts at all.
-            DePassError: with ``errors="raise"``, what :meth:`attribute` raises, naming the prompt's index from 0.
+            OptionError: an option has an invalid value (raised at once), or there are no prompts.
+            DePassError: with ``errors="raise"``, the error of :meth:`attribute`, with the prompt's index from 0.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
         check_kind(sources)
@@ -242,9 +252,11 @@ class DePass:
             raise OptionError(f"errors must be 'raise' or 'return', got {errors!r}")
         for name, given in (("prompts", prompts), ("targets", targets)):
             if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
-                raise OptionError(f"{name} must be several, got one {type(given).__name__}; attribute() takes one")
+                raise OptionError(
+                    f"{name} must be an iterable of {name}, got {type(given).__name__}; for a single prompt use attribute()"
+                )
         if targets is not None and target is not None:
-            raise OptionError("give target= for all prompts or targets= for each, not both")
+            raise OptionError("give either target= for all prompts or targets= with one per prompt, not both")
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
         many = Many(self.engine, sources, batch_tokens, errors, options, strict)
@@ -266,40 +278,45 @@ class DePass:
         strict: bool = False,
         progress: Progress | None = None,
     ) -> Sweep:
-        """Every layer's heads, neurons or modules, each layer a decomposition of its own, in one pass of the model.
+        """Score the heads, neurons or modules of every layer in one pass; each layer is a separate decomposition.
 
         Args:
-            kind: ``"heads"``: :class:`Heads` of every layer. ``"neurons"``: :class:`Neurons`. ``"modules"``: attention and
-                MLP as :class:`Modules`.
+            kind: the components: ``"heads"`` (:class:`Heads`), ``"neurons"`` (:class:`Neurons`), or ``"modules"``
+                (attention and MLP as :class:`Modules`).
             prompt: as for :meth:`attribute`.
-            target: as for :meth:`attribute`; a probe of an inner layer is none of a sweep.
-            layers: which; all without it.
-            ids: which heads or neurons of each layer; all without it.
-            positions: where their outputs count, as for :class:`Heads`.
-            memory_bytes: what the decomposed states and their buffers may take beside the model. More than that goes in
-                groups of layers, a pass each, which changes no result beyond rounding. Without it: half of what is free.
-            mlp_rule: instead of the constructor's, as ``temperature``.
-            temperature: of the softmax rule.
-            strict: see :meth:`attribute`; of every layer.
-            progress: called after each layer with the number of layers done and of all, over all passes.
+            target: as for :meth:`attribute`; probe targets are not supported in sweeps.
+            layers: the layers to decompose; by default all.
+            ids: the heads or neurons of each layer; by default all.
+            positions: the positions whose outputs count, as for :class:`Heads`.
+            memory_bytes: the bytes that the decomposed states and their buffers may take besides the model; by default
+                half of the available memory. Layers that do not fit together run in groups, one pass per group; this
+                changes results only by rounding.
+            mlp_rule: replaces the constructor's rule for this call; so does ``temperature``.
+            temperature: the temperature of the softmax rule.
+            strict: see :meth:`attribute`; it holds for every layer.
+            progress: a function that is called after each layer with the number of layers done and their total, over all
+                passes.
+
+        Returns:
+            The scores ``[targets, layers, C]`` in logits, for ``C`` components per layer.
 
         Raises:
-            PromptError, TargetError, SourceError, OptionError, ModelError: something that cannot be attributed.
-            NonFiniteError: the model's logits or the parts are not finite.
-            ConservationError: with ``strict``, a layer whose scores do not add up.
+            PromptError, TargetError, SourceError, OptionError, ModelError: an argument or the model is not usable.
+            NonFiniteError: the model's logits or the scores are not finite.
+            ConservationError: with ``strict``, the scores of a layer do not add up.
         """
         bound = self.bound
         options = self._options(0, None, mlp_rule, temperature, False)
         if not isinstance(kind, str) or kind not in ("heads", "neurons", "modules"):
-            raise OptionError(f"unknown sweep {kind!r}; there are: 'heads', 'neurons', 'modules'")
+            raise OptionError(f"unknown kind of sweep {kind!r}; choose one of: 'heads', 'neurons', 'modules'")
         if kind == "modules" and ids is not None:
-            raise OptionError("ids= names heads or neurons; a layer's modules are its attention and its MLP")
+            raise OptionError(f"ids={ids!r} selects heads or neurons; leave it out of a sweep of modules")
         encoded = encode(prompt, self.tokenizer, bound)
-        asked = check(target, len(encoded.ids), range(0), self.tokenizer, bound)
+        targets = check(target, len(encoded.ids), range(0), self.tokenizer, bound)
         wanted = list(range(len(bound.layers))) if layers is None else integers("layers", layers, OptionError)
         ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
         if not wanted or len(set(wanted)) < len(wanted):
-            raise OptionError(f"layers={layers} must name each layer once and at least one")
+            raise OptionError(f"layers must be a non-empty list without duplicates, got {layers}")
         parts = [
             [
                 decompose_components(spec, len(encoded.ids), bound)
@@ -312,8 +329,8 @@ class DePass:
             raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
         groups = list(sweeps.grouped(parts, len(encoded.ids), budget, bound, self.engine.workspace_bytes))
-        told = callable_or_none("progress", progress)
-        result = sweeps.sweep(self.engine, encoded, groups, asked, options, kind, told)
+        report = callable_or_none("progress", progress)
+        result = sweeps.sweep(self.engine, encoded, groups, targets, options, kind, report)
         scores.judge(result, strict, bound.tolerance)
         return result
 
@@ -331,28 +348,33 @@ class DePass:
         progress: Progress | None = None,
         **sampling: Any,
     ) -> Generation:
-        """Generate with the model's own ``generate``, then attribute every generated token, all in one pass over the ids.
+        """Generate with the model's own ``generate``, then attribute every generated token in a single pass.
 
         Args:
             prompt: as for :meth:`attribute`.
-            max_new_tokens: at most so many; fewer where the model ends.
-            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans` of the prompt; every generated token is a
-                source of its own for the later ones.
-            mlp_rule: instead of the constructor's, as ``temperature_of_shares`` and ``exclude_bos``.
-            temperature_of_shares: of the softmax rule (``temperature`` is that of sampling, and goes to ``generate``).
+            max_new_tokens: the most tokens to generate; the model may stop earlier.
+            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans` of the prompt. Every generated token is a
+                separate source for the later ones.
+            mlp_rule: replaces the constructor's rule for this call; so do ``temperature_of_shares`` and ``exclude_bos``.
+            temperature_of_shares: the temperature of the softmax rule; ``temperature`` is the sampling temperature.
             exclude_bos: see :class:`DePass`.
             strict: see :meth:`attribute`.
             progress: see :meth:`attribute`.
-            sampling: what else the model's ``generate`` takes: ``do_sample``, ``temperature``, ``top_p``, ``num_beams`` ...
+            sampling: other arguments of the model's ``generate``: ``do_sample``, ``temperature``, ``top_p``,
+                ``num_beams`` ...
+
+        Returns:
+            The generated text and an attribution with one target per generated token.
 
         Raises:
-            PromptError, SourceError, OptionError, ModelError: something that cannot be generated or attributed.
-            NonFiniteError, ConservationError: see :meth:`attribute`.
+            PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
+            NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
         """
         options = self._options(0, None, mlp_rule, temperature_of_shares, exclude_bos)
         if isinstance(sources, COMPONENTS):
             raise OptionError(
-                f"generate attributes to the prompt's parts, not to {type(sources).__name__}; use attribute"
+                f"generate() does not support {type(sources).__name__} as sources; use 'token', 'word', 'sentence' or "
+                "Spans, or call attribute()"
             )
         result = generate(
             self.engine, prompt, max_new_tokens, sources, options, sampling, callable_or_none("progress", progress)
@@ -363,17 +385,17 @@ class DePass:
     def plan(
         self, tokens: int, *, sources: Any = "token", budget_bytes: int | None = None, measure: bool = True
     ) -> Plan:
-        """What an attribution of a prompt of so many tokens takes; the model is not run.
+        """Estimate the memory and time of an attribution; the model is not run.
 
         Args:
-            tokens: ``N``.
+            tokens: the number of tokens ``N`` of the prompt.
             sources: ``"token"``, a number of spans, or ``"heads"`` or ``"neurons"`` of one layer.
-            budget_bytes: what there is, the model's weights included; without it what is free now and the weights (of a
-                model on several devices all of them, and what is free where least is).
-            measure: whether this device's matrix products are timed, so that the plan has seconds.
+            budget_bytes: the bytes available, the model's weights included; by default the memory available now plus the
+                weights. Of a model on several devices: all weights, plus the memory available where it is least.
+            measure: whether to time matrix products on this device, so that the plan has an estimate in seconds.
 
         Raises:
-            OptionError: sources or sizes that there are not.
+            OptionError: the sources, the number of tokens or the budget are invalid.
         """
         bound = self.bound
         if budget_bytes is not None and integer("budget_bytes", budget_bytes, OptionError) < 1:
@@ -396,58 +418,66 @@ class DePass:
         exclude_bos: bool | Literal["auto"] | None = None,
         on_state: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> States:
-        """The decomposed state as it enters layers: ``Σ_m X[m, t] = x[t]`` at each (docs/method.md, equation 1).
+        """The decomposed state at the input of layers, where ``Σ_m X[m, t] = x[t]`` (docs/method.md, equation 1).
 
         Args:
-            prompt: as for :meth:`attribute`, as the other arguments.
-            layers: the layers whose input state is kept, ``stop_layer`` for the state after the last; all without it.
+            prompt: as for :meth:`attribute`.
+            layers: the layers whose input state is returned; ``stop_layer`` means the state after the last layer. By
+                default all.
             sources: see :meth:`attribute`.
             start_layer: see :meth:`attribute`.
             stop_layer: see :meth:`attribute`.
             mlp_rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
-            on_state: given each layer, its state ``[R, D]`` and stream ``[N, D]`` on the model's device, which it may read
-                only during the call; then nothing is kept.
+            on_state: a function that is called with each layer, its state ``[R, D]`` and its residual stream ``[N, D]`` on
+                the model's device. It may read them only during the call, and the result then holds no states.
+
+        Returns:
+            The states and residual streams, on the CPU.
 
         Raises:
-            PromptError, SourceError, OptionError, ModelError: something that cannot be decomposed.
+            PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
             NonFiniteError: a state is not finite.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
         case = request.case(self.bound, self.tokenizer, prompt, None, sources, options)
-        there = decomposed_layers(case.parts, options.stop)
+        decomposed = decomposed_layers(case.parts, options.stop)
         several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0
-        wanted = list(there) if layers is None else integers("layers", layers if several else [layers], OptionError)
+        wanted = (
+            list(decomposed) if layers is None else integers("layers", layers if several else [layers], OptionError)
+        )
         if not wanted:
-            raise OptionError("layers=[] names no layer; leave it out for all of them")
+            raise OptionError("layers is empty; name at least one layer, or leave it out for all of them")
         for layer in wanted:
-            if layer not in there:
-                raise OptionError(f"layers: {layer!r} is none of the layers {there.start} to {there.stop - 1}")
+            if layer not in decomposed:
+                raise OptionError(
+                    f"layers: layer {layer} has no decomposed state; choose from {decomposed.start} to {decomposed.stop - 1}"
+                )
         kept = KeptStates(self.engine, case, options, wanted, callable_or_none("on_state", on_state))
         kept.run()
         return States(kept.rows, kept.residual, case.parts.layout, case.parts.sources)
 
-    def _options(self, *asked: Any) -> request.Options:
-        return request.options(self.engine.defaults, self.bound, *asked)
+    def _options(self, *arguments: Any) -> request.Options:
+        return request.options(self.engine.defaults, self.bound, *arguments)
 
 
 def _device_to_stream_to(given: str | torch.device, devices: set[torch.device], bound: BoundModel) -> torch.device:
-    """The device that a model in host memory is streamed to; its weights are pinned from now on.
+    """The device that a model in host memory is streamed to; pins the model's weights.
 
     Raises:
-        OptionError: no such device, or a model that lies elsewhere or is quantised.
+        OptionError: the device does not exist, or the model is not in host memory or is quantised.
     """
     try:
         device = torch.device(given)
         if device.type not in ("cpu", "cuda"):
             raise TypeError
-        device = torch.empty(0, device=device).device  # with the number of the one that is meant
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of a device that it does not have
-        raise OptionError(f"stream_to={given!r} is no device of this machine") from error
+        device = torch.empty(0, device=device).device  # with the index filled in
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for a device that does not exist
+        raise OptionError(f"stream_to={given!r} is not a CPU or CUDA device of this machine") from error
     if devices != {torch.device("cpu")} or bound.is_quantized:
         raise OptionError(
-            "stream_to needs an unquantised model in host memory, this one "
+            "stream_to needs an unquantised model in host memory, but this model "
             f"{lies_on(devices, bound.is_quantized)}; load it without a device"
         )
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Checks of what callers give, shared by everything that takes integers or lists of them."""
+"""Checks of integers, lists of integers and byte sizes that callers pass."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 
 from .errors import DePassError, OptionError
 
-UNITS = {"": 1, **{unit: 1000**power for power, unit in enumerate("KMGT", 1)}}  # of bytes, by their first letters
+UNITS = {"": 1, **{unit: 1000**power for power, unit in enumerate("KMGT", 1)}}  # bytes by unit prefix
 UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", 1)}
 
 
 def integer(name: str, value: Any, error: type[DePassError]) -> int:
-    """An integer of any kind (Python's, numpy's, a tensor of one number), but no bool.
+    """Convert any kind of integer (Python, numpy, a one-element tensor) to ``int``; a bool is refused.
 
     Raises:
-        DePassError: ``error``, where it is none.
+        DePassError: of class ``error``, where the value is not an integer.
     """
     try:
-        found = operator.index(value)
+        number = operator.index(value)
     except (TypeError, ValueError):
-        found = None
-    if found is None or isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        number = None
+    if number is None or isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         raise error(f"{name} must be an integer, got {_short(value)}")
-    return found
+    return number
 
 
 def integers(name: str, values: Any, error: type[DePassError]) -> list[int]:
-    """A list of integers from any iterable of them.
+    """Convert any iterable of integers to a list of ``int``.
 
     Raises:
-        DePassError: ``error``, where it is none.
+        DePassError: of class ``error``, where the value is not an iterable of integers.
     """
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
@@ -44,17 +44,17 @@ def integers(name: str, values: Any, error: type[DePassError]) -> list[int]:
 
 
 def byte_count(text: str) -> int:
-    """``48GB`` is 48e9, ``48GiB`` is 48 * 2**30.
+    """Parse a size in bytes: ``48GB`` is 48e9, ``48GiB`` is 48 * 2**30.
 
     Raises:
-        OptionError: it is neither a number nor one with a unit of bytes.
+        OptionError: the text is not a positive number, with or without a unit of bytes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if match is None or match[2] not in UNITS:
-        raise OptionError(f"{text!r} is no size; write it as 48GB, 512MB or 48GiB")
+        raise OptionError(f"{text!r} is not a size in bytes; write it as 48GB, 512MB or 48GiB")
     size = int(float(match[1]) * UNITS[match[2]])
     if size < 1:
-        raise OptionError(f"{text!r}: a size must be positive")
+        raise OptionError(f"a size must be at least 1 byte, got {text!r}")
     return size
 
 

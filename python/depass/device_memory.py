@@ -1,4 +1,4 @@
-"""How much memory there is, and what an allocation that failed asked for."""
+"""The available memory of a device, and the size of an allocation that failed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .checks import UNITS
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on a device: the least of what is free and what its limits leave."""
+    """Bytes that this process can still allocate on a device: the smallest of its free memory and its limits."""
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-        free, there = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        allowed = int(there * torch.cuda.get_per_process_memory_fraction(device)) - reserved
-        kept = reserved - torch.cuda.memory_allocated(device)  # by torch, for what comes next
-        return max(0, min(int(free), allowed)) + kept
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+        cached = reserved - torch.cuda.memory_allocated(device)  # by torch, for later allocations
+        return max(0, min(int(free), allowed)) + cached
     return max(0, min(_free_on_host()))
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """The bytes that an out-of-memory error was asked for (0: it does not say); None: it is another error."""
+    """The bytes whose allocation failed (0: the error does not say); None for an error other than out of memory."""
     said = str(error)
     if match := re.search(r"tried to allocate ([\d.]+)(?: (bytes)| ([KMGT]iB))", said, re.IGNORECASE):
         return int(float(match[1]) * UNITS[(match[3] or "").upper().removesuffix("B")])
@@ -36,12 +36,12 @@ def asked_bytes(error: BaseException) -> int | None:
 
 
 def shown(count: int) -> str:
-    """``34.36 GB`` of a number of bytes."""
+    """Format a number of bytes as ``34.36 GB`` or ``512.0 MB``."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _free_on_host() -> Iterator[int]:
-    with suppress(OSError, ValueError, StopIteration):  # no Linux
+    with suppress(OSError, ValueError, StopIteration):  # not on Linux
         yield _line("/proc/meminfo", "MemAvailable:") * 1024
     with suppress(OSError, ValueError, StopIteration):  # no limit of a container
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -1,74 +1,74 @@
-"""What DePass raises when it is given something it cannot attribute. Every message is one line that says what to do."""
+"""The errors and warnings of DePass. Every message is one line: what was given, what was expected and what to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """The first line of another library's error message, or the error's type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def escaped(text: str) -> str:
-    """Text with escapes for what is not printable: what a file or a model is called must not command a terminal."""
+    """Escape unprintable characters, so that the name of a file or model cannot control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class DePassError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
     def __str__(self) -> str:
         return escaped(super().__str__())
 
 
 class PromptError(DePassError, ValueError):
-    """A prompt that is empty, too long, out of the vocabulary, or not one prompt."""
+    """The prompt is empty, too long, outside the vocabulary, or a batch instead of one prompt."""
 
 
 class TargetError(DePassError, ValueError):
-    """A target that is not one token, or a position that the prompt does not have."""
+    """The target is not exactly one token, or its position is out of range."""
 
 
 class SourceError(DePassError, ValueError):
-    """Spans that overlap or lie outside of the prompt, or sources that the prompt does not have."""
+    """The sources are unknown, overlap, or are outside the prompt."""
 
 
 class OptionError(DePassError, ValueError):
-    """An option with a value that it does not have: a rule, a temperature, a layer, a backend."""
+    """An invalid option value: a rule, a temperature, a layer or a backend."""
 
 
 class ModelError(DePassError, ValueError):
-    """A model that cannot be attributed: unknown family, no language-model head, training mode, or not found."""
+    """The model cannot be attributed: unknown family, no language-model head, training mode, or not found."""
 
 
 class MemoryLimitError(DePassError, MemoryError):
-    """More rows than the device has memory for."""
+    """The device has too little memory."""
 
 
 class NonFiniteError(DePassError, ArithmeticError):
-    """The model's logits, or the parts of its state, are not finite."""
+    """The model's logits, the decomposed state or the scores contain NaN or infinity."""
 
 
 class ConservationError(DePassError, ArithmeticError):
-    """The parts do not add up to the logit within tolerance (raised when asked to be strict)."""
+    """The scores do not add up to the logit within tolerance; raised only with ``strict=True``."""
 
 
 class ConservationWarning(UserWarning):
-    """The parts do not add up to the logit within tolerance."""
+    """The scores do not add up to the logit within tolerance."""
 
 
 class MemoryLimitWarning(UserWarning):
-    """Memory ran out, and the work was done in smaller blocks."""
+    """Memory ran out, and the run was repeated with smaller blocks."""
 
 
 class PublishedDifferenceWarning(UserWarning):
-    """Numbers that differ on purpose from those of the published implementation."""
+    """The results differ by design from those of the published implementation."""
 
 
 class OutputError(DePassError, OSError):
-    """A file that cannot be written or read."""
+    """A file cannot be written or read."""
 
 
 class DataError(DePassError, ValueError):
-    """A data set that cannot be read, or rows that an evaluation cannot go on from."""
+    """A data set cannot be read, or an evaluation cannot resume from the rows in its directory."""
 
 
 class WorkerError(DePassError, RuntimeError):
-    """A worker of a cluster that could not start, or ended twice at the same rows."""
+    """A cluster worker could not start, or died twice on the same rows."""

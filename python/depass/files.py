@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and found out beforehand where it is not possible; results and rows of results."""
+"""Writing files atomically, and checking beforehand that a file can be written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .errors import OutputError
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before the work whether a file can be written.
+    """Check before a run that its output file can be written.
 
     Raises:
-        OutputError: it cannot, and why.
+        OutputError: the file cannot be written; the message says why.
     """
     target = _resolved(path)
     if target.is_dir():
-        raise OutputError(f"cannot write {target}: it is a folder")
+        raise OutputError(f"cannot write {target}: it is a directory")
     try:
         if _is_special(target):
             writable = os.access(target, os.W_OK)
@@ -34,10 +34,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all. Links are followed; a pipe or device is written to as it is.
+    """Write a file atomically: it holds either the old content or the new, never a part.
+
+    Links are followed. A pipe or a device is written to directly.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     check_writable(path)
     target = _resolved(path)
@@ -52,10 +54,10 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine could leave the name with nothing behind it
+                os.fsync(file.fileno())  # without it a crash of the machine could leave an empty file
             os.replace(name, target)
         except BaseException:
-            with suppress(FileNotFoundError):  # it has its name already
+            with suppress(FileNotFoundError):  # it has been renamed
                 os.unlink(name)
             raise
     except OSError as error:
@@ -63,12 +65,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
-    """Add a row to a JSONL file as one whole line: all of it or, where the disk is full, none.
+    """Append a row to a JSONL file as one line; where the disk is full, nothing is appended.
 
-    Several processes may add to one file. A torn last line is left behind.
+    Several processes may append to one file. An incomplete last line stays, and the row starts on a new line.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the row cannot be written.
     """
     import fcntl
 
@@ -95,7 +97,7 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
     try:
         resolved = Path(path).resolve()
         with suppress(FileNotFoundError):
-            os.stat(resolved)  # refuses a name that no file can have
+            os.stat(resolved)  # raises for an invalid file name
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {os.fspath(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     return resolved

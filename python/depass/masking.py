@@ -1,4 +1,4 @@
-"""Switching off attention heads or neurons while a model runs: what they would write into the residual stream is zero.
+"""Masking attention heads or neurons while a model runs: their output to the residual stream is set to zero.
 
 ::
 
@@ -29,19 +29,20 @@ Kind = Literal["heads", "neurons"]
 
 @contextmanager
 def heads(model: Any, masked: Masked) -> Iterator[None]:
-    """Within it the masked heads' outputs, the inputs of the output projection, are zero; its bias stays.
+    """Set the outputs of the masked heads to zero inside the ``with`` block.
 
-    It is for the model's own passes. Other threads' attributions wait until it ends. An attribution inside of it freezes
-    the patterns of masked heads as they are, so its parts do not add up.
+    The head outputs are the inputs of the output projection; its bias is kept. Use this for the model's own forward
+    passes. Attributions in other threads wait until the block ends. An attribution inside the block freezes the
+    patterns of masked heads unchanged, so its scores do not add up.
 
     Args:
         model: a :class:`DePass`, or a supported HuggingFace model.
-        masked: by layer, which heads, in every prompt; or a bool tensor ``[B, layers, heads]``, true where masked, a row
-            for each prompt of the batches that will be run.
+        masked: a dict from layer to the masked heads, for every prompt; or a bool tensor ``[B, num_layers, num_heads]``
+            with one row per prompt of the batch, true where masked.
 
     Raises:
-        OptionError: a layer or head that the model does not have; on running, a batch of other than ``B`` prompts.
-        ModelError: an unsupported model.
+        OptionError: a layer or head is out of range; or, when the model runs, the batch does not have ``B`` prompts.
+        ModelError: the model is not supported.
     """
     with _masked(model, masked, "heads"):
         yield
@@ -49,39 +50,43 @@ def heads(model: Any, masked: Masked) -> Iterator[None]:
 
 @contextmanager
 def neurons(model: Any, masked: Masked) -> Iterator[None]:
-    """Within it the masked neurons' hidden values, the inputs of the down projection, are zero; its bias stays.
+    """Set the hidden values of the masked neurons to zero inside the ``with`` block.
+
+    The hidden values are the inputs of the down projection; its bias is kept.
 
     Args:
         model: as for :func:`heads`.
-        masked: by layer, which neurons; or a bool tensor ``[B, layers, neurons]``.
+        masked: a dict from layer to the masked neurons, or a bool tensor ``[B, num_layers, num_neurons]``.
 
     Raises:
-        OptionError, ModelError: as :func:`heads`.
+        OptionError, ModelError: as for :func:`heads`.
     """
     with _masked(model, masked, "neurons"):
         yield
 
 
 def bound_of(model: Any) -> BoundModel:
-    """The bound model of a :class:`DePass`, or of a model of a known family.
+    """The bound model of a :class:`DePass`, or of a HuggingFace model of a known family.
 
     Raises:
-        ModelError: an unsupported model.
+        ModelError: the model is not supported.
     """
     return model.bound if isinstance(model, DePass) else bind(model)
 
 
 def num_components(bound: BoundModel, kind: Kind) -> int:
-    """How many heads or neurons each layer has.
+    """The number of heads or neurons per layer.
 
     Raises:
-        OptionError: layers that have different numbers of neurons.
+        OptionError: the layers have different numbers of neurons.
     """
     if kind == "heads":
         return bound.num_heads
     widths = {layer.down.shape[1] for layer in bound.layers}
     if len(widths) > 1:
-        raise OptionError(f"the layers of {bound.name} have {sorted(widths)} neurons; they must have equally many")
+        raise OptionError(
+            f"the layers of {bound.name} have different numbers of neurons, {sorted(widths)}; they must have the same"
+        )
     return int(widths.pop())
 
 
@@ -100,7 +105,7 @@ def _masked(model: Any, masked: Any, kind: Kind) -> Iterator[None]:
 
 
 def _mask_heads(stack: ExitStack, module: Any, off: Tensor) -> None:
-    """Tell captures of this thread which heads pass no values on, until the stack closes; masks within masks add up."""
+    """Tell this thread's captures which heads pass no values on, until the stack closes. Nested masks add up."""
     key = module, threading.get_ident()
     before = capture.masked_heads.get(key)
     capture.masked_heads[key] = off if before is None else off | before
@@ -115,7 +120,7 @@ def _mask_heads(stack: ExitStack, module: Any, off: Tensor) -> None:
 
 
 class _Zero:
-    """Zeroes what ``off`` ``[B, C]`` switches off of a module's input ``[B, T, C·d]``, in this thread's passes."""
+    """Zeroes the components in ``off`` ``[B, C]`` of a module's input ``[B, T, C·d]``, in this thread's passes."""
 
     def __init__(self, off: Tensor) -> None:
         self.off, self.thread = off, threading.get_ident()
@@ -127,7 +132,7 @@ class _Zero:
         off = self.off
         if len(off) not in (1, len(x)):
             raise OptionError(
-                f"masks for {len(off)} prompts met a batch of {len(x)}; give one for each prompt, or for all"
+                f"masked has {len(off)} rows, but the batch has {len(x)} prompts; give one row per prompt or one for all"
             )
         wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
         return (x.masked_fill(wide[:, None] if len(off) > 1 else wide[0], 0), *args[1:])
@@ -139,18 +144,20 @@ def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:
     if isinstance(masked, Tensor):
         if masked.dtype != torch.bool or masked.dim() != 3 or masked.shape[1:] != (depth, count) or not len(masked):
             raise OptionError(
-                f"masked must be bools [prompts, {depth}, {count}] (layers, {kind}), got {masked.dtype} of shape "
-                f"{list(masked.shape)}"
+                f"masked must be a bool tensor [prompts, {depth}, {count}] (prompts, layers, {kind}), got "
+                f"{masked.dtype} of shape {list(masked.shape)}"
             )
         return masked
     if not isinstance(masked, Mapping):
         raise OptionError(f"masked must be a dict from layers to {kind}, or a bool tensor, got {type(masked).__name__}")
-    made = torch.zeros(1, depth, count, dtype=torch.bool, device="cpu")
+    mask = torch.zeros(1, depth, count, dtype=torch.bool, device="cpu")
     for layer, numbers in masked.items():
         if not 0 <= integer("a layer of masked", layer, OptionError) < depth:
-            raise OptionError(f"masked: layer {layer} is out of range, {bound.name} has {depth}")
+            raise OptionError(f"masked: layer {layer} is out of range; {bound.name} has layers 0 to {depth - 1}")
         for number in integers(f"masked[{layer}]", numbers, OptionError):
             if not 0 <= number < count:
-                raise OptionError(f"masked: {kind.removesuffix('s')} {number} is out of range, a layer has {count}")
-            made[0, layer, number] = True
-    return made
+                raise OptionError(
+                    f"masked: {kind.removesuffix('s')} {number} is out of range; a layer has {kind} 0 to {count - 1}"
+                )
+            mask[0, layer, number] = True
+    return mask

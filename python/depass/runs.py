@@ -1,4 +1,4 @@
-"""What long runs share: a folder that one process holds, ``run.json``, which says what is in it, and the progress bar."""
+"""Shared by long runs: the lock on the output directory, its ``run.json``, and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from typing import Any
 from .errors import DataError, OptionError, OutputError
 from .files import write_atomically
 
-_LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal for a bar
+_LINE_SECONDS = 30.0  # between two lines of progress where standard error is not a terminal
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it: two processes would do the same work. The lock ends with the process, however it ends.
+    """Create the directory and lock it, so that two processes do not do the same work.
+
+    The lock is released when the process ends, even if it is killed.
 
     Raises:
-        OutputError: it cannot be made, or another process holds it.
+        OutputError: the directory cannot be created or locked, or another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,9 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"another process is at work in {folder}; wait for it or give another --out") from None
+            raise OutputError(
+                f"another process is using {folder}; wait until it ends, or choose another --out"
+            ) from None
         except OSError as error:
             raise OutputError(f"cannot lock {folder} against other processes: {error.strerror or error}") from error
         yield
@@ -45,72 +49,71 @@ def hold(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-# What a run is of.
+# The description of a run.
 
 
 def described(path: Path, kind: str, task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What ``run.json`` says: ``format`` (``kind``), ``task``, ``settings`` and ``sessions``, of which a new run has none.
+    """The content of ``run.json``: ``format`` (``kind``), ``task``, ``settings``, ``sessions`` (empty for a new run).
 
     Raises:
-        OptionError: a run is there, of another task or with other settings.
-        DataError: the file is none of this command.
+        OptionError: the directory holds a run of another task or with other settings.
+        DataError: this command did not write the file.
     """
     if not path.exists():
         return {"format": kind, "task": task, "settings": settings, "sessions": []}
-    found = _read_json(path, kind)
-    there: dict[str, Any] = {"task": found["task"], **found["settings"]}
+    description = _read_json(path, kind)
+    existing: dict[str, Any] = {"task": description["task"], **description["settings"]}
     wanted: dict[str, Any] = {"task": task, **settings}
-    for name in sorted(there.keys() | wanted.keys()):
-        if there.get(name) != wanted.get(name):
+    for name in sorted(existing.keys() | wanted.keys()):
+        if existing.get(name) != wanted.get(name):
             raise OptionError(
-                f"{path.parent} holds a run with {name} {there.get(name)!r}, this one has {wanted.get(name)!r}; "
-                "give the same options, or another --out"
+                f"{path.parent} holds a run with {name} {existing.get(name)!r}, but this run has "
+                f"{wanted.get(name)!r}; use the same options, or choose another --out"
             )
-    return found
+    return description
 
 
 def session() -> dict[str, Any]:
-    """When and with what a run goes on; ``seconds`` stay None where it is stopped."""
+    """The date and the package versions of one session of a run; ``seconds`` is None until the session completes."""
     return {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), **_versions(), "seconds": None}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``run.json``, whole or not at all.
+    """Write ``run.json`` atomically.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def say_kept(stop: BaseException, done: int, of: int, folder: Path) -> None:
-    """Add to the text of what stops a run how many of its rows are kept, and that it can go on."""
-    kept = f"{done:,} of {of:,} rows are kept in {folder}, the same command goes on from there"
+    """Add to the error that stops a run how many of its rows are kept, and how to resume."""
+    kept = f"{done:,} of {of:,} rows are kept in {folder}; run the same command again to resume"
     stop.args = (f"{str(stop) or 'interrupted'}; {kept}",)
 
 
 def _read_json(path: Path, kind: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-        if found["format"] != kind:
-            raise ValueError(f"its format is {found['format']!r}")
-        _ = found["task"], found["settings"].items(), found["sessions"].append
+        description: dict[str, Any] = json.loads(path.read_text())
+        if description["format"] != kind:
+            raise ValueError(f"its format is {description['format']!r}")
+        _ = description["task"], description["settings"].items(), description["sessions"].append
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no run of this command ({error}); give another --out") from error
-    read: dict[str, Any] = found
-    return read
+        raise DataError(f"{path} was not written by this command ({error}); choose another --out") from error
+    return description
 
 
 def _versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "commit": _commit()}
+    versions: dict[str, Any] = {"python": platform.python_version(), "commit": _commit()}
     for name in ("depass-kernels", "torch", "transformers"):
         with suppress(PackageNotFoundError):  # a checkout on the path is not installed
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file belongs to, ``+`` behind it where files are changed; None where it is in none."""
+    """The commit of this file's checkout, followed by ``+`` if files have changed; None outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -132,9 +135,9 @@ def _commit() -> str | None:
 
 @contextmanager
 def progress(name: str, of: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many items are done.
+    """Yield a function that takes the number of items done and shows the progress on standard error.
 
-    On standard error it shows a bar with the rate and the remaining time, or where that is no terminal a line now and then.
+    On a terminal it shows a bar with the rate and the remaining time; elsewhere it prints a line every 30 seconds.
     """
     rate = _Rate()
     if not sys.stderr.isatty():
@@ -155,13 +158,13 @@ def progress(name: str, of: int) -> Iterator[Callable[[int], None]]:
 
 
 class _Rate:
-    """How fast it goes, without what was done before."""
+    """The rate of this session; items that were done before it do not count."""
 
     def __init__(self) -> None:
         self.began, self.first = time.monotonic(), -1
 
     def said(self, done: int, of: int) -> str:
-        """``31/s, 0:04:10 left``; nothing before there is a rate."""
+        """Text such as ``31/s, 0:04:10 left``; empty until a rate is known."""
         if self.first < 0:
             self.first = done
         took = time.monotonic() - self.began

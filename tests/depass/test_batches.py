@@ -193,13 +193,13 @@ def test_options_that_no_prompt_could_have_are_refused_at_once() -> None:
     dp = DePass(models.make("llama"))
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         ([], {}, "prompts is empty; give at least one"),
-        ("one", {}, "prompts must be several, got one str"),
+        ("one", {}, "prompts must be an iterable of prompts, got str"),
         ([[3]], {"batch_tokens": 0}, "batch_tokens must be a positive integer, got 0"),
         ([[3]], {"errors": "skip"}, "errors must be 'raise' or 'return', got 'skip'"),
         ([[3]], {"target": 5, "targets": [5]}, "not both"),
         ([[3]], {"mlp_rule": "no"}, "unknown mlp_rule 'no'"),
-        ([[3]], {"targets": "ab"}, "targets must be several, got one str"),
-        ([[3]], {"targets": 5}, "targets must be several, got one int"),
+        ([[3]], {"targets": "ab"}, "targets must be an iterable of targets, got str"),
+        ([[3]], {"targets": 5}, "targets must be an iterable of targets, got int"),
     ]
     for prompts, options, says in wrong:
         with pytest.raises(OptionError, match=says):
@@ -208,7 +208,7 @@ def test_options_that_no_prompt_could_have_are_refused_at_once() -> None:
         dp.attribute_many([[3]], sources="page")
     with pytest.raises(OptionError, match="prompts is empty; give at least one"):
         list(dp.attribute_many(iter([])))
-    with pytest.raises(OptionError, match="prompts and targets are not equally many: one of them ends after 1"):
+    with pytest.raises(OptionError, match="targets ends after 1, but prompts has more; give one target per prompt"):
         list(dp.attribute_many([[3], [4]], targets=[5]))
 
 
@@ -228,7 +228,7 @@ def test_a_prompt_that_stops_the_pass_harms_no_other() -> None:
     parts = dp.states(first, 1).residual[1][None]  # of the first prompt's stream, and of no other's
     found = list(dp.attribute_many([first, second, first], 5, sources=Custom(parts, 1), errors="return"))
     assert [type(one).__name__ for one in found] == ["Attribution", "SourceError", "Attribution"]
-    with pytest.raises(SourceError, match="prompt 1: the parts of Custom miss the stream"):
+    with pytest.raises(SourceError, match="prompt 1: the parts of Custom do not add up to the residual stream"):
         list(dp.attribute_many([first, second, first], 5, sources=Custom(parts, 1)))
 
 
@@ -245,7 +245,7 @@ def test_what_was_taken_has_its_results_whatever_comes_after() -> None:
         came.extend(one for one in map(came.append, dp.attribute_many(prompts(), 5)) if one)
     assert len(came) == 2
     came.clear()
-    with pytest.raises(OptionError, match="one of them ends after 2"):
+    with pytest.raises(OptionError, match="targets ends after 2, but prompts has more"):
         came.extend(one for one in map(came.append, dp.attribute_many([[3], [4], [5]], targets=[5, 6])) if one)
     assert len(came) == 2
 

@@ -73,14 +73,14 @@ def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[
         (["attribute", "x", "--target", "id:many"], 2, "'many' is no number"),
         (["attribute", "x", "--target", " cat cat"], 2, "is 2 tokens, not one"),
         (["attribute", ""], 2, "the prompt is empty"),
-        (["attribute", "bad \udcff"], 2, "bytes that are no UTF-8"),
+        (["attribute", "bad \udcff"], 2, "bytes that are not UTF-8"),
         (["attribute", "x", "--temperature", "0"], 2, "temperature must be a positive number"),
         (["attribute", "x", "--mlp-rule", "mean"], 2, "invalid choice: 'mean'"),
         (["attribute", "x", "--device", "toaster"], 2, "there is no such device"),
         (["attribute", "x", "--device", "cuda:99"], 2, "CUDA devices here"),
-        (["attribute", "x", "-m", "/no/such/folder"], 1, "the model path '/no/such/folder' is no folder"),
+        (["attribute", "x", "-m", "/no/such/folder"], 1, "the model path '/no/such/folder' is not a directory"),
         (["attribute", "x", "--viz-path", "/no/such/folder/x.html"], 1, "cannot write /no/such/folder/x.html"),
-        (["attribute", "x", "--save-path", "/"], 1, "it is a folder"),
+        (["attribute", "x", "--save-path", "/"], 1, "it is a directory"),
     ],
 )
 def test_failures_are_one_line_and_a_code(
@@ -140,7 +140,7 @@ def test_without_network_and_cache_one_line_tells_what_to_do(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("depass: cannot fetch the default model")
+    assert last.startswith("depass: cannot download the default model")
     assert "-m PATH_OR_NAME" in last
     assert "Traceback" not in done.stderr
     assert not any(path.name != "depass" for path in tmp_path.iterdir())

@@ -266,28 +266,28 @@ def test_probes_read_the_raw_stream(device: str) -> None:
 
 
 WRONG: list[tuple[Any, str]] = [
-    (Heads(3), r"Heads\(layer=3\): .* has layers 0 to 2"),
+    (Heads(3), r"Heads\(layer=3\) is out of range: .* has layers 0 to 2"),
     (Heads(-1), r"Heads\(layer=-1\)"),
     (Neurons("1"), "layer of Neurons must be an integer, got '1'"),  # type: ignore[arg-type]
-    (Heads(1, ids=[4]), r"ids of Heads.*: 4 is out of range, there are 0 to 3"),
-    (Heads(1, ids=[]), "must name each once and at least one"),
-    (Heads(1, ids=[1, 1]), "must name each once"),
+    (Heads(1, ids=[4]), r"ids of Heads.*: 4 is out of range; choose from 0 to 3"),
+    (Heads(1, ids=[]), r"must be a non-empty list without duplicates, got \[\]"),
+    (Heads(1, ids=[1, 1]), "must be a non-empty list without duplicates"),
     (Heads(1, ids="0"), "must be a list of integers"),
-    (Neurons(1, ids=[56]), "56 is out of range, there are 0 to 55"),
-    (Neurons(1, positions=[9]), "positions of Neurons.*: 9 is out of range, there are -9 to 8"),
-    (Neurons(1, positions=[0, -9]), "must name each once"),
-    (Modules(1, "head"), "module='head' of Modules; there are: 'attn', 'mlp'"),  # type: ignore[arg-type]
-    (Subspace(1), "takes one of basis, projection and parts, got none"),
+    (Neurons(1, ids=[56]), "56 is out of range; choose from 0 to 55"),
+    (Neurons(1, positions=[9]), "positions of Neurons.*: 9 is out of range; choose from -9 to 8"),
+    (Neurons(1, positions=[0, -9]), "must be a non-empty list without duplicates"),
+    (Modules(1, "head"), r"Modules\(module='head'\): the module must be 'attn' or 'mlp'"),  # type: ignore[arg-type]
+    (Subspace(1), "takes exactly one of basis, projection and parts, got none"),
     (Subspace(1, basis=torch.zeros(2, 31)), r"basis of Subspace must be floats \[any, 32\] .* got float32 \[2, 31\]"),
     (Subspace(1, basis=torch.ones(2, 32, dtype=torch.int64)), "got int64"),
     (Subspace(1, basis=torch.full((2, 32), float("nan"))), "must be finite"),
     (Subspace(1, projection=torch.zeros(32)), r"projection of Subspace must be floats \[32, 32\]"),
     (Subspace(1, parts=torch.zeros(2, 8, 32)), r"\[any, 9, 32\]"),
     (Subspace(1, basis=torch.ones(1, 32), labels=["a", "b"]), "2 labels for 1 sources"),
-    (Custom(torch.zeros(2, 9, 32), 1), "miss the stream that enters layer 1"),
+    (Custom(torch.zeros(2, 9, 32), 1), "do not add up to the residual stream at the input of layer 1"),
     (Subspace(1, basis=torch.tensor([[1.0] * 32, [0.0] * 32])), "basis of Subspace: vector 1 is zero"),
     (Subspace(1, projection="abc"), "projection of Subspace must be floats .* got str"),  # type: ignore[arg-type]
-    (Subspace(1, basis=torch.ones(1, 32, device="meta")), "must be a dense tensor with numbers"),
+    (Subspace(1, basis=torch.ones(1, 32, device="meta")), "must be a dense tensor with data"),
     (Subspace(1, basis=torch.ones(1, 32), labels="a"), "labels of Subspace must be a list of strings, got 'a'"),
     (Heads(1, ids=torch.tensor(2)), "ids of Heads.* must be a list of integers"),  # type: ignore[arg-type]
     (Heads(1, positions=torch.ones(9, dtype=torch.bool)), "each of positions of Heads.* must be an integer"),  # type: ignore[arg-type]
@@ -307,15 +307,13 @@ def test_layers_that_do_not_fit_are_named() -> None:
     dp, ids = DePass(models.make("llama")), models.prompt(9)
     with pytest.raises(OptionError, match="start_layer=1: Heads names its own layer; leave it out"):
         dp.attribute(ids, sources=Heads(1), start_layer=1)
-    with pytest.raises(OptionError, match="stop_layer=1: must lie behind layer 1 of Heads"):
+    with pytest.raises(OptionError, match="stop_layer=1 must be greater than the layer of Heads, 1"):
         dp.attribute(ids, sources=Heads(1), stop_layer=1)
-    with pytest.raises(
-        TargetError, match=r"Direction\(layer=1\): the stream is decomposed where it enters layers 2 to 3"
-    ):
+    with pytest.raises(TargetError, match=r"Direction\(layer=1\): layer 1 has no decomposed state; choose from 2 to 3"):
         dp.attribute(ids, sources=Heads(1), target=Direction(torch.ones(32), layer=1))
-    with pytest.raises(OptionError, match="layers: 1 is none of the layers 2 to 3"):
+    with pytest.raises(OptionError, match="layers: layer 1 has no decomposed state; choose from 2 to 3"):
         dp.states(ids, 1, sources=Heads(1))
-    with pytest.raises(TargetError, match="belongs to a probe; give it a layer"):
+    with pytest.raises(TargetError, match="only a probe has an intercept; give it a layer"):
         dp.attribute(ids, target=Direction(torch.ones(32), intercept=1.0))
 
 
@@ -327,7 +325,7 @@ def test_a_part_that_is_missing_at_one_position_is_found_beside_a_much_larger_on
     parts = torch.stack([stream / 2, stream / 2])
     assert dp.attribute(ids, sources=Custom(parts)).scores.shape == (1, 2)
     parts[0, -1] = 0
-    with pytest.raises(SourceError, match=r"miss the stream that enters layer 0 by .* at position 8"):
+    with pytest.raises(SourceError, match=r"residual stream at the input of layer 0: at position 8 they miss it by"):
         dp.attribute(ids, sources=Custom(parts))
 
 
@@ -363,19 +361,19 @@ def test_a_layer_of_another_kind_of_integer_can_be_saved(layer: Any, tmp_path: P
 ODD: list[tuple[Callable[[DePass, list[int]], Any], str]] = [
     (lambda dp, ids: dp.attribute(ids, progress=5), "progress must be a function, got 5"),
     (lambda dp, ids: dp.states(ids, on_state=5), "on_state must be a function, got 5"),
-    (lambda dp, ids: dp.states(ids, []), "names no layer"),
+    (lambda dp, ids: dp.states(ids, []), "layers is empty; name at least one layer"),
     (lambda dp, ids: dp.states(ids, True), "must be an integer, got True"),
     (lambda dp, ids: dp.attribute(ids, start_layer="1"), "start_layer must be an integer, got '1'"),
     (lambda dp, ids: dp.attribute(ids, temperature=10**400), "temperature must be a positive number"),
     (lambda dp, ids: dp.attribute(ids, exclude_bos=np.array([True, False])), "exclude_bos must be"),
     (lambda dp, ids: dp.attribute(ids, Direction(torch.ones(32), intercept=float("nan"), layer=1)), "finite number"),
     (lambda dp, ids: dp.attribute(ids, Direction(torch.ones(32, device="meta"))), "must be 32 finite floats"),
-    (lambda dp, ids: dp.attribute(ids, sources=Modules(1, np.array(["attn"]))), "there are: 'attn', 'mlp'"),
-    (lambda dp, ids: dp.sweep(np.array(["heads"]), ids), "unknown sweep"),
+    (lambda dp, ids: dp.attribute(ids, sources=Modules(1, np.array(["attn"]))), "must be 'attn' or 'mlp'"),
+    (lambda dp, ids: dp.sweep(np.array(["heads"]), ids), "unknown kind of sweep"),
     (lambda dp, ids: dp.sweep("heads", ids, layers=[[1]]), "each of layers must be an integer"),
     (lambda dp, ids: DePass(dp.model, workspace_bytes="5"), "workspace_bytes must be an integer, got '5'"),
     (lambda dp, ids: DePass(dp.model, workspace_bytes=4000.0), "workspace_bytes must be an integer"),
-    (lambda dp, ids: dp.generate(ids, num_beams=0), "generate does not take these options"),
+    (lambda dp, ids: dp.generate(ids, num_beams=0), "generate rejected these options"),
     (lambda dp, ids: dp.states(ids, 1).dense([1]), "layer must be an integer"),
     (lambda dp, ids: dp.plan(9, budget_bytes="48GB"), "budget_bytes must be an integer, got '48GB'"),
     (lambda dp, ids: dp.plan(9, budget_bytes=0), "budget_bytes must be positive, got 0"),

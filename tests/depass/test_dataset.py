@@ -203,11 +203,11 @@ def test_a_bad_row_is_a_row_with_its_error(model: str, tmp_path: Path) -> None:
         (b'{"prompt": "x", "target": 1.5}', "a target is a token's text or id, got float"),
         (b'{"prompt": "x", "target": ["a", "b"]}', "a target is a token's text or id, got list"),
         (b'{"prompt": "' + b"x" * 400 + b'"}', "320 positions"),
-        (b'{"prompt": "\\ud800"}', "bytes that are no UTF-8"),
+        (b'{"prompt": "\\ud800"}', "bytes that are not UTF-8"),
         (b'{"prompt": "\xff"}', "line 12 is no JSON"),
         (b"[1, 2]", "line 13 is no JSON object"),
         (b"[" * 100_000, "line 14 is no JSON"),
-        (b'{"prompt": "x", "target": "\\ud800"}', "bytes that are no UTF-8"),
+        (b'{"prompt": "x", "target": "\\ud800"}', "bytes that are not UTF-8"),
         (b'{"prompt": "the cat"}', None),
     ]
     (tmp_path / "data.jsonl").write_bytes(b"\n".join(line for line, _ in lines))
@@ -244,7 +244,7 @@ def test_a_csv_row_that_is_not_whole_is_an_error(model: str, tmp_path: Path) -> 
     assert errors[0] is errors[3] is None
     assert errors[1] == "line 3 has 3 cells, the header has 2"
     assert errors[2] == "line 4 has 1 cells, the header has 2"
-    assert "no UTF-8" in errors[4]
+    assert "not UTF-8" in errors[4]
     assert errors[5] == "line 8: unexpected end of data"
 
 
@@ -263,7 +263,7 @@ def test_a_csv_row_that_is_not_whole_is_an_error(model: str, tmp_path: Path) -> 
         (b'{"prompt": "x"}', ("--batch-tokens", "x"), 2, "'x' is no integer from 1"),
         (b'{"prompt": "x"}', ("--workers", "2"), 2, "are of --engine ray; give it, or leave them out"),
         (b'{"prompt": "x"}', ("--sources", "page"), 2, "invalid choice: 'page'"),
-        (b'{"prompt": "x"}', ("-m", "/no/such/folder"), 1, "the model path '/no/such/folder' is no folder"),
+        (b'{"prompt": "x"}', ("-m", "/no/such/folder"), 1, "the model path '/no/such/folder' is not a directory"),
         (b'{"prompt": "x"}', ("--out", "/proc/none"), 1, "cannot write into /proc/none"),
         (b'{"prompt": "x"}', ("--temperature", "-1"), 2, "temperature must be a positive number"),
     ],
@@ -360,7 +360,10 @@ def test_another_run_in_the_folder_must_be_the_same(
     assert run(copy, model, out) == 0
     before, said = shards(out), (out / "run.json").read_bytes()
     assert run(copy, model, out, "--mlp-rule", "max") == 2
-    assert "mlp_rule 'softmax', this one has 'max'; give the same options, or another --out" in capsys.readouterr().err
+    assert (
+        "mlp_rule 'softmax', but this run has 'max'; use the same options, or choose another --out"
+        in capsys.readouterr().err
+    )
     copy.write_bytes(data.read_bytes() + b'{"prompt": "one more"}\n')
     assert run(copy, model, out) == 2
     (tmp_path / "other").mkdir()
@@ -429,7 +432,7 @@ def test_a_signal_is_one_line_and_the_run_goes_on_later(
         got = dying.run(arguments(data, model, out), out / "said", at=("replace", 3, before), send=send)
         assert got == code
         there = 1 if before else 2  # of the shards; run.json was the first file
-        kept = f"{there * SIZE} of {COUNT} rows are kept in {out}, the same command goes on from there"
+        kept = f"{there * SIZE} of {COUNT} rows are kept in {out}; run the same command again to resume"
         assert (out / "said").read_text() == f"depass: {word}; {kept}\n"
         assert len(shards(out)) == there
         assert left_behind(out) == []
@@ -442,7 +445,7 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(
 ) -> None:
     with runs.hold(tmp_path):
         assert run(data, model, tmp_path) == 1
-    said = f"depass: another process is at work in {tmp_path}; wait for it or give another --out\n"
+    said = f"depass: another process is using {tmp_path}; wait until it ends, or choose another --out\n"
     assert capsys.readouterr().err == said
     assert list(tmp_path.iterdir()) == []
 
@@ -659,7 +662,7 @@ def test_what_ray_cannot_do_is_one_line(
         assert run(data, model, tmp_path / "a", "--engine", "ray", "--device", "cuda") == 2
         assert "the cluster has no GPU" in capsys.readouterr().err
     assert run(data, "/no/such/folder", tmp_path / "b", "--engine", "ray") == 1
-    assert "the model path '/no/such/folder' is no folder" in capsys.readouterr().err
+    assert "the model path '/no/such/folder' is not a directory" in capsys.readouterr().err
 
 
 def test_without_ray_the_engine_says_what_to_install(

@@ -177,9 +177,9 @@ def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seed": 1}, "holds a run with seed 0, this one has 1; give the same options, or another --out"),
-        ({"limit": 5}, "limit None, this one has 5"),
-        ({"unit": "bytes"}, "unit 'characters', this one has 'bytes'"),
+        ({"seed": 1}, "holds a run with seed 0, but this run has 1; use the same options, or choose another --out"),
+        ({"limit": 5}, "limit None, but this run has 5"),
+        ({"unit": "bytes"}, "unit 'characters', but this run has 'bytes'"),
     ],
 )
 def test_other_settings_are_refused_by_name(dp: DePass, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
@@ -203,7 +203,7 @@ def test_the_command_writes_every_setting_by_the_name_that_begun_runs_have(
     }  # fmt: skip
     options = tokens.TokensOptions(data=source, seed=2, methods="random", keep_wrong=True)
     run(TASKS["tokens"], dp, options, out, quantization="4bit")
-    with pytest.raises(OptionError, match="holds a run with quantization '4bit', this one has None"):
+    with pytest.raises(OptionError, match="holds a run with quantization '4bit', but this run has None"):
         run(TASKS["tokens"], dp, options, out)
 
 
@@ -225,7 +225,7 @@ def test_two_processes_do_not_measure_into_one_folder(dp: DePass, tmp_path: Path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(OutputError, match="another process is at work"):
+        with pytest.raises(OutputError, match="another process is using"):
             run(Lengths(), dp, LengthsOptions(), tmp_path)
         other.communicate()
     run(Lengths(), dp, LengthsOptions(), tmp_path)
@@ -235,7 +235,7 @@ def test_what_is_no_run_is_refused(dp: DePass, tmp_path: Path) -> None:
     options = LengthsOptions()
     for content in ("[]", "{", '{"format": "else"}', '{"format": "depass-evaluation-1"}'):
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(DataError, match="is no run of this command"):
+        with pytest.raises(DataError, match="was not written by this command"):
             run(Lengths(), dp, options, tmp_path)
     (tmp_path / "run.json").unlink()
     (tmp_path / "rows.jsonl").write_text('{"id": "0", "status": "ok", "length": 1}\nno row\n')

@@ -130,7 +130,7 @@ def test_standard_input_may_hold_nulls_but_no_bytes_that_are_no_text(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff cat"), encoding="utf-8"))
     assert run("attribute", "-", "-m", folder) == 2
-    assert capsys.readouterr().err == "depass: the prompt is not text: it holds bytes that are no UTF-8\n"
+    assert capsys.readouterr().err == "depass: the prompt is not text: it contains bytes that are not UTF-8\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the\0 cat\n"), encoding="utf-8"))
     assert run("attribute", "-", "-m", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["prompt"]["text"] == "the\0 cat"
@@ -211,7 +211,7 @@ def test_a_prompt_of_100_kb_is_refused_at_once(text: str, dp: DePass) -> None:
         dp.attribute(text)
     wide = DePass(models.make("llama", vocab_size=400, max_position_embeddings=1 << 20), dp.tokenizer)
     for sources in ("token", "word", "sentence"):
-        with pytest.raises(MemoryLimitError, match="are free"):
+        with pytest.raises(MemoryLimitError, match="are available"):
             wide.attribute(text, sources=sources)
     assert time.monotonic() - began < 20
 
@@ -261,7 +261,7 @@ def test_targets_of_tokenizers_that_put_a_space_before_words() -> None:
     for make in (tokens.byte_fallback, lambda: tokens.byte_level(prefix_space=True)):
         dp = DePass(models.make("llama", vocab_size=400), make())
         assert dp.attribute("the", target="cat").targets[0].label.strip() == "cat"
-    with pytest.raises(TargetError, match=r"target ' cat' is \d tokens, not one: .*'cat' \(\d+\); pass one of them"):
+    with pytest.raises(TargetError, match=r"target ' cat' is \d tokens, not one: .*'cat' \(\d+\); pass one token"):
         DePass(models.make("llama", vocab_size=400), tokens.byte_fallback()).attribute("the", target=" cat")
 
 
@@ -317,7 +317,8 @@ def test_weights_that_a_file_lacks_are_not_made_up(
     name = "model.layers.1.mlp.down_proj.weight"
     model = broken_weights(folder, tmp_path / "model", lambda weights: weights.pop(name))
     said = fails(["attribute", "the cat", "-m", model], capsys)
-    assert said == f"depass: cannot load the model '{model}': its files lack 1 weights, {name} first\n"
+    lacks = f"its files lack 1 weight, the first is {name}; load it from intact files"
+    assert said == f"depass: cannot load the model '{model}': {lacks}\n"
     other = broken_weights(folder, tmp_path / "other", lambda weights: weights.update({name: torch.zeros(3, 3)}))
     fails(["attribute", "the cat", "-m", other], capsys)
 
@@ -345,7 +346,7 @@ def test_a_weight_that_is_no_number_is_named_and_scores_nothing(name: str, numbe
     its = models.make("llama")
     its.get_parameter(name).data[5] = number  # a row, or for a norm one number
     dp, ids = DePass(its), [5, 6, 7]
-    says = re.escape(f"the model's weight {name} holds NaN or infinity")
+    says = re.escape(f"the model's weight {name} contains NaN or infinity")
     asked: list[Callable[[], Any]] = [
         lambda: dp.attribute(ids, [5, 6]), lambda: dp.attribute(ids, 5, sources=Heads(0)),
         lambda: dp.sweep("heads", ids, 5), lambda: list(dp.attribute_many([ids, ids], 5)),
@@ -372,7 +373,9 @@ def test_a_number_that_the_prompt_does_not_meet_changes_nothing() -> None:
 def test_numbers_too_large_for_a_dtype_blame_the_dtype() -> None:
     its = models.make("llama", torch.float16)
     its.model.norm.weight.data.fill_(60000)  # times a number of 1.1 it is more than fp16 holds
-    with pytest.raises(NonFiniteError, match="the model's weights are, so float16 has too small a range for this"):
+    with pytest.raises(
+        NonFiniteError, match="the model's weights are finite, so a value is outside the range of float16"
+    ):
         DePass(its).attribute([5, 6, 7], 8)
 
 
@@ -383,7 +386,7 @@ def test_the_command_with_weights_that_are_no_numbers(
     model = broken_weights(folder, tmp_path / "model", lambda weights: weights[name].fill_(float("nan")))
     said = fails(["attribute", "the cat", "-m", model, "--save-path", str(tmp_path / "res")], capsys)
     assert said.startswith("depass: the model's own logits are not finite (nan for ")
-    assert said.endswith(f"); the model's weight {name} holds NaN or infinity: load it from a file that is whole\n")
+    assert said.endswith(f"); the model's weight {name} contains NaN or infinity; load the model from an intact file\n")
     assert sorted(os.listdir(tmp_path)) == ["model"]
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed, and data sets need it")
     (tmp_path / "data.jsonl").write_text('{"prompt": "the"}\n{"prompt": "cat"}\n')
@@ -411,7 +414,7 @@ def test_a_prompt_that_a_memory_limit_has_no_room_for_is_one_line(tmp_path: Path
     assert dying.run(arguments, tmp_path / "said", memory=900_000_000) == 1  # its state alone takes 1 GB
     said = (tmp_path / "said").read_text()
     assert re.fullmatch(
-        r"depass: 8,002,000 rows of 4,000 tokens take .* beside the model .* are free; .* fits\n", said
+        r"depass: 8,002,000 rows for 4,000 tokens need .* besides the model's weights .* are available; .* fits\n", said
     ), said
     assert sorted(os.listdir(tmp_path)) == ["said", "wide"]
 
@@ -434,7 +437,7 @@ def test_a_memory_limit_is_an_error_of_the_rows_that_do_not_fit(tmp_path: Path) 
     assert dying.run(arguments, tmp_path / "said", memory=900_000_000) == 0, (tmp_path / "said").read_text()
     rows = parquet.read_table(tmp_path / "out" / "rows").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "error", "ok"]
-    assert "8,002,000 rows of 4,000 tokens take" in rows[1]["error"]
+    assert "8,002,000 rows for 4,000 tokens need" in rows[1]["error"]
 
 
 @needs_proc
@@ -446,7 +449,9 @@ def test_a_model_that_a_memory_limit_has_no_room_for_is_one_line(tmp_path: Path)
     LlamaForCausalLM(config).save_pretrained(large)  # 160 MB
     assert dying.run(["attribute", "x", "-m", large], tmp_path / "said", memory=60_000_000) == 1
     said = (tmp_path / "said").read_text()
-    assert re.fullmatch(rf"depass: cannot load the model '{large}': out of memory; `depass plan` says .*\n", said), said
+    assert re.fullmatch(rf"depass: cannot load the model '{large}': out of memory; `depass plan` shows .*\n", said), (
+        said
+    )
 
 
 FAILING = """
@@ -475,7 +480,7 @@ print(torch.equal(dp.attribute([3] * 9, 5).scores, expected))
 def test_an_allocation_that_fails_in_the_middle_is_an_error_and_leaves_the_model_whole() -> None:
     done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
     assert re.fullmatch(
-        r"out of memory twice, with blocks of .*45,150 rows of 300 tokens take .*\nTrue\n", done.stdout
+        r"out of memory twice, with blocks of .*45,150 rows for 300 tokens need .*\nTrue\n", done.stdout
     ), done.stdout + done.stderr
 
 
@@ -487,7 +492,9 @@ def test_memory_that_runs_out_anywhere_else_is_one_line(
     folder: str, dp: DePass, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dp.model, "generate", out_of_memory)
-    with pytest.raises(MemoryLimitError, match="out of memory generating 5 tokens after a prompt of 2; give fewer"):
+    with pytest.raises(
+        MemoryLimitError, match="out of memory while generating 5 tokens after a prompt of 2 tokens; generate fewer"
+    ):
         generated_ids(dp.bound, Prompt((5, 6), ("a", "b")), 5, {})
     monkeypatch.setattr(Attribution, "show", out_of_memory)
     assert fails(["attribute", "x", "-m", folder], capsys).startswith("depass: out of memory; `depass plan`")
@@ -670,7 +677,7 @@ def test_a_signal_ends_an_evaluation_with_one_line(
     out, said = tmp_path / "out", tmp_path / "said"
     arguments = evaluation(folder, out, tmp_path / "data.jsonl")
     assert dying.run(arguments, said, at=("mkdir", 4, True), send=send) == code  # of the folder, then of rows
-    kept = f"2 of 12 rows are kept in {out}, the same command goes on from there"
+    kept = f"2 of 12 rows are kept in {out}; run the same command again to resume"
     assert said.read_text() == f"depass: {word}; {kept}\n"
     there = evaluated(out)
     assert len(there) == 2

@@ -115,7 +115,7 @@ def test_a_model_that_was_cast_and_states_in_between() -> None:
 
 
 def test_cuda_graphs_need_a_gpu() -> None:
-    with pytest.raises(OptionError, match="needs an unquantised model on one CUDA device, this one lies on cpu"):
+    with pytest.raises(OptionError, match="needs an unquantised model on one CUDA device, but this model is on cpu"):
         DePass(make("llama"), cuda_graphs=True)
 
 
@@ -123,12 +123,12 @@ def test_cuda_graphs_are_refused_where_there_are_several_gpus(monkeypatch: pytes
     first = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refuse_graphs({first}, quantized=False)  # nothing to refuse
-    with pytest.raises(OptionError, match="one CUDA device, this one lies on cuda:"):
+    with pytest.raises(OptionError, match="one CUDA device, but this model is on cuda:"):
         refuse_graphs({first, torch.device("cuda:1")}, quantized=False)
-    with pytest.raises(OptionError, match="this one is quantised and lies on cuda:0"):
+    with pytest.raises(OptionError, match="this model is quantised and is on cuda:0"):
         refuse_graphs({first}, quantized=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(OptionError, match="here it sees 4; let it see one"):
+    with pytest.raises(OptionError, match="torch sees 4; make only one visible"):
         refuse_graphs({first}, quantized=False)
 
 

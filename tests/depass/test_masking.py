@@ -64,7 +64,7 @@ def test_every_prompt_of_a_batch_may_have_a_mask_of_its_own(kind: str, device: s
     off = torch.rand(3, models.LAYERS, 4 if kind == "heads" else 56, generator=torch.Generator().manual_seed(0)) < 0.3
     with mask(model, off):
         together = logits(model, IDS.expand(3, -1))
-        with pytest.raises(OptionError, match="masks for 3 prompts met a batch of 2"):
+        with pytest.raises(OptionError, match="masked has 3 rows, but the batch has 2 prompts"):
             logits(model, IDS.expand(2, -1))
     for row in range(3):
         with mask(model, {layer: off[row, layer].nonzero()[:, 0].tolist() for layer in range(models.LAYERS)}):
@@ -82,13 +82,13 @@ def test_masks_end_also_where_something_fails(device: str) -> None:
 @pytest.mark.parametrize(
     ("masked", "message"),
     [
-        ({3: [0]}, "layer 3 is out of range, .* has 3"),
+        ({3: [0]}, "layer 3 is out of range; .* has layers 0 to 2"),
         ({-1: [0]}, "layer -1 is out of range"),
-        ({0: [4]}, "head 4 is out of range, a layer has 4"),
+        ({0: [4]}, "head 4 is out of range; a layer has heads 0 to 3"),
         ({0: 1}, r"masked\[0\] must be a list of integers, got 1"),
         ({"a": [0]}, "a layer of masked must be an integer, got 'a'"),
         ([0], "masked must be a dict from layers to heads, or a bool tensor, got list"),
-        (torch.ones(1, 3, 4), r"masked must be bools \[prompts, 3, 4\]"),
+        (torch.ones(1, 3, 4), r"masked must be a bool tensor \[prompts, 3, 4\]"),
         (torch.ones(1, 3, 5, dtype=torch.bool), r"of shape \[1, 3, 5\]"),
     ],
 )

@@ -402,7 +402,7 @@ def test_options_set_later_are_heeded(manager: Any) -> None:
 
 def test_a_stream_that_is_not_finite_is_refused(manager: Any) -> None:
     manager.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"the model's weight model.layers.1.mlp.down_proj.weight holds NaN"):
+    with pytest.raises(NonFiniteError, match=r"the model's weight model.layers.1.mlp.down_proj.weight contains NaN"):
         manager.get_states("text")
 
 

@@ -144,7 +144,7 @@ def test_a_generation_saved_and_loaded_is_the_same(device: str, tmp_path: Path) 
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
     assert json.loads(json.dumps(made.to_dict()))["ids"] == list(made.ids)
     for other in (Attribution, Sweep):
-        with pytest.raises(OutputError, match="is no saved"):
+        with pytest.raises(OutputError, match="is not a saved"):
             other.load(tmp_path / "made")
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_contradicts_itself_does_not_load(tmp_path: Path) -> None:
         broken = dataclasses.replace(inner, targets=inner.targets[:0])
         whole = dataclasses.replace(made, attribution=broken) if isinstance(made, Generation) else broken
         whole.save(tmp_path / "broken")
-        with pytest.raises(OutputError, match=r"broken: its scores are \(.*\), and it names \(0, "):
+        with pytest.raises(OutputError, match=r"broken: its scores have shape \(.*\), but its labels have shape \(0, "):
             load(tmp_path / "broken")
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_viewed_is_one_line(
         (["none"], 1, "cannot read none"),
         ([""], 1, "cannot read"),
         ([str(tmp_path)], 1, "cannot read"),
-        ([other], 1, f"{other} is no saved result; there are: attribution, sweep, generation"),
+        ([other], 1, f"{other} is not a saved result (attribution, sweep, generation)"),
         ([torn], 1, f"cannot read {torn}"),
         ([text], 1, f"cannot read {text}"),
         ([made], 2, f"the page would overwrite the result {made}"),
@@ -287,7 +287,7 @@ def test_a_click_on_a_generated_token_shows_its_sources(browser: Browser) -> Non
 
 def test_the_keyboard_goes_everywhere(browser: Browser) -> None:
     made = generation(WORDS, (" here", " now", "."))
-    html = render([("first", made), ("second", sweep(columns=5))])
+    html = render([("first", made.page_view()), ("second", sweep(columns=5).page_view())])
     browser.open(html)
     focused, tip = "document.activeElement.textContent", "document.getElementById('tip').textContent"
     checked = "[...document.querySelectorAll('main [aria-checked=true]')].map(token => token.textContent)"
@@ -429,7 +429,7 @@ def test_a_file_whose_parts_do_not_fit_is_one_line(tmp_path: Path, capsys: pytes
     good = token_attribution(("the", " cat", " sat"))
     late = dataclasses.replace(good, targets=tuple(dataclasses.replace(one, position=9) for one in good.targets))
     wide = dataclasses.replace(good, sources=(*good.sources[:2], dataclasses.replace(good.sources[2], end=9)))
-    for made, says in ((late, "its target at 9 is behind no token of 3"), (wide, "lies at 2 to 9 of 3 tokens")):
+    for made, says in ((late, "target position 9 is out of range"), (wide, "covers tokens 2 to 9")):
         made.save(tmp_path / "res")
         assert cli.main(["view", str(tmp_path / "res")]) == 1
         assert says in capsys.readouterr().err

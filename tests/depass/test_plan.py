@@ -108,7 +108,7 @@ def test_the_largest_prompt_fits_and_one_more_token_does_not(sources: Any) -> No
 def test_what_cannot_fit_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     dp = DePass(models.make("llama"))
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    says = r"45 rows of 9 tokens take .* beside the model \(state 0.0 MB, .*\) and 0.0 MB are free.*`depass plan`"
+    says = r"45 rows for 9 tokens need .* weights \(state 0.0 MB, .*\), 0.0 MB are available.*`depass plan`"
     with pytest.raises(MemoryLimitError, match=says):
         dp.attribute(models.prompt(9))
 
@@ -138,9 +138,9 @@ except MemoryLimitError as error:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set by what /proc says is held")
 def test_a_limit_of_the_process_is_seen() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
-    assert re.search(r"done\n.*rows of 300 tokens take .* beside the model .* are free", done.stdout), (
-        done.stdout + done.stderr
-    )
+    assert re.search(
+        r"done\n.*rows for 300 tokens need .* besides the model's weights .* are available", done.stdout
+    ), done.stdout + done.stderr
 
 
 def memory_runs_out(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
@@ -164,7 +164,7 @@ def test_out_of_memory_is_answered_with_smaller_blocks(name: str, monkeypatch: p
     expected, heads = dp.attribute(ids, 5), dp.sweep("heads", ids, 5)
     asked = memory_runs_out(monkeypatch, 100)
     with pytest.warns(
-        MemoryLimitWarning, match=r"asked for 3.22 GB; once more with blocks of 0.0 MB instead of 0.3 MB"
+        MemoryLimitWarning, match=r"while allocating 3.22 GB; retrying with blocks of 0.0 MB instead of 0.3 MB"
     ):
         found = dp.attribute(ids, 5)
     assert max(asked) > 100 >= asked[-1]
@@ -174,7 +174,7 @@ def test_out_of_memory_is_answered_with_smaller_blocks(name: str, monkeypatch: p
     memory_runs_out(monkeypatch, 1)
     with (
         pytest.warns(MemoryLimitWarning),
-        pytest.raises(MemoryLimitError, match=r"out of memory twice, .* (820|860) rows of 40"),
+        pytest.raises(MemoryLimitError, match=r"out of memory twice, .* (820|860) rows for 40"),
     ):
         dp.attribute(ids, 5)
 
@@ -226,7 +226,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "does NOT fit into 0.9 MB" in capsys.readouterr().out
     for wrong, says in (
         (["--tokens", "0"], "tokens must be positive, got 0"),
-        (["--tokens", "5", "--budget", "4x"], "'4x' is no size; write it as 48GB"),
+        (["--tokens", "5", "--budget", "4x"], "'4x' is not a size in bytes; write it as 48GB"),
         (["--tokens", "5", "--sources", "page"], "unknown sources 'page' of a plan"),
         (["--tokens", "99999"], "has 2048 positions"),
     ):
@@ -238,5 +238,5 @@ def test_sources_that_there_are_not() -> None:
     dp = DePass(models.make("llama"))
     with pytest.raises(OptionError, match="sources must be an integer"):
         dp.plan(5, sources=[1], measure=False)
-    with pytest.raises(OptionError, match="there must be at least one span"):
+    with pytest.raises(OptionError, match="sources must be at least one span, got 0"):
         dp.plan(5, sources=0, measure=False)

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from depass import (
+    Contrast,
     DePass,
     Family,
     ModelError,
@@ -132,7 +133,7 @@ ONE_PROMPT = "expected one prompt"
         ([True], "integers, got True"),
         ([torch.tensor(5.7)], "token ids must be integers"),
         ({5, 6}, "got set"),
-        ("bad \udcff", "bytes that are no UTF-8"),
+        ("bad \udcff", "bytes that are not UTF-8"),
         (None, "expected a string, chat messages or token ids, got NoneType"),
         (7, "got int"),
         (torch.tensor(7), "got Tensor"),
@@ -144,7 +145,7 @@ def test_what_is_no_prompt_is_refused(dp: DePass, prompt: Any, says: str | None)
     if says is None:  # templates forgive missing keys; a broken one must not
         broken = tokens.make()
         broken.chat_template = "{{ raise_exception('roles must alternate') }}"
-        dp, says = DePass(dp.model, broken), "chat template does not take these messages: .*roles must alternate"
+        dp, says = DePass(dp.model, broken), "chat template rejected these messages: .*roles must alternate"
     with pytest.raises(PromptError, match=says) as error:
         dp.attribute(prompt)
     assert "\n" not in str(error.value)
@@ -155,7 +156,7 @@ def test_ids_need_no_tokenizer_and_text_does(without_tokenizer: DePass) -> None:
     assert res.prompt.tokens == ("5", "6", "7")
     with pytest.raises(PromptError, match="needs a tokenizer"):
         without_tokenizer.attribute("the cat")
-    with pytest.raises(PromptError, match="chat messages needs a tokenizer"):
+    with pytest.raises(PromptError, match="a chat prompt needs a tokenizer"):
         without_tokenizer.attribute([{"role": "user", "content": "hi"}])
     with pytest.raises(TargetError, match="target ' cat' needs a tokenizer"):
         without_tokenizer.attribute([5, 6], target=" cat")
@@ -168,22 +169,25 @@ def test_ids_need_no_tokenizer_and_text_does(without_tokenizer: DePass) -> None:
 @pytest.mark.parametrize(
     ("sources", "says"),
     [
-        (Spans([(0, 3), (2, 4)]), r"spans \(0, 3\) and \(2, 4\) \(tokens\) overlap"),
+        (Spans([(0, 3), (2, 4)]), r"token spans \(0, 3\) and \(2, 4\) overlap"),
         (Spans([(3, 4), (0, 4)]), "overlap"),
-        (Spans([(0, 10)]), "outside of the prompt's 9 tokens"),
+        (Spans([(0, 10)]), "outside the prompt, which has 9 tokens"),
         (Spans([(-1, 2)]), "outside"),
-        (Spans([(2, 2)]), "is empty or lies outside"),
-        (Spans([(5, 3)]), "is empty or lies outside"),
-        (Spans([(0, 23)], unit="char"), "outside of the prompt's 22 chars"),
-        (Spans([(0, 1)], unit="byte"), "unit='byte'"),  # type: ignore[arg-type]
-        (Spans([(0, 1, 2)]), r"a span is a pair of integers \(begin, end\), got \(0, 1, 2\)"),  # type: ignore[list-item]
-        (Spans([("a", "b")]), "a span is a pair"),  # type: ignore[list-item]
+        (Spans([(2, 2)]), "is empty or outside"),
+        (Spans([(5, 3)]), "is empty or outside"),
+        (Spans([(0, 23)], unit="char"), "outside the prompt, which has 22 chars"),
+        (Spans([(0, 1)], unit="byte"), "Spans\\(unit='byte'\\): the unit must be 'token' or 'char'"),  # type: ignore[arg-type]
+        (Spans([(0, 1, 2)]), r"a span must be a pair of integers \(begin, end\), got \(0, 1, 2\)"),  # type: ignore[list-item]
+        (Spans([("a", "b")]), "a span must be a pair"),  # type: ignore[list-item]
         (Spans([(0.5, 2.7)]), "a pair of integers"),  # type: ignore[list-item]
         (Spans(5), "a list of pairs"),  # type: ignore[arg-type]
         (Spans([(0, 1)], labels=[1]), "must be a list of strings, got \\[1\\]"),  # type: ignore[list-item]
-        (Spans([]), r"Spans\(\[\]\) names no span"),
-        (Spans([(0, 1)], labels=["a", "b"]), "2 labels for 1 sources of Spans"),
-        ("paragraph", "unknown unit 'paragraph'; there are: token, word, sentence"),
+        (Spans([]), r"Spans\(\[\]\) is empty; give at least one span"),
+        (
+            Spans([(0, 1)], labels=["a", "b"]),
+            "labels of Spans must be one string per source: got 2 labels for 1 sources",
+        ),
+        ("paragraph", "unknown unit 'paragraph'; choose one of: token, word, sentence"),
         (5, "sources must be 'token'"),
     ],
 )
@@ -205,7 +209,7 @@ def test_scores_aggregated_to_tokens_are_the_tokens(dp: DePass) -> None:
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", 5, object()])
 def test_a_tokenizer_that_is_none_is_refused(dp: DePass, tokenizer: Any) -> None:
-    with pytest.raises(OptionError, match=f"must be one of transformers, or None, got {type(tokenizer).__name__}"):
+    with pytest.raises(OptionError, match=f"must be a transformers tokenizer or None, got {type(tokenizer).__name__}"):
         DePass(dp.model, tokenizer)
 
 
@@ -224,7 +228,7 @@ def test_a_default_device_of_the_callers_changes_nothing(dp: DePass) -> None:
 
 
 def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> None:
-    with pytest.raises(SourceError, match=r"give it a span \(0, 1\)"):
+    with pytest.raises(SourceError, match=r"add the token span \(0, 1\)"):
         dp.attribute(models.prompt(5), sources=Spans([(0, 2)]), exclude_bos=True)
 
 
@@ -237,7 +241,7 @@ def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> 
         (-1, "target id -1"),
         (True, "got bool"),
         (1.5, "got float"),
-        (Token(5, position=9), "position 9 is outside of the prompt's 9 tokens"),
+        (Token(5, position=9), "position 9 is out of range: the prompt has 9 tokens, positions -9 to 8"),
         (Token(5, position=-10), "position -10"),
         (Token(5, position="last"), "a position must be an integer, got 'last'"),  # type: ignore[arg-type]
         (Token(5, position=1.0), "a position must be an integer, got 1.0"),  # type: ignore[arg-type]
@@ -246,13 +250,33 @@ def test_forcing_the_exclusion_needs_the_first_token_as_a_source(dp: DePass) -> 
         (TopK(2.5), "k of TopK must be an integer, got 2.5"),  # type: ignore[arg-type]
         (TopK(True), "k of TopK must be an integer, got True"),
         (TopK(0), r"TopK\(0\): k must be from 1"),
-        (TopK(102), "vocabulary's 101"),
-        ([], r"target=\[\] names no target"),
+        (TopK(102), "k must be from 1 to 101, the size of the vocabulary"),
+        ([], "target is an empty list; leave it out"),
     ],
 )
 def test_targets_that_are_none_are_refused(dp: DePass, target: Any, says: str) -> None:
     with pytest.raises(TargetError, match=says):
         dp.attribute("the cat sat at the cat", target=target)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("cat", r"'ca' \(\d+\), 't' \(\d+\); ' cat' with a space in front is one token, pass that$"),
+        ("sat", r"'at' \(\d+\); pass one token, as a string or an id$"),
+        (" sat", r"'at' \(\d+\); pass one token, as a string or an id$"),
+        ("", "none; pass one token, as a string or an id$"),
+    ],
+    ids=["with a space it is one", "with a space it is not one", "it starts with a space", "empty"],
+)
+def test_a_target_that_is_one_token_with_a_space_in_front_is_suggested(dp: DePass, target: str, says: str) -> None:
+    tokenizer = tokens.make()
+    tokenizer.add_tokens(["  sat"])  # one token, but not what anyone means by ' sat'
+    assert [len(tokenizer.encode(text, add_special_tokens=False)) for text in (" cat", "  sat", " ")] == [1, 1, 1]
+    other = DePass(dp.model, tokenizer)
+    for asked in (target, Token(target), Contrast(5, target)):
+        with pytest.raises(TargetError, match=says):
+            other.attribute("the cat sat", target=asked)
 
 
 def test_integers_of_any_kind_are_targets(dp: DePass) -> None:
@@ -280,11 +304,11 @@ def test_a_direction_must_have_the_models_width(dp: DePass) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mlp_rule": "mean"}, "unknown mlp_rule 'mean'; there are: softmax, max, relu, linear, taylor"),
+        ({"mlp_rule": "mean"}, "unknown mlp_rule 'mean'; choose one of: softmax, max, relu, linear, taylor"),
         ({"temperature": 0}, "temperature must be a positive number, got 0"),
         ({"temperature": "hot"}, "got 'hot'"),
         ({"exclude_bos": "yes"}, "exclude_bos must be 'auto', True or False, got 'yes'"),
-        ({"start_layer": 3}, "need 0 <= start < stop <= 3"),
+        ({"start_layer": 3}, "need 0 <= start_layer < stop_layer <= 3"),
         ({"start_layer": 2, "stop_layer": 2}, "start_layer=2, stop_layer=2"),
         ({"stop_layer": 4}, "stop_layer=4"),
         ({"start_layer": -1}, "start_layer=-1"),
@@ -305,7 +329,7 @@ def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
     ):
         with pytest.raises(OptionError):
             DePass(dp.model, **options)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="layers: 9 is none of the layers 0 to 3"):
+    with pytest.raises(OptionError, match="layers: layer 9 has no decomposed state; choose from 0 to 3"):
         dp.states([5, 6], 9)
     with pytest.raises(OptionError, match="layers must be a list of integers, got 'all'"):
         dp.states([5, 6], "all")  # type: ignore[arg-type]
@@ -314,7 +338,7 @@ def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
 
 def test_a_backend_that_cannot_serve_is_refused_with_its_reason(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(OptionError, match=r"'cuda' cannot serve this mix_values: (torch sees no CUDA|csrc was)"):
+        with pytest.raises(OptionError, match=r"'cuda' cannot run this mix_values: (torch sees no CUDA|csrc was)"):
             DePass(dp.model, backend="cuda").attribute([5, 6])
     monkeypatch.setenv("DEPASS_BACKEND", "metal")
     with pytest.raises(OptionError, match="unknown backend 'metal'"):
@@ -402,8 +426,8 @@ def looking_ahead() -> Any:
         (with_adapter, "the output projection of layer 1 .* has an adapter .*; merge it first: model.merge_and_unload"),
         (with_a_layer_twice, "one module for several layers"),
         (with_a_norm_without_weight, r"a norm of GPT2LMHeadModel \(LayerNorm\) has no weight"),
-        (with_a_layer_without_gate, r"lacks what its family was looked up by: model.layers.1.mlp.gate_proj$"),
-        (looking_ahead, "looks ahead"),
+        (with_a_layer_without_gate, "lacks modules that its family names.*Missing: model.layers.1.mlp.gate_proj$"),
+        (looking_ahead, "has bidirectional attention"),
     ],
 )
 def test_modules_that_are_not_what_they_seem_are_refused(make: Any, says: str) -> None:
@@ -429,7 +453,7 @@ def test_a_family_can_be_described_by_the_caller(device: str) -> None:
         DePass(its)
     res = DePass(its, family=FAMILIES["qwen3"]).attribute([5, 6, 7])
     assert res.conservation_error.max() < 1e-5
-    with pytest.raises(ModelError, match=r"lacks what its family was looked up by: model.layers.0.mlp.up\b"):
+    with pytest.raises(ModelError, match=r"lacks modules that its family names.*Missing: model.layers.0.mlp.up\b"):
         DePass(its, family=Family(gate="mlp.up"))
 
 
@@ -437,7 +461,7 @@ def test_a_family_that_does_not_fit_is_refused(device: str) -> None:
     its = models.make("llama", device=device)
     for family, says in (
         ("llama", "family must be a depass.Family, got str"),
-        (Family(norm="foo"), r"Family\(norm='foo'\): there are rms"),  # type: ignore[arg-type]
+        (Family(norm="foo"), r"Family\(norm='foo'\): choose one of 'rms'"),  # type: ignore[arg-type]
         (Family(parallel="nope"), "has no such flag"),
     ):
         with pytest.raises(ModelError, match=says):

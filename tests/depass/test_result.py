@@ -51,7 +51,7 @@ def test_top_is_the_largest_by_size_with_its_sign(res: Attribution) -> None:
     assert len(res.top(1000)) == len(res.sources)
     with pytest.raises(SourceError, match=r"top\(0\)"):
         res.top(0)
-    with pytest.raises(TargetError, match="target 4 is out of range, there are 4"):
+    with pytest.raises(TargetError, match="target 4 is out of range: the number of targets is 4"):
         res.top(3, target=4)
 
 
@@ -63,7 +63,7 @@ def test_aggregated_scores_still_add_up(res: Attribution, unit: str) -> None:
     assert "".join(source.label for source in summed.sources[1:]) == TEXT
     assert len(summed.sources) < len(res.sources)
     assert summed.settings.aggregated == unit
-    with pytest.raises(SourceError, match="are no tokens"):
+    with pytest.raises(SourceError, match="these sources are not tokens"):
         summed.aggregate("word")
     with pytest.raises(SourceError, match="unknown unit 'paragraph'"):
         res.aggregate("paragraph")
@@ -99,13 +99,17 @@ def test_what_is_no_result_does_not_load(res: Attribution, tmp_path: Path) -> No
     other, broken = tmp_path / "other.safetensors", tmp_path / "broken"
     save_file({"scores": torch.zeros(1)}, other)
     broken.write_bytes(b"nothing of the kind")
-    for path, says in ((other, "is no saved attribution"), (broken, "cannot read"), (tmp_path / "none", "cannot read")):
+    for path, says in (
+        (other, "is not a saved attribution"),
+        (broken, "cannot read"),
+        (tmp_path / "none", "cannot read"),
+    ):
         with pytest.raises(OutputError, match=says):
             Attribution.load(path)
 
 
 def test_it_cannot_be_saved_where_nothing_can_be_written(res: Attribution, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="it is a folder"):
+    with pytest.raises(OutputError, match="it is a directory"):
         res.save(tmp_path)
     with pytest.raises(OutputError, match="No such file or directory"):
         res.to_html(tmp_path / "none" / "page.html")

@@ -80,5 +80,5 @@ def test_the_plan_counts_two_layers() -> None:
 
 @pytest.mark.parametrize("given", ["tpu", "cuda:99", 1.5, "meta"])
 def test_a_device_that_there_is_not(given: Any) -> None:
-    with pytest.raises(OptionError, match="is no device of this machine"):
+    with pytest.raises(OptionError, match="is not a CPU or CUDA device of this machine"):
         DePass(models.make("llama"), stream_to=given)

@@ -122,16 +122,28 @@ def test_layers_that_do_not_add_up_warn_or_raise(monkeypatch: pytest.MonkeyPatch
 def test_what_does_not_fit_is_named() -> None:
     dp, ids = DePass(models.make("llama")), models.prompt(LENGTH)
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"kind": "tokens"}, OptionError, "unknown sweep 'tokens'; there are: 'heads', 'neurons', 'modules'"),
-        ({"layers": [3]}, OptionError, r"Heads\(layer=3\): .* has layers 0 to 2"),
-        ({"layers": []}, OptionError, "must name each layer once and at least one"),
-        ({"layers": [1, 1]}, OptionError, "must name each layer once"),
+        (
+            {"kind": "tokens"},
+            OptionError,
+            "unknown kind of sweep 'tokens'; choose one of: 'heads', 'neurons', 'modules'",
+        ),
+        ({"layers": [3]}, OptionError, r"Heads\(layer=3\) is out of range: .* has layers 0 to 2"),
+        ({"layers": []}, OptionError, r"layers must be a non-empty list without duplicates, got \[\]"),
+        ({"layers": [1, 1]}, OptionError, "layers must be a non-empty list without duplicates"),
         ({"layers": 1}, OptionError, "layers must be a list of integers, got 1"),
-        ({"ids": [4]}, SourceError, "4 is out of range, there are 0 to 3"),
-        ({"kind": "modules", "ids": [0]}, OptionError, "ids= names heads or neurons"),
-        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, r"Direction\(layer=1\): a sweep reads no probes"),
+        ({"ids": [4]}, SourceError, "4 is out of range; choose from 0 to 3"),
+        ({"kind": "modules", "ids": [0]}, OptionError, r"ids=\[0\] selects heads or neurons"),
+        (
+            {"target": Direction(torch.ones(32), layer=1)},
+            TargetError,
+            r"Direction\(layer=1\): probe targets are not supported in sweeps",
+        ),
         ({"memory_bytes": 0}, OptionError, "memory_bytes must be a positive integer"),
-        ({"memory_bytes": 10**6}, OptionError, "layer 0 alone takes .* bytes for its 45 rows, more than the 1000000"),
+        (
+            {"memory_bytes": 10**6},
+            OptionError,
+            "layer 0 alone needs .* bytes for its 45 rows, but the budget is 1000000",
+        ),
     ]
     for options, error, says in wrong:
         options = {"kind": "heads", "target": 5, **options}

@@ -112,7 +112,7 @@ def test_a_figure_that_cannot_be_drawn_is_refused_by_name(tmp_path: Path, monkey
     for name in ("plot.jpg", "plot"):
         with pytest.raises(OutputError, match=rf"{name}: its suffix must be one of \.png, \.svg, \.pdf"):
             made.plot(tmp_path / name)
-    with pytest.raises(TargetError, match="target 2 is out of range, there are 2"):
+    with pytest.raises(TargetError, match="target 2 is out of range: the number of targets is 2"):
         made.plot(tmp_path / "plot.png", target=2)
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
     with pytest.raises(OutputError, match="No such file or directory"):
@@ -140,10 +140,10 @@ def test_a_sweep_saved_and_loaded_is_the_same(kind: str, tmp_path: Path) -> None
         ours, theirs = getattr(made, field.name), getattr(loaded, field.name)
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
     assert os.listdir(tmp_path) == ["sweep"]
-    with pytest.raises(OutputError, match="is no saved attribution"):
+    with pytest.raises(OutputError, match="is not a saved attribution"):
         Attribution.load(tmp_path / "sweep")
     attribution(3).save(tmp_path / "attribution")
-    with pytest.raises(OutputError, match="is no saved sweep"):
+    with pytest.raises(OutputError, match="is not a saved sweep"):
         Sweep.load(tmp_path / "attribution")
 
 

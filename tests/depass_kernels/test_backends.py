@@ -61,7 +61,7 @@ def test_a_missing_library_is_a_reason_and_not_a_crash(monkeypatch: pytest.Monke
     not_built = replace(cpu, missing=lambda: "csrc was not built")
     monkeypatch.setattr(backends, "BACKENDS", (not_built, *others))
     assert backends.choose("share_hidden", "auto", SHARE).name == ("triton" if INTERPRETED else "reference")
-    with pytest.raises(BackendError, match="cannot serve this share_hidden: csrc was not built"):
+    with pytest.raises(BackendError, match="cannot run this share_hidden: csrc was not built"):
         share_hidden(SHARE["gate"], SHARE["hidden"], SHARE["layout"], backend="cpu")
     assert ("share_hidden", "cpu", "csrc was not built") in backends.table()
 
@@ -79,7 +79,7 @@ def test_the_table_names_every_op_and_backend() -> None:
     assert {op for op, _, _ in rows} == set(backends.OPS)
     assert {name for _, name, _ in rows} == {"cpu", "triton", "cuda", "reference"}
     assert ("mix_values", "reference", None) in rows
-    assert ("residual_update", "cuda", "it has no residual_update") in rows
+    assert ("residual_update", "cuda", "not implemented") in rows
 
 
 def test_the_reference_has_every_public_op() -> None:
@@ -127,9 +127,9 @@ def test_torch_accepts_the_registered_op(op: str, device: str) -> None:
 
 def test_a_layout_moved_by_the_caller_is_refused() -> None:
     moved = SourceLayout.tokens(2).to("meta")
-    with pytest.raises(KernelError, match="layout's offsets lie on meta; give the layout itself"):
+    with pytest.raises(KernelError, match="offsets must be on the CPU, got meta; pass the original layout"):
         share_hidden(torch.zeros(3, 4), torch.zeros(2, 4), moved)
-    with pytest.raises(KernelError, match="layout's offsets lie on meta"):
+    with pytest.raises(KernelError, match="offsets must be on the CPU, got meta"):
         mix_values(torch.zeros(1, 2, 2, 2), torch.zeros(3, 4), moved)
 
 

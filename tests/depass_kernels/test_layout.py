@@ -109,10 +109,10 @@ def test_to_a_device_is_the_same_layout(device: str) -> None:
         (lambda: SourceLayout.from_starts([], 3), r"starts=\[\]"),
         (lambda: SourceLayout.from_starts([0, 2, 1], 3), "must be sorted"),
         (lambda: SourceLayout.from_starts([1, 2], 3), "first start is 1"),
-        (lambda: SourceLayout.from_starts([0, 3], 3), "start 3 is outside of the 3 positions"),
+        (lambda: SourceLayout.from_starts([0, 3], 3), "start 3 is out of range: the positions are 0 to 2"),
         (lambda: SourceLayout.tokens(3, excluded=3), "excluded=3"),
-        (lambda: SourceLayout.concat([]), "nothing to join"),
-        (lambda: SourceLayout.concat([SourceLayout.tokens(2)], prompt=[0, 1]), "names 2 staircases"),
+        (lambda: SourceLayout.concat([]), "concat needs at least one layout"),
+        (lambda: SourceLayout.concat([SourceLayout.tokens(2)], prompt=[0, 1]), "got 2 for 1 staircases"),
     ],
 )
 def test_what_is_no_staircase_is_refused(make: Callable[[], SourceLayout], says: str) -> None:

@@ -207,5 +207,5 @@ def test_a_forced_backend_says_why_it_cannot_serve() -> None:
     if backends.csrc_missing() is not None:
         pytest.skip(str(backends.csrc_missing()))
     values = torch.zeros(4, 1).T.expand(4, 4).T
-    with pytest.raises(BackendError, match="values's neighbouring columns must lie next to each other"):
+    with pytest.raises(BackendError, match="values must have stride 1 in its last dimension"):
         mix_values(torch.zeros(1, 1, 1, 1), values[:1], SourceLayout.tokens(1), kv_heads=1, backend="cpu")

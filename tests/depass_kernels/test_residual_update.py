@@ -63,7 +63,7 @@ def test_nan_stays_in_its_row(backend: str, device: str) -> None:
         ({"state": torch.zeros(4, 8, dtype=torch.bfloat16)}, r"state must be fp32 or fp64 \[R, D\], got bfloat16"),
         ({"operand": torch.zeros(3, 5)}, r"operand must be floating \[4, any\]"),
         ({"weight": torch.zeros(7, 5)}, r"weight must be floating \[8, 5\]"),
-        ({"weight": torch.zeros(8, 5, dtype=torch.bfloat16)}, "must have one dtype"),
+        ({"weight": torch.zeros(8, 5, dtype=torch.bfloat16)}, "must have the same dtype"),
         ({"rows": torch.zeros(4)}, "rows must be an int64 vector, got float32"),
         ({"cast": torch.zeros(4, 5)}, r"cast must be floating \[4, 8\]"),
         ({"weight": torch.zeros(8, 5, device="meta")}, "one device"),
@@ -78,5 +78,5 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None
 
 
 def test_a_backend_without_the_op_says_so() -> None:
-    with pytest.raises(BackendError, match="'cpu' cannot serve this residual_update: it has no residual_update"):
+    with pytest.raises(BackendError, match="'cpu' cannot run this residual_update: not implemented"):
         residual_update(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), backend="cpu")

@@ -209,14 +209,14 @@ def test_agrees_on_random_layouts(
     [
         ({"gate": torch.zeros(9, 4)}, r"gate must be floating \[10, any\]"),
         ({"hidden": torch.zeros(4, 5)}, r"hidden must be floating \[4, 4\].*float32 \[4, 5\]"),
-        ({"rule": "mean"}, "unknown rule 'mean'; there are: softmax, max, relu, linear, taylor"),
+        ({"rule": "mean"}, "unknown rule 'mean'; choose one of: softmax, max, relu, linear, taylor"),
         ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
         ({"temperature": math.nan}, "got nan"),
-        ({"rule": "taylor"}, "gate_total goes with rule='taylor'"),
-        ({"gate_total": torch.zeros(4, 4)}, "gate_total goes with rule='taylor'"),
+        ({"rule": "taylor"}, "rule='taylor' needs gate_total, and no other rule takes it"),
+        ({"gate_total": torch.zeros(4, 4)}, "rule='taylor' needs gate_total, and no other rule takes it"),
         ({"gate_scale": torch.zeros(5)}, r"gate_scale must be floating \[4\]"),
         ({"out": torch.zeros(10, 3)}, r"out must be floating \[10, 4\]"),
-        ({"backend": "metal"}, "unknown backend 'metal'; there are: auto, cpu, triton, cuda, reference"),
+        ({"backend": "metal"}, "unknown backend 'metal'; choose one of: auto, cpu, triton, cuda, reference"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:
@@ -229,5 +229,5 @@ def test_a_forced_backend_says_why_it_cannot_serve() -> None:
     if backends.csrc_missing() is not None:
         pytest.skip(str(backends.csrc_missing()))
     gate = torch.zeros(4, 10).T
-    with pytest.raises(BackendError, match="must lie next to each other"):
+    with pytest.raises(BackendError, match="gate must have stride 1 in its last dimension, got stride 10"):
         share_hidden(gate, torch.zeros(4, 4), SourceLayout.tokens(4), backend="cpu")

@@ -1,1 +1,1 @@
-"""Passes of a model with decompositions on the way, and what is read from them."""
+"""Forward passes with decompositions, and reading scores and states from them."""

@@ -1,4 +1,4 @@
-"""Many prompts, several in one pass of the model; what is wrong with one of them harms no other."""
+"""Many prompts, several per forward pass; an error in one prompt does not affect the others."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .scores import attribute, judge
 
 @dataclass
 class _Batch:
-    """Prompts of one pass: ``begin`` is the index of the first, ``longest`` the tokens of the longest."""
+    """The prompts of one pass: ``begin`` is the index of the first, ``longest`` the number of tokens of the longest."""
 
     begin: int = 0
     longest: int = 0
     cases: list[Case | DePassError] = field(default_factory=list)
 
     def tokens_with(self, length: int) -> int:
-        """Of a pass with one more prompt of ``length`` tokens, padding included."""
+        """The tokens, padding included, of a pass with one more prompt of ``length`` tokens."""
         return max(self.longest, length) * (len(self.cases) + 1)
 
 
 @dataclass(frozen=True)
 class Many:
-    """How many prompts are attributed: see :meth:`depass.DePass.attribute_many`."""
+    """The arguments of an attribution of many prompts; see :meth:`depass.DePass.attribute_many`."""
 
     engine: Engine
     sources: Any
@@ -41,11 +41,11 @@ class Many:
     strict: bool
 
     def results(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[Attribution | DePassError]:
-        """Of prompts with their targets, in order.
+        """The results of pairs of prompt and target, in order.
 
         Raises:
-            OptionError: no prompts.
-            DePassError: with ``errors="raise"``, what is wrong with a prompt, at its turn.
+            OptionError: there are no prompts.
+            DePassError: with ``errors="raise"``, the error of a prompt, after the results of all prompts before it.
         """
         batch, index, taken = _Batch(), -1, iter(pairs)
         while True:
@@ -53,23 +53,23 @@ class Many:
                 prompt, target = next(taken)
             except StopIteration:
                 break
-            except Exception:  # of the caller's iterable, whose prompts up to there have their results
+            except Exception:  # from the caller's iterable; the prompts before it still get their results
                 yield from self._of(batch)
                 raise
             index += 1
             try:
-                one: Case | DePassError = case(
+                checked: Case | DePassError = case(
                     self.engine.bound, self.engine.tokenizer, prompt, target, self.sources, self.options
                 )
-            except Exception as error:  # a tokenizer, for one, runs code that raises what it likes
-                one = _of_one_prompt(error)
-            length = len(one.prompt.ids) if isinstance(one, Case) else 1
+            except Exception as error:  # a tokenizer's code, for example, may raise anything
+                checked = _of_one_prompt(error)
+            length = len(checked.prompt.ids) if isinstance(checked, Case) else 1
             if batch.cases and batch.tokens_with(length) > self.batch_tokens:
                 yield from self._of(batch)
                 batch = _Batch(index)
-            batch.cases.append(one)
+            batch.cases.append(checked)
             batch.longest = max(batch.longest, length)
-            if isinstance(one, DePassError) and self.errors == "raise":
+            if isinstance(checked, DePassError) and self.errors == "raise":
                 break
         if index < 0:
             raise OptionError("prompts is empty; give at least one")
@@ -77,10 +77,10 @@ class Many:
 
     def _of(self, batch: _Batch) -> Iterator[Attribution | DePassError]:
         """The results of one pass."""
-        found = iter(self._together([one for one in batch.cases if isinstance(one, Case)]))
+        results = iter(self._together([checked for checked in batch.cases if isinstance(checked, Case)]))
         tolerance = self.engine.bound.tolerance
-        for index, one in enumerate(batch.cases, batch.begin):
-            result = next(found) if isinstance(one, Case) else one
+        for index, checked in enumerate(batch.cases, batch.begin):
+            result = next(results) if isinstance(checked, Case) else checked
             if isinstance(result, Attribution):
                 try:
                     judge(result, self.strict, tolerance)
@@ -94,19 +94,19 @@ class Many:
 
     @torch.no_grad()
     def _together(self, cases: Sequence[Case]) -> list[Attribution | DePassError]:
-        """The cases' results from one pass, or where something in one of them stops it, from a pass each."""
+        """The cases' results from one pass; if an error stops it, from one pass per case."""
         if not cases:
             return []
         try:
             return attribute(self.engine, cases, self.options)
-        except Exception as error:  # whatever it is, it is of one of them
+        except Exception as error:  # one of the cases raised it
             if len(cases) == 1:
                 return [_of_one_prompt(error)]
-        return [result for one in cases for result in self._together([one])]
+        return [result for each in cases for result in self._together([each])]
 
 
 def _of_one_prompt(error: Exception) -> DePassError:
-    """An error as a prompt's result: our own as it is, any other with its kind and the error itself as its cause."""
+    """An error as a prompt's result: a DePassError unchanged, any other wrapped in one that names its type."""
     if isinstance(error, DePassError):
         return error
     unexpected = DePassError(f"{type(error).__name__}: {error}")
@@ -115,17 +115,18 @@ def _of_one_prompt(error: Exception) -> DePassError:
 
 
 def with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
-    """Each prompt with its target.
+    """Pair each prompt with its target.
 
     Raises:
-        OptionError: more of the one than of the other.
+        OptionError: there are more prompts than targets, or fewer.
     """
     if targets is None:
         for prompt in prompts:
             yield prompt, target
         return
     nothing = object()
-    for index, (prompt, asked) in enumerate(itertools.zip_longest(prompts, targets, fillvalue=nothing)):
-        if prompt is nothing or asked is nothing:
-            raise OptionError(f"prompts and targets are not equally many: one of them ends after {index}")
-        yield prompt, asked
+    for index, (prompt, own_target) in enumerate(itertools.zip_longest(prompts, targets, fillvalue=nothing)):
+        if prompt is nothing or own_target is nothing:
+            shorter, longer = ("prompts", "targets") if prompt is nothing else ("targets", "prompts")
+            raise OptionError(f"{shorter} ends after {index}, but {longer} has more; give one target per prompt")
+        yield prompt, own_target

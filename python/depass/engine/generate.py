@@ -1,4 +1,4 @@
-"""Tokens by the model's own ``generate``, and the prompt that they make with what was given."""
+"""Generating tokens with the model's own ``generate``, and attributing them."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def generate(
     sampling: dict[str, Any],
     progress: Progress | None = None,
 ) -> Generation:
-    """Generate, then attribute every generated token: see :meth:`depass.DePass.generate`."""
+    """Generate, then attribute every generated token; see :meth:`depass.DePass.generate`."""
     bound, tokenizer = engine.bound, engine.tokenizer
     refuse_dropout(bound)
     encoded = encode(prompt, tokenizer, bound)
-    decompose(bound, tokenizer, encoded, sources, options)  # what is wrong is found before anything is generated
+    decompose(bound, tokenizer, encoded, sources, options)  # raises before anything is generated
     new = generated_ids(bound, encoded, max_new_tokens, sampling)
     whole = continued(encoded, new, tokenizer, bound)
     read = continued(encoded, new[:-1], tokenizer, bound)
     parts = decompose(bound, tokenizer, read, sources_of(encoded, read, sources), options)
-    asked = [Token(token, len(encoded.ids) - 1 + i) for i, token in enumerate(new)]
+    targets = [Token(token, len(encoded.ids) - 1 + i) for i, token in enumerate(new)]
     layers = decomposed_layers(parts, options.stop)
-    case = Case(read, parts, tuple(check(asked, len(read.ids), layers, tokenizer, bound)))
+    case = Case(read, parts, tuple(check(targets, len(read.ids), layers, tokenizer, bound)))
     (result,) = attribute(engine, [case], options, progress)
     if isinstance(result, DePassError):
         raise result
@@ -51,21 +51,24 @@ def generate(
 
 
 def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampling: dict[str, Any]) -> list[int]:
-    """What the model's own ``generate`` puts behind a prompt, at least one token.
+    """The ids that the model's own ``generate`` appends to a prompt, at least one.
 
     Raises:
-        OptionError: options that ``generate`` does not take, or more tokens than the model has positions.
-        MemoryLimitError: it does not fit.
+        OptionError: ``generate`` rejects an option, or the tokens exceed the model's positions.
+        MemoryLimitError: there is too little memory.
     """
     if integer("max_new_tokens", max_new_tokens, OptionError) < 1:
         raise OptionError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
     for name in _OURS:
         if name in sampling:
-            raise OptionError(f"generate({name}=...): DePass sets it, for one sequence from one prompt; leave it out")
+            raise OptionError(
+                f"generate({name}=...) is set by DePass, which generates one sequence from one prompt; leave it out"
+            )
     length, limit = len(prompt.ids), bound.max_positions
     if limit is not None and length + max_new_tokens > limit:
         raise OptionError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens: {bound.name} has {limit} positions"
+            f"max_new_tokens={max_new_tokens} and a prompt of {length} tokens exceed the limit of {bound.name}, which has "
+            f"{limit} positions; generate fewer"
         )
     config = bound.model.generation_config
     if config.pad_token_id is None:  # nothing is padded, but generate warns without one
@@ -73,27 +76,27 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
     ids = torch.tensor([prompt.ids], device=bound.input_device)
 
     try:
-        made = bound.model.generate(
+        sequences = bound.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=False,
             **sampling,
         )
-    except Exception as error:  # generate runs transformers' and the model's own code, which raise what they like
+    except Exception as error:  # transformers' and the model's own code may raise anything
         from ..device_memory import asked_bytes
 
         if asked_bytes(error) is not None:
             raise MemoryLimitError(
-                f"out of memory generating {max_new_tokens} tokens after a prompt of {length}; give fewer"
+                f"out of memory while generating {max_new_tokens} tokens after a prompt of {length} tokens; generate fewer"
             ) from error
-        raise OptionError(f"the model's generate does not take these options: {first_line(error)}") from error
-    found: list[int] = made[0, length:].tolist()
-    return found
+        raise OptionError(f"the model's generate rejected these options: {first_line(error)}") from error
+    ids_after: list[int] = sequences[0, length:].tolist()
+    return ids_after
 
 
 def continued(prompt: Prompt, new: Sequence[int], tokenizer: Any, bound: BoundModel) -> Prompt:
-    """The prompt with further ids behind it. The prompt's own tokens and places stay what they are."""
+    """The prompt followed by new ids; the prompt's own tokens and offsets do not change."""
     whole, length = encode([*prompt.ids, *new], tokenizer, bound), len(prompt.ids)
     if prompt.text is None or whole.text is None:
         return whole
@@ -106,7 +109,7 @@ def continued(prompt: Prompt, new: Sequence[int], tokenizer: Any, bound: BoundMo
 
 
 def sources_of(prompt: Prompt, whole: Prompt, sources: Any) -> Any:
-    """The prompt's sources as asked for, and every further token as one of its own."""
+    """The given sources of the prompt, and every further token as a separate source."""
     if sources == "token" or not isinstance(sources, (str, Spans)):
         return sources
     labels: Sequence[str] | None = None

@@ -1,4 +1,4 @@
-"""A model and how it is run, and a pass of it: prompts with their decompositions on the way through the layers."""
+"""The engine, a model with its settings, and a pass: prompts and their decompositions on their way through the layers."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from .request import Defaults, Options, Progress
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and how it is run.
+    """A model and the settings of its runs.
 
     Attributes:
         bound: the model.
         tokenizer: its tokenizer, or None.
-        name: of the model, in results.
-        defaults: of what a call does not say.
-        workspace_bytes: the size of a block's buffers, or None for the device's.
-        recordings: of short prompts' layers as CUDA graphs, or None.
+        name: the model's name in results.
+        defaults: the options of calls that leave them out.
+        workspace_bytes: the size of a block's buffers, or None for the device's default.
+        recordings: the layers of short prompts recorded as CUDA graphs, or None.
     """
 
     bound: BoundModel
@@ -50,22 +50,22 @@ class Engine:
 
 
 class Pass(Capture):
-    """One pass of the model over prompts, with decompositions of them on the way. A subclass may read states: :meth:`state`.
+    """One forward pass of the model over prompts, with their decompositions; a subclass may read states in :meth:`state`.
 
     Args:
-        engine: the model.
-        prompts: whose positions lie one behind the other.
-        joining: the decompositions, and of which prompt each is; in the order in which they join.
-        options: how.
-        progress: told after each layer how many are done, and of how many.
+        engine: the model and its settings.
+        prompts: the prompts; their positions follow one another.
+        joining: pairs of a decomposition and the index of its prompt, in the order in which they join.
+        options: the options of the pass.
+        progress: a function that is called after each layer with the number of layers done and their total.
         read: the positions of each decomposition that are read after the last layer; None: all.
-        recorded: whether a recorded propagation may serve; whoever asks gives it back.
+        recorded: whether a recorded propagation may be used; the caller then gives it back.
 
     Attributes:
-        propagation: with its final state, after :meth:`run`.
-        stream: ``[P, D]``, the residual stream there.
-        normed: the same after the final norm.
-        dtype: of the model's weights, as results name it.
+        propagation: the propagation, which holds the final state after :meth:`run`.
+        stream: ``[P, D]``, the residual stream after the last layer.
+        normed: ``[P, D]``, the residual stream after the final norm.
+        dtype: the dtype of the model's weights, as results name it.
     """
 
     propagation: Propagation
@@ -88,15 +88,15 @@ class Pass(Capture):
         self.dtype = dtype_name(engine.bound.dtype) + (", quantised" if engine.bound.is_quantized else "")
 
     def state(self, layer: int, stream: Tensor) -> None:
-        """Called with each state that enters a layer, and with what leaves the last; ``stream`` is the model's own."""
+        """Called with the state at the input of each layer and at the output of the last; ``stream`` is the model's own."""
 
     def run(self) -> None:
-        """Do it. Where memory runs out in spite of the plan, it is done once more with smaller blocks, with a warning.
+        """Run the pass; if memory runs out in spite of the plan, warn and repeat it once with smaller blocks.
 
         Raises:
-            ModelError: it drops out at random, or cannot be followed.
-            OptionError: a backend that cannot serve.
-            MemoryLimitError: it does not fit.
+            ModelError: dropout is active, or the model's pass cannot be captured.
+            OptionError: the backend cannot run here.
+            MemoryLimitError: there is too little memory.
         """
         refuse_dropout(self.bound)
         blocks = workspace(self.engine.workspace_bytes, self.bound.device)
@@ -104,13 +104,13 @@ class Pass(Capture):
         try:
             return self._once(self.engine.workspace_bytes, self.recordings)
         except (RuntimeError, MemoryError) as error:
-            asked = asked_bytes(error)
-            if asked is None or isinstance(error, DePassError):
+            failed = asked_bytes(error)
+            if failed is None or isinstance(error, DePassError):
                 raise
-        # out of the handler, so that the error no longer holds what did fit
+        # outside the handler, so that the error no longer holds the memory that was allocated
         warnings.warn(
-            f"out of memory, asked for {shown(asked)}; once more with blocks of {shown(fewer)} instead of "
-            f"{shown(blocks)} (workspace_bytes=)", MemoryLimitWarning, stacklevel=5,
+            f"out of memory{f' while allocating {shown(failed)}' if failed else ''}; retrying with blocks of {shown(fewer)} "
+            f"instead of {shown(blocks)} (workspace_bytes=)", MemoryLimitWarning, stacklevel=5,
         )  # fmt: skip
         del self.propagation
         if self.bound.device.type == "cuda":
@@ -147,8 +147,8 @@ class Pass(Capture):
         return Propagation(self.bound, self.options.sharing, workspace_bytes, self.lengths, self._rows)
 
     def layer(self, index: int, trace: Trace) -> None:
-        """Move the state through a layer: what joins, the attention, what joins behind it, the MLP, what joins last."""
-        device = self.bound.layers[index].device  # a model may be spread over several
+        """Propagate the state through a layer; decompositions join before it, after its attention, or after its MLP."""
+        device = self.bound.layers[index].device  # a model may be spread over several devices
         trace = trace.map(lambda tensor: tensor.to(device))
         read = self.read if index == self.layers[-1] else None
         with without_autocast(device):
@@ -175,16 +175,16 @@ class Pass(Capture):
         return needs(self.bound, self._rows, self.lengths, workspace_bytes, self.bound.device)
 
     def _needed(self) -> str:
-        """The plan of a run, against what there is."""
+        """The memory that the run needs and the memory available, for an error message."""
         needed = self._needs(self.engine.workspace_bytes)
         return (
-            f"{self._rows:,} rows of {sum(self.lengths):,} tokens take {shown(needed.total_bytes)} beside the model (state "
-            f"{shown(needed.state_bytes)}, the model's pass {shown(needed.pass_bytes)}, buffers "
-            f"{shown(needed.buffer_bytes)}) and {shown(max(0, room(self.bound)))} are free; give fewer or longer "
-            "spans, fewer tokens or components; `depass plan` says what fits"
+            f"{self._rows:,} rows for {sum(self.lengths):,} tokens need {shown(needed.total_bytes)} besides the model's "
+            f"weights (state {shown(needed.state_bytes)}, the model's pass {shown(needed.pass_bytes)}, buffers "
+            f"{shown(needed.buffer_bytes)}), {shown(max(0, room(self.bound)))} are available; use fewer or longer "
+            "spans, or fewer tokens or components; `depass plan` shows what fits"
         )
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Within it our own products keep their dtype; a caller's autocast holds of the model's pass alone."""
+    """Inside the ``with`` block our own products keep their dtype; a caller's autocast affects only the model's pass."""
     return torch.autocast(device.type, enabled=False)

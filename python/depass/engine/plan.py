@@ -1,6 +1,6 @@
-"""What an attribution takes, said beforehand: rows, bytes, operations and, at measured rates, seconds.
+"""Planning an attribution: its rows, bytes, operations and, with a measured rate, seconds.
 
-From the shapes alone: no weight is read, so a model may lie on the meta device.
+The plan follows from shapes. No weight is read, so the model may be on the meta device.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from ..propagation.blocks import rows_at_once, workspace
 from ..propagation.needs import needs
 
 SOURCES = ("token", "heads", "neurons")
-_MARGIN = 1.15  # seconds over those of the matrix products alone, as measured end to end
+_MARGIN = 1.15  # measured: the time end to end, relative to that of the matrix products
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a decomposition of one prompt takes.
+    """The memory and time that a decomposition of one prompt needs.
 
     Attributes:
-        model: its name.
-        device: where it is to run.
-        dtype: of its weights.
-        positions: ``N`` tokens.
-        sources: ``M``, the bias source included.
-        rows: ``R`` of the state.
-        weights_bytes: the model's own, as far as they are on its devices at once.
+        model: the model's name.
+        device: the device that it runs on.
+        dtype: the dtype of the weights.
+        positions: the number of tokens, ``N``.
+        sources: the number of sources, ``M``, the bias source included.
+        rows: the number of rows of the state, ``R``.
+        weights_bytes: the model's weights, those that are on its devices at once.
         state_bytes: the decomposed state ``[R, D]``.
-        pass_bytes: of the model's own pass over the prompt, at its largest: patterns and hidden vectors of one layer.
-        buffer_bytes: blocks of values and gates, a weight while it is folded, and the copies that are made of a layer's
-            offloaded or quantised weights.
-        source_block_rows: rows of the attention that are worked on at once.
-        position_block_rows: rows of the MLP that are worked on at once.
-        operations: of the matrix products of all layers, for targets at the last position.
-        seconds: how long they take at the rate that was measured, or None.
-        budget_bytes: what there is.
-        largest: the most tokens (with the same kind of sources) that fit into it, 0 where none do.
+        pass_bytes: the peak of the model's own pass over the prompt: patterns and hidden vectors of one layer.
+        buffer_bytes: blocks of values and gates, a weight while it is folded, and the copies of a layer's offloaded or
+            quantised weights.
+        source_block_rows: the rows of an attention block.
+        position_block_rows: the rows of an MLP block.
+        operations: the floating-point operations of all matrix products of the decomposition, for targets at the last
+            position.
+        seconds: the estimated time at the measured rate, or None.
+        budget_bytes: the bytes available.
+        largest: the most tokens, with the same kind of sources, that fit into the budget; 0 if none do.
     """
 
     model: str
@@ -67,12 +68,12 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """All of it together, at its largest."""
+        """The sum of these bytes, at the peak."""
         return self.weights_bytes + self.state_bytes + self.pass_bytes + self.buffer_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether that is within the budget."""
+        """Whether the total is within the budget."""
         return self.total_bytes <= self.budget_bytes
 
     def __str__(self) -> str:
@@ -107,21 +108,23 @@ def make(
 
     Args:
         bound: the model; its weights are not read.
-        positions: ``N``.
+        positions: the number of tokens, ``N``.
         sources: ``"token"``, a number of spans of equal length, or ``"heads"`` or ``"neurons"`` of one layer.
-        device: where it is to run.
-        budget: bytes that there are, the weights' included.
-        workspace_bytes: as of :class:`depass.DePass`.
-        operations_per_second: of matrix products there, as :func:`measured_rate` gives it.
+        device: the device that it runs on.
+        budget: the bytes available, the weights' included.
+        workspace_bytes: as for :class:`depass.DePass`.
+        operations_per_second: the rate of matrix products on the device, as :func:`measured_rate` returns it.
 
     Raises:
-        OptionError: sources or sizes that there are not.
+        OptionError: the sources or the number of tokens are invalid.
     """
     if integer("tokens", positions, OptionError) < 1:
         raise OptionError(f"tokens must be positive, got {positions}")
     if bound.max_positions is not None and positions > bound.max_positions:
-        raise OptionError(f"{bound.name} has {bound.max_positions} positions, fewer than {positions} tokens")
-    one = _sized(bound, positions, sources, device, budget, workspace_bytes, operations_per_second)
+        raise OptionError(
+            f"tokens must be at most {bound.max_positions}, the positions of {bound.name}, got {positions}"
+        )
+    plan = _sized(bound, positions, sources, device, budget, workspace_bytes, operations_per_second)
     low, high = 0, bound.max_positions or 1 << 20
     while low < high:  # the largest that fits
         middle = (low + high + 1) // 2
@@ -129,14 +132,14 @@ def make(
             low = middle
         else:
             high = middle - 1
-    return replace(one, largest=low)
+    return replace(plan, largest=low)
 
 
 def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[int, int]:
-    """``R`` and ``M`` of a kind of sources, the bias source included.
+    """The number of rows ``R`` and of sources ``M``, the bias source included.
 
     Raises:
-        OptionError: sources that there are not.
+        OptionError: the sources are unknown.
     """
     bias = int(bound.has_bias)
     if isinstance(sources, str):
@@ -145,18 +148,16 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
         if sources in SOURCES:
             named = bound.num_heads if sources == "heads" else bound.layers[0].down.shape[1]
             return (named + 1 + bias) * positions, named + 1 + bias
-        raise OptionError(
-            f"unknown sources {sources!r} of a plan; there are: {', '.join(SOURCES)} and a number of spans"
-        )
+        raise OptionError(f"unknown sources {sources!r} of a plan; choose {', '.join(SOURCES)} or a number of spans")
     count = min(integer("sources", sources, OptionError), positions)
     if count < 1:
-        raise OptionError(f"sources={sources}: there must be at least one span")
+        raise OptionError(f"sources must be at least one span, got {sources}")
     begins = (span * positions // count for span in range(count))
     return sum(positions - begin for begin in begins) + bias * positions, count + bias
 
 
 def measured_rate(bound: BoundModel, device: torch.device) -> float:
-    """Operations per second of this device's own matrix products in the shapes of this model's MLP."""
+    """The operations per second of this device's matrix products, measured in the shapes of the model's MLP."""
     neurons, width = bound.layers[0].gate.shape
     dtype = bound.product_dtype_on(device)
     rows = 4096 if device.type == "cuda" else 256

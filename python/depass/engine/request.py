@@ -1,4 +1,4 @@
-"""What is asked of a pass, checked before any work is done."""
+"""The options and prompts of a pass, checked before the model runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Exclude = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds of every call that says nothing else: see :class:`depass.DePass`.
+    """The options of calls that leave them out; see :class:`depass.DePass`.
 
     Raises:
-        OptionError: an option with a value that it does not have.
+        OptionError: an option has an invalid value.
     """
 
     rule: str = "softmax"
@@ -42,28 +42,32 @@ class Defaults:
         _check_exclude(self.exclude_bos)
 
     def sharing(self, rule: str | None, temperature: float | None) -> MLPSharing:
-        """How MLPs are shared out where a call asks for a rule and a temperature, or for none."""
+        """The sharing rule of a call; a rule or temperature of None is the default's.
+
+        Raises:
+            OptionError: an option has an invalid value.
+        """
         rule = self.rule if rule is None else rule
         temperature = self.temperature if temperature is None else temperature
         if rule not in RULES:
-            raise OptionError(f"unknown mlp_rule {rule!r}; there are: {', '.join(RULES)}")
+            raise OptionError(f"unknown mlp_rule {rule!r}; choose one of: {', '.join(RULES)}")
         number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
         if not number or not 0 < temperature <= sys.float_info.max:
             raise OptionError(f"temperature must be a positive number, got {temperature!r}")
         if self.backend not in NAMES:
-            raise OptionError(f"unknown backend {self.backend!r}; there are: {', '.join(NAMES)}")
+            raise OptionError(f"unknown backend {self.backend!r}; choose one of: {', '.join(NAMES)}")
         return MLPSharing(rule, float(temperature), self.backend)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What holds of a whole pass.
+    """The options of a pass.
 
     Attributes:
         start: the layer whose input is decomposed.
         stop: one past the last layer.
-        sharing: how MLPs are shared out.
-        exclude: whether the first token takes no part in later positions' MLPs.
+        sharing: the rule that shares MLP outputs among the sources.
+        exclude: whether the first token is excluded from the MLPs of later positions.
     """
 
     start: int
@@ -74,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, its decomposition and what is asked of it, all checked."""
+    """A prompt, its decomposition and its targets, all checked."""
 
     prompt: Prompt
     parts: Decomposition
@@ -90,39 +94,40 @@ def options(
     temperature: float | None = None,
     exclude_bos: Exclude | None = None,
 ) -> Options:
-    """The options of a call, where None is the default's.
+    """The options of a call; None means the default.
 
     Raises:
-        OptionError: layers that the model does not have, or an option with a value that it does not have.
+        OptionError: a layer is out of range, or an option has an invalid value.
     """
     depth = len(bound.layers)
     start = integer("start_layer", start_layer, OptionError)
     stop = depth if stop_layer is None else integer("stop_layer", stop_layer, OptionError)
     if not 0 <= start < stop <= depth:
         raise OptionError(
-            f"start_layer={start}, stop_layer={stop}: need 0 <= start < stop <= {depth}, the layers of {bound.name}"
+            f"start_layer={start}, stop_layer={stop}: need 0 <= start_layer < stop_layer <= {depth}, the number of layers "
+            f"of {bound.name}"
         )
     exclude = _check_exclude(defaults.exclude_bos if exclude_bos is None else exclude_bos)
     return Options(start, stop, defaults.sharing(mlp_rule, temperature), exclude)
 
 
 def case(bound: BoundModel, tokenizer: Any, prompt: Any, target: Any, sources: Any, chosen: Options) -> Case:
-    """One prompt and what is asked about it.
+    """Check a prompt, its sources and its targets.
 
     Raises:
-        PromptError, TargetError, SourceError, OptionError: something that cannot be attributed.
+        PromptError, TargetError, SourceError, OptionError: one of them is invalid.
     """
     encoded = encode(prompt, tokenizer, bound)
     parts = decompose(bound, tokenizer, encoded, sources, chosen)
-    asked = check(target, len(encoded.ids), decomposed_layers(parts, chosen.stop), tokenizer, bound)
-    return Case(encoded, parts, tuple(asked))
+    targets = check(target, len(encoded.ids), decomposed_layers(parts, chosen.stop), tokenizer, bound)
+    return Case(encoded, parts, tuple(targets))
 
 
 def decompose(bound: BoundModel, tokenizer: Any, prompt: Prompt, sources: Any, chosen: Options) -> Decomposition:
-    """Lay out a prompt's sources, of whichever kind.
+    """Lay out the sources of a prompt, of any kind.
 
     Raises:
-        SourceError, OptionError: sources that there are not.
+        SourceError, OptionError: the sources are invalid.
     """
     check_kind(sources)
     if not isinstance(sources, COMPONENTS):
@@ -133,27 +138,27 @@ def decompose(bound: BoundModel, tokenizer: Any, prompt: Prompt, sources: Any, c
         raise OptionError(f"start_layer={chosen.start}: {name} names its own layer; leave it out")
     parts = decompose_components(sources, len(prompt.ids), bound)
     if parts.layer >= chosen.stop:
-        raise OptionError(f"stop_layer={chosen.stop}: must lie behind layer {parts.layer} of {name}")
+        raise OptionError(f"stop_layer={chosen.stop} must be greater than the layer of {name}, {parts.layer}")
     return parts
 
 
 def components_of_layer(kind: str, layer: int, ids: Any, positions: Any) -> list[Any]:
-    """What a sweep of a kind decomposes a layer into: one spec, or of modules two."""
+    """The specs that decompose a layer in a sweep: one, or two for modules."""
     if kind == "modules":
         return [Modules(layer, "attn", positions), Modules(layer, "mlp", positions)]
     return [(Neurons if kind == "neurons" else Heads)(layer, ids, positions)]
 
 
 def decomposed_layers(parts: Decomposition, stop: int) -> range:
-    """The layers whose input is decomposed, and one past the last, where the final state is."""
+    """The layers at whose input there is a decomposed state; the last number means the state after the last layer."""
     return range(parts.layer + (parts.moment != "start"), stop + 1)
 
 
 def callable_or_none(name: str, given: Any) -> Any:
-    """``given``, if it can be called or is None.
+    """Check that ``given`` is a function or None, and return it.
 
     Raises:
-        OptionError: it can not.
+        OptionError: it is neither.
     """
     if given is not None and not callable(given):
         raise OptionError(f"{name} must be a function, got {given!r}")

@@ -1,4 +1,4 @@
-"""Scores out of a pass: targets' logits, each source's part of them, and how far they miss."""
+"""Reading scores from a pass: the targets' logits, the score of each source, and the conservation error."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .request import Case, Options, Progress
 def attribute(
     engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None
 ) -> list[Attribution | DePassError]:
-    """The cases' results from one pass of the model; an error in the place of one that has none."""
-    with capture.running:  # also while weights are read: another thread's pass may have them elsewhere
+    """Attribute cases in one forward pass; returns an error in place of the result of a case that fails."""
+    with capture.running:  # also while weights are read: another thread's pass may have moved them
         done = _ProbedPass(engine, cases, options, progress)
         done.run()
         logits = logits_of(done, [case.asked for case in cases])
@@ -38,7 +38,7 @@ def attribute(
 
 
 class _ProbedPass(Pass):
-    """A pass over cases, whose probes of inner layers are read on the way."""
+    """A pass over cases, which reads the probes of inner layers."""
 
     def __init__(self, engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None) -> None:
         joining = [(case.parts, i) for i, case in enumerate(cases)]
@@ -48,7 +48,7 @@ class _ProbedPass(Pass):
         self.probes: dict[tuple[int, int], tuple[Tensor, float]] = {}  # by case and target: scores [M], logit
 
     def state(self, layer: int, stream: Tensor) -> None:
-        """Read the probes of a layer: ``score[m] = w · X[m, q]`` of the raw stream, and ``w · x[q]``."""
+        """Read the probes of a layer from the raw residual stream: ``score[m] = w · X[m, t]`` and ``w · x[t]``."""
         for i, case in enumerate(self.cases):
             for j, asked in enumerate(case.asked):
                 if asked.layer == layer:
@@ -61,28 +61,28 @@ class _ProbedPass(Pass):
 
 def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]) -> Attribution | DePassError:
     first, sources = done.propagation.prompt_start[index], len(case.parts.sources)
-    found: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
+    scored: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
     for j, asked in enumerate(case.asked):
         if asked.layer is not None:
             target = Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept)
             scores, logit = done.probes[index, j]
-            found.append((target, _padded(scores, sources), logit))
+            scored.append((target, _padded(scores, sources), logit))
             continue
         for readout in readouts_of(done, asked, first + asked.position, logits):
-            found.append((readout.target, score(done, index, index, readout, sources), readout.logit))
-    rows = torch.stack([row for _, row, _ in found])
-    own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
+            scored.append((readout.target, score(done, index, index, readout, sources), readout.logit))
+    rows = torch.stack([row for _, row, _ in scored])
+    own = torch.tensor([logit for _, _, logit in scored], dtype=torch.float64, device="cpu")
     try:
-        for target, _, logit in found:
+        for target, _, logit in scored:
             must_be_finite(target, logit, done.bound)
     except NonFiniteError as error:
         return error
     if not bool(rows.isfinite().all()):
-        return NonFiniteError(f"scores are not finite; {blame(done.bound)}")
+        return NonFiniteError(f"the scores are not finite; {blame(done.bound)}")
     return Attribution(
         scores=rows.float(),
         sources=case.parts.sources,
-        targets=tuple(target for target, _, _ in found),
+        targets=tuple(target for target, _, _ in scored),
         target_logits=own.float(),
         conservation_error=conservation_error(rows, own).float(),
         prompt=case.prompt,
@@ -91,22 +91,27 @@ def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]
 
 
 def logits_of(done: Pass, asked: Sequence[Sequence[Asked]]) -> dict[int, Tensor]:
-    """The head's output ``[V]`` by position of the packed prompts, where a target asks for it."""
+    """The head's output ``[V]`` by position of the packed prompts, for every position that a target needs."""
     starts = done.propagation.prompt_start
     wanted = sorted(
-        {starts[i] + one.position for i, of_prompt in enumerate(asked) for one in of_prompt if one.layer is None}
+        {
+            starts[i] + target.position
+            for i, of_prompt in enumerate(asked)
+            for target in of_prompt
+            if target.layer is None
+        }
     )
     return dict(zip(wanted, done.bound.logits(done.normed[wanted]), strict=True)) if wanted else {}
 
 
 def readouts_of(done: Pass, asked: Asked, position: int, logits: dict[int, Tensor]) -> list[Readout]:
-    """What a target comes to at a position of the packed prompts, with its logit and direction."""
+    """The directions and logits of a target at a position of the packed prompts."""
     at = logits[position].to(done.bound.state_dtype)
     return targets.fill(asked, done.normed[position].to(at), at, done.bound, done.engine.tokenizer)
 
 
 def score(done: Pass, staircase: int, prompt: int, readout: Readout, sources: int) -> Tensor:
-    """``score[m] = w · final_norm_frozen(X[m, q])``: ``[sources]`` on the CPU, in the state's dtype (docs/method.md)."""
+    """``score[m] = w · x̂_final[m, t]`` ``[sources]`` on the CPU, in the state's dtype (docs/method.md, equation 6)."""
     norm, position = done.bound.final_norm, readout.target.position
     rows = done.propagation.rows_at(staircase, position)
     w = readout.w.to(rows.device)
@@ -121,7 +126,7 @@ def score(done: Pass, staircase: int, prompt: int, readout: Readout, sources: in
 
 
 def _padded(scores: Tensor, sources: int) -> Tensor:
-    """Zeros for the sources that have not started."""
+    """Append zeros for the sources that have not started."""
     return torch.cat([scores, scores.new_zeros(sources - len(scores))])
 
 
@@ -133,22 +138,22 @@ def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
 
 
 def must_be_finite(target: Target, logit: float, bound: BoundModel) -> None:
-    """Raise a NonFiniteError where a target's logit is no number."""
+    """Raise a NonFiniteError where a target's logit is NaN or infinite."""
     if not math.isfinite(logit):
         raise NonFiniteError(f"the model's own logits are not finite ({logit} for {target.label!r}); {blame(bound)}")
 
 
 def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
-    """Warn where scores miss the logit by more than ``tolerance`` of their size.
+    """Warn if the conservation error of a result exceeds ``tolerance``.
 
     Raises:
-        ConservationError: with ``strict``, instead.
+        ConservationError: with ``strict``, instead of the warning.
     """
     error = float(result.conservation_error.max())
     if error > tolerance:
         message = (
-            f"the scores miss the logit by {error:.1e} of their size, more than {tolerance:.0e} for "
-            f"{result.settings.dtype}; a wider dtype makes them add up"
+            f"the scores miss the logit by a relative error of {error:.1e}, but the tolerance for "
+            f"{result.settings.dtype} is {tolerance:.0e}; load the model in a wider dtype"
         )
         if strict:
             raise ConservationError(message)
@@ -156,7 +161,7 @@ def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
 
 
 def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
-    """How a pass was made, as its results say it."""
+    """The settings of a pass, as its results record them."""
     options = done.options
     return Settings(
         model=done.engine.name,

@@ -1,4 +1,4 @@
-"""A pass whose decomposed states are kept, or handed out, as they enter layers."""
+"""A pass that keeps the decomposed states at the inputs of layers, or passes them to a callback."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .request import Case, Options
 
 
 class KeptStates(Pass):
-    """A pass over one case.
+    """A pass over one case, for its states.
 
     Args:
-        engine: the model.
+        engine: the model and its settings.
         case: the prompt and its sources.
-        options: how.
-        layers: whose input states are wanted.
-        on_state: given each, its state ``[R, D]`` and stream ``[N, D]``; then nothing is kept.
+        options: the options of the pass.
+        layers: the layers whose input states are wanted.
+        on_state: a function that is called with each layer, its state ``[R, D]`` and its residual stream ``[N, D]``; then
+            no state is kept.
 
     Attributes:
-        rows: by layer, ``[R, D]`` on the CPU.
-        residual: by layer, ``[N, D]`` on the CPU.
+        rows: by layer, the state ``[R, D]`` on the CPU.
+        residual: by layer, the residual stream ``[N, D]`` on the CPU.
     """
 
     def __init__(
@@ -41,16 +42,16 @@ class KeptStates(Pass):
         self.residual: dict[int, Tensor] = {}
 
     def state(self, layer: int, stream: Tensor) -> None:
-        """Keep a state that is wanted.
+        """Keep a state, or pass it to the callback, if its layer is wanted.
 
         Raises:
-            NonFiniteError: it holds NaN or infinity.
+            NonFiniteError: the state contains NaN or infinity.
         """
         if layer not in self.wanted:
             return
         rows = self.propagation.state
         if not bool(rows.isfinite().all()):
-            raise NonFiniteError(f"the state entering layer {layer} is not finite; {blame(self.bound)}")
+            raise NonFiniteError(f"the state at the input of layer {layer} is not finite; {blame(self.bound)}")
         if self.on_state is not None:
             self.on_state(layer, rows, stream)
         else:

@@ -1,4 +1,4 @@
-"""Sweeps: a decomposition for each layer, in groups of layers that fit the memory."""
+"""Sweeps: one decomposition per layer, in groups of layers that fit into memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def grouped(
     bound: BoundModel,
     workspace_bytes: int | None,
 ) -> Iterator[list[Sequence[Decomposition]]]:
-    """Runs of a sweep's layers whose states and buffers fit a budget in bytes.
+    """Group consecutive layers of a sweep so that the states and buffers of each group fit a budget in bytes.
 
     Raises:
-        OptionError: one layer alone does not fit.
+        OptionError: a single layer does not fit.
     """
 
     def taken(rows: int) -> int:
@@ -44,11 +44,11 @@ def grouped(
     group: list[Sequence[Decomposition]] = []
     held = 0
     for of_layer in parts:
-        rows = sum(one.layout.rows for one in of_layer)
+        rows = sum(part.layout.rows for part in of_layer)
         if taken(rows) > budget:
             raise OptionError(
-                f"layer {of_layer[0].layer} alone takes {taken(rows)} bytes for its {rows} rows, more than the {budget} "
-                "there are (memory_bytes=, or half of what is free); ask for fewer components (ids=) or positions"
+                f"layer {of_layer[0].layer} alone needs {taken(rows)} bytes for its {rows} rows, but the budget is {budget} "
+                "bytes (memory_bytes=, by default half of the available memory); choose fewer components (ids=) or positions"
             )
         if group and taken(held + rows) > budget:
             yield group
@@ -59,7 +59,7 @@ def grouped(
 
 
 class _Told:
-    """Progress of one of several passes, told as that of all of them."""
+    """Reports the progress of one of several passes as a part of all of them."""
 
     def __init__(self, progress: Progress | None, before: int, of: int) -> None:
         self.progress, self.before, self.of = progress, before, of
@@ -78,21 +78,23 @@ def sweep(
     kind: Literal["heads", "neurons", "modules"],
     progress: Progress | None = None,
 ) -> Sweep:
-    """A pass for each group of layers; a layer is one decomposition, or attention and MLP."""
+    """Run one pass per group of layers; a layer has one decomposition, or for modules two (attention and MLP)."""
     of = sum(options.stop - group[0][0].layer for group in groups)
     began, served = 0, dict[str, set[str]]()
     readouts: list[Readout] = []
     rows: list[Tensor] = []  # [targets, sources], of each decomposition
     for group in groups:
         flat = [parts for layer in group for parts in layer]
-        read = [[one.position for one in asked]] * len(flat)
+        read = [[target.position for target in asked]] * len(flat)
         with capture.running:  # as in scores.attribute
             done = Pass(engine, [prompt], [(parts, 0) for parts in flat], options, _Told(progress, began, of), read)
             done.run()
             began += options.stop - flat[0].layer
             if not readouts:
                 logits = logits_of(done, [asked])
-                readouts = [readout for one in asked for readout in readouts_of(done, one, one.position, logits)]
+                readouts = [
+                    readout for target in asked for readout in readouts_of(done, target, target.position, logits)
+                ]
                 for readout in readouts:
                     must_be_finite(readout.target, readout.logit, engine.bound)
             for index, parts in enumerate(flat):
@@ -100,9 +102,9 @@ def sweep(
         for op, names in done.propagation.served.items():
             served.setdefault(op, set()).update(names)
         how = settings(done, groups[0][0][0].layer, False, served)
-        del done  # its state makes room for the next group's
+        del done  # frees its state before the next group's
     if not all(bool(row.isfinite().all()) for row in rows):
-        raise NonFiniteError(f"scores are not finite; {blame(engine.bound)}")
+        raise NonFiniteError(f"the scores are not finite; {blame(engine.bound)}")
     layers = [layer for group in groups for layer in group]
     return _stacked(rows, layers, readouts, kind, prompt, how)
 
@@ -115,8 +117,8 @@ def _stacked(
     prompt: Prompt,
     how: Settings,
 ) -> Sweep:
-    parts = [one for layer in layers for one in layer]
-    always = [len([s for s in one.sources if s.kind in ("bias", "rest")]) for one in parts]
+    parts = [part for layer in layers for part in layer]
+    always = [len([s for s in part.sources if s.kind in ("bias", "rest")]) for part in parts]
     per_layer = len(layers[0])
     named = torch.stack([row[:, first:] for row, first in zip(rows, always, strict=True)], 1)  # [T, L·per, C]
     rest = torch.stack([row[:, first - 1] for row, first in zip(rows, always, strict=True)], 1)

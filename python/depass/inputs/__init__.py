@@ -1,1 +1,1 @@
-"""What is given: prompts, targets, settings; checked."""
+"""Prompts, targets and settings, with their checks."""

@@ -1,4 +1,4 @@
-"""A prompt: from text, chat messages or ids to token ids, what each token shows as, and where it lies in the text."""
+"""A prompt: token ids from text, chat messages or ids, with each token's text and character range."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _UNITS = {
     "word": re.compile(r"\S+"),
     "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
 }
-_CONTEXT = 8  # tokens before a token that can change how it decodes
-_BYTES = 4  # of a character in UTF-8, at most
+_CONTEXT = 8  # preceding tokens that can change how a token decodes
+_BYTES = 4  # the most bytes of a character in UTF-8
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``N`` tokens and, where a tokenizer was there, their text.
+    """A prompt of ``N`` tokens and, if a tokenizer is given, its text.
 
     Attributes:
         ids: ``[N]`` token ids.
-        tokens: ``[N]``, each token's own piece of the text, empty for the further bytes of a character that is split over
-            several tokens; its id where there is no tokenizer.
-        text: the prompt as text, special tokens included, or None.
+        tokens: ``[N]`` pieces of the text, one per token. Where a character is split over several tokens, one of them
+            shows it and the others are empty. Without a tokenizer: the ids as text.
+        text: the prompt as text, special tokens included, or None without a tokenizer.
         offsets: ``[N]`` half-open character ranges in ``text``, without the space before a word; empty without text.
         special: positions of special tokens.
     """
@@ -44,17 +44,22 @@ class Prompt:
     special: frozenset[int] = frozenset()
 
     def segments(self, unit: str) -> list[tuple[int, int]]:
-        """Half-open token ranges of the prompt's tokens, words or sentences; a special token is one of its own.
+        """Half-open token ranges of the prompt's tokens, words or sentences; a special token has its own range.
+
+        Args:
+            unit: ``"token"``, ``"word"`` or ``"sentence"``.
 
         Raises:
-            SourceError: an unknown unit, or a prompt without text.
+            SourceError: the unit is unknown, or the prompt has no text.
         """
         check_unit(unit)
         if unit == "token":
             return [(t, t + 1) for t in range(len(self.ids))]
         if self.text is None:
-            raise SourceError(f"{unit}s need text: the prompt was given as ids and there is no tokenizer")
-        # each begins with the space before it, where the one before ends
+            raise SourceError(
+                f"{unit}s need text, but the prompt was given as ids without a tokenizer; pass one: DePass(model, tokenizer)"
+            )
+        # each unit begins with the space before it, where the previous unit ends
         begins = [0, *(match.end() for match in _UNITS[unit].finditer(self.text))][:-1]
         ranges: list[tuple[int, int]] = []
         previous = None
@@ -70,47 +75,49 @@ class Prompt:
 
 
 def check_unit(unit: str) -> None:
-    """Raise a SourceError where a prompt has no such units."""
+    """Raise a SourceError where the unit is unknown."""
     if unit != "token" and unit not in _UNITS:
-        raise SourceError(f"unknown unit {unit!r}; there are: token, {', '.join(_UNITS)}")
+        raise SourceError(f"unknown unit {unit!r}; choose one of: token, {', '.join(_UNITS)}")
 
 
 def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
-    """Make a :class:`Prompt` of a string, chat messages (a list of dicts) or ids (a list of ints or a 1-D tensor).
+    """Make a :class:`Prompt` from a string, chat messages (a list of dicts) or ids (a list of ints or a 1-D tensor).
 
     Raises:
-        PromptError: an empty prompt, one longer than the model's positions, ids out of its vocabulary, a batch, or
-            text without a tokenizer.
+        PromptError: the prompt is empty, a batch, longer than the model's positions, or text without a tokenizer; or an
+            id is outside the vocabulary.
     """
     if isinstance(prompt, str):
-        made = _from_text(prompt, _needed(tokenizer, "a prompt given as text"), special=True)
+        encoded = _from_text(prompt, _needed(tokenizer, "a text prompt"), special=True)
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, dict) for message in prompt):
-        made = _from_chat(prompt, _needed(tokenizer, "chat messages"))
+        encoded = _from_chat(prompt, _needed(tokenizer, "a chat prompt"))
     else:
-        made = _from_ids(_ids(prompt), tokenizer)
+        encoded = _from_ids(_ids(prompt), tokenizer)
     limit = bound.max_positions
-    if not made.ids:
+    if not encoded.ids:
         raise PromptError("the prompt is empty; give at least one token")
-    if limit is not None and len(made.ids) > limit:
-        raise PromptError(f"the prompt has {len(made.ids)} tokens, {bound.name} has {limit} positions; shorten it")
+    if limit is not None and len(encoded.ids) > limit:
+        raise PromptError(
+            f"the prompt has {len(encoded.ids)} tokens, but {bound.name} has {limit} positions; shorten it"
+        )
     vocabulary = bound.vocab_size
-    for index, token in enumerate(made.ids):
+    for index, token in enumerate(encoded.ids):
         if not 0 <= token < vocabulary:
             raise PromptError(f"id {token} at position {index} is out of range: the vocabulary has {vocabulary} tokens")
-    return made
+    return encoded
 
 
 def _needed(tokenizer: Any, what: str) -> Any:
     if tokenizer is None:
-        raise PromptError(f"{what} needs a tokenizer: DePass(model, tokenizer); or give token ids")
+        raise PromptError(f"{what} needs a tokenizer: pass one, DePass(model, tokenizer), or give token ids")
     return tokenizer
 
 
 def _ids(prompt: Any) -> list[int]:
     if hasattr(prompt, "keys"):
         raise PromptError(
-            f"expected one prompt, got a mapping with {', '.join(map(str, prompt.keys()))}; pass one prompt's ids, "
-            "unpadded: encoding['input_ids'][0][mask]"
+            f"expected one prompt, got a mapping with {', '.join(map(str, prompt.keys()))}; pass the unpadded ids of one "
+            "prompt: encoding['input_ids'][0][mask]"
         )
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(values, Sequence) or isinstance(values, bytes):
@@ -118,7 +125,7 @@ def _ids(prompt: Any) -> list[int]:
     if any(isinstance(value, (list, tuple, str, torch.Tensor)) and getattr(value, "ndim", 1) for value in values):
         shape = f" of shape {list(prompt.shape)}" if hasattr(prompt, "shape") else ""
         raise PromptError(
-            f"expected one prompt, got a batch{shape} with {len(values)} rows; attribute one row at a time, unpadded"
+            f"expected one prompt, got a batch{shape} with {len(values)} rows; pass one unpadded row at a time"
         )
     ids = []
     for value in values:
@@ -133,13 +140,13 @@ def _ids(prompt: Any) -> list[int]:
 
 def _from_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> Prompt:
     try:
-        # the model's turn begins, or the one that it began is continued
+        # the last message may be the beginning of the model's own turn, which is then continued
         begun = messages[-1].get("role") == "assistant"
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
-    except Exception as error:  # a template is a program of the model's authors and raises what it likes
-        raise PromptError(f"the tokenizer's chat template does not take these messages: {error}") from error
+    except Exception as error:  # a template is code by the model's authors and may raise anything
+        raise PromptError(f"the tokenizer's chat template rejected these messages: {error}") from error
     return _from_text(text, tokenizer, special=False)
 
 
@@ -147,19 +154,20 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
     if not text:
         raise PromptError("the prompt is empty; give at least one token")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PromptError("the prompt is not text: it holds bytes that are no UTF-8")
+        raise PromptError("the prompt is not text: it contains bytes that are not UTF-8")
     if not getattr(tokenizer, "is_fast", False):
         return _from_ids(tokenizer.encode(text, add_special_tokens=special), tokenizer)
     encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoding["input_ids"]
     marked = set(tokenizer.all_special_ids)
-    # the tokenizer leaves out the space before a word, or does not: put every character with the token that ends after it
+    # tokenizers differ in whether a token includes the space before a word: give each character to the token that ends
+    # after it
     tokens, offsets, at = [], [], 0
     for index, (begin, end) in enumerate(encoding["offset_mapping"]):
         if begin == end:  # added by the tokenizer
             tokens.append(tokenizer.decode([ids[index]]))
             offsets.append((at, at))
-        elif end <= at:  # one more byte of a character that stands with its first one
+        elif end <= at:  # a further byte of a character, which its first token shows
             tokens.append("")
             offsets.append((begin, end))
         else:
@@ -176,13 +184,13 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
         return Prompt(tuple(ids), tuple(str(token) for token in ids))
     tokens: list[str] = []
     unfinished: list[bool] = []
-    begins_at = deque([0])  # tokens at which a character begins: the window is from the first of them on
-    known, piece, grown = "", "", 0  # the last token that finished a character, be it that it begins another
+    begins_at = deque([0])  # tokens at which a character begins; the window starts at the first of them
+    known, piece, grown = "", "", 0  # grown: the last token that completed a character
     for index, token in enumerate(ids):
         start, done = begins_at[0], begins_at[-1]
         known = _decode(tokenizer, ids[start:done]) + "".join(tokens[done:])
         piece = _decode(tokenizer, ids[start : index + 1])
-        # bytes of an unfinished character decode to U+FFFD; the token that finishes it gets it
+        # bytes of an incomplete character decode to U+FFFD; the token that completes it gets the character
         whole = piece.rstrip("\ufffd")
         if len(whole) > len(known):
             grown = index
@@ -194,14 +202,14 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
                 begins_at.popleft()
         if whole.startswith(known):
             tokens.append(whole[len(known) :])
-        else:  # some decoders show nothing of a run of bytes as long as its last character is unfinished
+        else:  # some decoders show nothing of a run of bytes until its last character is complete
             tokens.append("" if unfinished[index] else _decode(tokenizer, [token]))
-    if unfinished and unfinished[-1] and piece.startswith(known):  # it stays unfinished
+    if unfinished and unfinished[-1] and piece.startswith(known):  # it is never completed
         tokens[-1] = piece[len(known) :]
     text = "".join(tokens)
     ends = list(itertools.accumulate(len(token) for token in tokens))
     begins = [end - len(piece) for piece, end in zip(tokens, ends, strict=True)]
-    for index in reversed(range(len(ids) - 1)):  # ... and the tokens that began it lie over it as well
+    for index in reversed(range(len(ids) - 1)):  # the tokens that began a character cover it, too
         if unfinished[index]:
             ends[index] = ends[index + 1]
     offsets = [(_skip_space(text, begin, end), end) for begin, end in zip(begins, ends, strict=True)]
@@ -215,7 +223,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     try:
         text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     except (OverflowError, TypeError, IndexError):
-        # an id that the tokenizer lacks; the model's vocabulary is checked later
+        # an id that the tokenizer does not have; the model's vocabulary is checked later
         text = "".join(f"<{token}>" for token in ids)
     return text
 

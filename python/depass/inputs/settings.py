@@ -1,4 +1,4 @@
-"""How an attribution was made: part of every result."""
+"""The settings of an attribution, which every result records."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Settings:
-    """How an attribution was made.
+    """The settings of an attribution.
 
     Attributes:
-        model: its name or path.
-        dtype: of its weights.
-        rule: how the MLP was shared out; of a baseline, which shares out nothing, ``none``.
-        temperature: of the softmax rule, in units of the pre-activation.
-        exclude_bos: whether the first token took no part in later positions' MLPs.
+        model: the model's name or path.
+        dtype: the dtype of the model's weights.
+        rule: the rule that shares MLP outputs among the sources; ``none`` for a baseline, which has no such rule.
+        temperature: the temperature of the softmax rule, in units of the pre-activation.
+        exclude_bos: whether the first token was excluded from the MLPs of later positions.
         start_layer: the layer whose input was decomposed.
-        stop_layer: one past the last layer; before the model's last, scores are read from the stream there through the
-            final norm and head (a logit lens).
-        aggregated: units that the sources were summed up to afterwards, or None.
-        backends: by op of ``depass_kernels``, which backend did it (``"cpu+reference"`` where two did parts of it).
-        method: ``depass``, or the name of a baseline (:mod:`depass.baselines`), whose scores promise no sum.
+        stop_layer: one past the last layer that ran. If it is less than the number of layers, the scores are read from
+            the residual stream there through the final norm and the head (a logit lens).
+        aggregated: the unit that token scores were summed to afterwards, or None.
+        backends: the backends used, by op of ``depass_kernels`` (``"cpu+reference"`` if two ran parts of it).
+        method: ``depass``, or the name of a baseline (:mod:`depass.baselines`), whose scores need not add up.
     """
 
     model: str
@@ -36,5 +36,5 @@ class Settings:
 
     @property
     def adds_up(self) -> bool:
-        """Whether the method promises scores that add up to the target's logit."""
+        """Whether the method's scores add up to the target's logit by construction."""
         return self.method == "depass"

@@ -1,4 +1,4 @@
-"""What is scored: tokens, contrasts of two tokens, directions of one's own, at positions of the prompt."""
+"""Targets: the logits of tokens, differences of two logits, or custom directions, at positions of the prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TargetKind = Literal["token", "contrast", "direction", "probe"]
 
 @dataclass(frozen=True)
 class TopK:
-    """The model's own ``k`` most likely next tokens at a position."""
+    """The model's own ``k`` most likely next tokens after ``position``."""
 
     k: int
     position: int = -1
@@ -28,7 +28,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Token:
-    """One token, as a string or an id, as the next token of a position."""
+    """The logit of one token, a string or an id, as the next token after ``position``."""
 
     token: str | int
     position: int = -1
@@ -36,7 +36,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Contrast:
-    """The logit of ``token`` minus that of ``other``."""
+    """The logit of ``token`` minus that of ``other``, as the next token after ``position``."""
 
     token: str | int
     other: str | int
@@ -45,15 +45,16 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction ``w`` ``[D]`` of one's own: after the final norm, where the unembedding lives, or a layer's linear probe.
+    """A custom direction ``w``: applied after the final norm, as the unembedding is, or as a linear probe of a layer.
 
     Args:
-        w: ``[D]``.
-        position: where it is read.
-        label: its text.
-        layer: None: after the final norm. A layer: on the raw residual stream that enters it, or after the last layer where
-            it is the number of layers.
-        intercept: a probe's, kept beside the scores: they add up to ``w · x``, and its verdict is ``w · x + intercept``.
+        w: the direction, ``[D]``.
+        position: the position at which it is applied.
+        label: the text that results show for it.
+        layer: None applies it after the final norm. A number applies it to the raw residual stream at the input of that
+            layer, or, for the number of layers, at the output of the last layer.
+        intercept: the intercept of a probe. The scores add up to ``w · x`` without it; the probe's output is
+            ``w · x + intercept``.
     """
 
     w: Tensor = field(repr=False)
@@ -65,15 +66,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class Target:
-    """What one row of scores adds up to.
+    """The target of one row of scores.
 
     Attributes:
-        label: its text.
+        label: the text that results show for it.
         kind: ``token``, ``contrast``, ``direction`` or ``probe``.
         position: the position whose next token is scored, from 0.
-        token_ids: the token's id, the two of a contrast, or none.
-        layer: a probe's.
-        intercept: a probe's; in no score.
+        token_ids: the id of the token, the two ids of a contrast, or empty.
+        layer: the layer of a probe, else None.
+        intercept: the intercept of a probe, which is not part of the scores.
     """
 
     label: str
@@ -85,7 +86,7 @@ class Target:
 
 
 class Asked(NamedTuple):
-    """A checked target; ``k`` of them where ``ids`` is None, to be filled from the model's logits."""
+    """A checked target. If ``ids`` is None it stands for ``k`` targets, which the model's logits determine."""
 
     kind: TargetKind
     position: int
@@ -98,22 +99,22 @@ class Asked(NamedTuple):
 
 
 def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> list[Asked]:
-    """Turn what a caller asked for into checked targets, before any work is done.
+    """Check the targets of a call before the model runs.
 
     Args:
-        target: what was asked for.
-        length: of the prompt.
-        layers: those at whose input the state is decomposed, and one past the last.
-        tokenizer: for targets given as text; may be None.
+        target: one target, or a list of them, as :meth:`DePass.attribute` takes them.
+        length: the number of tokens of the prompt.
+        layers: the layers at whose input the state is decomposed, and one past the last.
+        tokenizer: the tokenizer for targets given as text; may be None.
         bound: the model.
 
     Raises:
-        TargetError: a string that is not one token, an id out of range, a position that the prompt does not have.
+        TargetError: a string is not one token, or an id, a position or a probe's layer is out of range.
     """
-    asked = target if isinstance(target, (list, tuple)) else [target]
-    if not asked:
-        raise TargetError("target=[] names no target; leave it out for the model's own next token")
-    return [_check(one, length, layers, tokenizer, bound) for one in asked]
+    targets = target if isinstance(target, (list, tuple)) else [target]
+    if not targets:
+        raise TargetError("target is an empty list; leave it out to explain the model's own next token")
+    return [_check(each, length, layers, tokenizer, bound) for each in targets]
 
 
 def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> Asked:
@@ -123,16 +124,19 @@ def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: Bound
         target = Token(target)
     if not isinstance(target, (TopK, Token, Contrast, Direction)):
         raise TargetError(
-            f"a target is None, a string, an id, TopK, Token, Contrast or Direction, got {type(target).__name__}"
+            "a target must be None, a string, a token id, TopK, Token, Contrast or Direction, got "
+            f"{type(target).__name__}"
         )
     position = integer("a position", target.position, TargetError)
     if not -length <= position < length:
-        raise TargetError(f"position {position} is outside of the prompt's {length} tokens ({-length} to {length - 1})")
+        raise TargetError(
+            f"position {position} is out of range: the prompt has {length} tokens, positions {-length} to {length - 1}"
+        )
     position %= length
     if isinstance(target, TopK):
         k = integer("k of TopK", target.k, TargetError)
         if not 1 <= k <= bound.vocab_size:
-            raise TargetError(f"TopK({k}): k must be from 1 to the vocabulary's {bound.vocab_size}")
+            raise TargetError(f"TopK({k}): k must be from 1 to {bound.vocab_size}, the size of the vocabulary")
         return Asked("token", position, None, k)
     if isinstance(target, Token):
         return Asked("token", position, (token_id(target.token, tokenizer, bound),))
@@ -155,21 +159,23 @@ def _check_direction(target: Direction, position: int, layers: range, width: int
         or not isinstance(target.intercept, (int, float))
         or not math.isfinite(target.intercept)
     ):
-        raise TargetError(f"Direction(intercept={target.intercept!r}) must be a finite number")
+        raise TargetError(f"Direction(intercept={target.intercept!r}): the intercept must be a finite number")
     if target.layer is None:
         if target.intercept:
-            raise TargetError(f"Direction(intercept={target.intercept!r}) belongs to a probe; give it a layer")
+            raise TargetError(
+                f"Direction(intercept={target.intercept!r}): only a probe has an intercept; give it a layer"
+            )
         return Asked("direction", position, (), 0, w.detach(), str(target.label))
     layer = integer("layer of Direction", target.layer, TargetError)
     if not layers:
         raise TargetError(
-            f"Direction(layer={layer}): a sweep reads no probes of inner layers, nor does a baseline; "
-            "attribute(sources=...) does"
+            f"Direction(layer={layer}): probe targets are not supported in sweeps and baselines; use "
+            "attribute(sources=...), or leave the layer out"
         )
     if layer not in layers:
         raise TargetError(
-            f"Direction(layer={layer}): the stream is decomposed where it enters layers {layers.start} to "
-            f"{layers.stop - 1} here"
+            f"Direction(layer={layer}): layer {layer} has no decomposed state; choose from {layers.start} to "
+            f"{layers.stop - 1}"
         )
     return Asked("probe", position, (), 0, w.detach(), str(target.label), layer, float(target.intercept))
 
@@ -178,18 +184,20 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
     """The id of a target token.
 
     Raises:
-        TargetError: a string that is not exactly one token, or an id out of range.
+        TargetError: a string is not exactly one token, or an id is out of range.
     """
     if isinstance(token, str):
         if tokenizer is None:
-            raise TargetError(f"target {token!r} needs a tokenizer: DePass(model, tokenizer); or give its token id")
+            raise TargetError(
+                f"target {token!r} needs a tokenizer: pass one, DePass(model, tokenizer), or give a token id"
+            )
         if any("\ud800" <= character <= "\udfff" for character in token):
-            raise TargetError(f"target {token!r} is not text: it holds bytes that are no UTF-8")
+            raise TargetError(f"target {token!r} is not text: it contains bytes that are not UTF-8")
         ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
             parts = ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids)
             raise TargetError(
-                f"target {token!r} is {len(ids)} tokens, not one: {parts or 'none'}; pass one of them as a string or an id"
+                f"target {token!r} is {len(ids)} tokens, not one: {parts or 'none'}; {_suggestion(token, tokenizer)}"
             )
         return int(ids[0])
     token = integer("a target id", token, TargetError)
@@ -198,8 +206,16 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
     return token
 
 
+def _suggestion(token: str, tokenizer: Any) -> str:
+    """What to pass instead of a string that is not one token."""
+    spaced = f" {token}"
+    if token and not token[0].isspace() and len(tokenizer.encode(spaced, add_special_tokens=False)) == 1:
+        return f"{spaced!r} with a space in front is one token, pass that"
+    return "pass one token, as a string or an id"
+
+
 class Readout(NamedTuple):
-    """One target's direction and the model's own number for it."""
+    """A target's direction and the model's own value for it."""
 
     target: Target
     w: Tensor  # [D], in the state's dtype
@@ -208,14 +224,14 @@ class Readout(NamedTuple):
 
 
 def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokenizer: Any) -> list[Readout]:
-    """Give a target, other than a probe, its direction and the model's own logit; a top k comes to k of them.
+    """The direction and the model's own logit of a target other than a probe; a top-k target gives ``k`` of them.
 
     Args:
         asked: a checked target.
-        vector: ``[D]``, the stream after the final norm at its position, in the state's dtype.
-        logits: ``[V]``, the head's output there, in the state's dtype.
+        vector: ``[D]``, the residual stream after the final norm at the target's position, in the state's dtype.
+        logits: ``[V]``, the head's output at the position, in the state's dtype.
         bound: the model.
-        tokenizer: for labels; may be None.
+        tokenizer: the tokenizer for labels; may be None.
     """
 
     def name(token: int) -> str:
@@ -224,7 +240,7 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
     if asked.w is not None:
         w = asked.w.to(vector)
         return [Readout(Target(asked.label, asked.kind, asked.position), w, 0.0, float(w @ vector))]
-    made, rows, bias = [], bound.unembedding.weight, bound.unembedding.bias
+    readouts, rows, bias = [], bound.unembedding.weight, bound.unembedding.bias
     for ids in [asked.ids] if asked.ids is not None else [(int(i),) for i in logits.topk(asked.k).indices]:
         w, logit = rows[ids[0]].to(vector), float(logits[ids[0]])
         constant = 0.0 if bias is None else float(bias[ids[0]])
@@ -232,5 +248,5 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
             w, logit = w - rows[ids[1]].to(vector), logit - float(logits[ids[1]])
             constant -= 0.0 if bias is None else float(bias[ids[1]])
         label = " - ".join(name(token) for token in ids)
-        made.append(Readout(Target(label, asked.kind, asked.position, ids), w.detach(), constant, logit))
-    return made
+        readouts.append(Readout(Target(label, asked.kind, asked.position, ids), w.detach(), constant, logit))
+    return readouts

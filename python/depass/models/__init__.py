@@ -1,1 +1,1 @@
-"""Models: where their modules are, how they are loaded, and what of their own pass is captured."""
+"""Models: the paths of their modules, loading, and capturing their forward pass."""

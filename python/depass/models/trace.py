@@ -1,4 +1,4 @@
-"""What one layer freezes."""
+"""The values that a decomposed pass freezes in one layer."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")  
 
 @dataclass
 class Trace:
-    """What one layer freezes at ``P`` positions of ``B`` prompts; scales in the state's dtype, others in the model's."""
+    """The frozen values of one layer at ``P`` positions of ``B`` prompts.
+
+    Scales have the state's dtype, the other tensors the model's.
+    """
 
     stream: Tensor  # [P, D], the residual stream at the layer's input
-    pattern: Tensor | None = None  # [B, H, T, T], T the longest prompt's length
+    pattern: Tensor | None = None  # [B, H, T, T], where T is the length of the longest prompt
     scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
     mixed: Tensor | None = None  # [P, H·d], the input of the attention's output projection
     hidden: Tensor | None = None  # [P, F]
-    gate_total: Tensor | None = None  # [P, F], where asked for
+    gate_total: Tensor | None = None  # [P, F], for the taylor rule
     after: Tensor | None = None  # [P, D], the residual stream at the layer's output
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Trace:
-        """The same trace with every tensor changed."""
+        """A trace with ``change`` applied to every tensor."""
         changed: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scales"}
         changed = {name: None if tensor is None else change(tensor) for name, tensor in changed.items()}
         return Trace(**changed, scales={name: change(scale) for name, scale in self.scales.items()})
 
     def of(self, first: int, last: int) -> Trace:
-        """What is frozen at positions ``first .. last - 1``, but for the pattern."""
+        """The trace at positions ``first .. last - 1``, without the pattern."""
         return replace(self, pattern=None).map(lambda tensor: tensor[first:last])
 
     def copy_from(self, other: Trace) -> None:
-        """Overwrite every tensor with that of a trace of the same layer and length."""
+        """Overwrite every tensor with that of another trace of the same layer and length."""
         for f in fields(self):
             mine = getattr(self, f.name)
             if isinstance(mine, Tensor):

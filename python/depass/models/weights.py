@@ -1,8 +1,8 @@
-"""A module's weights for the decomposed pass, wherever and however the model keeps them.
+"""A module's weights as numbers for the decomposed pass, also where the model offloads or quantises them.
 
-The model's own pass runs on what it has: accelerate's hooks bring offloaded weights, quantised kernels read packed ones.
-The decomposed pass needs a weight as numbers, on the device where its layer works, and gets it here and nowhere else. What
-had to be read or dequantised for that is a copy, which its user alone holds: one layer's at a time.
+In the model's own pass, accelerate's hooks load offloaded weights and quantised kernels read packed ones. The decomposed
+pass needs each weight as numbers on its layer's device, and gets it only from this module. For an offloaded or quantised
+weight that is a copy; copies of one layer exist at a time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ QUANTIZATIONS = ("bitsandbytes", "torchao")
 
 
 def dense(module: Any, name: str = "weight") -> Tensor | None:
-    """A module's weight or bias as numbers, on the device where the module works; None where there is none.
+    """A module's weight or bias as numbers, on the module's device; None if the module has none.
 
-    The model's own tensor or, of one that is offloaded or quantised, a copy.
+    It is the model's own tensor or, for an offloaded or quantised one, a copy.
     """
     tensor: Tensor | None = getattr(module, name, None)
     if tensor is None:
@@ -36,19 +36,19 @@ def dense(module: Any, name: str = "weight") -> Tensor | None:
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a module with weights works."""
+    """The device that a module with weights runs on."""
     hook = _offloading(module)
     device: torch.device = module.weight.device if hook is None else torch.device(hook.execution_device)
     return device
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the weights elsewhere and brings them for the module's own pass."""
+    """Whether accelerate offloads the weights and loads them for the module's own pass."""
     return _offloading(module) is not None
 
 
 def is_packed(module: Any) -> bool:
-    """Whether a linear module's weight is quantised, or otherwise no matrix of numbers."""
+    """Whether a linear module's weight is quantised, or is not a floating-point matrix for another reason."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in FLOATS:
         return True
@@ -56,12 +56,12 @@ def is_packed(module: Any) -> bool:
 
 
 def is_readable(module: Any) -> bool:
-    """Whether :func:`dense` can give the weight of a linear module as a matrix."""
+    """Whether :func:`dense` can return the weight of a linear module as a matrix."""
     return not is_packed(module) or (_library(module) is not None and not is_offloaded(module))
 
 
 def rounds_inputs(module: Any) -> bool:
-    """Whether a module's kernel rounds what it is given to 8 bits, and not its weight alone."""
+    """Whether a module's kernel rounds its inputs to 8 bits, and not only its weight."""
     weight = module.weight
     names = ("act_quant_kwargs", "activation_quantization")  # of torchao's tensors
     dynamic = any(getattr(weight, name, None) is not None for name in names)
@@ -70,7 +70,7 @@ def rounds_inputs(module: Any) -> bool:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """What the weights and buffers take that are not offloaded, each counted once."""
+    """The bytes of the weights and buffers that are not offloaded, each counted once."""
     held: dict[int, int] = {}
     for module in model.modules():
         if not is_offloaded(module):
@@ -79,13 +79,13 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def brought_bytes(model: nn.Module) -> int:
-    """The most that accelerate brings of the offloaded weights at once: those of the largest module."""
+    """The most bytes of offloaded weights that accelerate loads at once: those of the largest module."""
     offloaded = (module for module in model.modules() if is_offloaded(module))
     return max((sum(tensor.nbytes for tensor in own_tensors(module)) for module in offloaded), default=0)
 
 
 def lent_bytes(module: Any, dtype: torch.dtype) -> int:
-    """What the copy takes that :func:`dense` makes of a linear module's weight, in a model of ``dtype``; 0 where none."""
+    """The bytes of the copy that :func:`dense` makes of a linear module's weight in a model of ``dtype``, or 0."""
     if not is_packed(module):
         return int(module.weight.nbytes) if is_offloaded(module) else 0
     size = 4 if type(module.weight).__name__ == "Int8Params" else torch.finfo(dtype).bits // 8
@@ -94,7 +94,7 @@ def lent_bytes(module: Any, dtype: torch.dtype) -> int:
 
 
 def numbers(model: nn.Module) -> int:
-    """How many weights a model multiplies by, however they are kept."""
+    """The number of weights of a model, also where they are packed."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = {id(module.weight): module for module in linear if is_packed(module)}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
@@ -107,14 +107,14 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _offloading(module: nn.Module) -> Any:
-    """The hook of accelerate that brings a module's own weights, or None."""
+    """The hook of accelerate that loads a module's own weights, or None."""
     hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])  # several, one after the other
-    return next((one for one in hooks if getattr(one, "offload", False) and one.weights_map is not None), None)
+    hooks = getattr(hook, "hooks", [hook])  # a sequential hook holds several
+    return next((each for each in hooks if getattr(each, "offload", False) and each.weights_map is not None), None)
 
 
 def _library(module: Any) -> str | None:
-    """The library that quantised a module's weight, of those that are known."""
+    """The library that quantised a module's weight, if DePass can read it."""
     weight: Any = getattr(module, "weight", None)
     kind = type(weight).__name__
     if (kind == "Params4bit" and weight.quant_state is not None) or (
@@ -132,18 +132,18 @@ def _dequantized(module: Any) -> Tensor:
     if kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = module.state.SCB if weight.SCB is None else weight.SCB  # its first pass takes them from the weight
-        found: Tensor = int8_vectorwise_dequant(weight.data, scales)
+        scales = module.state.SCB if weight.SCB is None else weight.SCB  # the first pass moves them to the state
+        matrix: Tensor = int8_vectorwise_dequant(weight.data, scales)
     elif not _is_multiplied(weight):
-        found = weight.dequantize()
-    else:  # what it multiplies by is its product with the identity
+        matrix = weight.dequantize()
+    else:  # the product with the identity is the weight
         identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        found = functional.linear(identity, weight).T
-    return found
+        matrix = functional.linear(identity, weight).T
+    return matrix
 
 
 def _is_multiplied(weight: Any) -> bool:
-    """Whether a weight of torchao is packed for one kernel, in an order that only it knows."""
+    """Whether a weight of torchao is packed for one kernel, in an order that only that kernel can read."""
     return type(weight).dequantize is Tensor.dequantize or getattr(weight, "act_pre_scale", None) is not None
 
 
@@ -151,13 +151,13 @@ def _from_4_bits(weight: Any) -> Tensor:
     from bitsandbytes import functional as bitsandbytes
 
     data, state = weight.data, weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):  # on some CPUs its first pass packs the weight anew
-        state = copy.copy(state)  # the model's own stays as it is
-        state.original_nested = False  # the scales are what its kernel multiplies by, and not rounded once more
+    if getattr(state, "packing_format_for_cpu", False):  # on some CPUs the first pass repacks the weight
+        state = copy.copy(state)  # the model's own is not changed
+        state.original_nested = False  # the kernel uses these scales, which are not quantised again
         data, state = bitsandbytes._convert_weight_packed_for_cpu_inverse(data, state)
         state.absmax = state.absmax.T.reshape(-1).float()
-    found: Tensor = bitsandbytes.dequantize_4bit(data, state)
-    return found
+    matrix: Tensor = bitsandbytes.dequantize_4bit(data, state)
+    return matrix
 
 
 def _bytes(module: Any, tensor: Any) -> int:
@@ -166,14 +166,14 @@ def _bytes(module: Any, tensor: Any) -> int:
     if type(tensor).__name__ == "Int8Params":
         scales = module.state.SCB if tensor.SCB is None else tensor.SCB
         return int(tensor.nbytes + (0 if scales is None else scales.nbytes))
-    if hasattr(tensor, "__tensor_flatten__"):  # a tensor made of tensors
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor subclass that wraps tensors
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         return sum(_bytes(module, part) for part in inner)
     return int(tensor.nbytes)
 
 
 def _parts(state: Any) -> Iterator[Tensor]:
-    """What bitsandbytes keeps beside 4-bit numbers: scales, which may themselves be quantised."""
+    """The tensors that bitsandbytes keeps beside 4-bit numbers: scales, which may themselves be quantised."""
     for part in vars(state).values():
         if isinstance(part, Tensor):
             yield part

@@ -1,1 +1,1 @@
-"""The decomposed state, and how a layer moves it."""
+"""The decomposed state, and its propagation through a layer."""

@@ -1,4 +1,4 @@
-"""The blocks that a layer's attention and MLP are cut into."""
+"""The blocks in which a layer's attention and MLP are computed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ NEURONS = 128  # blocks of neurons are multiples of it
 
 
 def workspace(workspace_bytes: int | None, device: torch.device) -> int:
-    """The bytes of a block's buffers: as asked for, or the device's."""
+    """The bytes of a block's buffers: as given, or the device's default."""
     return workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
 
 
 def rows_at_once(bound: BoundModel, layer: Layer, workspace: int) -> tuple[int, int]:
-    """How many rows of the attention, and of the MLP, a block's buffers hold: their numbers, and what a cast takes."""
+    """How many rows a block holds in the attention and in the MLP, including the copies that casts make."""
     numbers, width = workspace // (2 * torch.finfo(bound.state_dtype).bits // 8), bound.hidden_size
     attention = layer.value.shape[0] + layer.output.shape[1] + width
     return max(1, numbers // attention), max(1, numbers // (layer.gate.shape[0] + width))
 
 
 def neurons_at_once(neurons: int, fit: int) -> int:
-    """How many of an MLP's neurons a block takes where ``fit`` of them fit.
+    """How many neurons of an MLP a block takes if ``fit`` of them fit into its buffers.
 
-    Slices of the weights then begin at a multiple of 16 bytes, which the libraries' fast products ask for.
+    Slices of the weights begin at a multiple of 16 bytes, which the fast matrix products of the libraries need.
     """
     if fit >= neurons:
         return neurons
@@ -46,7 +46,7 @@ class _SourceBlock:
     _moved: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def rows_on(self, device: torch.device) -> Tensor | None:
-        """:attr:`rows` on a device, copied there once: a copy stops the host until the device has caught up."""
+        """:attr:`rows` on a device, copied only once: each copy makes the host wait for the device."""
         if self.rows is not None and device not in self._moved:
             self._moved[device] = self.rows.to(device)
         return self._moved.get(device)
@@ -71,7 +71,7 @@ class _Kept:
     positions: list[Tensor]  # by staircase
 
     def of(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Which of a block's rows are kept, and which of the kept rows they are. None: the block has all rows."""
+        """The rows of a block that are kept, and their indices among the kept rows; None means a block of all rows."""
         if rows is None:
             return self.rows, torch.arange(len(self.rows), device=self.rows.device)
         place = torch.searchsorted(rows, self.rows).clamp(max=len(rows) - 1)

@@ -1,8 +1,8 @@
-"""Layers' steps recorded as CUDA graphs and replayed: for short prompts, where launches cost more than their work.
+"""Recording the steps of layers as CUDA graphs and replaying them, for short prompts whose launches cost more than the work.
 
-A recorded step reads its trace from buffers and changes the state in place, so replaying it on another prompt of the same
+A recorded step reads its trace from buffers and changes the state in place. So replaying it for another prompt of the same
 layout takes a copy into the buffers and one launch. Recording costs more than a step, so a layout is recorded when it
-comes for the second time.
+occurs for the second time.
 """
 
 from __future__ import annotations
@@ -28,36 +28,37 @@ from .propagate import Propagation
 from .sharing import MLPSharing
 
 ROWS = 1024  # with more, a step's work outlasts its launches (by count of bytes; not measured)
-LAYOUTS = 4  # of which recordings are kept; each holds its state and one layer's buffers
+LAYOUTS = 4  # layouts whose recordings are kept; each holds its state and one layer's buffers
 
 
 class Recorded(Protocol):
-    """Work that was recorded."""
+    """A recorded step."""
 
     def replay(self) -> None:
-        """Do it again, on the memory that it was recorded with."""
+        """Run the step again, on the memory that it was recorded with."""
 
 
-Record = Callable[[Any], AbstractContextManager[Recorded]]  # given a pool of memory, records what is done within
+Record = Callable[[Any], AbstractContextManager[Recorded]]  # takes a memory pool and records what runs inside
 
 
 def refuse_graphs(devices: set[torch.device], quantized: bool) -> None:
-    """Raise an OptionError where the layers of a model whose weights lie on ``devices`` cannot be recorded."""
+    """Raise an OptionError where the layers of a model on ``devices`` cannot be recorded."""
     if len(devices) > 1 or next(iter(devices)).type != "cuda" or quantized:
         raise OptionError(
-            f"cuda_graphs=True needs an unquantised model on one CUDA device, this one {lies_on(devices, quantized)}"
+            f"cuda_graphs=True needs an unquantised model on one CUDA device, but this model {lies_on(devices, quantized)}; "
+            "leave cuda_graphs out"
         )
     if torch.cuda.device_count() > 1:
         raise OptionError(
-            f"cuda_graphs=True is untested where torch sees several GPUs, and here it sees {torch.cuda.device_count()}; "
-            "let it see one (CUDA_VISIBLE_DEVICES=0), or leave cuda_graphs out"
+            f"cuda_graphs=True is not tested with several GPUs, and torch sees {torch.cuda.device_count()}; make only one "
+            "visible (CUDA_VISIBLE_DEVICES=0), or leave cuda_graphs out"
         )
 
 
 def lies_on(devices: set[torch.device], quantized: bool) -> str:
-    """Where a model is, for an error."""
+    """Describe the devices of a model for an error message."""
     where = ", ".join("no device (offloaded)" if device.type == "meta" else str(device) for device in devices)
-    return f"{'is quantised and ' if quantized else ''}lies on {where}"
+    return f"{'is quantised and ' if quantized else ''}is on {where}"
 
 
 @cache
@@ -67,18 +68,18 @@ def _recording_stream(device: int) -> torch.cuda.Stream:
 
 @contextmanager
 def record_cuda_graph(pool: Any) -> Iterator[Recorded]:
-    """Record the kernels that are launched within, without running them."""
+    """Record the kernels launched inside the ``with`` block, without running them."""
     graph, stream = torch.cuda.CUDAGraph(), _recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # the library allocates its workspace with this thread's first product on a stream: not in the graph's own memory
+        # the library allocates its workspace with this thread's first product on a stream; do that outside the graph
         ones = torch.ones(16, 16, device="cuda")
         torch.mm(ones, ones)
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             yield graph
         except BaseException:
-            with suppress(RuntimeError):  # which would hide what went wrong
+            with suppress(RuntimeError):  # which would hide the first error
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -94,10 +95,10 @@ class _Recording:
 
 
 class RecordedPropagation(Propagation):
-    """A propagation for many prompts of one layout: the first one's steps are recorded, the others' replayed.
+    """A propagation for many prompts of one layout: the steps of the first prompt are recorded, and replayed for others.
 
-    A step is recorded anew when its layer's weights have moved. Weights changed in place need no new recording. Steps
-    that the reference does are not recorded: it may wait for the device, which a recording cannot.
+    A step is recorded again when its layer's weights have moved; weights changed in place need no new recording. Steps
+    that the reference backend runs are not recorded, because it may wait for the device.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class RecordedPropagation(Propagation):
         self._recordings: dict[int, _Recording] = {}
 
     def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
-        """Begin with the one decomposition of a prompt, in the memory of the prompt before."""
+        """Start with the only decomposition of a prompt, in the memory of the previous prompt."""
         if self.layout is None:
             super().join(joining, trace)
             return
@@ -125,7 +126,7 @@ class RecordedPropagation(Propagation):
             self._operand.copy_(self.state)
 
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
-        """See :meth:`Propagation.attention`: by the layer's recording where there is one. The state stays whole."""
+        """See :meth:`Propagation.attention`; replays the layer's recording if there is one. All rows are kept."""
         recording = self._recording_of(index)
         if recording is None:
             super().attention(index, trace)
@@ -134,7 +135,7 @@ class RecordedPropagation(Propagation):
             recording.attention.replay()
 
     def mlp(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
-        """See :meth:`Propagation.mlp`: by the layer's recording, which is made where there is none yet."""
+        """See :meth:`Propagation.mlp`; replays the layer's recording, or makes one if there is none yet."""
         recording = self._recording_of(index)
         if recording is not None:
             recording.mlp.replay()
@@ -149,7 +150,7 @@ class RecordedPropagation(Propagation):
 
     def _recorded(self, index: int, trace: Trace) -> _Recording:
         buffers = replace(trace, mixed=None, after=None).map(torch.clone)
-        device = trace.stream.device  # where the stream is that records
+        device = trace.stream.device  # of the CUDA stream that records
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             with self._record(self._pool) as attention:
                 super().attention(index, buffers)
@@ -163,13 +164,13 @@ class Recordings:
 
     def __init__(self, bound: BoundModel, record: Record = record_cuda_graph) -> None:
         self.bound, self._record = bound, record
-        self._idle: OrderedDict[Any, RecordedPropagation | None] = OrderedDict()  # None: came once, or is lent
+        self._idle: OrderedDict[Any, RecordedPropagation | None] = OrderedDict()  # None: occurred once, or is lent
         self._lock = threading.Lock()
 
     def lend(
         self, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None
     ) -> RecordedPropagation | None:
-        """A propagation for one decomposition at the start of a layer, where its layout is small and came before."""
+        """A recorded propagation for one decomposition at the start of a layer; None for a large or a new layout."""
         weight = self.bound.layers[0].down.module.weight
         if layout.rows > ROWS or (self._record is record_cuda_graph and weight.device.type != "cuda"):
             return None
@@ -188,7 +189,7 @@ class Recordings:
         return RecordedPropagation(self.bound, sharing, workspace_bytes, layout, key, self._record, pool)
 
     def give_back(self, propagation: Propagation) -> None:
-        """Keep a lent propagation for the next prompt of its layout. Its state is read by then."""
+        """Keep a lent propagation for the next prompt of its layout; its state must not be read afterwards."""
         if isinstance(propagation, RecordedPropagation):
             with self._lock:
                 if propagation.key in self._idle:

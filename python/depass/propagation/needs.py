@@ -1,4 +1,4 @@
-"""How much memory there is, what a run needs of it, and what an allocation that failed asked for."""
+"""The memory that a run needs, and the memory available for it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .propagate import KEYS
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a run takes beside the model's weights.
+    """The bytes that a run needs besides the model's weights.
 
     Attributes:
         state_bytes: the decomposed state ``[R, D]``.
-        pass_bytes: of the model's own pass over the prompts, at its largest: patterns and hidden vectors of one layer.
-        buffer_bytes: blocks of values and gates, a weight while it is folded, and of a layer with offloaded or quantised
-            weights the copies that are made of them.
+        pass_bytes: the peak of the model's own pass over the prompts: patterns and hidden vectors of one layer.
+        buffer_bytes: blocks of values and gates, a weight while it is folded, and the copies of a layer's offloaded or
+            quantised weights.
     """
 
     state_bytes: int
@@ -32,16 +32,16 @@ class Needs:
 
     @property
     def total_bytes(self) -> int:
-        """All of it together, at its largest."""
+        """The sum of these bytes."""
         return self.state_bytes + self.pass_bytes + self.buffer_bytes
 
 
 def needs(
     bound: BoundModel, rows: int, lengths: Sequence[int], workspace_bytes: int | None, device: torch.device
 ) -> Needs:
-    """What a state of so many rows takes, on its way through the model with prompts of these lengths.
+    """The bytes that a state of ``rows`` rows needs, for prompts of these lengths.
 
-    From shapes alone: no weight is read.
+    They follow from shapes; no weight is read.
     """
     layer = bound.widest_layer
     (neurons, width), values, heads = layer.gate.shape, layer.value.shape[0], layer.output.shape[1]
@@ -50,13 +50,13 @@ def needs(
     blocks = max(min(rows, attention) * (product * (values + heads + width) + number * width),
                  min(rows, mlp) * (neurons * (product + number) + width * product))  # fmt: skip
     folded = max(neurons, values) * width * (number + product)
-    folded += max(sum(weights.lent_bytes(part.module, bound.dtype) for part in one.projections) for one in bound.layers)
+    folded += max(sum(weights.lent_bytes(p.module, bound.dtype) for p in layer.projections) for layer in bound.layers)
     padded = len(lengths) * max(lengths)
     patterns = bound.num_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
     activations = padded * (4 * neurons + 8 * width) * own
-    kept = patterns * own * (2 if device.type in KEYS else 1)  # and once more with longer rows
-    with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are made
+    kept = patterns * own * (2 if device.type in KEYS else 1)  # on CUDA a second copy with padded rows
+    with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
     if bound.parallel:
         with_rows += rows * values * product
     return Needs(
@@ -67,5 +67,5 @@ def needs(
 
 
 def room(bound: BoundModel) -> int:
-    """Bytes that a run may take beside the model's weights, on the device with the least of those where layers work."""
+    """The bytes available to a run besides the model's weights, on the layers' device that has the least."""
     return min(free_memory(device) for device in bound.devices) - arriving_bytes(bound)

@@ -1,10 +1,10 @@
-"""The decomposed state and how a layer moves it: the six steps of a layer, with what is frozen taken from its trace.
+"""The decomposed state and its propagation through a layer, with the frozen values of the layer's trace.
 
-The state is ``[R, D]`` rows of a staircase, in fp32 (fp64 models: fp64). No other buffer grows with ``R``: the attention
-runs on blocks of sources (it is linear, and each source goes its own way), the MLP on blocks of positions and, where one
-position alone is too large, of neurons (sharing couples the sources of one position and neuron only). Neither changes a
-result beyond rounding. The exception is a layer whose attention and MLP stand side by side (GPT-NeoX): there the layer's
-values ``[R, K·d]`` are taken, in the model's dtype, before the MLP changes the state that they are made of.
+The state has ``[R, D]`` rows in the packed (staircase) layout, in fp32 (fp64 for fp64 models). No other buffer grows with
+``R``. The attention runs on blocks of sources, because it is linear and each source is independent. The MLP runs on blocks
+of positions, because sharing couples only the sources of one position and neuron; where one position is too large, also on
+blocks of neurons. Blocks change results only by rounding. The exception are layers with parallel attention and MLP
+(GPT-NeoX): their values ``[R, K·d]`` are computed for all rows, in the model's dtype, before the MLP changes the state.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from ..sources.source import Decomposition
 from .blocks import _Kept, _PositionBlock, _SourceBlock, neurons_at_once, rows_at_once, workspace
 from .sharing import MLPSharing
 
-KEYS = {"cuda": 16}  # by device: the pattern's rows are multiples of it
+KEYS = {"cuda": 16}  # by device: the pattern's rows are padded to a multiple of it
 
 
 def with_rows_in_runs(pattern: Tensor, run: int) -> Tensor:
-    """A pattern ``[B, H, N, N]`` whose rows are whole runs of keys, so that kernels read a run at once.
+    """Pad the rows of a pattern ``[B, H, N, N]`` to a multiple of ``run`` keys, so that kernels read ``run`` keys at once.
 
-    ``[B, H, N, W]`` with zeros behind the ``N`` keys, where ``N`` is no multiple of ``run``; else itself.
+    Returns:
+        ``[B, H, N, W]`` with zeros after the ``N`` keys; the pattern itself if ``N`` is a multiple of ``run``.
     """
     n = pattern.shape[-1]
     if n % run == 0:
@@ -41,16 +42,16 @@ def with_rows_in_runs(pattern: Tensor, run: int) -> Tensor:
 
 
 class Propagation:
-    """A decomposed state on its way through a model. Call :meth:`attention`, then :meth:`mlp` for each layer in turn.
+    """A decomposed state and its propagation through a model: call :meth:`attention`, then :meth:`mlp`, for each layer.
 
-    Several decompositions, of one prompt or of several, go side by side: each a staircase that joins when its layer comes.
+    It holds several decompositions, of one prompt or of several. Each is one staircase, which joins at its layer.
 
     Args:
         bound: the model.
-        sharing: how the MLP is shared out.
-        workspace_bytes: the size of a block's buffers; never changes a result beyond rounding.
-        lengths: of the prompts, whose positions lie one behind the other in every trace.
-        rows: how many rows all decompositions have together.
+        sharing: the rule that shares MLP outputs among the sources.
+        workspace_bytes: the size of a block's buffers; it changes results only by rounding.
+        lengths: the prompts' numbers of tokens; their positions follow one another in every trace.
+        rows: the number of rows of all decompositions together.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class Propagation:
     ) -> None:
         self.bound, self.sharing, self.workspace_bytes = bound, sharing, workspace_bytes
         self.layout: SourceLayout | None = None
-        self.state = torch.empty(0, device="cpu")  # [R, D], of what has joined
-        self.served: dict[str, set[str]] = {}  # which backends did each op
+        self.state = torch.empty(0, device="cpu")  # [R, D], of the decompositions that have joined
+        self.served: dict[str, set[str]] = {}  # by op, the backends used
         self._widest = bound.widest_layer
         self._rows, self.prompt_start = rows, [0, *itertools.accumulate(lengths)]
         self._memory = torch.empty(0, device="cpu")  # [rows, D]
-        self._positions: list[Tensor] = []  # of each staircase, those of its prompt that it has
-        self._where: Tensor | None = None  # [P], which position of a trace each position is; None: the same one
+        self._positions: list[Tensor] = []  # by staircase, the positions of its prompt that it has
+        self._where: Tensor | None = None  # [P], the position in a trace of each position; None: the same
         self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
         self._source_blocks: list[_SourceBlock] = []
         self._position_blocks: list[_PositionBlock] = []
@@ -73,11 +74,12 @@ class Propagation:
         )
 
     def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
-        """Let decompositions begin: ``(decomposition, which prompt)`` each, behind those that are on their way.
+        """Add decompositions, after those that have joined before.
 
         Args:
-            joining: at least one; their sources 0 are bias sources where the model has one.
-            trace: of the layer at hand, on its device.
+            joining: pairs of a decomposition and the index of its prompt, at least one. Source 0 of each decomposition is
+                the bias source if the model has biases.
+            trace: the trace of the current layer, on its device.
         """
         layouts: list[SourceLayout] = []
         prompts: list[int] = []
@@ -87,13 +89,13 @@ class Propagation:
             self._to(trace.stream.device)
             layouts, prompts = [self.layout], self.layout.prompt.tolist()
         end = len(self.state)
-        for made, prompt in joining:
-            rows = self._memory[end : end + made.layout.rows]
-            made.fill(rows.zero_(), trace.of(self.prompt_start[prompt], self.prompt_start[prompt + 1]))
-            end += made.layout.rows
-            layouts.append(made.layout)
+        for parts, prompt in joining:
+            rows = self._memory[end : end + parts.layout.rows]
+            parts.fill(rows.zero_(), trace.of(self.prompt_start[prompt], self.prompt_start[prompt + 1]))
+            end += parts.layout.rows
+            layouts.append(parts.layout)
             prompts.append(prompt)
-            self._positions.append(torch.arange(made.layout.positions, device="cpu"))
+            self._positions.append(torch.arange(parts.layout.positions, device="cpu"))
         joined = layouts[0] if len(layouts) == 1 and prompts == [0] else SourceLayout.concat(layouts, prompts)
         self._lay_out(joined, end)
         self._operand = self._room_for_operand()
@@ -101,7 +103,7 @@ class Propagation:
             self._operand.copy_(self.state)
 
     def _lay_out(self, layout: SourceLayout, rows: int) -> None:
-        """The first rows of the memory are the state from now on."""
+        """Make the first ``rows`` rows of the memory the state."""
         self.layout, self.state, self._operand = layout, self._memory[:rows], None
         prompts = zip(layout.prompt.tolist(), self._positions, strict=True)
         where = torch.cat([self.prompt_start[prompt] + positions for prompt, positions in prompts])
@@ -110,7 +112,7 @@ class Propagation:
         self._source_blocks, self._position_blocks = [], []
 
     def _room_for_operand(self) -> Tensor | None:
-        """Memory for the state in the GEMMs' dtype, which every update then leaves there: no pass to cast it is needed."""
+        """Memory for the state in the dtype of the GEMMs; every update also writes it, so no separate cast is needed."""
         one_block = len(self._blocks_of_sources()) == 1 and len(self._blocks_of_positions()) == 1
         whole = one_block and self._position_blocks[0].neurons == self._widest.gate.shape[0]
         if not whole or self.bound.product_dtype == self.state.dtype or self.bound.parallel:
@@ -118,22 +120,22 @@ class Propagation:
         return torch.empty_like(self.state, dtype=self.bound.product_dtype)
 
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
-        """Move the state through the attention of layer ``index``, in place, if anything has joined.
+        """Propagate the state through the attention of layer ``index``, in place (docs/method.md, equation 3).
 
-        Where attention and MLP stand side by side (GPT-NeoX) both read the layer's input, so the values are taken here,
-        before the MLP changes it, and :meth:`mlp` mixes them.
+        It does nothing before a decomposition has joined. Parallel attention and MLP (GPT-NeoX) both read the layer's
+        input, so the values are computed here, before the MLP changes the state, and :meth:`mlp` mixes them.
 
         Args:
-            index: from 0.
-            trace: what is frozen there, on the layer's device.
-            read: of the last layer, the positions of every staircase that are read after it: the only ones that the
-                state has from then on. None: all.
+            index: the layer, from 0.
+            trace: the frozen values of the layer, on its device.
+            read: for the last layer, the positions of every staircase that are read after it; the state may drop the
+                others. None keeps all.
         """
         layer = self.bound.layers[index]
         if self.layout is None:
             return
         with backends.record(self.served):
-            self._to(layer.device)  # a model may be spread over several
+            self._to(layer.device)  # a model may be spread over several devices
             attention = _Attention(self, layer, trace)
             if self.bound.parallel:
                 values = [attention.values(block) for block in self._blocks_of_sources()]
@@ -146,13 +148,16 @@ class Propagation:
             attention.add_bias(trace)
 
     def mlp(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
-        """Move the state through the MLP of layer ``index``, in place, if anything has joined. See :meth:`attention`."""
+        """Propagate the state through the MLP of layer ``index``, in place (docs/method.md, equation 4).
+
+        Arguments as for :meth:`attention`.
+        """
         if self.layout is None:
             return
         with backends.record(self.served):
             self._to(self.bound.layers[index].device)
             kept = self._kept(read)
-            self._narrow(kept)  # also what joined behind the attention
+            self._narrow(kept)  # also the decompositions that joined after the attention
             self._mlp(self.bound.layers[index], trace)
             if self._beside_mlp is not None:
                 (attention, blocks, values), self._beside_mlp = self._beside_mlp, None
@@ -161,15 +166,15 @@ class Propagation:
                 attention.add_bias(trace)
 
     def _kept(self, read: Sequence[Sequence[int]] | None) -> _Kept | None:
-        """The rows of the positions that are read, where they are not most of all."""
+        """The rows of the positions that are read, or None if they are more than half of all rows."""
         if read is None:
             return None
         assert self.layout is not None
-        wanted = [torch.tensor(some, device="cpu") for some in read]
-        positions = [have[torch.isin(have, some)] for have, some in zip(self._positions, wanted, strict=False)]
+        wanted = [torch.tensor(positions, device="cpu") for positions in read]
+        positions = [held[torch.isin(held, chosen)] for held, chosen in zip(self._positions, wanted, strict=False)]
         first = self.layout.position_start.tolist()
-        where = [begin + torch.searchsorted(have, some)
-                 for begin, have, some in zip(first[:-1], self._positions, positions, strict=True)]  # fmt: skip
+        where = [begin + torch.searchsorted(held, chosen)
+                 for begin, held, chosen in zip(first[:-1], self._positions, positions, strict=True)]  # fmt: skip
         layout, rows = self.layout.select_positions(where)
         if 2 * len(rows) > self.layout.rows:
             return None
@@ -195,7 +200,7 @@ class Propagation:
         return self.state[int(self.layout.row_start[first]) : int(self.layout.row_start[first + 1])]
 
     def at(self, scale: Tensor | None) -> Tensor | None:
-        """A trace's ``[P]`` or ``[P, ...]`` at the positions of the layout."""
+        """The entries of a trace's ``[P]`` or ``[P, ...]`` at the positions of the layout."""
         return scale if scale is None or self._where is None else scale.index_select(0, self._where)
 
     def _mlp(self, layer: Layer, trace: Trace) -> None:
@@ -210,13 +215,15 @@ class Propagation:
 
         neurons = len(gate_weight)
         for block in self._blocks_of_positions():
-            here = slice(block.first, block.last)
-            there = here if self._where is None else self._where[here]  # in the trace
+            positions = slice(block.first, block.last)
+            in_trace = positions if self._where is None else self._where[positions]
             rows = state[block.begin : block.end]
             operand = self._operand
-            if operand is None:  # where neurons come in turn, the later ones read the state as it was
+            if (
+                operand is None
+            ):  # with blocks of neurons, later blocks must read the state before the first one's update
                 operand = rows.to(dtype, copy=block.neurons < neurons)
-            block_scale = None if scale is None else scale[here]
+            block_scale = None if scale is None else scale[positions]
             for f in range(0, neurons, block.neurons):
                 n = slice(f, min(f + block.neurons, neurons))
                 gate = matmul(operand, gate_weight[n])  # [rows, n]
@@ -224,12 +231,12 @@ class Propagation:
                     _add_constant(gate, constant[n], block.layout, block_scale)
                 shared = share_hidden(
                     gate,
-                    hidden[there, n],
+                    hidden[in_trace, n],
                     block.layout,
                     gate_scale=block_scale,
                     rule=self.sharing.rule,
                     temperature=self.sharing.temperature,
-                    gate_total=None if trace.gate_total is None else trace.gate_total[there, n],
+                    gate_total=None if trace.gate_total is None else trace.gate_total[in_trace, n],
                     out=gate if gate.dtype == dtype else gate.new_empty(gate.shape, dtype=dtype),
                     backend=self.sharing.backend,
                 )
@@ -238,12 +245,12 @@ class Propagation:
 
     def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
         backend = backends.named_for("residual_update", self.sharing.backend)
-        # of some rows alone the state is narrowed next, and its copy is dropped
+        # an update of some rows is followed by narrowing the state, which drops its copy
         cast = self._operand if rows is None else None
         residual_update(state, operand, weight, rows=rows, cast=cast, backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
-        """Give a sublayer's output bias to the bias source, through the norm on the output where there is one."""
+        """Add a sublayer's output bias to the bias source, through the norm on the output if there is one."""
         bias = projection.bias
         if bias is None:
             return
@@ -275,9 +282,9 @@ class Propagation:
             gates = allowed // (2 * self.state.element_size())  # numbers
             for first, last in self.layout.position_blocks(at_once):
                 begin, end = int(self.layout.row_start[first]), int(self.layout.row_start[last])
-                some = neurons_at_once(neurons, gates // (end - begin))
+                block_neurons = neurons_at_once(neurons, gates // (end - begin))
                 part = self.layout.slice_positions(first, last)
-                self._position_blocks.append(_PositionBlock(part, first, last, begin, end, some))
+                self._position_blocks.append(_PositionBlock(part, first, last, begin, end, block_neurons))
         return self._position_blocks
 
 
@@ -307,9 +314,9 @@ class _Attention:
         return values
 
     def mix(self, block: _SourceBlock, values: Tensor, kept: _Kept | None, narrowed: bool = False) -> None:
-        """Mix a block's values and add what comes out to the state, to the kept rows only where it says which.
+        """Mix a block's values and add the result to the state; with ``kept``, only to the kept rows.
 
-        ``narrowed`` says that the state has no others any more.
+        ``narrowed``: the state holds only the kept rows.
         """
         state, heads = self.propagation.state, self.propagation.bound.num_heads
         mixed = mix_values(
@@ -333,19 +340,19 @@ class _Attention:
 
 
 def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection with the norm before it folded in: ``γ``, and for LayerNorm the centring."""
+    """A projection's weight with the norm on its input folded in: ``γ``, and for LayerNorm the centring."""
     weight = projection.weight
     return (weight if norm is None else norm.fold(weight.to(_at_least_fp32(dtype)))).to(dtype)
 
 
 def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection with the ``γ`` of the norm on its output folded in."""
+    """A projection's weight with the ``γ`` of the norm on its output folded in."""
     weight = into_stream(projection.weight, norm, dtype if norm is None else _at_least_fp32(dtype))
     return weight.to(dtype).contiguous()  # GPT-2 stores its projections transposed
 
 
 def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
-    """What a projection puts out without reading the stream, ``W β + b``, or None: it belongs to the bias source."""
+    """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None."""
     beta, bias = None if norm is None else norm.beta(), projection.bias
     parts = [] if beta is None else [projection.weight.to(dtype) @ beta.to(dtype)]
     if bias is not None:

@@ -1,4 +1,4 @@
-"""How the MLP's output is shared out."""
+"""How an MLP's output is shared among the sources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MLPSharing:
-    """How the MLP's output is shared out among the sources, and what does the work."""
+    """The rule that shares an MLP neuron's output among the sources (docs/method.md, equation 4), and the backend."""
 
     rule: str = "softmax"
     temperature: float = 0.1

@@ -1,1 +1,1 @@
-"""What comes out: scores with what is needed to read, save and draw them."""
+"""Results: scores, and how to read, save and draw them."""

@@ -1,4 +1,4 @@
-"""The result of an attribution: scores that add up to logits, with what is needed to read, save and draw them."""
+"""The result of an attribution: scores that add up to logits, and how to read, save and draw them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from .common import ScoredResult, check_shape, common, judged, listed
 
 @dataclass(frozen=True, eq=False)
 class Attribution(ScoredResult):
-    """How much each source contributed to each target's logit.
+    """The score of each source for each target: ``Σ_m scores[t, m] = logit[t]`` (docs/method.md, equation 6).
 
     Attributes:
-        scores: ``[targets, sources]`` fp32 on the CPU, signed, in logits; a row adds up to its target's logit. A
-            baseline's are in units of its own and promise no sum.
-        sources: what the columns are.
-        targets: what the rows are.
+        scores: ``[targets, sources]`` fp32 on the CPU, signed, in logits. A row adds up to its target's logit. The scores
+            of a baseline have other units and need not add up.
+        sources: the sources, one per column.
+        targets: the targets, one per row.
         target_logits: ``[targets]`` fp32, the model's own logits, before any soft-capping of its head.
-        conservation_error: ``[targets]`` fp32, ``|Σ scores - logit| / max(|logit|, Σ |scores|)``, measured before the
-            scores were rounded to fp32; NaN for a baseline.
+        conservation_error: ``[targets]`` fp32, the conservation error (completeness),
+            ``|Σ scores - logit| / max(|logit|, Σ |scores|)``, measured before the scores were rounded to fp32; NaN for a
+            baseline.
         prompt: the prompt's tokens and text.
-        settings: how it was made.
+        settings: the settings of the attribution.
     """
 
     scores: Tensor
@@ -53,15 +54,20 @@ class Attribution(ScoredResult):
         )
 
     def aggregate(self, unit: str) -> Attribution:
-        """Sum token scores up to words or sentences (``"word"``, ``"sentence"``); rows still add up to their logits.
+        """Sum token scores to words or sentences; rows still add up to their logits.
 
-        This is not the attribution of ``sources=unit``: there the words themselves share the MLPs.
+        The scores differ from those of ``sources=unit``: there words or sentences compete for each neuron, here tokens do.
+
+        Args:
+            unit: ``"word"``, ``"sentence"`` or ``"token"``.
 
         Raises:
-            SourceError: an unknown unit, a prompt without text, or sources that are no tokens.
+            SourceError: the unit is unknown, the prompt has no text, or the sources are not tokens.
         """
         if any(source.kind not in ("token", "bias") for source in self.sources):
-            raise SourceError(f"aggregate({unit!r}) sums up token scores, these sources are no tokens")
+            raise SourceError(
+                f"aggregate({unit!r}) sums token scores, but these sources are not tokens; attribute with sources='token'"
+            )
         kept = [i for i, source in enumerate(self.sources) if source.kind == "bias"]
         groups = [(self.sources[i], [i]) for i in kept]
         for begin, end in self.prompt.segments(unit):
@@ -76,7 +82,7 @@ class Attribution(ScoredResult):
         )
 
     def show(self, file: TextIO | None = None, width: int | None = None) -> None:
-        """Print the scores of every target over the prompt, in colour where ``file`` (stdout) is a terminal."""
+        """Print the prompt with the scores of every target, in colour if ``file`` (by default stdout) is a terminal."""
         from ..views.terminal import show
 
         show(self, file, width)
@@ -86,7 +92,7 @@ class Attribution(ScoredResult):
         return attribution_view(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and strings, as ``depass attribute --json`` prints them."""
+        """The result as a dict of plain values, as ``depass attribute --json`` prints it."""
         return {
             "format": self.FORMAT,
             "settings": asdict(self.settings),
@@ -103,7 +109,7 @@ class Attribution(ScoredResult):
         return self.sources[index]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """A row of a table for each target and source."""
+        """One table row per target and source."""
         for target, row in zip(self.targets, self.scores.tolist(), strict=True):
             for source, score in zip(self.sources, row, strict=True):
                 yield {
@@ -112,7 +118,7 @@ class Attribution(ScoredResult):
                 }  # fmt: skip
 
     def to_captum(self) -> Any:
-        """captum's ``LLMAttributionResult``: see :mod:`depass.views.exports`.
+        """The result as captum's ``LLMAttributionResult``; see :mod:`depass.views.exports`.
 
         Raises:
             DePassError: captum is not installed.
@@ -122,7 +128,7 @@ class Attribution(ScoredResult):
         return to_captum(self)
 
     def to_inseq(self) -> Any:
-        """inseq's ``FeatureAttributionOutput``: see :mod:`depass.views.exports`.
+        """The result as inseq's ``FeatureAttributionOutput``; see :mod:`depass.views.exports`.
 
         Raises:
             DePassError: inseq is not installed.
@@ -132,7 +138,7 @@ class Attribution(ScoredResult):
         return to_inseq(self)
 
     def to_circuitsvis(self) -> Any:
-        """CircuitsVis's coloured tokens: see :mod:`depass.views.exports`.
+        """The result as CircuitsVis's coloured tokens; see :mod:`depass.views.exports`.
 
         Raises:
             DePassError: CircuitsVis is not installed.
@@ -145,10 +151,11 @@ class Attribution(ScoredResult):
     def from_saved(cls, tensors: dict[str, Any], said: dict[str, Any]) -> Attribution:
         """See :meth:`Result.from_saved`."""
         check_shape(tensors["scores"], said["targets"], said["sources"])
-        sources, length = tuple(Source(**one) for one in said["sources"]), len(said["prompt"]["tokens"])
+        sources, length = tuple(Source(**fields) for fields in said["sources"]), len(said["prompt"]["tokens"])
         for source in sources:
             if source.start is not None and not 0 <= source.start < (source.end or 0) <= length:
                 raise ValueError(
-                    f"its source {source.label!r} lies at {source.start} to {source.end} of {length} tokens"
+                    f"its source {source.label!r} covers tokens {source.start} to {source.end}, but its prompt has "
+                    f"{length} tokens"
                 )
         return cls(**tensors, sources=sources, **common(said))

@@ -1,4 +1,4 @@
-"""What results have in common: a base that saves, loads and shows them, and what their files have in common."""
+"""The base classes of results, and the parts of their files that all results share."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ AnyResult = TypeVar("AnyResult", bound="Result")
 class Result(ABC):
     """A result that can be saved and shown as a page.
 
-    A class says what its files are called (``FORMAT``), which tensors they hold (``TENSORS``) and what else (``to_dict``),
-    and how to make a result of them again (``from_saved``).
+    A subclass defines the format of its files (``FORMAT``), their tensors (``TENSORS``) and other values (``to_dict``),
+    and how to make a result from them (``from_saved``).
     """
 
     FORMAT: ClassVar[str]
@@ -35,35 +35,35 @@ class Result(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and strings."""
+        """The result as a dict of plain values."""
 
     @abstractmethod
     def page_view(self) -> View:
-        """What a page shows of it: for :func:`depass.views.page.render`, which can show several."""
+        """The view of the result for :func:`depass.views.page.render`, which can put several on one page."""
 
     @classmethod
     @abstractmethod
     def from_saved(cls: type[AnyResult], tensors: dict[str, Any], said: dict[str, Any]) -> AnyResult:
-        """A result of its tensors and what ``to_dict`` said of it.
+        """Make a result from its tensors and the values of ``to_dict``.
 
         Raises:
-            ValueError: the two do not fit.
+            ValueError: the tensors and the values are inconsistent.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps as tensors, by name."""
+        """The tensors of a saved file, by name."""
         return {name: getattr(self, name) for name in self.TENSORS}
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One standalone page; written to ``path`` where given.
+        """The result as a standalone HTML page, which is also written to ``path`` if given.
 
         Raises:
-            OutputError: the path cannot be written, or a score is no number.
+            OutputError: the path cannot be written, or a score is NaN or infinite.
         """
         return render([(kind_of(self.FORMAT), self.page_view())], path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it whole as safetensors with JSON metadata; :meth:`load` reads it.
+        """Write the result atomically as safetensors with JSON metadata; :meth:`load` reads it.
 
         Raises:
             OutputError: the path cannot be written.
@@ -72,16 +72,16 @@ class Result(ABC):
 
     @classmethod
     def load(cls: type[AnyResult], path: str | os.PathLike[str]) -> AnyResult:
-        """Read what :meth:`save` wrote; needs no model.
+        """Read a result that :meth:`save` wrote; this needs no model.
 
         Raises:
-            OutputError: the file cannot be read or is of another kind.
+            OutputError: the file cannot be read or holds another kind of result.
         """
         return load_result(path, cls.FORMAT, cls.TENSORS, cls.from_saved)
 
 
 class ScoredResult(Result):
-    """A result whose scores ``[targets, ...]`` are each a source's."""
+    """A result with scores ``[targets, ...]``; every score of a target belongs to one source."""
 
     TOP: ClassVar[int]
 
@@ -90,24 +90,33 @@ class ScoredResult(Result):
 
     @abstractmethod
     def records(self) -> Iterator[dict[str, Any]]:
-        """A row of a table for each target and source."""
+        """One table row per target and source."""
 
     @abstractmethod
     def source_at(self, index: int) -> Source:
-        """What the score at ``index`` of a target's flattened scores is of."""
+        """The source of the score at ``index`` of a target's flattened scores."""
 
     def row(self, target: int) -> int:
-        """A target's number, checked.
+        """The checked index of a target.
 
         Raises:
-            TargetError: there is none of that number.
+            TargetError: the index is out of range.
         """
         if not -len(self.targets) <= target < len(self.targets):
-            raise TargetError(f"target {target} is out of range, there are {len(self.targets)}")
+            raise TargetError(f"target {target} is out of range: the number of targets is {len(self.targets)}")
         return target
 
     def top(self, k: int | None = None, target: int = 0) -> list[tuple[Source, float]]:
-        """The ``k`` sources with the largest scores by absolute value, in logits, largest first (5; of a sweep 10)."""
+        """The ``k`` sources with the largest absolute scores, largest first, with their signed scores in logits.
+
+        Args:
+            k: the number of sources; by default 5, and 10 for a sweep.
+            target: the index of the target.
+
+        Raises:
+            SourceError: ``k`` is less than 1.
+            TargetError: the index is out of range.
+        """
         k = self.TOP if k is None else k
         if k < 1:
             raise SourceError(f"top({k}): k must be at least 1")
@@ -116,7 +125,7 @@ class ScoredResult(Result):
         return [(self.source_at(index), float(scores[index])) for index in best]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per target and source: labels, where it is, score in logits.
+        """A pandas DataFrame with one row per target and source: labels, positions, and the score in logits.
 
         Raises:
             DePassError: pandas is not installed.
@@ -130,38 +139,42 @@ class ScoredResult(Result):
 
 
 def judged(settings: Settings, error: Tensor) -> str:
-    """How well scores add up, in words, or which method promises nothing of the kind."""
+    """The conservation error as text, or the name of a method whose scores need not add up."""
     return f"conservation error {float(error.max()):.1e}" if settings.adds_up else f"by {settings.method}"
 
 
 def listed(numbers: Tensor) -> Any:
-    """Nested lists, or None for what a baseline does not have: JSON knows no NaN."""
+    """Nested lists, or None where all are NaN (a baseline's): JSON has no NaN."""
     return None if bool(numbers.isnan().all()) else numbers.tolist()
 
 
 def check_shape(scores: Tensor, *axes: Sized) -> None:
-    """Refuse a file whose scores are not of what it says that they are.
+    """Check that the scores of a file have the shape of their labels.
 
     Raises:
-        ValueError: a dimension of the scores is not as long as its axis.
+        ValueError: a dimension of the scores differs in length from its axis.
     """
     wanted = tuple(map(len, axes))
     if scores.shape != wanted:
-        raise ValueError(f"its scores are {tuple(scores.shape)}, and it names {wanted}")
+        raise ValueError(f"its scores have shape {tuple(scores.shape)}, but its labels have shape {wanted}")
 
 
 def common(described: dict[str, Any]) -> dict[str, Any]:
-    """Targets, prompt and settings of a result, from what ``to_dict`` said of them.
+    """Targets, prompt and settings of a result, from the values of ``to_dict``.
 
     Raises:
-        ValueError: a target lies where the prompt has no token.
+        ValueError: the position of a target is out of range.
     """
     prompt = described["prompt"]
     for target in described["targets"]:
         if not 0 <= target["position"] < len(prompt["tokens"]):
-            raise ValueError(f"its target at {target['position']} is behind no token of {len(prompt['tokens'])}")
+            raise ValueError(
+                f"its target position {target['position']} is out of range: its prompt has {len(prompt['tokens'])} tokens"
+            )
     return {
-        "targets": tuple(Target(**{**one, "token_ids": tuple(one["token_ids"])}) for one in described["targets"]),
+        "targets": tuple(
+            Target(**{**fields, "token_ids": tuple(fields["token_ids"])}) for fields in described["targets"]
+        ),
         "prompt": Prompt(
             ids=tuple(prompt["ids"]),
             tokens=tuple(prompt["tokens"]),

@@ -1,4 +1,4 @@
-"""The result of a generation: what a model generated, and what each of its tokens is owed to."""
+"""The result of a generation: the generated tokens, and the attribution of each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .common import Result
 
 @dataclass(frozen=True, eq=False)
 class Generation(Result):
-    """What a model generated, and what each of its tokens is owed to.
+    """The tokens that a model generated, and the attribution of each.
 
     Attributes:
-        text: what was generated, special tokens included.
-        tokens: each generated token's piece of it.
+        text: the generated text, special tokens included.
+        tokens: the generated tokens' pieces of the text.
         ids: the generated tokens' ids.
-        attribution: a target for each generated token, in order; its sources are the prompt's tokens or spans and the
-            generated tokens but the last, which is the source of nothing. Logits are the model's own, before a
-            temperature or any other change that sampling made to them.
+        attribution: the attribution, with one target per generated token, in order. Its sources are the prompt's tokens
+            or spans and all generated tokens except the last, which no other token follows. Logits are the model's own,
+            before a temperature or any other change by sampling.
     """
 
     text: str
@@ -41,13 +41,13 @@ class Generation(Result):
         return generation_view(self.attribution, self.tokens)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The attribution's."""
+        """The tensors of the attribution, by name."""
         return self.attribution.tensors()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and strings: the attribution's, and what was generated."""
-        made = {"text": self.text, "tokens": list(self.tokens), "ids": list(self.ids)}
-        return {**self.attribution.to_dict(), "format": self.FORMAT, **made}
+        """The attribution as a dict of plain values, with the generated text, tokens and ids."""
+        generated = {"text": self.text, "tokens": list(self.tokens), "ids": list(self.ids)}
+        return {**self.attribution.to_dict(), "format": self.FORMAT, **generated}
 
     @classmethod
     def from_saved(cls, tensors: dict[str, Any], said: dict[str, Any]) -> Generation:

@@ -1,4 +1,4 @@
-"""Any saved result."""
+"""Loading a saved result of any kind."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ KINDS: dict[str, type[Result]] = {kind_of(kind.FORMAT): kind for kind in (Attrib
 
 
 def load(path: str | os.PathLike[str]) -> Result:
-    """Read a saved result of whichever kind.
+    """Read a saved attribution, sweep or generation.
 
     Raises:
-        OutputError: the file cannot be read or is no result.
+        OutputError: the file cannot be read or is not a saved result.
     """
     kind = kind_of(saved_format(path) or "")
     if kind not in KINDS:
         raise OutputError(
-            f"{os.fspath(path)} is no saved result; there are: {', '.join(KINDS)}, as their save() writes them"
+            f"{os.fspath(path)} is not a saved result ({', '.join(KINDS)}); give a file that a result's save() wrote"
         )
     return KINDS[kind].load(path)

@@ -1,4 +1,4 @@
-"""Results as safetensors files."""
+"""Saving results as safetensors files, and loading them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def save_result(path: str | os.PathLike[str], said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a result as safetensors: its tensors, and what else its ``to_dict()`` has ``said`` as metadata.
+    """Write a result as safetensors: its tensors, and the other values of its ``to_dict()`` (``said``) as metadata.
 
     Raises:
         OutputError: the path cannot be written.
@@ -36,15 +36,15 @@ def load_result(
     names: Sequence[str],
     make: Callable[[dict[str, Any], dict[str, Any]], Result],
 ) -> Result:
-    """Read what :func:`save_result` wrote as format ``kind``, and ``make`` a result of its tensors and what else was said.
+    """Read a file of :func:`save_result` in format ``kind``; ``make`` takes its tensors and its metadata.
 
     Raises:
-        OutputError: the file cannot be read or is something else.
+        OutputError: the file cannot be read or has another format.
     """
     from safetensors import SafetensorError, safe_open
 
     if saved_format(path) != kind:
-        raise OutputError(f"{os.fspath(path)} is no saved {kind_of(kind)} ({kind})")
+        raise OutputError(f"{os.fspath(path)} is not a saved {kind_of(kind)} (format {kind})")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -55,7 +55,7 @@ def load_result(
 
 
 def saved_format(path: str | os.PathLike[str]) -> str | None:
-    """Which format :func:`save_result` wrote a file in; None where it was not written by it.
+    """The format of a file that :func:`save_result` wrote; None for another safetensors file.
 
     Raises:
         OutputError: the file cannot be read.
@@ -64,12 +64,12 @@ def saved_format(path: str | os.PathLike[str]) -> str | None:
 
     try:
         with safe_open(path, framework="pt") as file:
-            found: str | None = (file.metadata() or {}).get("format")
-            return found
+            said: str | None = (file.metadata() or {}).get("format")
+            return said
     except (OSError, SafetensorError, ValueError) as error:
         raise OutputError(f"cannot read {os.fspath(path)}: {error}") from error
 
 
 def kind_of(said: str) -> str:
-    """``sweep`` of the format ``depass-sweep-1``."""
+    """The kind of result in a format: ``sweep`` for ``depass-sweep-1``."""
     return said.removeprefix("depass-").partition("-")[0]

@@ -16,13 +16,13 @@ from ..sources.source import Source
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The decomposed state itself, as it enters one or several layers.
+    """The decomposed state at the input of one or several layers: ``Σ_m X[m, t] = x[t]`` (docs/method.md, equation 1).
 
     Attributes:
-        rows: by layer, ``[R, D]`` in the staircase's rows, in the state's dtype, on the CPU.
+        rows: by layer, the state ``[R, D]`` in the packed (staircase) layout, in the state's dtype, on the CPU.
         residual: by layer, ``[N, D]``, the model's own residual stream, which the sources add up to.
-        layout: where the rows lie.
-        sources: what the sources are.
+        layout: the layout of the rows.
+        sources: the ``M`` sources.
     """
 
     rows: dict[int, Tensor]
@@ -31,9 +31,13 @@ class States:
     sources: tuple[Source, ...]
 
     def dense(self, layer: int) -> Tensor:
-        """The state entering ``layer`` as ``[M, N, D]``, zeros where a source cannot reach."""
+        """The state at the input of ``layer`` as ``[M, N, D]``, zero at positions before a source starts.
+
+        Raises:
+            OptionError: the state of the layer was not kept.
+        """
         if integer("layer", layer, OptionError) not in self.rows:
-            raise OptionError(f"layer {layer} was not kept; there are {sorted(self.rows)}")
+            raise OptionError(f"the state of layer {layer} was not kept; the kept layers are {sorted(self.rows)}")
         rows, layout = self.rows[layer], self.layout
         active = torch.arange(len(self.sources), device="cpu") < layout.counts[:, None]  # [N, M]
         full = rows.new_zeros(layout.positions, len(self.sources), rows.shape[1])

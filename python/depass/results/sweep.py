@@ -1,4 +1,4 @@
-"""The result of a sweep: one decomposition per layer, each of which adds up to the target's logit."""
+"""The result of a sweep: one decomposition per layer; the scores of each add up to the target's logit."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from .common import ScoredResult, check_shape, common, judged, listed
 
 @dataclass(frozen=True, eq=False)
 class Sweep(ScoredResult):
-    """How much each head, neuron or module of every layer contributed to each target's logit.
+    """The score of each head, neuron or module of every layer for each target.
 
-    Every layer is a decomposition of its own: ``scores[t, l].sum() + rest[t, l] + bias[t, l]`` is the logit of target
-    ``t``, for each ``l``; of modules each column is one, ``scores[t, l, i] + rest[t, l, i] + bias[t, l, i]``. Layers are
-    compared, not added up. A baseline's scores promise no sum: its ``rest``, ``bias`` and ``conservation_error`` are NaN.
+    Every layer is a separate decomposition: ``scores[t, l].sum() + rest[t, l] + bias[t, l]`` is the logit of target
+    ``t`` for each layer ``l``. For modules every column is a separate decomposition, too:
+    ``scores[t, l, i] + rest[t, l, i] + bias[t, l, i]``. So compare layers, but do not add them up. The scores of a
+    baseline need not add up: its ``rest``, ``bias`` and ``conservation_error`` are NaN.
 
     Attributes:
-        scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits; ``C`` heads, neurons, or attention and MLP.
-        rest: ``[targets, layers]``, what is not of the layer's components; for modules ``[targets, layers, 2]``:
-            attention and MLP are two decompositions.
-        bias: as ``rest``, what is of the model's biases; zeros without any.
-        layers: ``[layers]``, which they are.
-        columns: what the last dimension is: heads' or neurons' numbers, or 0 for attention and 1 for the MLP.
+        scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits, for ``C`` heads, ``C`` neurons, or attention
+            and MLP.
+        rest: ``[targets, layers]``, the score of the remainder; for modules ``[targets, layers, 2]``, because attention
+            and MLP are two decompositions.
+        bias: the score of the model's biases, with the shape of ``rest``; zeros for a model without biases.
+        layers: the layer numbers, one per row.
+        columns: the numbers of the heads or neurons, one per column; for modules, 0 for attention and 1 for the MLP.
         kind: ``heads``, ``neurons`` or ``modules``.
-        targets: what is explained.
-        target_logits: ``[targets]`` fp32, the model's own.
-        conservation_error: as ``rest``, of each decomposition (see :class:`Attribution`).
+        targets: the targets.
+        target_logits: ``[targets]`` fp32, the model's own logits.
+        conservation_error: the conservation error of each decomposition (see :class:`Attribution`), with the shape of
+            ``rest``.
         prompt: the prompt's tokens and text.
-        settings: how it was made.
+        settings: the settings of the sweep.
     """
 
     scores: Tensor
@@ -63,7 +66,7 @@ class Sweep(ScoredResult):
         )
 
     def source(self, row: int, column: int) -> Source:
-        """What ``scores[:, row, column]`` is of."""
+        """The component whose scores are ``scores[:, row, column]``."""
         layer, index = self.layers[row], self.columns[column]
         if self.kind == "modules":
             return Source(f"L{layer}.{('attn', 'mlp')[index]}", "module", layer=layer)
@@ -71,11 +74,11 @@ class Sweep(ScoredResult):
         return Source(f"L{layer}{letter}{index}", kind, layer=layer, index=index)  # type: ignore[arg-type]
 
     def source_at(self, index: int) -> Source:
-        """The component of a cell."""
+        """The component of the score at ``index`` of a target's flattened scores."""
         return self.source(*divmod(index, len(self.columns)))
 
     def show(self, file: TextIO | None = None, width: int | None = None) -> None:
-        """Print every target's scores, layers down and components across, in colour where ``file`` is a terminal."""
+        """Print every target's scores, one row per layer, in colour if ``file`` (by default stdout) is a terminal."""
         from ..views.terminal import show_sweep
 
         show_sweep(self, file, width)
@@ -85,10 +88,15 @@ class Sweep(ScoredResult):
         return sweep_view(self)
 
     def plot(self, path: str | os.PathLike[str], target: int = 0) -> None:
-        """Draw one target's map of layers and components; the suffix (``.png``, ``.svg``, ``.pdf``) says as what.
+        """Draw a heat map of one target's scores by layer and component.
+
+        Args:
+            path: the file to write; its suffix, ``.png``, ``.svg`` or ``.pdf``, selects the format.
+            target: the index of the target.
 
         Raises:
-            OutputError: the path cannot be written, or its suffix names no picture.
+            OutputError: the path cannot be written, or its suffix is not one of these.
+            TargetError: the index is out of range.
             DePassError: matplotlib is not installed.
         """
         from ..views.figure import heat_map
@@ -96,7 +104,7 @@ class Sweep(ScoredResult):
         heat_map(self, path, self.row(target))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and strings."""
+        """The result as a dict of plain values."""
         return {
             "format": self.FORMAT,
             "kind": self.kind,
@@ -109,7 +117,7 @@ class Sweep(ScoredResult):
         }
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """A row of a table for each target and component."""
+        """One table row per target and component."""
         for target, scores in zip(self.targets, self.scores.tolist(), strict=True):
             for row, line in enumerate(scores):
                 for column, score in enumerate(line):

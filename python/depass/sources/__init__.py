@@ -1,1 +1,1 @@
-"""What a prompt or a layer is decomposed into."""
+"""Sources: the parts that a prompt or a layer is decomposed into."""

@@ -1,7 +1,7 @@
-"""What a model's own parts put into the stream, as sources: heads, neurons, modules, subspaces, and parts of one's own.
+"""Components of a layer as sources: the outputs of heads, neurons and modules.
 
-Each names a layer and decomposes the stream there once; from there on its sources go through the model like any others.
-What a decomposition does not name is its source ``rest``, so that the parts add up to the stream (docs/sources.md).
+Each spec names a layer and decomposes the residual stream there. From there on, its sources go through the model like any
+others. The remainder is the source ``rest``, so that the sources add up to the residual stream (docs/sources.md).
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from .source import Source
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention heads of a layer: each one's output, and ``rest``, the residual stream without them.
+    """The outputs of a layer's attention heads as sources; the remainder of the residual stream is the source ``rest``.
 
-    They join the stream where the attention adds to it, and so go through the same layer's MLP (where attention and MLP
-    stand side by side: after the layer). The output projection's bias belongs to the bias source.
+    They start where the attention adds to the residual stream, and so go through the same layer's MLP. In a model with
+    parallel attention and MLP they start after the layer. The output projection's bias belongs to the bias source.
 
     Args:
-        layer: from 0.
-        ids: which heads; all without it, the others are in ``rest``.
-        positions: where their outputs count; elsewhere they are in ``rest``. All positions without it. This asks another
-            question, it does not save memory on the same one: the sharing softmax sees other sources.
+        layer: the layer, from 0.
+        ids: the heads; by default all. Other heads are part of the remainder.
+        positions: the positions whose outputs count; by default all. Outputs at other positions are part of the
+            remainder. Fewer positions do not only save memory: other sources compete for each neuron, so the scores
+            change.
     """
 
     layer: int
@@ -44,15 +45,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Neurons:
-    """The MLP neurons of a layer: each one's column of the down projection times its hidden value, and ``rest``.
+    """The outputs of a layer's MLP neurons as sources: ``W_down[:, f] · h[t, f]`` for neuron ``f`` at position ``t``.
 
-    They join after the layer; ``rest`` is the stream after the MLP without them.
+    They start after the layer; the source ``rest`` is the remainder of the residual stream there.
 
     Args:
-        layer: from 0.
-        ids: which neurons; all without it.
-        positions: where their outputs count, as for :class:`Heads`. For the last position alone all neurons of a layer
-            take one row each.
+        layer: the layer, from 0.
+        ids: the neurons; by default all.
+        positions: the positions whose outputs count, as for :class:`Heads`. With the last position only, each neuron takes
+            one row of state.
     """
 
     layer: int
@@ -65,12 +66,12 @@ class Neurons:
 
 @dataclass(frozen=True)
 class Modules:
-    """A layer's attention or MLP output as one source, biases included, and ``rest``.
+    """The output of a layer's attention or MLP as one source, biases included; the remainder is the source ``rest``.
 
     Args:
-        layer: from 0.
+        layer: the layer, from 0.
         module: ``"attn"`` or ``"mlp"``.
-        positions: where its output counts, as for :class:`Heads`.
+        positions: the positions whose output counts, as for :class:`Heads`.
     """
 
     layer: int
@@ -82,7 +83,7 @@ class Modules:
 
 
 def _keep_iterators(spec: Any) -> None:
-    """A spec may be used for many layers and prompts, and an iterator is used up by the first."""
+    """Turn iterators into tuples: a spec may be used for many layers and prompts."""
     for name in ("ids", "positions"):
         if isinstance(getattr(spec, name, None), Iterator):
             object.__setattr__(spec, name, tuple(getattr(spec, name)))
@@ -99,8 +100,8 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
         weight = weight.reshape(len(weight), bound.num_heads, -1)
         if len(ids) < bound.num_heads:
             weight, mixed = weight[:, ids], mixed[:, ids]
-        made = torch.einsum("phd,xhd->phx", mixed, weight)
-        return _post_scaled(made, trace.scales.get("attention_post_norm"), where)
+        head_outputs = torch.einsum("phd,xhd->phx", mixed, weight)
+        return _post_scaled(head_outputs, trace.scales.get("attention_post_norm"), where)
 
     def bias(trace: Trace) -> Tensor | None:
         return _output_bias(layer.output, layer.attention_post_norm, trace.scales.get("attention_post_norm"), trace)
@@ -123,8 +124,8 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
             chosen = torch.tensor(ids, device=hidden.device)
             weight, hidden = weight[:, chosen], hidden[:, chosen]
         weight = into_stream(weight, layer.mlp_post_norm, bound.state_dtype)
-        made = hidden.to(weight)[:, :, None] * weight.T
-        return _post_scaled(made, trace.scales.get("mlp_post_norm"), where)
+        neuron_outputs = hidden.to(weight)[:, :, None] * weight.T
+        return _post_scaled(neuron_outputs, trace.scales.get("mlp_post_norm"), where)
 
     sources = [Source(f"L{spec.layer}N{n}", "neuron", layer=spec.layer, index=n) for n in ids]
     return _Parts("end", sources, outputs, _after)
@@ -132,7 +133,7 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
 
 def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
     if not isinstance(spec.module, str) or spec.module not in ("attn", "mlp"):
-        raise SourceError(f"module={spec.module!r} of Modules; there are: 'attn', 'mlp'")
+        raise SourceError(f"Modules(module={spec.module!r}): the module must be 'attn' or 'mlp'")
     layer = bound.layers[spec.layer]
     source = Source(f"L{spec.layer}.{spec.module}", "module", layer=spec.layer)
     if spec.module == "attn":
@@ -168,17 +169,17 @@ def _output(
     trace: Trace,
     bound: BoundModel,
 ) -> Tensor:  # [N, D]
-    """What a sublayer adds to the stream, made of what its output projection ``read`` ``[N, in]``."""
+    """The output that a sublayer adds to the residual stream, from the input ``read`` ``[N, in]`` of its projection."""
     assert read is not None
     weight = into_stream(projection.weight, norm, bound.state_dtype)
-    made = read.to(weight) @ weight.T
-    made = made if scale is None else made * scale[:, None]
+    output = read.to(weight) @ weight.T
+    output = output if scale is None else output * scale[:, None]
     bias = _output_bias(projection, norm, scale, trace)
-    return made if bias is None else made + bias
+    return output if bias is None else output + bias
 
 
 def _output_bias(projection: Projection, norm: Norm | None, scale: Tensor | None, trace: Trace) -> Tensor | None:
-    """A sublayer's output bias at every position ``[N, D]``, through the norm on the output where there is one."""
+    """A sublayer's output bias at every position ``[N, D]``, after the norm on the output if there is one."""
     bias = projection.bias
     if bias is None:
         return None

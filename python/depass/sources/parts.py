@@ -1,4 +1,4 @@
-"""What a component spec comes to, and the checks that the specs share."""
+"""The parts that a component spec describes, and the checks that the specs share."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from .source import Kind, Moment, Source, check_labels
 
 
 class _Parts(NamedTuple):
-    """What a component spec comes to."""
+    """The parts that a component spec describes."""
 
     moment: Moment
     sources: list[Source]
     outputs: Callable[[Trace, Tensor], Tensor]  # trace, positions [p] -> [p, sources, D] in the state's dtype
-    whole: Callable[[Trace], Tensor]  # the stream that the parts and rest add up to, [N, D]
-    bias: Callable[[Trace], Tensor | None] = lambda trace: None  # what belongs to the bias source, [N, D]
+    whole: Callable[[Trace], Tensor]  # the residual stream that the parts and the remainder add up to, [N, D]
+    bias: Callable[[Trace], Tensor | None] = lambda trace: None  # the start of the bias source, [N, D]
     has_rest: bool = True
 
 
 def check_layer(spec: Any, bound: BoundModel) -> int:
-    """The layer that a component spec names.
+    """The checked layer of a component spec.
 
     Raises:
-        OptionError: the model does not have it.
+        OptionError: the layer is not an integer or is out of range.
     """
     depth = len(bound.layers)
     layer = integer(f"layer of {type(spec).__name__}", spec.layer, OptionError)
     if not 0 <= layer < depth:
-        raise OptionError(f"{type(spec).__name__}(layer={layer!r}): {bound.name} has layers 0 to {depth - 1}")
+        raise OptionError(
+            f"{type(spec).__name__}(layer={layer!r}) is out of range: {bound.name} has layers 0 to {depth - 1}"
+        )
     return layer
 
 
@@ -75,23 +77,21 @@ def _finite(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
     if tensor is None or not fits:
         raise SourceError(f"{name} must be floats {wanted} for this prompt and model, got {got}")
     if tensor.layout != torch.strided or tensor.is_meta:
-        raise SourceError(
-            f"{name} must be a dense tensor with numbers, got one of layout {tensor.layout} on {tensor.device}"
-        )
+        raise SourceError(f"{name} must be a dense tensor with data, got layout {tensor.layout} on {tensor.device}")
     if not bool(tensor.isfinite().all()):
         raise SourceError(f"{name} must be finite, got NaN or infinity")
     return tensor
 
 
 def _indices(name: str, given: Any, count: int, negative: bool = False) -> list[int]:
-    """Checked, sorted indices below ``count``; all of them where none are given."""
+    """Checked and sorted indices below ``count``; all of them if ``given`` is None."""
     if given is None:
         return list(range(count))
-    found, lowest = integers(name, given, SourceError), -count if negative else 0
-    for index in found:
+    indices, lowest = integers(name, given, SourceError), -count if negative else 0
+    for index in indices:
         if not lowest <= index < count:
-            raise SourceError(f"{name}: {index} is out of range, there are {lowest} to {count - 1}")
-    found = [index % count for index in found]
-    if not found or len(set(found)) < len(found):
-        raise SourceError(f"{name} must name each once and at least one")
-    return sorted(found)
+            raise SourceError(f"{name}: {index} is out of range; choose from {lowest} to {count - 1}")
+    indices = [index % count for index in indices]
+    if not indices or len(set(indices)) < len(indices):
+        raise SourceError(f"{name} must be a non-empty list without duplicates, got {given}")
+    return sorted(indices)

@@ -1,4 +1,4 @@
-"""A source, and the decomposition that sources form."""
+"""A source, and a decomposition into sources."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Moment = Literal["start", "middle", "end"]  # of a layer; the middle lies betwee
 
 @dataclass(frozen=True)
 class Source:
-    """One part of the prompt or of the model, or of what belongs to none.
+    """One source: a part of the prompt, a component of the model, the remainder or the model's biases.
 
     Attributes:
-        label: its text, or a component's name (``L3H5``, ``L3N120``, ``L3.attn``).
-        kind: ``token``, ``span``, a component's (``head``, ``neuron``, ``module``, ``subspace``, ``part``), ``rest``
-            (what the others do not cover) or ``bias`` (the model's own biases).
-        start: first position of a token or span, None for others.
-        end: one past the last position, None likewise.
-        layer: a component's.
-        index: a component's number in its layer.
+        label: the text of a token or span, or the name of a component (``L3H5``, ``L3N120``, ``L3.attn``).
+        kind: ``token`` or ``span``; ``head``, ``neuron``, ``module``, ``subspace`` or ``part`` for a component; ``rest``
+            for the remainder; ``bias`` for the model's own biases.
+        start: the first position of a token or span, else None.
+        end: one past the last position of a token or span, else None.
+        layer: the layer of a component, else None.
+        index: the number of a component in its layer, else None.
     """
 
     label: str
@@ -44,16 +44,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The sources of one prompt and the staircase that they form.
+    """The sources of one prompt and their packed (staircase) layout.
 
     Attributes:
-        sources: ``M`` of them: the bias source (if any), ``rest`` (if any), then by start.
-        layout: one staircase; it also carries the excluded source.
-        excluded: whether the first token takes no part in later positions' MLPs.
-        layer: the layer at which the stream is decomposed.
-        moment: when in that layer.
-        fill: given the state's rows ``[R, D]``, zeros, and the prompt's trace of that layer: writes what every source starts
-            with.
+        sources: the ``M`` sources: the bias source (if any), the source ``rest`` (if any), then the others by start.
+        layout: one staircase; it also holds the excluded source.
+        excluded: whether the first token is excluded from the MLPs of later positions.
+        layer: the layer at which the residual stream is decomposed.
+        moment: the point in that layer: before it, between attention and MLP, or after it.
+        fill: a function that takes the state's rows ``[R, D]``, which are zero, and the prompt's trace of that layer. It
+            writes the initial vectors of every source, so that ``Σ_m X[m, t] = x[t]`` (docs/method.md, equation 1).
     """
 
     sources: tuple[Source, ...]
@@ -65,20 +65,20 @@ class Decomposition:
 
 
 def check_labels(labels: Any, count: int, of: str) -> Sequence[str] | None:
-    """Labels of ``count`` sources, or None.
+    """The checked labels of ``count`` sources, or None.
 
     Raises:
-        SourceError: other than one string for each.
+        SourceError: the labels are not a list of one string per source.
     """
     if labels is None:
         return None
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise SourceError(f"labels of {of} must be a list of strings, got {labels!r}")
     if len(labels) != count:
-        raise SourceError(f"{len(labels)} labels for {count} sources of {of}; give one string for each")
+        raise SourceError(f"labels of {of} must be one string per source: got {len(labels)} labels for {count} sources")
     return labels
 
 
 def name(source: Source) -> str:
-    """What a source is called; ``rest`` and ``bias`` in brackets, as no text of the prompt."""
+    """The name of a source; ``rest`` and ``bias`` are in brackets, because they are not text of the prompt."""
     return f"[{source.kind}]" if source.kind in ("rest", "bias") else source.label

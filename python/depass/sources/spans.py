@@ -1,4 +1,4 @@
-"""What a prompt is decomposed into: tokens, words, sentences or given spans, and where their rows lie."""
+"""Parts of a prompt as sources: tokens, words, sentences or given spans, and the layout of their rows."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spans:
-    """Spans of a prompt as sources, half-open and in any order; what none of them covers is the source ``rest``.
+    """Spans of a prompt as sources, half-open and in any order; the tokens outside all spans are the source ``rest``.
 
-    ``rest`` is active everywhere: like the bias source it takes a part in every MLP, also before its first token.
+    The source ``rest`` is active at every position: like the bias source it shares in every MLP, even before its first
+    token.
 
     Args:
-        ranges: ``(begin, end)`` each, ``begin`` included and ``end`` not.
-        unit: whether they count ``"token"``\\ s or characters (``"char"``) of the prompt. A token belongs to the
-            character span that it overlaps.
-        labels: one for each; without it the span's text.
+        ranges: a pair ``(begin, end)`` per span; ``begin`` is included and ``end`` is not.
+        unit: whether the ranges count tokens (``"token"``) or characters (``"char"``) of the prompt. A token belongs to
+            the character span that it overlaps.
+        labels: one string per span; by default the span's text.
     """
 
     ranges: Sequence[tuple[int, int]]
@@ -39,7 +40,7 @@ class Spans:
     labels: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what an iterator gives, for all of the prompts that the spans are of."""
+        """Turn an iterator into a tuple, because the spans may be used for several prompts."""
         if isinstance(self.ranges, Iterator):
             object.__setattr__(self, "ranges", tuple(self.ranges))
 
@@ -47,19 +48,19 @@ class Spans:
 def decompose_prompt(
     prompt: Prompt, sources: Any, layer: int, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None
 ) -> Decomposition:
-    """Lay out the sources of a prompt's own parts.
+    """Lay out the parts of a prompt as sources.
 
     Args:
-        prompt: ``N`` tokens.
+        prompt: a prompt of ``N`` tokens.
         sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`.
-        layer: the layer whose input stream is decomposed.
+        layer: the layer whose input is decomposed.
         has_bias: whether the model has biases, and so a bias source.
-        exclude: whether the first token takes no part in the MLPs of later positions; ``"auto"``: where it is ``bos`` and
-            a source of its own.
+        exclude: whether the first token is excluded from the MLPs of later positions. ``"auto"`` excludes it if it is
+            ``bos`` and a separate source.
         bos: the tokenizer's BOS id, or None.
 
     Raises:
-        SourceError: unknown sources; spans that are empty, overlap, or lie outside of the prompt.
+        SourceError: the sources are unknown, or spans are empty, overlap or are outside the prompt.
     """
     length = len(prompt.ids)
     kind: Literal["token", "span"] = "span"
@@ -76,65 +77,70 @@ def decompose_prompt(
     for before, after in pairwise(order):
         if ranges[after][0] < ranges[before][1]:
             raise SourceError(
-                f"spans {ranges[before]} and {ranges[after]} (tokens) overlap; a token belongs to one source"
+                f"token spans {ranges[before]} and {ranges[after]} overlap; a token can belong to one source only"
             )
-    made = [Source("bias", "bias")] if has_bias else []
+    parts = [Source("bias", "bias")] if has_bias else []
     covered = sum(end - begin for begin, end in ranges)
     if covered < length:
-        made.append(Source("rest", "rest"))
-    owner = torch.full((length,), len(made) - 1, device="cpu")
-    always = len(made)
+        parts.append(Source("rest", "rest"))
+    owner = torch.full((length,), len(parts) - 1, device="cpu")
+    always = len(parts)
     for index in order:
         begin, end = ranges[index]
-        owner[begin:end] = len(made)
+        owner[begin:end] = len(parts)
         label = "".join(prompt.tokens[begin:end]) if labels is None else labels[index]
-        made.append(Source(label, kind, begin, end))
+        parts.append(Source(label, kind, begin, end))
 
-    own = next((i for i, source in enumerate(made) if (source.start, source.end) == (0, 1)), None)
+    own = next((i for i, source in enumerate(parts) if (source.start, source.end) == (0, 1)), None)
     if exclude == "auto":
         excluded = own is not None and bos is not None and prompt.ids[0] == bos
     elif exclude and own is None:
-        raise SourceError("exclude_bos=True needs the first token as a source of its own; give it a span (0, 1)")
+        raise SourceError("exclude_bos=True needs the first token as a separate source; add the token span (0, 1)")
     else:
         excluded = bool(exclude)
-    starts = [0] * always + [source.start or 0 for source in made[always:]]
+    starts = [0] * always + [source.start or 0 for source in parts[always:]]
     layout = SourceLayout.from_starts(starts, length, own if excluded else None)
     where = layout.row_start[:-1] + owner
 
     def fill(rows: Tensor, trace: Trace) -> None:
         rows[where.to(rows.device)] = trace.stream.to(rows.dtype)
 
-    return Decomposition(tuple(made), layout, excluded, layer, "start", fill)
+    return Decomposition(tuple(parts), layout, excluded, layer, "start", fill)
 
 
 def token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
-    """The token ranges of given spans, checked.
+    """The checked token ranges of given spans.
 
     Raises:
-        SourceError: spans that are empty or lie outside of the prompt.
+        SourceError: a span is empty or outside the prompt.
     """
     if spans.unit not in ("token", "char"):
-        raise SourceError(f"unit={spans.unit!r} of Spans; there are: 'token', 'char'")
+        raise SourceError(f"Spans(unit={spans.unit!r}): the unit must be 'token' or 'char'")
     if spans.unit == "char" and prompt.text is None:
-        raise SourceError("character spans need text: the prompt was given as ids and there is no tokenizer")
+        raise SourceError(
+            "character spans need text, but the prompt was given as ids without a tokenizer; pass one: "
+            "DePass(model, tokenizer)"
+        )
     length = len(prompt.ids) if spans.unit == "token" else len(prompt.text or "")
     if not isinstance(spans.ranges, Iterable):
         raise SourceError(f"Spans takes a list of pairs (begin, end), got {spans.ranges!r}")
-    found = []
+    ranges = []
     for span in spans.ranges:
         try:
             begin, end = integers("a span", span, SourceError)
         except (SourceError, ValueError):
-            raise SourceError(f"a span is a pair of integers (begin, end), got {span!r}") from None
+            raise SourceError(f"a span must be a pair of integers (begin, end), got {span!r}") from None
         inside = 0 <= begin < end <= length
         if not inside:
-            raise SourceError(f"span ({begin}, {end}) is empty or lies outside of the prompt's {length} {spans.unit}s")
+            raise SourceError(
+                f"span ({begin}, {end}) is empty or outside the prompt, which has {length} {spans.unit}s (0 to {length})"
+            )
         if spans.unit == "char":
             touched = [i for i, (a, b) in enumerate(prompt.offsets) if a < end and begin < b]
             if not touched:
-                raise SourceError(f"no token lies in the characters ({begin}, {end})")
+                raise SourceError(f"no token overlaps the character span ({begin}, {end}); choose another span")
             begin, end = touched[0], touched[-1] + 1
-        found.append((begin, end))
-    if not found:
-        raise SourceError("Spans([]) names no span; give at least one")
-    return found
+        ranges.append((begin, end))
+    if not ranges:
+        raise SourceError("Spans([]) is empty; give at least one span")
+    return ranges

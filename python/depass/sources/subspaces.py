@@ -1,4 +1,4 @@
-"""Parts of the stream that enters a layer: subspaces, and parts of one's own."""
+"""Parts of the residual stream at the input of a layer: subspaces and custom parts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from .source import Kind
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """The stream that enters a layer, projected onto subspaces, and ``rest``, what lies outside of them.
+    """Projections of the residual stream at the input of a layer; the remainder is the source ``rest``.
+
+    Give exactly one of ``basis``, ``projection`` and ``parts``.
 
     Args:
-        layer: from 0.
-        basis: ``[k, D]`` vectors that span one subspace, in any scale and angle; projected orthogonally.
-        projection: ``[D, D]`` or ``[S, D, D]``, linear maps ``P`` of one's own; a source is ``P x``.
+        layer: the layer, from 0.
+        basis: ``[k, D]``, vectors that span one subspace; they need not be orthogonal or of unit length. The projection
+            onto the subspace is orthogonal.
+        projection: ``[D, D]`` or ``[S, D, D]``, one or several linear maps ``P``; a source is ``P x``.
         parts: ``[S, N, D]``, the sources themselves.
-        labels: one for each source.
+        labels: one string per source.
     """
 
     layer: int
@@ -37,12 +40,12 @@ class Subspace:
 
 @dataclass(frozen=True, eq=False)
 class Custom:
-    """The stream that enters a layer, split as one likes. There is no ``rest``: the parts must add up to the stream.
+    """A custom split of the residual stream at the input of a layer; the parts must add up to the residual stream.
 
     Args:
-        parts: ``[M, N, D]``.
-        layer: from 0.
-        labels: one for each part.
+        parts: ``[M, N, D]``, the ``M`` parts. There is no source ``rest``.
+        layer: the layer, from 0.
+        labels: one string per part.
     """
 
     parts: Tensor = field(repr=False)
@@ -53,15 +56,15 @@ class Custom:
 def _subspace(spec: Subspace, length: int, bound: BoundModel) -> _Parts:
     given = [name for name in ("basis", "projection", "parts") if getattr(spec, name) is not None]
     if len(given) != 1:
-        raise SourceError(f"Subspace takes one of basis, projection and parts, got {', '.join(given) or 'none'}")
+        raise SourceError(
+            f"Subspace takes exactly one of basis, projection and parts, got {' and '.join(given) or 'none of them'}"
+        )
     width = bound.hidden_size
     if spec.basis is not None:
         basis = _finite("basis of Subspace", spec.basis, (None, width)).double()
         lengths = basis.norm(dim=1, keepdim=True)
         if not bool(lengths.all()):
-            raise SourceError(
-                f"basis of Subspace: vector {int(lengths.argmin())} is zero and spans nothing; leave it out"
-            )
+            raise SourceError(f"basis of Subspace: vector {int(lengths.argmin())} is zero; leave it out")
         left, sizes, _ = torch.linalg.svd((basis / lengths).T, full_matrices=False)
         span = left[:, sizes > sizes.max() * 1e-6]  # [D, rank]
         maps = (span @ span.T)[None]
