@@ -1,1 +1,1 @@
-"""What is timed, against what, and the results kept: ``python -m benchmarks --help``."""
+"""The benchmarks: their cases, baselines and results. See ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""Is it faster? Lists, runs, compares and reports the benchmarks.
+"""List, run, compare and report the benchmarks.
 
     python -m benchmarks list [PATTERN ...]
     python -m benchmarks run 'tokens/smollm2/*' [--device cuda] [--memory-limit 48GB]
@@ -6,8 +6,8 @@
     python -m benchmarks predict
     python -m benchmarks report README.md docs/performance.md
 
-A case is QUESTION/MODEL/DTYPE/SIZE, and patterns take * and several sizes (tokens/smollm2/float32/10,64). Every run
-appends rows to benchmarks/results/MACHINE.jsonl. The ops: pytest benchmarks/test_ops.py.
+A case is QUESTION/MODEL/DTYPE/SIZE. A pattern may hold * and several sizes (tokens/smollm2/float32/10,64). Each run appends
+its rows to benchmarks/results/MACHINE.jsonl. To benchmark the ops, run pytest benchmarks/test_ops.py.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: a case was refused or failed, or a comparison found something slower; 2: not possible."""
+    """Run the command. Returns 0: done; 1: a case was refused or failed, or something is slower; 2: wrong use."""
     options = _parser().parse_args(arguments)
     try:
-        done: int = options.do(options)
+        code: int = options.do(options)
         sys.stdout.flush()
     except (BenchmarkError, DePassError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of a pipe left early, as head does
+    except BrokenPipeError:  # the reader of the pipe closed it early, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return done
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,53 +56,61 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("list", help="the cases and what answers them")
-    one.add_argument("patterns", nargs="*", default=["*"])
-    one.set_defaults(do=_list)
+    command = commands.add_parser("list", help="list the cases, and the methods that can run each")
+    command.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="cases to list (default: all)")
+    command.set_defaults(do=_list)
 
-    one = commands.add_parser("run", help="check, time and append rows")
-    one.add_argument("patterns", nargs="+", metavar="PATTERN")
-    one.add_argument("--methods", help="some of them, separated by commas; all without it")
-    one.add_argument("--device", choices=("cpu", "cuda"), default=here())
-    one.add_argument("--backend", default="auto", help="of our ops")
-    one.add_argument("--runs", type=int, default=Options.runs)
-    one.add_argument("--budget", type=float, default=Options.budget_seconds, metavar="SECONDS",
-                     help="a method starts no further run beyond it (default %(default)s)")  # fmt: skip
-    one.add_argument("--limit", type=float, default=Options.limit_seconds, metavar="SECONDS",
-                     help="a method whose first run takes longer is stopped (default %(default)s)")  # fmt: skip
-    one.add_argument("--memory-limit", type=size, help="cap the CUDA allocator, as 48GB")
-    one.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    one.add_argument("--commit", help="of the code, where this is no checkout")
-    one.add_argument("--session", default=uuid.uuid4().hex[:12], help=argparse.SUPPRESS)
-    one.add_argument("--results", type=Path, help="the file to append to")
-    one.set_defaults(do=_run)
+    command = commands.add_parser("run", help="check the methods of each case, time them, and append rows of results")
+    command.add_argument("patterns", nargs="+", metavar="PATTERN", help="cases to run, such as 'tokens/smollm2/*'")
+    command.add_argument("--methods", metavar="A,B", help="methods to run, separated by commas (default: all)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default=here(),
+                         help="device to measure (default here: %(default)s)")  # fmt: skip
+    command.add_argument("--backend", default="auto", help="backend of depass's ops (default: %(default)s)")
+    command.add_argument("--runs", type=int, default=Options.runs, metavar="N",
+                         help="timed runs of each method (default: %(default)s)")  # fmt: skip
+    command.add_argument("--budget", type=float, default=Options.budget_seconds, metavar="SECONDS",
+                         help="start no further run of a method after this time (default: %(default)s)")  # fmt: skip
+    command.add_argument("--limit", type=float, default=Options.limit_seconds, metavar="SECONDS",
+                         help="stop a method whose first run takes longer (default: %(default)s)")  # fmt: skip
+    command.add_argument("--memory-limit", type=size, metavar="48GB", help="cap of the CUDA allocator")
+    command.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    command.add_argument("--commit", help="commit of the code, if this is not a git checkout")
+    command.add_argument("--session", default=uuid.uuid4().hex[:12], help=argparse.SUPPRESS)
+    command.add_argument("--results", type=Path, metavar="FILE",
+                         help="file to append to (default: benchmarks/results/MACHINE.jsonl)")  # fmt: skip
+    command.set_defaults(do=_run)
 
-    one = commands.add_parser("memory", help="what `run` starts to measure one method's peak memory on the CPU")
-    one.add_argument("case")
-    one.add_argument("method")
-    one.add_argument("--backend", default="auto")
-    one.add_argument("--limit", type=float, default=Options.limit_seconds)
-    one.set_defaults(do=_memory)
+    command = commands.add_parser("memory", help="measure one method's peak memory on the CPU (`run` calls this)")
+    command.add_argument("case")
+    command.add_argument("method")
+    command.add_argument("--backend", default="auto")
+    command.add_argument("--limit", type=float, default=Options.limit_seconds)
+    command.set_defaults(do=_memory)
 
-    one = commands.add_parser("compare", help="rows of two commits on the same machine; 1 where something is slower")
-    one.add_argument("old")
-    one.add_argument("new", nargs="?", help="without it the commit of the last row")
-    one.add_argument("--results", type=Path, nargs="+")
-    one.set_defaults(do=_compare)
+    command = commands.add_parser(
+        "compare", help="compare two commits on the same machine; exit code 1 if something is slower"
+    )
+    command.add_argument("old", help="a commit, or its first characters")
+    command.add_argument("new", nargs="?", help="default: the commit of the last row")
+    command.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="default: all files of results")
+    command.set_defaults(do=_compare)
 
-    one = commands.add_parser("predict", help="write what GPUs should take, counted on this machine without one")
-    one.set_defaults(do=_predict)
+    command = commands.add_parser("predict", help="predict the times on GPUs from counts; needs no GPU")
+    command.set_defaults(do=_predict)
 
-    one = commands.add_parser("report", help="draw the figures and fill in what lies between the markers of documents")
-    one.add_argument("documents", type=Path, nargs="+")
-    one.add_argument("--results", type=Path, nargs="+")
-    one.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
-    one.set_defaults(do=_report)
+    command = commands.add_parser(
+        "report", help="draw the figures, and fill in the tables between markers in documents"
+    )
+    command.add_argument("documents", type=Path, nargs="+", metavar="DOCUMENT")
+    command.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="default: all files of results")
+    command.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", metavar="DIR",
+                         help="directory for the figures (default: docs/figures)")  # fmt: skip
+    command.set_defaults(do=_report)
     return parser
 
 
 def size(text: str) -> int:
-    """:func:`byte_count`, with its error as argparse wants it."""
+    """:func:`byte_count`, with its error as an argparse error."""
     try:
         return byte_count(text)
     except OptionError as error:
@@ -118,14 +126,14 @@ def _list(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     cases = find(options.patterns)
     methods = None if options.methods is None else tuple(options.methods.split(","))
-    there = {name for case in cases for name in methods_of(case, options.device)}
+    available = {name for case in cases for name in methods_of(case, options.device)}
     for name in methods or ():
-        if name not in there:
-            raise BenchmarkError(f"unknown method {name!r}; these cases have: {', '.join(sorted(there))}")
+        if name not in available:
+            raise BenchmarkError(f"unknown method {name!r}; these cases have: {', '.join(sorted(available))}")
     if options.runs < 1:
-        raise BenchmarkError(f"--runs {options.runs}: at least one")
+        raise BenchmarkError(f"--runs {options.runs}: must be at least 1")
     if not 0 < options.limit < 1e9:
-        raise BenchmarkError(f"--limit {options.limit:g}: a number of seconds, more than none")
+        raise BenchmarkError(f"--limit {options.limit:g}: must be a positive number of seconds")
     machine = Machine(options.device, options.memory_limit)
     chosen = Options(methods, options.backend, options.runs, options.budget, options.limit, not options.no_memory)
     described = machine.describe()
@@ -135,14 +143,14 @@ def _run(options: argparse.Namespace) -> int:
     bad = 0
     for case in cases:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConservationWarning)  # the check says so, and refuses
+            warnings.simplefilter("ignore", ConservationWarning)  # the check refuses such a result
             try:
                 for row in run(case, machine, chosen):
                     append_row(path, {**row, **stamp})
                     print(line(row), flush=True)
                     bad += row["status"] in ("refused", "failed")
-            except (DePassError, torch.OutOfMemoryError) as error:  # the model itself cannot be had, or does not fit
-                print(f"{case.name}: no model: {error}", file=sys.stderr, flush=True)
+            except (DePassError, torch.OutOfMemoryError) as error:  # the model cannot be loaded, or does not fit
+                print(f"{case.name}: cannot load the model: {error}", file=sys.stderr, flush=True)
                 bad += 1
     print(f"rows in {path}")
     return 1 if bad else 0
@@ -150,9 +158,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _memory(options: argparse.Namespace) -> int:
     (case,) = find([options.case])
-    there = methods_of(case, "cpu")
-    if options.method not in there:
-        raise BenchmarkError(f"unknown method {options.method!r}; there are: {', '.join(there)}")
+    available = methods_of(case, "cpu")
+    if options.method not in available:
+        raise BenchmarkError(f"unknown method {options.method!r}; choose from {', '.join(available)}")
     print(json.dumps(measure_memory(case, options.method, options.backend, options.limit)))
     return 0
 

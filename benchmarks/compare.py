@@ -1,4 +1,4 @@
-"""Holds the rows of one commit against those of another, on the same machine, and flags what is beyond their noise."""
+"""Compares the rows of two commits on the same machine, and flags changes that exceed the noise."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from .machine import BenchmarkError, percentile
 from .runner import Row
 
-FEWEST = 3  # runs on either side, for a spread to say something
-SLACK = 0.02  # a difference below it is no change, however quiet the runs were
+FEWEST = 3  # runs on each side that a spread needs
+SLACK = 0.02  # a smaller difference is no change, however small the noise
 
 
 @dataclass(frozen=True)
 class Change:
-    """One method of one case on one machine.
+    """The change of one method of one case on one machine.
 
     Attributes:
-        ratio: new time over old.
-        noise: how far the ratio may lie from 1 by chance: both sides' spread from p20 to p80 around the median, and the
-            change of the floor, which is the machine's and not the code's; None: too few runs to tell.
+        ratio: new time divided by old time.
+        noise: how far the ratio may differ from 1 by chance. It is the sum of both sides' spreads (p20 to p80, relative to
+            the median), or the change of the floor if that is larger: the floor depends only on the machine. None: too few
+            runs.
     """
 
     machine: str
@@ -40,18 +41,18 @@ class Change:
 
 
 def compare(rows: Sequence[Row], old: str, new: str | None = None) -> list[Change]:
-    """Changes from commit ``old`` to ``new`` (prefixes; without it the commit of the last row).
+    """The changes from commit ``old`` to ``new``. Prefixes are enough; ``new`` defaults to the commit of the last row.
 
     Raises:
-        BenchmarkError: one of them has no timed rows, or they have none in common.
+        BenchmarkError: a commit has no timed rows, or the two have no case in common.
     """
     timed = [row for row in rows if row.get("status") == "ok" and row.get("seconds") and row.get("commit")]
     if not timed:
-        raise BenchmarkError("no timed rows with a commit; make some with `run`")
+        raise BenchmarkError("no timed rows with a commit; make some with `python -m benchmarks run`")
     new = new or str(timed[-1]["commit"])
     before, after = _by_case(timed, old), _by_case(timed, new)
-    for name, found in ((old, before), (new, after)):
-        if not found:
+    for name, cases in ((old, before), (new, after)):
+        if not cases:
             commits = ", ".join(sorted({str(row["commit"])[:10] for row in timed}))
             raise BenchmarkError(f"no timed rows of commit {name!r}; there are rows of {commits}")
     common = [key for key in after if key in before]
@@ -64,13 +65,13 @@ Key = tuple[str, str, str]  # machine, case, method
 
 
 def _by_case(rows: Sequence[Row], commit: str) -> dict[Key, list[Row]]:
-    found: dict[Key, list[Row]] = {}
+    by_case: dict[Key, list[Row]] = {}
     for row in rows:
         if str(row["commit"]).startswith(commit):
             backend = row.get("asked_backend")
             method = row["method"] if backend in (None, "auto") else f"{row['method']} ({backend})"
-            found.setdefault((row["machine"], row["case"], method), []).append(row)
-    return found
+            by_case.setdefault((row["machine"], row["case"], method), []).append(row)
+    return by_case
 
 
 def _change(key: Key, before: Sequence[Row], after: Sequence[Row]) -> Change:
@@ -87,7 +88,7 @@ def _change(key: Key, before: Sequence[Row], after: Sequence[Row]) -> Change:
 
 
 def shown(changes: Sequence[Change]) -> str:
-    """A line for each."""
+    """A table with one line per change."""
     lines = [f"{'case':44} {'method':26} {'old s':>10} {'new s':>10} {'ratio':>7} {'noise':>7}"]
     for change in changes:
         noise = "" if change.noise is None else f"{change.noise:.1%}"

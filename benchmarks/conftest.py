@@ -1,4 +1,4 @@
-"""Options of ``pytest benchmarks/test_ops.py``, and the table that it ends with."""
+"""Options and fixtures of ``pytest benchmarks/test_ops.py``, and the table that it prints at the end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("depass ops")
-    group.addoption("--sizes", choices=("small", "full"), help="small: 16 tokens; full: 256, the default on a GPU")
-    group.addoption("--dtype", choices=("float32", "bfloat16"), help="bfloat16 by default on a GPU, float32 on a CPU")
-    group.addoption("--rows", type=Path, metavar="FILE.jsonl", help="append a row of each measurement")
+    group.addoption(
+        "--sizes", choices=("small", "full"), help="small: 16 tokens (default on a CPU); full: 256 (default on a GPU)"
+    )
+    group.addoption("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    group.addoption("--rows", type=Path, metavar="FILE.jsonl", help="append one row per measurement to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,15 +43,15 @@ def size(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     given = request.config.getoption("--dtype")
-    found: torch.dtype = getattr(torch, given or {"cuda": "bfloat16", "cpu": "float32"}[here()])
-    return found
+    chosen: torch.dtype = getattr(torch, given or {"cuda": "bfloat16", "cpu": "float32"}[here()])
+    return chosen
 
 
 @pytest.fixture(scope="session")
 def rates(machine: Machine) -> Callable[[torch.dtype], tuple[float, float]]:
-    """Bytes per second of a copy and operations per second of a GEMM, measured in this session.
+    """Bytes per second of a copy, and operations per second of a GEMM, measured in this session.
 
-    The GEMM is in fp32 where a CPU would only emulate the dtype: that is what the decomposition takes there.
+    Where a CPU only emulates the dtype the GEMM is in fp32, as in the decomposition.
     """
 
     def measured(dtype: torch.dtype) -> tuple[float, float]:
@@ -61,7 +63,7 @@ def rates(machine: Machine) -> Callable[[torch.dtype], tuple[float, float]]:
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest, machine: Machine) -> Callable[[dict[str, Any]], None]:
-    """Keep a row for the table, and on disk where asked."""
+    """A function that keeps a row for the table, and appends it to the file of ``--rows``."""
     import time
 
     from benchmarks.machine import commit
@@ -81,8 +83,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not rows:
         return
     terminalreporter.section(
-        f"of the copy's {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s and the GEMM's "
-        f"{rows[0]['gemm_operations_per_second'] / 1e12:.3f} TFLOP/s, measured in this run"
+        f"percentages: of the rate of a copy ({rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s) and of a GEMM "
+        f"({rows[0]['gemm_operations_per_second'] / 1e12:.3f} TFLOP/s), both measured in this run"
     )
     for row in sorted(rows, key=lambda r: (r["op"], r["model"], r["seconds_p50"])):
         terminalreporter.write_line(

@@ -1,4 +1,4 @@
-"""Runs `depass attribute-dataset` over many short prompts and watches its memory: python -m benchmarks.dataset [ROWS]"""
+"""Runs `depass attribute-dataset` on many short prompts and records its memory: python -m benchmarks.dataset [ROWS]"""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHARD_ROWS, WINDOW = 100, 1000
 
 
 def main(rows: int) -> None:
-    """Print the rate, and the largest memory while the first and the last thousand rows were made."""
+    """Print the rate, and the largest memory during the first and during the last thousand rows."""
     if rows < 2 * WINDOW:
-        sys.exit(f"{rows} rows have no first and last {WINDOW}; give at least {2 * WINDOW}")
+        sys.exit(f"{rows} rows are too few to compare the first {WINDOW} with the last; give at least {2 * WINDOW}")
     prompts = [{"prompt": prompt, "target": f" {answer}"} for prompt, answer in FACTS]
     sentences = (row["prompt"].split() for row in ioi(rows - len(prompts), seed=0))
     prompts += [
@@ -45,7 +45,7 @@ def main(rows: int) -> None:
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process that are in memory; 0 once it has ended."""
+    """A process's resident memory in bytes; 0 once it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):

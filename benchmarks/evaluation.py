@@ -1,11 +1,11 @@
-"""Token scores of a whole data set, in prompts a second, against the naive decomposition.
+"""Token scores of a whole data set, in prompts per second, compared with the naive decomposition.
 
     python -m benchmarks.evaluation --data known_1000.json [--sample 32] [--runs 3] [--out FILE.json]
 
-DePass scores every prompt, the naive decomposition a sample, evenly spread over the prompts' lengths; both in bf16 and in
-fp32, for a CPU without bf16 instructions is slower in bf16. Everything once in every round. Each prompt's target is the
-first token of its answer. Before anything is timed, both must agree in fp32 on the sample.
-``--data facts`` takes the built-in set.
+DePass scores every prompt. The naive decomposition scores a sample, evenly spread over the prompts' lengths. Both run in
+bf16 and in fp32, because a CPU without bf16 instructions is slower in bf16. Each round runs everything once. A prompt's
+target is the first token of its answer. Before anything is timed, both must agree in fp32 on the sample. ``--data facts``
+takes the built-in set.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ from .runner import TOLERANCE, difference
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help=data.HELP)
-    parser.add_argument("--limit", type=int, help="only the first prompts of it")
-    parser.add_argument("--sample", type=int, default=32, help="prompts for the naive decomposition (default: 32)")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "evaluation.json")
+    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N prompts (default: all)")
+    parser.add_argument(
+        "--sample", type=int, default=32, metavar="N", help="prompts for the naive decomposition (default: 32)"
+    )
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "evaluation.json", metavar="FILE",
+        help="file of results (default: benchmarks/results/evaluation.json)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    code = commit()  # as it is now, whatever is edited while it runs
+    code = commit()  # before the runs, in case files change meanwhile
     models = {name: DePass.from_pretrained(dtype=getattr(torch, name)) for name in ("bfloat16", "float32")}
     pairs, unread = readable(models["float32"], options.data, options.limit)
     sample = spread(pairs, options.sample)
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "naive float32": lambda: naive(models["float32"], sample),
     }
     prompts = {name: len(pairs if name.startswith("depass") else sample) for name in works}
-    naive(models["bfloat16"], sample[:1])  # warm; the check has warmed the naive in fp32
+    naive(models["bfloat16"], sample[:1])  # warm-up; the check has warmed up the naive decomposition in fp32
     ours(models["bfloat16"], sample)
     machine = Machine("cpu")
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def readable(dp: DePass, source: str, limit: int | None) -> tuple[list[Pair], int]:
-    """The prompts that have tokens and an answer, and how many have not."""
+    """The prompts that have tokens and an answer, and the number of prompts that do not."""
     items = data.prompts(source, 0, limit)[:limit]
     pairs = []
     for item in items:
@@ -89,13 +94,13 @@ def readable(dp: DePass, source: str, limit: int | None) -> tuple[list[Pair], in
 
 
 def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """``count`` prompts, evenly spread over those ordered by length."""
+    """``count`` prompts, evenly spread over all prompts in order of length."""
     ordered, count = sorted(pairs, key=lambda pair: len(pair.ids)), min(count, len(pairs))
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 
 def ours(dp: DePass, pairs: Sequence[Pair]) -> list[Any]:
-    return depass(dp, pairs, exclude_bos=True)  # as the published code always does
+    return depass(dp, pairs, exclude_bos=True)  # the published code always excludes the first token
 
 
 def naive(dp: DePass, pairs: Sequence[Pair]) -> list[torch.Tensor]:
@@ -103,10 +108,13 @@ def naive(dp: DePass, pairs: Sequence[Pair]) -> list[torch.Tensor]:
 
 
 def check(dp: DePass, pairs: Sequence[Pair]) -> None:
-    """No time is worth quoting of something that computes something else."""
-    for found, expected in zip(ours(dp, pairs), naive(dp, pairs), strict=True):
-        if not isinstance(found, Attribution) or difference(found.scores[0], expected) > TOLERANCE["float32"]["naive"]:
-            raise SystemExit(f"ours and the naive decomposition's scores of a prompt differ: {found}")
+    """End the program if DePass and the naive decomposition give different scores: their times would not compare."""
+    for result, expected in zip(ours(dp, pairs), naive(dp, pairs), strict=True):
+        if (
+            not isinstance(result, Attribution)
+            or difference(result.scores[0], expected) > TOLERANCE["float32"]["naive"]
+        ):
+            raise SystemExit(f"the scores of DePass and of the naive decomposition differ for a prompt: {result}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What only a GPU can show, in one command that yields whatever time it gets: ``make gpu OUT=folder``.
+"""Runs every measurement and test that needs a GPU, within a given time: ``make gpu OUT=directory``.
 
     python benchmarks/gpu.py FOLDER [--seconds 540] [--dry] [--large] [--commit COMMIT]
 
-A stage is a process of its own, and the most wanted come first. Rows go to FOLDER/MACHINE.jsonl the moment they are
-measured, so every stage is worth having if the next never runs. A stage that takes too long is ended. The last lines
-printed are a table of what was measured. Nothing is installed; csrc is built in place.
+Each stage runs in a process of its own; the most important ones come first. Rows are written to FOLDER/MACHINE.jsonl as
+soon as they are measured, so a run that is cut short keeps its results. A stage that takes too long is stopped. At the end
+a table of the results is printed. Nothing is installed; csrc is built in place.
 
 --dry runs every stage on the CPU: tiny shapes, Triton's interpreter, and stand-ins for the tools that need a GPU.
---large measures what takes longer instead: larger models, 2048 tokens under 48 GB, a thousand prompts.
+--large runs longer measurements instead: larger models, 2048 tokens under 48 GB, a thousand prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
-from depass.files import append_row  # noqa: E402  # loads no torch: this process needs none, and holds no GPU
+from depass.files import append_row  # noqa: E402  # loads no torch, so this process holds no GPU
 
 KERNEL_TESTS = [f"tests/depass_kernels/test_{op}.py" for op in ("mix_values", "share_hidden", "residual_update")]
 MODEL_TESTS = [
@@ -46,7 +46,7 @@ LARGE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One process: at most ``seconds`` long, and less where less is left."""
+    """One process. It may take ``seconds``, or less if less time is left."""
 
     name: str
     seconds: float
@@ -55,7 +55,7 @@ class Stage:
 
 
 def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None) -> list[Stage]:
-    """What is done, the most wanted first."""
+    """The stages, the most important first."""
     python = sys.executable
     common = ["--rows", str(rows), "--session", session, *(["--dry"] if dry else [])]
     common += ["--commit", commit] if commit else []
@@ -67,7 +67,7 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
 
     def tested(name: str, seconds: float, files: Sequence[str], *options: str, **environment: str) -> Stage:
         seconds = 25 if dry else seconds
-        deadline = str(seconds - 15)  # of pytest's own, which prints the failures then
+        deadline = str(seconds - 15)  # pytest stops here by itself, and prints the failures
         command = [python, "-m", "pytest", *files, "--device", device, "--deadline", deadline, "--tb=short", *options]
         return Stage(name, seconds, command, {"DEPASS_TEST_EXAMPLES": "5", **environment})
 
@@ -104,7 +104,7 @@ def sanitizer(tool: str, dry: bool) -> list[str]:
 
 @dataclass
 class Ended:
-    """How a stage ended: with an exit code, or ``timeout``, ``no time left`` or why it did not begin."""
+    """How a stage ended: its exit code, ``timeout``, ``no time left``, or why it did not start."""
 
     how: int | str
     seconds: float
@@ -112,7 +112,7 @@ class Ended:
 
 
 def run(stage: Stage, seconds: float) -> Ended:
-    """Run a stage with everything it starts, for at most so many seconds; what it says is printed as it comes."""
+    """Run a stage for at most so many seconds, and print its output line by line. Processes that it starts end with it."""
     begin = time.monotonic()
     if shutil.which(stage.command[0]) is None:
         return Ended(f"{stage.command[0]} is not on the PATH", 0.0, "")
@@ -132,14 +132,14 @@ def run(stage: Stage, seconds: float) -> Ended:
             how: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:
             how = "timeout"
-            os.killpg(process.pid, signal.SIGKILL)  # workers and watched programs with it
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers and watched programs
         reader.join(5)
     return Ended(how, round(time.monotonic() - begin, 1), "".join(lines)[-4000:])
 
 
 @contextlib.contextmanager
 def _process_group(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends with everything it has started, whatever ends this one but SIGKILL."""
+    """A process that ends, with everything that it started, when this process ends (unless SIGKILL ends it)."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, errors="replace", preexec_fn=os.setpgrp,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -153,7 +153,7 @@ def _process_group(command: Sequence[str], environment: dict[str, str]) -> Itera
 
 
 def drive(todo: Sequence[Stage], rows: Path, seconds: float, stamp: dict[str, Any]) -> bool:
-    """Run the stages in turn within so many seconds, a row for each; whether all of them ended well."""
+    """Run the stages one after the other within so many seconds, and write a row for each. True if all succeeded."""
     deadline = time.monotonic() + seconds
     well = True
     for stage in todo:
@@ -167,24 +167,24 @@ def drive(todo: Sequence[Stage], rows: Path, seconds: float, stamp: dict[str, An
     return well
 
 
-# What was measured.
+# The table of results.
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one session in lines: stages, cases against their floor, ops against a copy and a GEMM."""
+    """The rows of one session as text: stages, cases compared with their floor, ops compared with a copy and a GEMM."""
     parts: list[str] = []
-    of = {what: [row for row in rows if row["what"] == what] for what in ("stage", "case", "op", "failed", "counters")}
+    of = {kind: [row for row in rows if row["what"] == kind] for kind in ("stage", "case", "op", "failed", "counters")}
     if of["stage"]:
         parts.append(
             _lines(["stage", "ended", "seconds"], [[r["stage"], r["ended"], r["seconds"]] for r in of["stage"]])
         )
     if of["case"]:
-        head = ["case", "method", "p50", "floor, same process", "of the floor", "memory", "misses logit by", "status"]
+        head = ["case", "method", "p50", "floor, same process", "floor / p50", "memory", "conservation error", "status"]
         parts.append(_lines(head, [_case(row) for row in of["case"]]))
     if of["op"]:
         copy, gemm = of["op"][-1]["copy_bytes_per_second"], of["op"][-1]["gemm_operations_per_second"]
-        parts.append(f"a copy moved {copy / 1e12:.3g} TB/s, a square GEMM did {gemm / 1e12:.4g} TFLOP/s")
-        head = ["op", "model", "backend", "p50", "of the copy", "of the GEMM"]
+        parts.append(f"a copy reached {copy / 1e12:.3g} TB/s, a square GEMM {gemm / 1e12:.4g} TFLOP/s")
+        head = ["op", "model", "backend", "p50", "% of the copy's rate", "% of the GEMM's rate"]
         lines = [[r["op"], r["model"], r["backend"], _ms(r["seconds_p50"]), f"{r['share_of_copy']:.0%}",
                   f"{r['share_of_gemm']:.0%}"] for r in of["op"]]  # fmt: skip
         parts.append(_lines(head, lines))
@@ -226,42 +226,44 @@ def read(path: Path, session: str) -> list[dict[str, Any]]:
 
 
 def stand_in_for_ncu(arguments: Sequence[str]) -> int:
-    """Runs what ncu would run and says what ncu would say, of a kernel that is none: to try that stage without ncu."""
-    done = subprocess.run(arguments[arguments.index(sys.executable) :], cwd=ROOT, check=False)
+    """Run the command that ncu would run, and print output of ncu's form. This tests the stage without ncu."""
+    process = subprocess.run(arguments[arguments.index(sys.executable) :], cwd=ROOT, check=False)
     kernel = arguments[arguments.index("--kernel-name") + 1].removeprefix("regex:")
     print('==PROF== Connected\n"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"')
     print(f'"0","{kernel}","GPU Speed Of Light Throughput","Duration","us","1,234.5"')
     print(f'"0","{kernel}","Launch Statistics","Registers Per Thread","register/thread","122"')
-    return done.returncode
+    return process.returncode
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: every stage ended well; 1: some did not, and their rows say how; 2: it could not begin."""
+    """Run the stages. Returns 0: all succeeded; 1: some failed, and their rows say why; 2: the run could not start."""
     if arguments[:1] == ["stand-in-for-ncu"]:
         return stand_in_for_ncu(arguments[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=540, help="for all stages together (default %(default)s)")
-    parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--large", action="store_true")
-    parser.add_argument("--commit", help="of the code, where this is no checkout")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="directory for the rows")
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="time for all stages together (default: %(default)s)"
+    )
+    parser.add_argument("--dry", action="store_true", help="run every stage on the CPU, with tiny shapes")
+    parser.add_argument("--large", action="store_true", help="run the longer measurements instead")
+    parser.add_argument("--commit", help="commit of the code, if this is not a git checkout")
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
-        parser.error(f"--seconds {options.seconds:g}: a positive number")
+        parser.error(f"--seconds {options.seconds:g}: must be a positive number")
     begin = time.monotonic()
     session = uuid.uuid4().hex[:12]
     look = [sys.executable, "-m", "benchmarks.stages", "look", *(["--dry"] if options.dry else [])]
-    found = subprocess.run(
+    looked = subprocess.run(
         look, cwd=ROOT, env={**os.environ, "PYTHONPATH": "python:."}, capture_output=True, text=True, check=False
     )
-    if found.returncode != 0:
-        print(found.stderr.strip() or f"{' '.join(look)} ended with {found.returncode}", file=sys.stderr)
+    if looked.returncode != 0:
+        print(looked.stderr.strip() or f"{' '.join(look)} ended with exit code {looked.returncode}", file=sys.stderr)
         return 2
-    stamp = {**json.loads(found.stdout), "session": session, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    stamp = {**json.loads(looked.stdout), "session": session, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if options.commit:
         stamp["commit"] = options.commit
     rows = options.folder.resolve() / f"{stamp['machine']}.jsonl"
-    for name in (signal.SIGTERM, signal.SIGHUP):  # end the stage at work, and print the table
+    for name in (signal.SIGTERM, signal.SIGHUP):  # end the running stage, and print the table
         signal.signal(name, lambda *_: sys.exit(1))
     todo = stages(rows, session, options.dry, options.large, options.commit)
     try:

@@ -1,4 +1,4 @@
-"""The machine that measures: what it is, how fast it copies and multiplies, how time and memory are taken on it."""
+"""The machine: its description, its rates of copying and multiplying, and how time and memory are measured on it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[1]
 
 
 class BenchmarkError(Exception):
-    """Something asked of the benchmarks that cannot be done, in words for who asked."""
+    """A request that the benchmarks cannot carry out; the message is for the user."""
 
 
 class StoppedError(Exception):
-    """A run took longer than it may; ``seconds`` is how long it was given before it let itself be stopped."""
+    """A run exceeded its time limit; ``seconds`` is the time until it stopped."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"after {seconds:.4g} s")
@@ -46,25 +46,25 @@ class Machine:
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
-            raise BenchmarkError(f"device {self.device!r}: there are 'cpu' and 'cuda'")
+            raise BenchmarkError(f"device {self.device!r}: must be 'cpu' or 'cuda'")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("torch sees no CUDA device here; --device cpu measures the CPU")
+            raise BenchmarkError("torch sees no CUDA device here; give --device cpu to measure the CPU")
         if self.limit_bytes is None:
             return
         if self.device == "cpu":
-            raise BenchmarkError("--memory-limit caps the CUDA allocator; on the CPU there is none to cap")
-        there = torch.cuda.get_device_properties(0).total_memory
-        if self.limit_bytes > there:
-            raise BenchmarkError(f"--memory-limit {self.limit_bytes} bytes: the GPU has only {there}")
-        torch.cuda.set_per_process_memory_fraction(self.limit_bytes / there)
+            raise BenchmarkError("--memory-limit caps the CUDA allocator; on the CPU leave it out")
+        total = torch.cuda.get_device_properties(0).total_memory
+        if self.limit_bytes > total:
+            raise BenchmarkError(f"--memory-limit {self.limit_bytes} bytes: the GPU has only {total} bytes")
+        torch.cuda.set_per_process_memory_fraction(self.limit_bytes / total)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """One run by the wall clock, to the device's last operation."""
+        """Wall-clock time of one run, up to the device's last operation."""
         self.synchronize()
         begin = time.perf_counter()
         work()
@@ -72,12 +72,12 @@ class Machine:
         return time.perf_counter() - begin
 
     def median_seconds(self, work: Callable[[], object], runs: int = 5) -> float:
-        """The median of ``runs`` runs after one to warm up."""
+        """The median time of ``runs`` runs, after one warm-up run."""
         work()
         return statistics.median(self.seconds(work) for _ in range(runs))
 
     def seconds_each(self, work: Callable[[], object], runs: int = 7, least: float = 5e-3) -> list[float]:
-        """Seconds a call of ``runs`` runs after two to warm up, each of so many calls that it takes ``least`` seconds."""
+        """Seconds per call in each of ``runs`` runs, after two warm-up calls. A run repeats calls for ``least`` seconds."""
         work()
         calls = min(100, max(1, math.ceil(least / max(1e-9, self.seconds(work)))))
 
@@ -92,7 +92,7 @@ class Machine:
         return (scale * torch.randn(shape, device=self.device)).to(dtype)
 
     def copy_bandwidth(self, size: int | None = None) -> float:
-        """Bytes per second that a copy within the device's memory reads and writes; a buffer larger than any cache."""
+        """Bytes per second that a copy in the device's memory reads and writes. The buffer is larger than any cache."""
         size = size or (1 << 30 if self.device == "cuda" else 1 << 28)
         source = self.random(size // 4)
         target = torch.empty_like(source)
@@ -106,14 +106,15 @@ class Machine:
         return 2 * size**3 / self.median_seconds(lambda: torch.mm(a, b, out=out))
 
     def gemm_seconds(self, rows: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[float]:
-        """Seconds a row of the library's product with each ``[outputs, inputs]`` weight: the better of two ways, many
-        rows at once and in blocks whose operands stay in a CPU's cache, each the median of three runs. Measured on ``rows``
-        rows, at most some thousands.
+        """Seconds per row of the library's product with each ``[outputs, inputs]`` weight.
+
+        This is the better of two ways: all rows at once, and blocks whose operands stay in a CPU's cache. Each is the
+        median of three runs, on ``rows`` rows, but at most some thousands.
         """
         rows = min(rows, 32768 if self.device == "cuda" else 8192)
-        # or a few rows would be timed with the start of a kernel and the wait for it
+        # without repeats, the time of a few rows would be mostly kernel launch and synchronisation
         repeats = min(20, max(1, 4096 // rows))
-        found = []
+        seconds = []
         for outputs, inputs in shapes:
             a = self.random(rows, inputs, dtype=dtype)
             weight = self.random(outputs, inputs, dtype=dtype)
@@ -126,13 +127,13 @@ class Machine:
 
             ways = {rows, min(rows, 2048)}
             best = min(self.median_seconds(lambda n=n: multiply(n), runs=3) for n in ways)  # type: ignore[misc]
-            found.append(best / rows / repeats)
-        return found
+            seconds.append(best / rows / repeats)
+        return seconds
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
-        """The most memory held while ``work`` runs: the CUDA allocator's, or the process's resident set's.
+        """The peak memory while ``work`` runs: of the CUDA allocator, or of the process's resident set.
 
-        The latter counts from now only where Linux lets a process reset it, else from the process's start.
+        The resident set's peak counts from now only if Linux lets the process reset it; otherwise from the process's start.
         """
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -145,7 +146,7 @@ class Machine:
         return _peak_rss()
 
     def describe(self) -> dict[str, Any]:
-        """What a row says of where it was measured."""
+        """The fields of a row that describe the machine."""
         gpu = torch.cuda.get_device_name() if self.device == "cuda" else None
         threads = torch.get_num_threads()
         name = gpu or f"{_cpu_name()} {threads} threads"
@@ -166,7 +167,7 @@ class Machine:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Between the two nearest of the values."""
+    """A percentile, interpolated between the two nearest values."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     low = int(at)
@@ -175,21 +176,25 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def here() -> str:
-    """The device that is measured unless another is asked for."""
+    """The device to measure by default."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def limit_to_what_is_free() -> None:
-    """Let this process's allocations fail, with the size that was asked for, before Linux ends it without a word."""
-    there = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()}
+    """Limit this process's memory to the available memory: an allocation then fails with its size, and Linux does not kill
+    the process.
+    """
+    memory = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+    }
     held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    limit = held + there["MemAvailable"]
+    limit = held + memory["MemAvailable"]
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises :class:`StoppedError` within, at Python's next step after so many seconds. Main thread only."""
+    """Raise :class:`StoppedError` in the block at Python's next step after so many seconds. Main thread only."""
     begin = time.perf_counter()
 
     def stop(*_: object) -> None:
@@ -206,7 +211,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 @cache
 def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether its code was changed since; nothing where there is no checkout."""
+    """The checkout's commit, and whether the code has changed since; both None without a checkout."""
     head = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/figures")
     return {"commit": head or None, "changed": None if head is None else bool(changed)}
@@ -231,10 +236,10 @@ def _driver() -> str | None:
 
 def _version(module: str) -> str | None:
     try:
-        found: str = __import__(module).__version__
+        version: str = __import__(module).__version__
     except ImportError:
         return None
-    return found
+    return version
 
 
 def _cpu_name() -> str:

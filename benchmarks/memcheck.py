@@ -1,4 +1,4 @@
-"""Small calls of the compiled kernels, for compute-sanitizer. Imports torch and depass_kernels alone, to begin soon.
+"""Small calls of the compiled kernels, for compute-sanitizer. It imports only torch and depass_kernels, to start quickly.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/memcheck.py [cuda|cpu]
 """
@@ -18,7 +18,7 @@ from depass_kernels import backends, mix_values, share_hidden  # noqa: E402
 
 
 def main(backend: str) -> None:
-    """``backend``: ``cuda``, or ``cpu``, which has the same ops."""
+    """Call every kernel of ``backend``: ``cuda``, or ``cpu``, which has the same ops."""
     calls = 0
     for name in ("tokens17-bias-excluded", "several", "dense33"):
         layout = LAYOUTS[name]

@@ -1,6 +1,7 @@
-"""The ops at the shapes of real models: what is called, what it writes, and the bytes and operations it needs.
+"""The ops at the shapes of real models: the call, its outputs, and the bytes and operations that it needs.
 
-Beside them the library's own matrix products of the same shapes, and a copy of what ``share_hidden`` reads and writes.
+For comparison, the library's matrix products of the same shapes, and a copy of the tensors that ``share_hidden`` reads and
+writes.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from .machine import Machine, percentile
 from .registry import SHAPES
 
 OURS = ("mix_values", "share_hidden", "taylor", "residual_update")
-PRODUCTS = ("mm", "mm_fp32", "addmm_fp32")  # the last two with out_dtype=: sums that are left, or added, in fp32
+PRODUCTS = ("mm", "mm_fp32", "addmm_fp32")  # the last two with out_dtype=: the sums are in fp32
 PROJECTIONS = ("value", "output", "gate", "down")
 LIBRARY = ("copy", *(f"{product}_{projection}" for projection in PROJECTIONS for product in PRODUCTS))
 OPS = (*OURS, *LIBRARY)
-TORCH = "torch"  # what does the library's
+TORCH = "torch"  # the backend of the library's products
 MODELS = tuple(name for name in SHAPES if name != "tiny")
 POSITIONS = {"small": 16, "full": 256}  # tokens of one prompt: 136 and 32896 rows
 
 
 @dataclass(frozen=True)
 class Op:
-    """One call.
+    """One call of an op.
 
     Attributes:
-        work: given one of :func:`backends_of`, or ``"reference"``, does it.
-        written: the tensors that it leaves its results in.
-        clear: fills them with NaN, or with what is added to.
-        bytes: that must be read and written, each once.
-        operations: multiplications and additions of the matrix products; for the sharing, eight for each gate.
+        work: runs the op on a backend, one of :func:`backends_of` or ``"reference"``.
+        written: the output tensors.
+        clear: fills the outputs with NaN, or with the values that the op adds to.
+        bytes: the bytes that must be read and written, each counted once.
+        operations: multiplications and additions of the matrix products; for ``share_hidden`` eight per gate value.
     """
 
     work: Callable[[str], object]
@@ -47,24 +48,24 @@ class Op:
 
 
 def kernel_of(op: str) -> str:
-    """The op of ``depass_kernels``: the taylor step is a rule of ``share_hidden``."""
+    """The op of ``depass_kernels`` that this op calls: ``taylor`` is a rule of ``share_hidden``."""
     return "share_hidden" if op == "taylor" else op
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """What can do an op, on some machine."""
+    """The backends that can run an op on some machine."""
     return (TORCH,) if op in LIBRARY else tuple(name for name in backends.NAMES if name != "auto")
 
 
 def missing(op: str, backend: str) -> str | None:
-    """Why a backend can never do an op on this machine, or None. The library says so itself when it is called."""
+    """Why a backend can never run an op on this machine, or None. (torch's products raise when they are called.)"""
     if op in LIBRARY:
         return None
     return next(reason for of, name, reason in backends.table() if (of, name) == (kernel_of(op), backend))
 
 
 def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine) -> Op:
-    """Random operands, as a layer of ``model`` would have them with every token a source."""
+    """The call with random operands, in the shapes of a layer of ``model`` with every token as a source."""
     D, F, H, K, d, *_ = SHAPES[model]
     n = POSITIONS[size]
     layout = SourceLayout.tokens(n, excluded=0)
@@ -75,11 +76,11 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
     def random(*shape: int, spread: float = 1.0) -> Tensor:
         return machine.random(*shape, dtype=dtype, scale=spread)
 
-    def made(*shape: int) -> Tensor:
+    def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
     def gates() -> Tensor:
-        gate = machine.random(rows, F, scale=0.3)  # fp32, as a GEMM leaves them where it can
+        gate = machine.random(rows, F, scale=0.3)  # fp32, as on CUDA, where the GEMM can return fp32
         return gate if device == "cuda" else gate.to(dtype)
 
     def call(work: Callable[[str], object], out: Tensor, operations: int, *read: Tensor) -> Op:
@@ -88,13 +89,13 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
 
     if op == "mix_values":
         pattern = torch.softmax(machine.random(1, H, n, n), dim=-1).tril().to(dtype)
-        values, out = random(rows, K * d), made(rows, H * d)
+        values, out = random(rows, K * d), empty(rows, H * d)
         options: dict[str, Any] = {"kv_heads": K, "key_scale": scale, "out": out}
-        # a query reads, of every key before it, the sources that have started by then
+        # a query reads, for each key up to its own position, the sources that have started by that key
         useful = 2 * H * d * n * (n + 1) * (n + 2) // 6
         return call(lambda b: mix_values(pattern, values, layout, backend=b, **options), out, useful, pattern, values)
     if op in ("share_hidden", "taylor"):
-        gate, hidden, out, total = gates(), random(n, F), made(rows, F), random(n, F)
+        gate, hidden, out, total = gates(), random(n, F), empty(rows, F), random(n, F)
         options = {"gate_scale": scale, "out": out}
         read = [gate, hidden]
         if op == "taylor":
@@ -102,12 +103,12 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
             read.append(total)
         return call(lambda b: share_hidden(gate, hidden, layout, backend=b, **options), out, 8 * rows * F, *read)
     if op == "copy":
-        gate, out = gates(), made(rows, F)
+        gate, out = gates(), empty(rows, F)
         return call(lambda _: out.copy_(gate), out, 0, gate)
     if op == "residual_update":
         start = machine.random(rows, D)
         state, operand, weight = start.clone(), random(rows, H * d), random(D, H * d, spread=0.02)
-        cast = made(rows, D) if dtype != torch.float32 else None
+        cast = empty(rows, D) if dtype != torch.float32 else None
         written = (state,) if cast is None else (state, cast)
         moved = sum(t.numel() * t.element_size() for t in (*written, operand, weight)) + state.numel() * 4  # and read
 
@@ -124,7 +125,7 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
     outputs, inputs = {"value": (K * d, D), "output": (D, H * d), "gate": (F, D), "down": (D, F)}[projection]
     operand, weight = random(rows, inputs), random(outputs, inputs, spread=0.02)
     begin = machine.random(rows, outputs) if product == "addmm_fp32" else None
-    out = made(rows, outputs) if product == "mm" else torch.empty(rows, outputs, device=device)
+    out = empty(rows, outputs) if product == "mm" else torch.empty(rows, outputs, device=device)
     moved = sum(t.numel() * t.element_size() for t in (operand, weight, out, *([] if begin is None else [begin])))
     return Op(
         lambda b: _multiply(product if b == TORCH else b, operand, weight, out), (out,),
@@ -141,18 +142,18 @@ def _multiply(product: str, operand: Tensor, weight: Tensor, out: Tensor) -> Non
         torch.addmm(out, operand, weight.T, out_dtype=torch.float32, out=out)
     else:
         exact = operand.float() @ weight.float().T
-        out.copy_(exact if bool(out.isnan().any()) else out + exact)  # what is added to has been filled in
+        out.copy_(exact if bool(out.isnan().any()) else out + exact)  # addmm: clear has filled in the addend
 
 
 def agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Every number, within a bound relative to the largest."""
+    """Whether all numbers agree, within a bound relative to the largest number."""
     size = expected.float().abs().max()
     bound = 2e-2 if dtype != torch.float32 or got.is_cuda else 1e-4
     return bool(((got.float() - expected.float()).abs().max() <= bound * size).item())
 
 
 def checked(op: Op, backend: str, dtype: torch.dtype) -> bool:
-    """Do an op on the reference and on a backend, each once: whether they agree."""
+    """Run an op once on the reference and once on a backend: whether the results agree."""
     op.clear()
     op.work("reference")
     expected = [tensor.clone() for tensor in op.written]
@@ -165,7 +166,7 @@ def row_of(
     name: str, model: str, backend: str, dtype: torch.dtype, size: str, op: Op, seconds: Sequence[float],
     rates: tuple[float, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of results, beside the ``rates`` of a copy (bytes per second) and of a GEMM (operations per second)."""
+    """A row of results, with the ``rates`` of a copy (bytes per second) and of a GEMM (operations per second)."""
     copy, gemm = rates
     took = percentile(seconds, 0.5)
     return {

@@ -1,21 +1,22 @@
-"""Predicts what GPUs take for our cases, so that a measurement says at once which part of the prediction is wrong.
+"""Predicts the times of the benchmark cases on GPUs. A later measurement then shows which part of the prediction is wrong.
 
-Counts: the method that the benchmarks time runs on a model of shapes alone (torch's meta device). Each tensor operation
-counts as one kernel that reads its inputs once and writes its outputs once. A CPU cannot run what a GPU would do in four
-places, which are counted by hand below: ``mix_values``, ``share_hidden``, ``residual_update`` and the product with an
-fp32 output. So the counts follow the code.
+Counts: the timed method runs on a model that has only shapes (torch's meta device). Each tensor operation counts as one
+kernel that reads its inputs once and writes its outputs once, so the counts follow the code. Four operations differ on a
+GPU and are counted by hand below: ``mix_values``, ``share_hidden``, ``residual_update`` and the product with an fp32
+output.
 
-Seconds: a kernel takes ``max(operations / rate, bytes / bandwidth, KERNEL_SECONDS)`` on the device and
-``LAUNCH_SECONDS`` on the host. Device and host work at the same time: the prediction is the larger of their sums. Rates,
-bandwidths and the two constants are assumed, not measured. Memory is assumed to suffice (``depass plan`` checks that).
+Seconds: a kernel takes ``max(operations / rate, bytes / bandwidth, KERNEL_SECONDS)`` on the device, and
+``LAUNCH_SECONDS`` on the host. Device and host work at the same time, so the prediction is the larger of their sums. The
+rates, the bandwidths and the two constants are assumed, not measured. Memory is assumed to suffice (``depass plan`` checks
+that).
 
 Not counted: bytes that a product or ``mix_values`` reads again, the second read of the gates where a position has more
 than 256 sources, padding to whole tiles, and waits of the host for the device.
 
-The parts of the decomposition are ``products`` (the value, output, gate and down products; their bytes without those of
-the ``weights``), ``fold`` (γ into the weights), ``gather`` and ``scatter`` (rows of the state out of it and back into it),
-``casts``, ``mix`` (values in and out; without those of the ``pattern``), ``share`` (gates in, shares out) and ``others``.
-Beside it stand ``model``, the model's own pass with what is traced in it, and ``scoring``.
+The decomposition has these parts: ``products`` (the value, output, gate and down products; the bytes of their weights are
+counted as ``weights``), ``fold`` (γ into the weights), ``gather`` and ``scatter`` (rows of the state read and written),
+``casts``, ``mix`` (values in and out; the bytes of the pattern are counted as ``pattern``), ``share`` (gates in, shares
+out) and ``others``. Two more parts are ``model``, the model's own pass with its capture, and ``scoring``.
 """
 
 from __future__ import annotations
@@ -52,20 +53,20 @@ SIZES = {
     "heads": ("16",),
     "prompts": ("64",),
 }
-KERNEL_SECONDS = 5e-6  # the least that a kernel takes on the device
-LAUNCH_SECONDS = 28e-6  # of the host, for a kernel and the Python around it
+KERNEL_SECONDS = 5e-6  # the shortest time of a kernel on the device
+LAUNCH_SECONDS = 28e-6  # the host's time for a kernel and the Python code around it
 
 
 @dataclass(frozen=True)
 class Card:
-    """Assumed rates of a GPU; ``name`` is a part of what its driver calls it."""
+    """Assumed rates of a GPU; ``name`` is part of the name that the driver reports."""
 
     name: str
     operations_per_second: float  # of bf16 matrix products
     bytes_per_second: float
 
     def seconds(self, operations: float, moved: float) -> float:
-        """The least that this work takes, by the slower of the two rates."""
+        """The shortest time for this work, given by the slower of the two rates."""
         return max(operations / self.operations_per_second, moved / self.bytes_per_second)
 
 
@@ -73,13 +74,13 @@ CARDS = {"a6000": Card("A6000", 120e12, 0.65e12), "h100": Card("H100", 700e12, 3
 
 
 def card_of(gpu: str | None) -> str | None:
-    """The key of the card that a driver calls ``gpu``, or None."""
+    """The key of the card whose driver reports the name ``gpu``, or None."""
     return next((key for key, card in CARDS.items() if gpu is not None and card.name in gpu), None)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: the part of the work it belongs to, its operations, and bytes by what they are of."""
+    """One launch: its part of the work, its operations, and its bytes by kind."""
 
     part: str
     operations: int
@@ -91,20 +92,20 @@ class Kernel:
 
 
 def predict() -> Path:
-    """Write :func:`predictions` to :data:`PATH`, one row a line."""
+    """Write :func:`predictions` to :data:`PATH`, one row per line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in predictions())
     write_atomically(PATH, f"[\n{lines}\n]\n".encode())
     return PATH
 
 
 def load() -> list[dict[str, Any]]:
-    """What :func:`predict` wrote."""
+    """Read the rows that :func:`predict` wrote."""
     rows: list[dict[str, Any]] = json.loads(PATH.read_text())
     return rows
 
 
 def predictions() -> list[dict[str, Any]]:
-    """A row for every card, model, question and size, sorted; numbers of seconds to four digits."""
+    """One row per card, model, question and size, sorted. Seconds have four digits."""
     rows = []
     for name in MODELS:
         config = random_model(name, "bfloat16", "meta").config
@@ -117,7 +118,7 @@ def predictions() -> list[dict[str, Any]]:
 
 
 def row_of(case: Case, config: Any, kernels: Mapping[Kernel, int], card: Card) -> dict[str, Any]:
-    """What a card should take for these kernels of a case."""
+    """The predicted row of a case on a card, from the case's kernels."""
     seconds: dict[str, float] = defaultdict(float)
     moved: Counter[str] = Counter()
     operations: Counter[str] = Counter()
@@ -139,7 +140,7 @@ def row_of(case: Case, config: Any, kernels: Mapping[Kernel, int], card: Card) -
 
 
 def _floor_seconds(case: Case, config: Any, card: Card) -> float:
-    """What the runner measures as the floor: the bf16 products of all rows at once, by row."""
+    """The floor that the runner measures: the bf16 products of all rows at once."""
     rows = count_rows(case, config)
     products = [
         card.seconds(2 * rows.state * a * b, 2 * (a * b + rows.state * (a + b))) for a, b in floor_shapes(config)
@@ -148,16 +149,16 @@ def _floor_seconds(case: Case, config: Any, card: Card) -> float:
 
 
 def count(case: Case, layers: int) -> Counter[Kernel]:
-    """How often a case launches which kernel, on its model with so many layers.
+    """How often a case launches each kernel, on its model with so many layers.
 
-    Of layers that do the same, which all between the first and the last are unless something joins there, one runs.
+    All layers between the first and the last do the same work, unless sources join there. Then only one of them runs.
     """
     D, F, H, K, d, _, vocabulary = SHAPES[case.model]
     shape = D, F, H, K, d, layers if case.question == "heads" else min(3, layers), vocabulary
     with mock.patch.dict(SHAPES, {case.model: shape}):
         model = random_model(case.model, case.dtype, "meta")
     with ExitStack() as stack:
-        # the indices of blocks are small: threads only wait for each other
+        # the tensors of indices are small, so more threads would only wait for each other
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         stack.enter_context(mock.patch("depass.api.bind", partial(bind, empty=True)))
@@ -177,7 +178,7 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
 
 
 def _name_parts(stack: ExitStack, counting: _Counting, model: Any, layers: int) -> None:
-    """Tell the counter which part of the work runs, and let the second of the model's layers count for those left out."""
+    """Tell the counter which part of the work runs, and count the model's second layer for all layers that were left out."""
     moves = propagate.Propagation
     join, attention, mlp, forward = moves.join, moves.attention, moves.mlp, model.model.forward
     before: Counter[Kernel] = Counter()  # up to the last layer's end
@@ -194,7 +195,7 @@ def _name_parts(stack: ExitStack, counting: _Counting, model: Any, layers: int) 
         nonlocal before
         with counting.part("decomposition"):
             mlp(self, index, *given)
-        if index == 1:  # the first also copies the layouts to the device
+        if index == 1:  # the first layer also copies the layouts to the device
             for kernel, times in (counting.kernels - before).items():
                 counting.kernels[kernel] += times * (layers - len(model.model.layers))
         before = counting.kernels.copy()
@@ -219,10 +220,10 @@ _WRITES_ALONE = {aten.copy_, aten.fill_, aten.zero_}  # do not read what they wr
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is launched on the meta device.
+    """Counts the kernels launched on the meta device.
 
     Attributes:
-        kernels: how often each was launched.
+        kernels: the number of launches of each kernel.
     """
 
     def __init__(self, model: Any) -> None:
@@ -234,7 +235,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is launched within belongs to this part."""
+        """Launches in the block belong to this part."""
         before, self._part = self._part, name
         try:
             yield
@@ -242,7 +243,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._part = before
 
     def launched(self, part: str, operations: int = 0, **moved: int) -> None:
-        """One kernel; ``moved`` names its bytes."""
+        """Count one kernel; ``moved`` gives its bytes by kind."""
         self.kernels[Kernel(part, operations, tuple(moved.items()))] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,36 +262,36 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if numbers is None or func.is_view or func._schema.is_mutable:
             result = func(*args, **options)
         else:  # its shape may depend on the numbers
-            result = numbers.to("meta") if isinstance(numbers, Tensor) else tuple(one.to("meta") for one in numbers)
-        made = list(_tensors([result]))
+            result = numbers.to("meta") if isinstance(numbers, Tensor) else tuple(part.to("meta") for part in numbers)
+        outputs = list(_tensors([result]))
         of_weights = self._part == "decomposition" and op not in _PRODUCTS | _SELECTS and any(map(_of_weights, given))
-        held = _tensors([numbers]) if numbers is not None else itertools.repeat(None, len(made))
-        for tensor, its_numbers in zip(made, held, strict=True):
+        held = _tensors([numbers]) if numbers is not None else itertools.repeat(None, len(outputs))
+        for tensor, its_numbers in zip(outputs, held, strict=True):
             _mark(tensor, of_weights, its_numbers)
         if op not in _MAKES_ROOM and not func.is_view and op is not aten._unsafe_view:
-            self._count(op, given, made)
+            self._count(op, given, outputs)
         return result
 
     def _on_host(self, value: Any) -> Any:
-        """The numbers of a tensor, zeros where they are not known; and the host for a device."""
+        """A tensor's numbers (zeros if they are unknown); for a device, the host."""
         if isinstance(value, torch.device):
             return torch.device("cpu")
         if isinstance(value, (list, tuple)):
-            return [self._on_host(one) for one in value]
+            return [self._on_host(element) for element in value]
         if not isinstance(value, Tensor) or not value.is_meta:
             return value
         numbers = _numbers(value)
         return torch.zeros(value.shape, dtype=value.dtype, device="cpu") if numbers is None else numbers
 
-    def _count(self, op: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-        written = sum(map(_bytes, made))
+    def _count(self, op: Any, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        written = sum(map(_bytes, outputs))
         if op in _SELECTS:
             moved = 2 * written + sum(map(_bytes, given[1:]))
         elif op in _PUTS:
             moved = sum(map(_bytes, given[1:])) + _bytes(given[-1])
         else:
             moved = written + sum(map(_bytes, given[1:] if op in _WRITES_ALONE else given))
-        operations = _operations(given, made[0]) if op in _PRODUCTS else 0
+        operations = _operations(given, outputs[0]) if op in _PRODUCTS else 0
         if self._part != "decomposition":
             self.launched(self._part, operations, **{self._part: moved})
         elif op in _PRODUCTS:
@@ -302,7 +303,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = next((name for name, ops in kinds.items() if op in ops), "others")
             self.launched("fold" if of_weights else kind, **{"fold" if of_weights else kind: moved})
 
-    # What only a GPU has.
+    # Counted by hand, because a GPU does them in another way.
 
     def product_in_fp32(self, operand: Tensor, weight: Tensor) -> Tensor:
         """:func:`depass_kernels.reference.matmul` on CUDA."""
@@ -312,7 +313,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def run_op(self, op: str, _: str, /, **arguments: Any) -> None:
-        """:func:`depass_kernels.backends.run`, as ``auto`` chooses on a GPU."""
+        """:func:`depass_kernels.backends.run` with the backend that ``auto`` chooses on a GPU."""
         getattr(self, op)(**arguments)
 
     def mix_values(
@@ -320,12 +321,12 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         layout.to(values.device)  # the kernel's offsets
         heads, head_dim = pattern.shape[1], values.shape[1] // kv_heads
-        pairs = products = 0  # of a query and a key before it, where anything has started; and with the key's sources
+        pairs = products = 0  # pairs of a query and a key with sources; and the sum of the keys' sources over the pairs
         starts = layout.position_start.tolist()
         for first, last in itertools.pairwise(starts):
             counts = layout.counts[first:last]
-            here = int((counts > 0).sum())
-            pairs += here * (here + 1) // 2
+            keys = int((counts > 0).sum())
+            pairs += keys * (keys + 1) // 2
             products += int(counts.cumsum(0).sum())
         self.launched(
             "mix", 2 * heads * head_dim * products,
@@ -345,7 +346,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         n, width = len(operand), state.shape[1]
         target = n * width * state.element_size()
         if rows is not None:
-            for _ in range(2):  # rows are taken out and put back
+            for _ in range(2):  # rows are read out and written back
                 self.launched("scatter", scatter=2 * target + _bytes(rows))
         products = _bytes(operand) + 2 * target
         self.launched("products", 2 * n * width * operand.shape[1], weights=_bytes(weight), products=products)
@@ -362,7 +363,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _mark(tensor: Tensor, of_weights: bool, numbers: Tensor | None = None) -> None:
-    """Say of a tensor that a weight was made into it; and what it holds, if that came from the host: rows' indices."""
+    """Note whether a tensor was computed from a weight, and its numbers if they come from the host (indices of rows)."""
     vars(tensor).update(of_weights=of_weights, numbers=numbers)
 
 
@@ -375,12 +376,12 @@ def _numbers(tensor: Tensor) -> Tensor | None:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the numbers that lie in memory: those that a view repeats count once."""
+    """A tensor's bytes in memory. Numbers that a view repeats count once."""
     if 0 not in tensor.stride():
         return tensor.nbytes
     return math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride) * tensor.itemsize
 
 
-def _operations(given: Sequence[Tensor], made: Tensor) -> int:
-    """Multiplications and additions of a product, whose second operand but one is its left one."""
-    return 2 * made.numel() * given[-2].shape[-1]
+def _operations(given: Sequence[Tensor], output: Tensor) -> int:
+    """Multiplications and additions of a product; its left operand is the last argument but one."""
+    return 2 * output.numel() * given[-2].shape[-1]

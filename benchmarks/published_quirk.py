@@ -1,10 +1,11 @@
-"""How far one quirk of the published implementation moves a real model's head scores, and all quirks together.
+"""Measures how much one quirk of the published implementation, and all quirks together, change a real model's head scores.
 
     python benchmarks/published_quirk.py [--prompts 6] [--results benchmarks/results/published_quirk.json]
 
-The quirk: at position 0 the published code replaces the pre-activation of source 0 (the rest of the stream) by 1 before
-the softmax. Compared are its head scores with and without that, and with those of ``depass`` (no quirks at all), on
-SmolLM2-135M-Instruct in fp32, at the last position, by layer. Scores of heads only, without the rest.
+The quirk: at position 0 the published code sets the pre-activation of source 0 (the remainder of the residual stream) to 1
+before the softmax. The program compares the published head scores with those without this quirk, and with those of
+``depass`` (no quirks). It uses SmolLM2-135M-Instruct in fp32, at the last position, and compares each layer's heads, without
+the remainder.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ PROMPTS = {
 
 
 class WithoutTheQuirk(Published):
-    """The published engine with all quirks but the one at position 0."""
+    """The published engine without the quirk at position 0; the other quirks stay."""
 
     def _replace_first(self, gate: Tensor) -> None:
         pass
 
 
 class WithoutTheQuirkManager(decomposed_state_manager):
-    """The published interface over that engine."""
+    """The published interface on that engine."""
 
     def _engine(self) -> Any:
         return WithoutTheQuirk(self.bound, "softmax", self.mlp_softmax_temp, self.ignore_special_token)
 
 
 def compare(published: Tensor, other: Tensor) -> dict[str, float]:
-    """The distance of two layers' head scores ``[H]``, and Spearman's rank correlation of them."""
+    """The relative difference of two vectors of head scores ``[H]``, and their Spearman rank correlation."""
     ranks = torch.stack([scores.argsort().argsort().double() for scores in (published, other)])
     return {
         "relative_difference": float((published - other).norm() / published.norm()),
@@ -57,10 +58,10 @@ def compare(published: Tensor, other: Tensor) -> dict[str, float]:
     }
 
 
-def summary(found: list[dict[str, float]]) -> dict[str, float]:
-    """Over layers and prompts."""
-    differences = [one["relative_difference"] for one in found]
-    correlations = [one["rank_correlation"] for one in found]
+def summary(comparisons: list[dict[str, float]]) -> dict[str, float]:
+    """Medians, means and worst cases over layers and prompts."""
+    differences = [comparison["relative_difference"] for comparison in comparisons]
+    correlations = [comparison["rank_correlation"] for comparison in comparisons]
     return {
         "relative_difference_median": round(statistics.median(differences), 4),
         "relative_difference_worst": round(max(differences), 4),
@@ -73,8 +74,14 @@ def summary(found: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of the prompts")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "published_quirk.json")
+    parser.add_argument(
+        "--prompts", type=int, default=len(PROMPTS), metavar="N",
+        help="use only the first N prompts (default: %(default)s, all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results" / "published_quirk.json", metavar="FILE",
+        help="file of results (default: benchmarks/results/published_quirk.json)",
+    )  # fmt: skip
     options = parser.parse_args()
     dp = DePass.from_pretrained(dtype=torch.float32)
     managers = {
@@ -96,13 +103,13 @@ def main() -> None:
             }
             rows.append({"prompt": prompt, "layer": layer, **others})
         print(f"{prompt!r}: {len(layers)} layers", flush=True)
-    found = {
+    results = {
         "model": dp.name, "dtype": "float32", "prompts": options.prompts, "layers": len(layers),
         "published_against": {name: summary([row[name] for row in rows]) for name in ("without the quirk", "depass")},
         "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
-    print(json.dumps(found, indent=1))
-    write_atomically(options.results, json.dumps({**found, "rows": rows}, indent=1).encode())
+    print(json.dumps(results, indent=1))
+    write_atomically(options.results, json.dumps({**results, "rows": rows}, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One entry per case: a question, asked of a model in a dtype at a size, and everything that can answer it."""
+"""The benchmark cases: a question, a model, a dtype and a size; and the methods that can answer each question."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int]] = {
     "llama-3.1-8b": (4096, 14336, 32, 8, 128, 32, 128256),
     "llama-2-13b": (5120, 13824, 40, 40, 128, 40, 32000),
 }
-REAL = "smollm2"  # the package's default model; all others are random weights of these shapes
-ON_HOST = "@host"  # after a model's name: its weights lie in host memory and come to the GPU layer by layer
+REAL = "smollm2"  # the package's default model; all others have random weights of these shapes
+ON_HOST = "@host"  # after a model's name: its weights stay in host memory and are copied to the GPU layer by layer
 DTYPES = {
     REAL: ("float32", "bfloat16"),
     **dict.fromkeys(("tiny", "smollm2-135m", "llama-3.2-1b"), ("float32", "bfloat16")),
@@ -50,22 +50,22 @@ SIZES: dict[str, tuple[str, ...]] = {
     "prompts": ("8", "64", "1000"),
     "spans": ("512x16", "8192x64"),
 }
-UNITS = {  # of a size
+UNITS = {  # units of the sizes
     "tokens": "tokens of one prompt", "heads": "tokens; every head of every layer",
     "neurons": "tokens; every neuron of the middle layer", "prompts": "short prompts",
     "spans": "tokens x spans that cover them",
 }  # fmt: skip
-# how many of the prompts of Known_1000 have how many tokens, by SmolLM2's tokenizer
+# lengths of the prompts of Known_1000 with SmolLM2's tokenizer: number of tokens -> number of prompts
 KNOWN_1000 = {4: 5, 5: 39, 6: 84, 7: 130, 8: 174, 9: 167, 10: 171, 11: 142, 12: 78, 13: 53, 14: 48, 15: 36, 16: 17,
               17: 29, 18: 7, 19: 10, 20: 7, 21: 4, 22: 2, 23: 3, 26: 1, 27: 1, 28: 1}  # fmt: skip
 TARGET = 5  # the token whose logit is explained
-# that the baselines put through a model at once, halved while it is too much
+# tokens per pass of the baselines; halved as long as memory does not suffice
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked: ``tokens/smollm2/float32/128``."""
+    """One case. Its name has four parts: ``tokens/smollm2/float32/128``."""
 
     question: str
     model: str
@@ -78,12 +78,12 @@ class Case:
 
     @property
     def number(self) -> int:
-        """Tokens of a prompt, or how many prompts."""
+        """The number of tokens of a prompt, or the number of prompts."""
         return int(self.size.split("x")[0])
 
     @cached_property
     def prompts(self) -> list[Tensor]:
-        """Random ids, on the CPU; the same for the same case."""
+        """Random ids on the CPU; they depend only on the case."""
         vocabulary = SHAPES["smollm2-135m" if self.model == REAL else self.model.removesuffix(ON_HOST)][-1]
         lengths = [self.number]
         if self.question == "prompts":
@@ -94,7 +94,7 @@ class Case:
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """Of a question of spans: equally long, one after the other."""
+        """The spans of a case of spans: consecutive and of equal length."""
         count = int(self.size.split("x")[1])
         edges = [self.number * i // count for i in range(count + 1)]
         return list(itertools.pairwise(edges))
@@ -111,39 +111,40 @@ def all_cases() -> list[Case]:
 
 
 def find(patterns: Sequence[str]) -> list[Case]:
-    """The cases that any of the patterns names, such as ``tokens/smollm2/*`` or ``tokens/smollm2/float32/10,64``.
+    """The cases that match a pattern, such as ``tokens/smollm2/*`` or ``tokens/smollm2/float32/10,64``.
 
     Raises:
-        BenchmarkError: a pattern names none.
+        BenchmarkError: a pattern matches no case.
     """
     cases = all_cases()
-    found: list[Case] = []
+    chosen: list[Case] = []
     for pattern in patterns:
         head, _, sizes = pattern.rpartition("/")
         alternatives = [f"{head}/{size}" if head else size for size in sizes.split(",")]
-        matching = [case for case in cases if any(fnmatch.fnmatch(case.name, one) for one in alternatives)]
+        matching = [case for case in cases if any(fnmatch.fnmatch(case.name, name) for name in alternatives)]
         if not matching:
             raise BenchmarkError(_unknown(pattern, cases))
-        found += [case for case in matching if case not in found]
-    return found
+        chosen += [case for case in matching if case not in chosen]
+    return chosen
 
 
 def _unknown(pattern: str, cases: Sequence[Case]) -> str:
     parts = pattern.split("/")
     if len(parts) == 4 and parts[0] in SIZES and not any(fnmatch.fnmatch(model, parts[1]) for model in DTYPES):
-        return f"unknown model {parts[1]!r}; there are: {', '.join(DTYPES)}"
+        return f"unknown model {parts[1]!r}; choose from {', '.join(DTYPES)}"
     near = difflib.get_close_matches(pattern, [case.name for case in cases], n=3)
-    return f"no case is named {pattern!r}; `list` lists them{', among them ' + ', '.join(near) if near else ''}"
+    similar = f"; similar names: {', '.join(near)}" if near else ""
+    return f"no case is named {pattern!r}; `python -m benchmarks list` shows all cases{similar}"
 
 
 # Models.
 
 
 def load(case: Case, machine: Machine) -> Any:
-    """The case's model on the machine's device, in eval mode and without gradients of its weights.
+    """The case's model on the machine's device, in eval mode, with frozen weights.
 
     Raises:
-        ModelError: the real one cannot be had here.
+        ModelError: the real model cannot be loaded.
     """
     if case.model == REAL:
         dp = DePass.from_pretrained(REAL, dtype=getattr(torch, case.dtype), device_map=machine.device)
@@ -153,7 +154,7 @@ def load(case: Case, machine: Machine) -> Any:
 
 
 def random_model(shape: str, dtype: str, device: str) -> Any:
-    """Random weights, made where they are to lie."""
+    """A model with random weights, created directly on the device."""
     D, F, H, K, d, layers, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K, head_dim=d,
@@ -167,19 +168,19 @@ def random_model(shape: str, dtype: str, device: str) -> Any:
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    if shape == "tiny":  # 0.02, the configuration's spread, leaves so narrow a model next to nothing to share out
+    if shape == "tiny":  # with the default spread of 0.02, the MLPs of so narrow a model contribute next to nothing
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.data.mul_(5)
     return model.eval().requires_grad_(False)
 
 
-# What is computed.
+# The methods.
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The scores of a case in one tensor, and what ours says beside them."""
+    """The scores of a case in one tensor; for DePass also its conservation error and the backends used."""
 
     scores: Tensor
     conservation_error: float | None = None
@@ -187,7 +188,7 @@ class Outcome:
 
 
 Work = Callable[[], Outcome]
-Method = Callable[[Any, Case, str], Work]  # given the model, the case, and the backend for ours: what is to be timed
+Method = Callable[[Any, Case, str], Work]  # takes the model, the case and DePass's backend; returns the work to time
 
 
 def _depass(model: Any, case: Case, backend: str, **options: Any) -> DePass:
@@ -206,7 +207,7 @@ def _depass_graphs(model: Any, case: Case, backend: str) -> Work:
     def work() -> Outcome:
         return _of(dp.attribute(case.prompts[0], TARGET))
 
-    work(), work()  # the first is noted, the second recorded, every other one replayed
+    work(), work()  # the first call is only noted, the second is recorded; later calls replay it
     return work
 
 
@@ -214,9 +215,9 @@ def _depass_heads(model: Any, case: Case, backend: str) -> Work:
     dp = _depass(model, case, backend)
 
     def work() -> Outcome:
-        found = dp.sweep("heads", case.prompts[0], TARGET)
-        scores = torch.cat([found.rest[0, :, None], found.scores[0]], dim=1)  # [L, H + 1]
-        return Outcome(scores, float(found.conservation_error.max()), found.settings.backends)
+        sweep = dp.sweep("heads", case.prompts[0], TARGET)
+        scores = torch.cat([sweep.rest[0, :, None], sweep.scores[0]], dim=1)  # [L, H + 1]
+        return Outcome(scores, float(sweep.conservation_error.max()), sweep.settings.backends)
 
     return work
 
@@ -230,11 +231,11 @@ def _depass_prompts(model: Any, case: Case, backend: str) -> Work:
     dp = _depass(model, case, backend, exclude_bos=True)
 
     def work() -> Outcome:
-        found = [_of(one) for one in dp.attribute_many(case.prompts, TARGET)]
+        outcomes = [_of(result) for result in dp.attribute_many(case.prompts, TARGET)]
         return Outcome(
-            torch.cat([one.scores for one in found]),
-            max(one.conservation_error or 0.0 for one in found),
-            found[0].backends,
+            torch.cat([outcome.scores for outcome in outcomes]),
+            max(outcome.conservation_error or 0.0 for outcome in outcomes),
+            outcomes[0].backends,
         )
 
     return work
@@ -245,12 +246,12 @@ def _depass_spans(model: Any, case: Case, backend: str) -> Work:
     return lambda: _of(dp.attribute(case.prompts[0], TARGET, sources=Spans(case.spans)))
 
 
-def _of(found: Any) -> Outcome:
-    return Outcome(found.scores[0], float(found.conservation_error.max()), found.settings.backends)
+def _of(result: Any) -> Outcome:
+    return Outcome(result.scores[0], float(result.conservation_error.max()), result.settings.backends)
 
 
 def _each_prompt(scores: Callable[[Any, Tensor], Tensor]) -> Method:
-    """One prompt after the other, as this rival takes them."""
+    """A method that takes one prompt after the other."""
     return lambda model, case, _: lambda: Outcome(torch.cat([scores(model, ids).cpu() for ids in case.prompts]))
 
 
@@ -274,7 +275,7 @@ def _eager_prompts(baseline: eager.Eager, model: Any, case: Case) -> Tensor:
 
 
 def _batched(scores: Callable[[Any, Tensor, int], Tensor]) -> Method:
-    """Several inputs at once, fewer where memory does not suffice."""
+    """A method that takes several inputs per pass, and fewer if memory does not suffice."""
 
     def prepare(model: Any, case: Case, _: str) -> Work:
         batch = max(1, BATCH_TOKENS[model.device.type] // case.number)
@@ -336,19 +337,19 @@ METHODS: dict[str, dict[str, Method]] = {
 
 
 def methods_of(case: Case, device: str) -> dict[str, Method]:
-    """Those that can answer a case on a device."""
-    found = METHODS[case.question]
+    """The methods that can answer a case on a device."""
+    methods = METHODS[case.question]
     if case.model.endswith(ON_HOST):
-        return {OURS: found[OURS]}
+        return {OURS: methods[OURS]}
     graphs = device == "cuda" and case.number * (case.number + 1) // 2 <= ROWS
-    return {name: method for name, method in found.items() if name != GRAPHS or graphs}
+    return {name: method for name, method in methods.items() if name != GRAPHS or graphs}
 
 
-OTHER_QUESTIONS = tuple(_GRADIENTS)  # methods whose scores mean something else than ours
+OTHER_QUESTIONS = tuple(_GRADIENTS)  # methods whose scores have another meaning than DePass's
 
 
 def plain(model: Any, case: Case) -> Callable[[], object]:
-    """The model's own pass over the case's prompts, one by one, for the last position's logits."""
+    """The model's own pass over the case's prompts, one at a time, for the last position's logits."""
     device = torch.device(here()) if case.model.endswith(ON_HOST) else model.device
 
     def work() -> None:
@@ -361,14 +362,14 @@ def plain(model: Any, case: Case) -> Callable[[], object]:
     return work
 
 
-# What it takes at least.
+# The floor.
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the decomposed state; and how many go through each projection, over all layers.
+    """The rows of the decomposed state, and the rows that go through each projection, summed over all layers.
 
-    Of the last layer only the last position is read, so only its rows go beyond the values.
+    In the last layer only the last position is read, so only its rows go through the projections after the values.
     """
 
     state: int
@@ -383,7 +384,7 @@ def count_rows(case: Case, config: Any) -> Rows:
         sources = config.num_attention_heads + 1
         each = n * sources
         attention, mlp = each * layers * (layers - 1) // 2, each * layers * (layers + 1) // 2
-        spared = each - sources  # of each decomposition in the last layer
+        spared = each - sources  # rows that each decomposition saves in the last layer
         return Rows(each * layers, attention, attention - spared * (layers - 1), mlp - spared * layers)
     if case.question == "neurons":
         sources, left = config.intermediate_size + 1, layers - 1 - _middle(config)
@@ -401,19 +402,19 @@ def count_rows(case: Case, config: Any) -> Rows:
 
 
 def floor_shapes(config: Any) -> list[tuple[int, int]]:
-    """``[outputs, inputs]`` of the value, output, gate and down projection: the GEMMs of the floor."""
+    """``[outputs, inputs]`` of the value, output, gate and down projections: the GEMMs of the floor."""
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     return [(config.num_key_value_heads * d, D), (D, config.num_attention_heads * d), (F, D), (D, F)]
 
 
 def per_row(rows: Rows, each: Sequence[float]) -> float:
-    """A sum over all rows of what each of the four projections takes for one."""
+    """The total over all rows, from the cost per row of each of the four projections."""
     value, output, gate, down = each
     return rows.value * value + rows.output * output + rows.mlp * (gate + down)
 
 
 def floor_operations(case: Case, config: Any) -> float:
-    """Operations that nobody avoids without approximating."""
+    """The operations that every exact method needs."""
     return per_row(count_rows(case, config), [2.0 * a * b for a, b in floor_shapes(config)])
 
 
@@ -423,6 +424,6 @@ def _middle(config: Any) -> int:
 
 
 def listed(cases: Sequence[Case]) -> Iterator[str]:
-    """A line for each case: its name and what answers it here."""
+    """One line per case: its name, and the methods that can answer it on this machine."""
     for case in cases:
         yield f"{case.name:40} {', '.join(methods_of(case, here()))}"

@@ -1,4 +1,4 @@
-"""Runs a case: checks everything first, then times it in turn, and makes a row of results of each method."""
+"""Runs a case: checks all methods first, then times them in turn, and makes a row of results for each method."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ from .registry import (
 
 Row = dict[str, Any]
 
-# How far another's scores may lie from ours, of our norm. In fp32 they agree; that is where a mistake shows. In bf16 each
-# lies some hundredths from fp32, and on a prompt here and there much more (τ = 0.1 takes ten times the error of a gate):
-# random ids through SmolLM2 put eager up to an eighth from ours, two of our own backends a 25th from each other.
+# The largest difference between a method's scores and DePass's, relative to the norm of DePass's. In fp32 they agree, so a
+# mistake shows there. In bf16 each differs from fp32 by some hundredths, and by much more on a few prompts (τ = 0.1
+# multiplies the error of a gate by ten): with random ids on SmolLM2, eager differs from DePass by up to an eighth, and two
+# backends of DePass differ by a 25th.
 TOLERANCE = {
     "float32": {"naive": 1e-3, "eager": 1e-3, "compiled": 1e-3, "reference": 1e-3},
     "bfloat16": {"naive": 0.5, "eager": 0.35, "compiled": 0.35, "reference": 0.2},
@@ -56,16 +57,16 @@ CONSERVATION = {"float32": 1e-4, "bfloat16": 5e-2}
 
 @dataclass(frozen=True)
 class Options:
-    """How to run.
+    """Options of a run.
 
     Attributes:
-        methods: of each case, as far as it has them; all without it.
-        backend: of our ops.
-        runs: timed ones, after one that warms up and is checked.
-        budget_seconds: a method starts no further run after it. The first is always made; of a method for which even that
-            is too long, the run that is checked is the one that counts.
-        limit_seconds: a method whose first run takes longer is stopped there, and that is its result.
-        memory: whether to measure it, in a child process for each method on the CPU.
+        methods: the methods to run, where a case has them; None: all.
+        backend: the backend of DePass's ops.
+        runs: timed runs, after one run that warms up and is checked.
+        budget_seconds: a method starts no further run after this time. It always makes one run; if the checked run exceeds
+            the budget, that run is the one that counts.
+        limit_seconds: a method whose first run takes longer is stopped, and the row says so.
+        memory: measure peak memory; on the CPU in a child process per method.
     """
 
     methods: tuple[str, ...] | None = None
@@ -79,16 +80,18 @@ class Options:
 def run(
     case: Case, machine: Machine, options: Options, methods: Mapping[str, Method] | None = None, model: Any = None
 ) -> Iterator[Row]:
-    """A row for each method: ``ok``, ``oom`` with the bytes asked for, ``stopped`` with the seconds it had, ``refused`` (a
-    check failed: not timed) or ``failed`` (it raised). Nothing is timed where ours is wrong. ``model`` is the case's, where
-    there is one already.
+    """Yield one row per method.
+
+    Its status is ``ok``, ``oom`` (with the requested bytes), ``stopped`` (with the seconds until then), ``refused`` (a check
+    failed, so it was not timed) or ``failed`` (it raised). If DePass's own result is wrong, nothing is timed. ``model`` is
+    the case's model, if it is already loaded.
     """
-    there = methods_of(case, machine.device) if methods is None else methods
-    chosen = [name for name in there if options.methods is None or name in options.methods]
+    available = methods_of(case, machine.device) if methods is None else methods
+    chosen = [name for name in available if options.methods is None or name in options.methods]
     rows = {name: new_row(case, name, options) for name in chosen}
     memory = {name: _memory_of(case, name, machine, options) for name in chosen} if options.memory else {}
     works: dict[str, Work] = {}
-    long: dict[str, float] = {}  # seconds of the checked run, where that is too long to make another
+    long: dict[str, float] = {}  # seconds of the checked run, if it takes too long for another one
     outcomes: dict[str, Outcome] = {}
     model = load(case, machine) if model is None else model
     for name in chosen:
@@ -96,19 +99,19 @@ def run(
         if rows[name]["status"] != "ok":
             continue
         with _recorded(rows[name], machine):
-            work = there[name](model, case, options.backend)
-            found: list[Outcome] = []
+            work = available[name](model, case, options.backend)
+            checked: list[Outcome] = []
             with limited(options.limit_seconds):
-                first = machine.seconds(lambda w=work, f=found: f.append(w()))  # type: ignore[misc]
-            if first > options.budget_seconds and name != "compiled":  # whose first run compiles
+                first = machine.seconds(lambda w=work, c=checked: c.append(w()))  # type: ignore[misc]
+            if first > options.budget_seconds and name != "compiled":  # its first run compiles
                 long[name] = first
-            works[name], outcomes[name] = work, found[0]
-    for name, reason in wrong(case, model, there, outcomes).items():
+            works[name], outcomes[name] = work, checked[0]
+    for name, reason in wrong(case, model, available, outcomes).items():
         rows[name].update(status="refused", reason=reason)
         works.pop(name, None)
     if rows.get(OURS, {}).get("status") == "refused":
         for name in works:
-            rows[name].update(status="refused", reason=f"{OURS} is refused: {rows[OURS]['reason']}")
+            rows[name].update(status="refused", reason=f"the result of {OURS} is wrong: {rows[OURS]['reason']}")
         works = {}
     times = in_turn(works, plain(model, case), case, model, machine, options, rows, long)
     for name in chosen:
@@ -130,10 +133,10 @@ def new_row(case: Case, method: str, options: Options) -> Row:
 
 @contextlib.contextmanager
 def _recorded(row: Row, machine: Machine) -> Iterator[None]:
-    """What goes wrong within becomes the row's result."""
+    """An error in the block becomes the row's result."""
     try:
         yield
-    except Exception as error:  # whatever a rival or its compiler raises must not cost the other measurements
+    except Exception as error:  # an error of one method must not end the other measurements
         asked = asked_bytes(error)
         if isinstance(error, StoppedError):
             row.update(status="stopped", seconds_at_least=error.seconds, reason=str(error))
@@ -141,7 +144,7 @@ def _recorded(row: Row, machine: Machine) -> Iterator[None]:
             row.update(status="failed", reason=f"{type(error).__name__}: {error}"[:2000])
         else:
             row.update(status="oom", asked_bytes=asked, reason=str(error)[:500])
-        error.__traceback__ = None  # its frames hold the tensors that did fit
+        error.__traceback__ = None  # its frames would keep tensors alive
         gc.collect()
         if machine.device == "cuda":
             torch.cuda.empty_cache()
@@ -151,47 +154,50 @@ def _recorded(row: Row, machine: Machine) -> Iterator[None]:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Relative to the norm of ``other``; infinite where one is not finite or they do not match."""
+    """The difference relative to the norm of ``other``; infinite if a number is not finite or the shapes differ."""
     if one.shape != other.shape or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
         return math.inf
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 
-def wrong(case: Case, model: Any, there: Mapping[str, Method], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
-    """Why a method's result is not what it must be, by method; what is right is missing."""
-    found: dict[str, str] = {}
+def wrong(case: Case, model: Any, available: Mapping[str, Method], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    """The methods with a wrong result, and why it is wrong."""
+    reasons: dict[str, str] = {}
     ours = outcomes.get(OURS)
-    if ours is not None and (reason := _ours_is_wrong(case, model, there, outcomes, ours)) is not None:
-        found[OURS] = reason
+    if ours is not None and (reason := _ours_is_wrong(case, model, available, outcomes, ours)) is not None:
+        reasons[OURS] = reason
     for name, outcome in outcomes.items():
         if name == OURS:
             continue
         if not bool(outcome.scores.isfinite().all()) or not bool(outcome.scores.any()):
-            found[name] = "its scores are not finite, or all zero"
+            reasons[name] = "its scores are not finite, or all zero"
         elif name in OTHER_QUESTIONS:
             expected = sum(len(ids) for ids in case.prompts)
             if len(outcome.scores) != expected:
-                found[name] = f"{len(outcome.scores)} scores for {expected} tokens"
+                reasons[name] = f"{len(outcome.scores)} scores for {expected} tokens"
         elif ours is None:
-            found[name] = f"{OURS} has no result to hold it against"
+            reasons[name] = f"{OURS} has no result to compare with"
         elif name == "naive" and case.question == "heads":  # the published code changes position 0: only sums compare
             sums, logits = outcome.scores.double().sum(1), ours.scores.double().sum(1)
             missed = float(((sums - logits).abs() / outcome.scores.double().abs().sum(1)).max())
             if missed > 10 * CONSERVATION[case.dtype]:
-                found[name] = f"its scores miss the logit by {missed:.1e} of their size"
+                reasons[name] = f"its conservation error is {missed:.1e}, allowed {10 * CONSERVATION[case.dtype]:.0e}"
         elif (off := difference(outcome.scores, ours.scores)) > TOLERANCE[case.dtype][name]:
-            found[name] = (
-                f"its scores differ from ours by {off:.1e} of their norm, allowed {TOLERANCE[case.dtype][name]}"
+            reasons[name] = (
+                f"its scores differ from those of {OURS} by {off:.1e} of their norm, "
+                f"allowed {TOLERANCE[case.dtype][name]}"
             )
-    return found
+    return reasons
 
 
 def _ours_is_wrong(
-    case: Case, model: Any, there: Mapping[str, Method], outcomes: Mapping[str, Outcome], ours: Outcome
+    case: Case, model: Any, available: Mapping[str, Method], outcomes: Mapping[str, Outcome], ours: Outcome
 ) -> str | None:
-    """Against its own sums, and against the first of eager, the naive and our plain-torch backend that there is."""
+    """Check DePass's result: its sums, and its difference from eager, the naive method or the reference backend (the first
+    of them that has a result).
+    """
     if ours.conservation_error is None or not ours.conservation_error <= CONSERVATION[case.dtype]:
-        return f"its scores miss the logit by {ours.conservation_error} of their size"
+        return f"its conservation error is {ours.conservation_error}, allowed {CONSERVATION[case.dtype]:.0e}"
     judges = ["eager"] if case.dtype != "float32" or case.question == "heads" else ["eager", "naive"]
     judge = next((name for name in judges if name in outcomes), None)
     if judge is not None:
@@ -199,9 +205,9 @@ def _ours_is_wrong(
     else:
         judge = "reference"
         try:
-            expected = there[OURS](model, case, "reference")().scores
+            expected = available[OURS](model, case, "reference")().scores
         except (RuntimeError, DePassError) as error:
-            return f"nothing to check it against: the reference backend failed with {error}"[:500]
+            return f"cannot check it: the reference backend failed with {error}"[:500]
     off = difference(ours.scores, expected)
     if off <= TOLERANCE[case.dtype][judge]:
         return None
@@ -213,7 +219,7 @@ def _ours_is_wrong(
 
 @dataclass
 class Times:
-    """Seconds of every run, by method; of the model's plain pass; and of the floor, a number for each round."""
+    """Seconds of each run: by method, of the model's plain pass, and of the floor (one number per round)."""
 
     methods: dict[str, list[float]]
     plain: list[float]
@@ -224,7 +230,7 @@ def in_turn(
     works: Mapping[str, Work], plain_pass: Callable[[], object], case: Case, model: Any, machine: Machine,
     options: Options, rows: Mapping[str, Row], long: Mapping[str, float],
 ) -> Times:  # fmt: skip
-    """Everything once in every round, so that what slows the machine down slows all of them; ``long`` is timed already."""
+    """Run everything once per round, so that a slow phase of the machine slows all methods. ``long`` is already timed."""
     times = Times({name: [long[name]] if name in long else [] for name in works}, [], [])
     shapes, dtype = floor_shapes(model.config), bind(model).product_dtype
     needed = count_rows(case, model.config)
@@ -249,33 +255,31 @@ def in_turn(
 def figures(
     case: Case, model: Any, name: str, times: Times, outcomes: Mapping[str, Outcome], device: str
 ) -> dict[str, Any]:
-    """What a row says of the runs of one method."""
+    """The fields of a row that describe one method's runs."""
     seconds, outcome, ours = times.methods[name], outcomes[name], outcomes.get(OURS)
     median = statistics.median(seconds)
     tokens = sum(len(ids) for ids in case.prompts)
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "runs": len(seconds), "seconds": seconds, "seconds_p20": percentile(seconds, 0.2), "seconds_p50": median,
         "seconds_p80": percentile(seconds, 0.8), "prompts_per_second": len(case.prompts) / median,
         "tokens_per_second": tokens / median, "plain_forward_seconds": statistics.median(times.plain), "device": device,
     }  # fmt: skip
     if name in OTHER_QUESTIONS:
-        return found
+        return numbers
     rows, operations = count_rows(case, model.config), floor_operations(case, model.config)
     floor = statistics.median(times.floor)
-    found.update(
+    numbers.update(
         rows=rows.state, rows_per_second=rows.state / median, tflops=operations / median / 1e12, floor_seconds=floor,
         floor_seconds_all=times.floor, gemm_tflops=operations / floor / 1e12,
         share_of_floor=statistics.median(f / s for f, s in zip(times.floor, seconds, strict=False)),
     )  # fmt: skip
     if name == OURS:
-        found.update(conservation_error=outcome.conservation_error, backends=dict(outcome.backends or {}))
-        if (
-            device == "cuda"
-        ):  # which way sums are added to the fp32 state: in the product itself, or by a pass of their own
-            found["library_adds_to_fp32"] = library_adds_to_fp32(bind(model).device)
+        numbers.update(conservation_error=outcome.conservation_error, backends=dict(outcome.backends or {}))
+        if device == "cuda":  # whether the product itself adds to the fp32 state, or a second pass does
+            numbers["library_adds_to_fp32"] = library_adds_to_fp32(bind(model).device)
     elif ours is not None:
-        found["difference"] = difference(outcome.scores, ours.scores)
-    return found
+        numbers["difference"] = difference(outcome.scores, ours.scores)
+    return numbers
 
 
 # Memory.
@@ -284,7 +288,7 @@ def figures(
 def peaks(
     work: Work, plain_pass: Callable[[], object], machine: Machine, limit: contextlib.AbstractContextManager[None]
 ) -> dict[str, int]:
-    """The peaks in bytes, model included: of the plain pass and of the method, which runs within ``limit``."""
+    """The peak memory in bytes, including the model, of the plain pass and of the method. The method runs in ``limit``."""
     ordinary = machine.peak_bytes(plain_pass)
     with limit:
         peak = machine.peak_bytes(work)
@@ -292,7 +296,7 @@ def peaks(
 
 
 def measure_memory(case: Case, method: str, backend: str, limit_seconds: float = Options.limit_seconds) -> Row:
-    """In a process of its own, on the CPU: the :func:`peaks`, or what did not fit, or that it was stopped."""
+    """The :func:`peaks` on the CPU, or a row that says why there are none. Call it in a process of its own."""
     machine = Machine("cpu")
     row: Row = {"status": "ok"}
     limit_to_what_is_free()
@@ -307,7 +311,7 @@ def measure_memory(case: Case, method: str, backend: str, limit_seconds: float =
 
 @contextlib.contextmanager
 def _ended(seconds: float) -> Iterator[None]:
-    """Ends this process with its row once so many seconds have passed: one operation may take long and lets no signal in."""
+    """End this process with its row after so many seconds. A signal cannot interrupt a long operation."""
 
     def end() -> None:
         print(
@@ -326,35 +330,35 @@ def _ended(seconds: float) -> Iterator[None]:
 
 
 def _memory_of(case: Case, method: str, machine: Machine, options: Options) -> Row:
-    """What :func:`measure_memory` finds in a child process: peaks never fall within one."""
+    """The result of :func:`measure_memory` in a child process: within one process a peak never falls."""
     if machine.device != "cpu" or method not in methods_of(case, "cpu"):
         return {}
     command = [sys.executable, "-m", "benchmarks", "memory", case.name, method, "--backend", options.backend,
                "--limit", str(options.limit_seconds)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode in (-9, 137):
-        return {"status": "oom", "asked_bytes": 0, "reason": "the system ended its process for want of memory"}
+        return {"status": "oom", "asked_bytes": 0, "reason": "the system killed its process: out of memory"}
     if done.returncode:
         return {
             "status": "failed",
-            "reason": done.stderr.strip()[-2000:] or f"its process ended with {done.returncode}",
+            "reason": done.stderr.strip()[-2000:] or f"its process ended with exit code {done.returncode}",
         }
-    found: Row = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: Row = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 # Rows on disk.
 
 
 def line(row: Row) -> str:
-    """A row for the terminal."""
+    """A row as text for the terminal."""
     if row["what"] == "op":
-        shares = f"{row['share_of_copy']:.0%} of the copy, {row['share_of_gemm']:.0%} of the GEMM"
+        shares = f"{row['share_of_copy']:.0%} of the copy's rate, {row['share_of_gemm']:.0%} of the GEMM's rate"
         return f"{row['op']:16} {row['model']:14} {row['backend']:10} {row['seconds_p50'] * 1e6:10.1f} us, {shares}"
     if row["what"] == "profile":
         head = (
-            f"{row['case']}: {row['seconds'] * 1e3:.4g} ms under the profiler, {row['launches']} launches, busy for "
-            f"{row['busy_seconds'] * 1e3:.4g} ms"
+            f"{row['case']}: {row['seconds'] * 1e3:.4g} ms under the profiler, {row['launches']} launches, device busy "
+            f"for {row['busy_seconds'] * 1e3:.4g} ms"
         )
         kernels = (f"  {k['seconds'] * 1e3:9.3f} ms {k['calls']:6} x {k['name'][:80]}" for k in row["kernels"][:15])
         return "\n".join([head, *kernels])
@@ -362,22 +366,22 @@ def line(row: Row) -> str:
         return "\n".join([f"{row['op']}: {row['kernel']}", *(f"  {k}: {v}" for k, v in row["metrics"].items())])
     begin = f"{row['case']:40} {row['method']:26}"
     if row["status"] == "oom":
-        return f"{begin} out of memory, asked for {row['asked_bytes'] / 1e9:.2f} GB"
+        return f"{begin} out of memory, requested {row['asked_bytes'] / 1e9:.2f} GB"
     if row["status"] != "ok":
         return f"{begin} {row['status']}: {row['reason'].splitlines()[0]}"
     parts = [f"{row['seconds_p50']:.4g} s ({row['runs']} runs)"]
     if "beyond_plain_bytes" in row:
         parts.append(f"{row['beyond_plain_bytes'] / 1e6:.0f} MB")
     if "share_of_floor" in row:
-        parts.append(f"{row['share_of_floor']:.0%} of the floor")
+        parts.append(f"floor / time {row['share_of_floor']:.0%}")
     return f"{begin} {', '.join(parts)}"
 
 
 def read(paths: Sequence[Path]) -> list[Row]:
-    """All rows, oldest first within a file.
+    """All rows; within a file the oldest first.
 
     Raises:
-        BenchmarkError: there are none, or a line is none.
+        BenchmarkError: there are no rows, or a line is not a valid row.
     """
     rows: list[Row] = []
     for path in paths:
@@ -390,7 +394,8 @@ def read(paths: Sequence[Path]) -> list[Row]:
                 if line:
                     rows.append(json.loads(line))
             except ValueError as error:
-                raise BenchmarkError(f"{path}, line {number} is no row: {error}; delete the line") from error
+                raise BenchmarkError(f"{path}, line {number} is not a valid row: {error}; delete the line") from error
     if not rows:
-        raise BenchmarkError(f"no rows in {', '.join(map(str, paths)) or 'benchmarks/results'}; make some with `run`")
+        where = ", ".join(map(str, paths)) or "benchmarks/results"
+        raise BenchmarkError(f"no rows in {where}; make some with `python -m benchmarks run`")
     return rows

@@ -1,7 +1,7 @@
-"""What ``benchmarks/gpu.py`` measures, each stage in a process of its own: ``python -m benchmarks.stages STAGE``.
+"""The stages that ``benchmarks/gpu.py`` runs, each in a process of its own: ``python -m benchmarks.stages STAGE``.
 
-A stage is a list of items in the order in which they are wanted. A row is written the moment it is measured. What an item
-raises is a row as well, and the others go on; where it has broken the CUDA context, in a fresh process.
+A stage is a list of items, the most important first. A row is written as soon as it is measured. An error of an item becomes
+a row too, and the next items follow; if the error broke the CUDA context, they run in a new process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .ops import LIBRARY, TORCH, checked, missing, prepare, row_of
 from .registry import METHODS, OURS, Case, random_model
 from .runner import Options, Row, line, run
 
-# The most wanted first.
+# The most important first.
 OPS = ("mix_values", "share_hidden", *LIBRARY, "residual_update", "taylor")
 OP_MODELS = ("llama-2-7b", "llama-3.1-8b", "smollm2-135m")
 MODEL = "llama-2-7b"
@@ -41,13 +41,13 @@ RIVALS = ("naive", "eager")
 DRY_MODEL, DRY_CASES, DRY_PROFILED = "tiny", ("tokens/10", "prompts/8", "heads/10"), ("tokens/10",)
 COUNTED = ("mix_values", "share_hidden")
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")  # of ncu: every version has them
-KERNELS = 30  # of a profile that are kept
+KERNELS = 30  # kernels that the row of a profile keeps
 
 Item = tuple[str, Callable[[], Iterator[Row]]]
 
 
 class Stage:
-    """Where a stage's rows go, and what they say of this machine."""
+    """A stage's file of rows, and the fields that describe this machine."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.dry: bool = options.dry
@@ -65,7 +65,7 @@ class Stage:
         append_row(self.rows, {**row, **self.stamp})
 
     def each(self, items: Sequence[Item], first: int) -> int:
-        """Do the items from ``first`` on; how many failed."""
+        """Run the items from number ``first`` on; returns how many failed."""
         failed = 0
         for index, (name, work) in enumerate(items[first:], first):
             try:
@@ -73,7 +73,7 @@ class Stage:
                     self.write(row)
                     print(line(row), flush=True)
                     failed += row.get("status", "ok") in ("refused", "failed")
-            except Exception as error:  # whatever a kernel or the library raises must not cost the other measurements
+            except Exception as error:  # an error of one item must not end the other measurements
                 failed += 1
                 reason = f"{type(error).__name__}: {error}"
                 self.write({"what": "failed", "item": name, "reason": reason[:2000]})
@@ -96,7 +96,7 @@ class Stage:
 def look(dry: bool) -> Machine:
     if not dry and not torch.cuda.is_available():
         raise BenchmarkError(
-            "torch sees no CUDA device here; `make bench` measures the CPU, and DRY=1 tries this command"
+            "torch sees no CUDA device here; `make bench` measures the CPU, and DRY=1 tests this command on the CPU"
         )
     return Machine("cpu" if dry else "cuda")
 
@@ -109,7 +109,7 @@ def described(machine: Machine) -> dict[str, Any]:
 
 
 def ops(stage: Stage) -> list[Item]:
-    """Each op on Triton and on the compiled kernels, checked once and timed, beside the library's products and a copy."""
+    """Check each op once on Triton and on the compiled kernels, and time it; also time the library's products and a copy."""
     machine = stage.machine
     compiled = "cpu" if stage.dry else "cuda"
     size, models = ("small", ("tiny",)) if stage.dry else ("full", OP_MODELS)
@@ -143,20 +143,20 @@ def ops(stage: Stage) -> list[Item]:
     ]
 
 
-# One model, ours alone.
+# DePass on one model.
 
 
 class Model:
-    """A model of random weights, made when it is first asked for."""
+    """A model with random weights, created at the first call."""
 
     def __init__(self, stage: Stage) -> None:
         self.shape, self.device = DRY_MODEL if stage.dry else MODEL, stage.machine.device
-        self._made: Any = None
+        self._model: Any = None
 
     def __call__(self) -> Any:
-        if self._made is None:
-            self._made = random_model(self.shape, "bfloat16", self.device)
-        return self._made
+        if self._model is None:
+            self._model = random_model(self.shape, "bfloat16", self.device)
+        return self._model
 
     def case(self, name: str) -> Case:
         question, size = name.split("/")
@@ -164,7 +164,7 @@ class Model:
 
 
 def ours(stage: Stage) -> list[Item]:
-    """Ours alone on one 7B model at many sizes, then a profiler's table of two of them."""
+    """DePass on one 7B model at many sizes, then a profile of two of these cases."""
     model = Model(stage)
     options = Options(methods=(OURS,), runs=5, budget_seconds=6, limit_seconds=45, memory=not stage.dry)
 
@@ -184,7 +184,7 @@ def ours(stage: Stage) -> list[Item]:
 
 
 def profile(case: Case, work: Callable[[], object], machine: Machine) -> Row:
-    """The kernels of one run by their time on the device, and how long the run took in all."""
+    """The kernels of one run by their time on the device, and the time of the whole run."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if machine.device == "cuda" else [])
@@ -196,7 +196,7 @@ def profile(case: Case, work: Callable[[], object], machine: Machine) -> Row:
         took = [(event.key, event.count, event.self_device_time_total) for event in kernels]
     else:
         took = [(event.key, event.count, event.self_cpu_time_total) for event in averages]
-    took.sort(key=lambda one: -one[2])
+    took.sort(key=lambda kernel: -kernel[2])
     return {
         "what": "profile", "case": case.name, "seconds": seconds, "launches": sum(count for _, count, _ in took),
         "busy_seconds": sum(micro for _, _, micro in took) / 1e6,
@@ -208,7 +208,7 @@ def profile(case: Case, work: Callable[[], object], machine: Machine) -> Row:
 
 
 def rivals(stage: Stage) -> list[Item]:
-    """Ours and one rival in turn at 128 tokens, a rival at a time."""
+    """DePass and one rival in turn at 128 tokens, for each rival."""
     model = Model(stage)
     case = model.case("tokens/10" if stage.dry else "tokens/128")
 
@@ -219,11 +219,11 @@ def rivals(stage: Stage) -> list[Item]:
     return [(f"{rival} at {case.name}", partial(measured, rival)) for rival in RIVALS]
 
 
-# Counters of the hardware.
+# Hardware counters.
 
 
 def counters(stage: Stage) -> list[Item]:
-    """What ncu counts of one ``mix_values`` and one ``share_hidden``."""
+    """The counters that ncu reads for one ``mix_values`` and one ``share_hidden``."""
 
     def counted(op: str) -> Iterator[Row]:
         tool = [sys.executable, "benchmarks/gpu.py", "stand-in-for-ncu"] if stage.dry else ["ncu"]
@@ -238,7 +238,7 @@ def counters(stage: Stage) -> list[Item]:
         except FileNotFoundError as error:
             raise BenchmarkError("ncu is not on the PATH") from error
         if done.returncode != 0:
-            raise BenchmarkError(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
+            raise BenchmarkError(f"ncu ended with exit code {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
         kernel, metrics = of_ncu(done.stdout)
         yield {"what": "counters", "op": op, "model": OP_MODELS[0], "kernel": kernel, "metrics": metrics}
 
@@ -246,24 +246,24 @@ def counters(stage: Stage) -> list[Item]:
 
 
 def of_ncu(said: str) -> tuple[str, dict[str, str]]:
-    """The kernel, and ``{metric: value and unit}``, of what ncu wrote as CSV.
+    """The kernel and ``{metric: value and unit}``, from ncu's CSV output.
 
     Raises:
-        BenchmarkError: no kernel was profiled.
+        BenchmarkError: ncu profiled no kernel.
     """
     lines = said.splitlines()
     begin = next((index for index, text in enumerate(lines) if text.startswith('"ID"')), None)
-    found = [] if begin is None else list(csv.DictReader(io.StringIO("\n".join(lines[begin:]))))
-    if not found:
+    rows = [] if begin is None else list(csv.DictReader(io.StringIO("\n".join(lines[begin:]))))
+    if not rows:
         raise BenchmarkError(f"ncu profiled no kernel: {said[-300:]}")
     metrics = {
-        row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in found if row["Metric Name"]
+        row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in rows if row["Metric Name"]
     }
-    return found[0]["Kernel Name"], metrics
+    return rows[0]["Kernel Name"], metrics
 
 
 def one(op: str, dry: bool) -> None:
-    """An op on Triton, a few times, for ncu to count."""
+    """Run an op on Triton a few times, for ncu to profile."""
     machine = look(dry)
     call = prepare(op, DRY_MODEL if dry else OP_MODELS[0], "small" if dry else "full", torch.bfloat16, machine)
     for _ in range(4):
@@ -275,17 +275,22 @@ STAGES: dict[str, Callable[[Stage], list[Item]]] = {"ops": ops, "ours": ours, "c
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: everything was measured; 1: something was not; 2: nothing could be."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages", description=__doc__)
-    parser.add_argument("stage", choices=(*STAGES, "look", "one"))
-    parser.add_argument("--rows", type=Path, help="where they go")
-    parser.add_argument("--session", default="")
-    parser.add_argument("--first", type=int, default=0, help="the item to begin with")
-    parser.add_argument("--op", choices=COUNTED)
-    parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--commit")
+    """Run a stage. Returns 0: everything was measured; 1: something failed; 2: the stage could not start."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stage", choices=(*STAGES, "look", "one"),
+        help="look prints this machine's description; one runs a single op for ncu; the others measure",
+    )  # fmt: skip
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="file to append the rows to")
+    parser.add_argument("--session", default="", help="id that all rows of one run share")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first item (default: 0)")
+    parser.add_argument("--op", choices=COUNTED, help="the op of the stage `one`")
+    parser.add_argument("--dry", action="store_true", help="run on the CPU, with tiny shapes")
+    parser.add_argument("--commit", help="commit of the code, if this is not a git checkout")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore", ConservationWarning)  # the check says so, and refuses
+    warnings.simplefilter("ignore", ConservationWarning)  # the check refuses such a result
     try:
         if options.stage == "look":
             print(json.dumps(described(look(options.dry))))

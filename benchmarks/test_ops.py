@@ -1,4 +1,4 @@
-"""The ops on every backend at the shapes of real models, with pytest-benchmark; wrong results are not timed.
+"""Times the ops on every backend at the shapes of real models, with pytest-benchmark. Wrong results are not timed.
 
 pytest benchmarks/test_ops.py [--sizes small|full] [--rows FILE.jsonl] [-k "mix_values and llama-2-7b"]
 """
@@ -18,7 +18,7 @@ from depass_kernels import BackendError
 
 
 def after_the_device() -> float:
-    """The time when the device has done all it was given."""
+    """The time, once the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -44,8 +44,8 @@ def test_op(
     except RuntimeError as error:
         if op not in LIBRARY:
             raise
-        pytest.skip(f"the library has none here: {error}")
-    at_once = 10 if machine.device == "cuda" else 1  # the host gets ahead of the GPU
+        pytest.skip(f"the library does not support this here: {error}")
+    at_once = 10 if machine.device == "cuda" else 1  # the host runs ahead of the GPU
     rounds = 20 if machine.device == "cuda" else 5
     benchmark.pedantic(call.work, (backend,), iterations=at_once, rounds=rounds, warmup_rounds=2)
     row = row_of(op, model, backend, dtype, size, call, benchmark.stats.stats.data, rates(dtype))

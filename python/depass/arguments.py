@@ -1,4 +1,4 @@
-"""Options as frozen dataclasses, the arguments of a command that are made of them, and the model that they name."""
+"""Command options as frozen dataclasses, the argparse arguments built from them, and the model that they load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-DIGITS = 18  # of a number that is counted with
+DIGITS = 18  # the longest number that an argument may hold
 
 
 def argument(
@@ -34,60 +34,60 @@ def argument(
     """The metadata of a field of :class:`CommandOptions`.
 
     Args:
-        help: what the option is, in the command's help.
-        flags: its names on the command line, or one without dashes for an argument by position; the field's name without
-            them, ``--held-out`` for ``held_out``.
-        metavar: what stands for its value in the help.
-        choices: the values that there are.
-        least: the option is an integer from here on.
-        most: the option is a number above 0, up to this one.
+        help: the option's line in the command's help.
+        flags: its names on the command line. A name without dashes makes a positional argument. By default the flag is the
+            field's name: ``--held-out`` for ``held_out``.
+        metavar: the placeholder for its value in the help.
+        choices: the allowed values.
+        least: the option is an integer of at least this value.
+        most: the option is a number above 0 and at most this value.
     """
     return {"help": help, "flags": flags, "metavar": metavar, "choices": choices, "least": least, "most": most}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """Options that a command takes as arguments and Python as fields: a base for frozen dataclasses.
+    """Base of the options dataclasses: the command line sets them as arguments, Python sets them as fields.
 
-    A field is a ``str``, ``int``, ``float`` or ``bool``, one of these or None, or a ``tuple`` of several; its metadata are
-    those of :func:`argument`, or none. What Python gives is held to the same as what the command is given.
+    A field is a ``str``, ``int``, ``float`` or ``bool``, one of these or None, or a ``tuple`` of them. Its metadata come
+    from :func:`argument`, or are empty. Values from Python pass the same checks as values from the command line.
 
     Raises:
-        OptionError: a field has a value that it cannot have.
+        OptionError: a field has an invalid value.
     """
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for one in fields(self):
-            value, (kind, several, optional) = getattr(self, one.name), _kind(hints[one.name])
+        for option in fields(self):
+            value, (kind, several, optional) = getattr(self, option.name), _kind(hints[option.name])
             if value is None and optional:
                 continue
             if several and not (isinstance(value, tuple) and value):
-                raise OptionError(f"{one.name} must be a tuple of at least one value, got {value!r}")
+                raise OptionError(f"{option.name} must be a tuple of at least one value, got {value!r}")
             for part in value if several else (value,):
-                if (wanted := _refusal(part, kind, one.metadata)) is not None:
-                    raise OptionError(f"{one.name} must be {wanted}, got {part!r}")
+                if (expected := _refusal(part, kind, option.metadata)) is not None:
+                    raise OptionError(f"{option.name} must be {expected}, got {part!r}")
 
 
-Told = TypeVar("Told", bound=CommandOptions)
+AnyOptions = TypeVar("AnyOptions", bound=CommandOptions)
 
 
 def _kind(hint: Any) -> tuple[type, bool, bool]:
-    """Of a field's type: the type of a value, whether there are several, and whether there may be none."""
+    """Split a field's type: the type of one value, whether it is a tuple, and whether None is allowed."""
     parts = get_args(hint)
     return (parts or (hint,))[0], get_origin(hint) is tuple, NoneType in parts
 
 
-def _refusal(value: Any, kind: type, said: Mapping[str, Any]) -> str | None:
-    """What a value must be and is not; None where nothing speaks against it."""
-    choices, least, most = said.get("choices"), said.get("least"), said.get("most")
+def _refusal(value: Any, kind: type, metadata: Mapping[str, Any]) -> str | None:
+    """What the value should have been, or None if it is valid."""
+    choices, least, most = metadata.get("choices"), metadata.get("least"), metadata.get("most")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if choices is not None:
         return None if value in choices else f"one of {', '.join(choices)}"
     if least is not None:
-        return None if type(value) is int and value >= least else f"an integer from {least}"
+        return None if type(value) is int and value >= least else f"an integer of at least {least}"
     if most is not None:
-        return None if number and 0 < value <= most else f"a number above 0, up to {most:g}"
+        return None if number and 0 < value <= most else f"a number above 0 and at most {most:g}"
     if kind is float:
         return None if number else "a number"
     same = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
@@ -97,46 +97,51 @@ def _refusal(value: Any, kind: type, said: Mapping[str, Any]) -> str | None:
 def add_options(
     parser: argparse.ArgumentParser, kind: type[CommandOptions], names: Collection[str] | None = None
 ) -> None:
-    """Add an argument for each field of some options, or for those of the given names alone.
+    """Add one argument per field of an options class, or only for the fields in ``names``.
 
-    Each such field has metadata of :func:`argument`. What the parser reads, :func:`read_options` makes the options of.
+    Each such field needs metadata from :func:`argument`. :func:`read_options` turns the parsed arguments into options.
     """
     hints = get_type_hints(kind)
-    for one in fields(kind):
-        if names is not None and one.name not in names:
+    for option in fields(kind):
+        if names is not None and option.name not in names:
             continue
-        of, several, _ = _kind(hints[one.name])
-        said, help = one.metadata, plain(one.metadata["help"])
-        flags = said["flags"] or (f"--{one.name.replace('_', '-')}",)
-        if of is bool:
+        value_type, several, _ = _kind(hints[option.name])
+        metadata, help = option.metadata, plain(option.metadata["help"])
+        flags = metadata["flags"] or (f"--{option.name.replace('_', '-')}",)
+        if value_type is bool:
             parser.add_argument(*flags, action="store_true", help=help)
             continue
         more: dict[str, Any] = {"nargs": "+"} if several else {}
         if flags[0].startswith("-"):
-            more["required"] = one.default is MISSING
-            more["default"] = None if one.default is MISSING else one.default
+            more["required"] = option.default is MISSING
+            more["default"] = None if option.default is MISSING else option.default
         parser.add_argument(
-            *flags, type=_reader(of, said), choices=said["choices"], metavar=said["metavar"], help=help, **more
+            *flags,
+            type=_reader(value_type, metadata),
+            choices=metadata["choices"],
+            metavar=metadata["metavar"],
+            help=help,
+            **more,
         )
 
 
 def plain(help: str) -> str:
-    """A help as it stands, in which argparse would take what follows a % for a format."""
+    """The help text with % escaped, because argparse would read it as a format."""
     return help.replace("%", "%%")
 
 
-def read_options(kind: type[Told], arguments: argparse.Namespace) -> Told:
-    """The options of a kind out of a command's arguments, which may hold others."""
-    values = {one.name: getattr(arguments, one.name) for one in fields(kind)}
+def read_options(kind: type[AnyOptions], arguments: argparse.Namespace) -> AnyOptions:
+    """Options of the given class from a command's parsed arguments, which may hold other arguments as well."""
+    values = {option.name: getattr(arguments, option.name) for option in fields(kind)}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _reader(kind: type, said: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Makes a value of an argument's text."""
-    if said["least"] is not None:
-        return partial(_integer, least=said["least"])
-    if said["most"] is not None:
-        return partial(_fraction, most=said["most"])
+def _reader(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """The function that parses an argument's text."""
+    if metadata["least"] is not None:
+        return partial(_integer, least=metadata["least"])
+    if metadata["most"] is not None:
+        return partial(_fraction, most=metadata["most"])
     return kind
 
 
@@ -146,18 +151,18 @@ def _fraction(text: str, most: float) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, up to {most:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most {most:g}")
     return number
 
 
 def _integer(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer from {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
     return int(text)
 
 
 def say(text: str) -> None:
-    """Print a line on standard output; names of files in it command no terminal."""
+    """Print a line on standard output, with control characters escaped: a file's name may hold some."""
     print(escaped(text))
 
 
@@ -166,56 +171,59 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(CommandOptions):
-    """Which model is loaded, and how.
+    """Which model to load, and how.
 
     Attributes:
-        model: a folder or a hub name; ``smollm2`` is the embedded SmolLM2-135M-Instruct.
-        dtype: of the weights, one of :data:`DTYPES`; ``auto`` is as saved.
-        device: where the model runs.
-        stream: keep the weights in host memory and bring each layer's to ``device`` in turn.
-        device_map: how accelerate spreads the weights over devices, instead of ``device``; None: it does not.
-        quantization: ``8bit`` or ``4bit`` weights by bitsandbytes; None is as saved.
-        trust_remote_code: run code that the model brings along.
-        backend: what computes, one of :data:`BACKENDS`; ``auto`` is the first that can.
+        model: a directory or a Hugging Face Hub name; ``smollm2`` is the default model, SmolLM2-135M-Instruct.
+        dtype: data type of the weights, one of :data:`DTYPES`; ``auto`` keeps the saved one.
+        device: the device that the model runs on.
+        stream: keep the weights in host memory and copy them to ``device`` one layer at a time.
+        device_map: how accelerate spreads the weights over devices, instead of ``device``; None: no spreading.
+        quantization: load the weights in ``8bit`` or ``4bit`` with bitsandbytes; None: as saved.
+        trust_remote_code: run the Python code that the model's repository contains.
+        backend: the kernel backend, one of :data:`BACKENDS`; ``auto`` takes the first that implements each op.
     """
 
     model: str = field(
         default="smollm2",
         metadata=argument(
-            "a folder or a hub name (default: the embedded SmolLM2-135M-Instruct)", flags=("-m", "--model")
+            "a directory or a Hugging Face Hub name (default: SmolLM2-135M-Instruct)", flags=("-m", "--model")
         ),
     )
-    dtype: str = field(default="auto", metadata=argument("of the weights (default: as saved)", choices=DTYPES))
-    device: str = field(default="cpu", metadata=argument("cpu (default), cuda, cuda:1, ..."))
+    dtype: str = field(
+        default="auto", metadata=argument("data type of the weights (default: as saved)", choices=DTYPES)
+    )
+    device: str = field(default="cpu", metadata=argument("where the model runs: cpu (default), cuda, cuda:1, ..."))
     stream: bool = field(
         default=False,
-        metadata=argument("keep the weights in host memory, bring each layer's to --device in turn"),
+        metadata=argument("keep the weights in host memory and copy them to --device one layer at a time"),
     )
     device_map: str | None = field(
         default=None,
         metadata=argument(
-            "spread the weights over all GPUs, then host memory, then disk, instead of --device (needs accelerate)",
+            "spread the weights over all GPUs, then host memory, then disk; replaces --device (needs accelerate)",
             choices=("auto", "balanced", "balanced_low_0", "sequential"),
         ),
     )
     quantization: str | None = field(
         default=None,
-        metadata=argument("of the weights, by bitsandbytes (default: as saved)", choices=("8bit", "4bit")),
+        metadata=argument("quantize the weights with bitsandbytes (default: as saved)", choices=("8bit", "4bit")),
     )
     trust_remote_code: bool = field(
-        default=False, metadata=argument("run code that the model brings along (default: refuse it)")
+        default=False, metadata=argument("run Python code from the model's repository (default: refuse)")
     )
     backend: str = field(
-        default="auto", metadata=argument("what computes (default: the first that can)", choices=BACKENDS)
+        default="auto",
+        metadata=argument("kernel backend (default: the first that implements each op here)", choices=BACKENDS),
     )
 
 
 def load_model(options: ModelOptions, **more: Any) -> DePass:
-    """The model that was asked for; ``more`` as :class:`DePass` takes it.
+    """Load the model that the options name; ``more`` goes to :class:`DePass`.
 
     Raises:
         OptionError: no such device, or options that exclude each other.
-        ModelError: no such model, or it cannot be attributed.
+        ModelError: there is no such model, or DePass does not support it.
     """
     if options.device_map is not None and (options.stream or options.device != "cpu"):
         raise OptionError(
@@ -244,20 +252,22 @@ def load_model(options: ModelOptions, **more: Any) -> DePass:
 
 
 def check_stream(stream: bool, quantization: str | None) -> None:
-    """Refuse ``--stream`` beside what it does not go with.
+    """Refuse ``--stream`` together with ``--quantization``.
 
     Raises:
-        OptionError: weights that are streamed and quantised.
+        OptionError: both are given.
     """
     if stream and quantization is not None:
-        raise OptionError(f"--stream brings weights as they are; leave it out, or --quantization {quantization}")
+        raise OptionError(
+            f"--stream does not support quantized weights; leave out --stream or --quantization {quantization}"
+        )
 
 
 def device_name(name: str) -> str:
-    """The device that an option names, if torch has it.
+    """The device's name, once torch has confirmed that the device exists.
 
     Raises:
-        OptionError: it does not.
+        OptionError: there is no such device.
     """
     import torch
 
@@ -266,5 +276,7 @@ def device_name(name: str) -> str:
     except RuntimeError:
         raise OptionError(f"--device {name}: there is no such device; write cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        raise OptionError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; give one of them, or cpu"
+        )
     return name

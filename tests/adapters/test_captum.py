@@ -187,7 +187,7 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         method.attribute(inputs.float())
     with pytest.raises(PromptError, match="one run of ones"):
         method.attribute(inputs, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1]] * 2))
-    with pytest.raises(TargetError, match="a list of 2, one for each row"):
+    with pytest.raises(TargetError, match="a list of 2, one per row"):
         method.attribute(inputs, target=[1, 2, 3])
     with pytest.raises(TargetError, match="position 7 of a target"):
         method.attribute(inputs, target=(7, 3))
@@ -197,7 +197,7 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         adapter.DePassLLMAttribution(method, attr_target="log_prob")
     with pytest.raises(OptionError, match="got FeatureAblation"):
         adapter.DePassLLMAttribution(attr.FeatureAblation(own.model))
-    with pytest.raises(OptionError, match="leave them out where a target is given"):
+    with pytest.raises(OptionError, match="gen_args need generated text, but a target is given"):
         llm.attribute(inp, " cat", gen_args={"max_new_tokens": 2})
     with pytest.raises(TargetError, match="has no token"):
         llm.attribute(inp, "")

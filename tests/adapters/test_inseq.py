@@ -176,7 +176,7 @@ def mine(args: Any) -> torch.Tensor:
 
 def test_what_cannot_be_done_is_refused_by_name() -> None:
     model = loaded("llama")
-    with pytest.raises(OptionError, match="attributed_fn='probability': depass adds up to logits"):
+    with pytest.raises(OptionError, match="attributed_fn='probability': depass scores add up to logits"):
         attributed(model, attributed_fn=None)
     with pytest.raises(OptionError, match="attributed_fn='entropy'"):
         attributed(model, attributed_fn="entropy")
@@ -188,7 +188,7 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         attributed(model, outputs="neurons")
     with pytest.raises(OptionError, match="start_layer=1: outputs='layers'"):
         attributed(model, outputs="layers", start_layer=1)
-    with pytest.raises(OptionError, match="exclude_bos=True: heads are no tokens"):
+    with pytest.raises(OptionError, match="exclude_bos=True: outputs='heads' has no tokens to exclude"):
         attributed(model, outputs="heads", exclude_bos=True)
     with pytest.raises(OptionError, match="contrast_logits_diff needs contrast_targets"):
         attributed(model, attributed_fn="contrast_logits_diff")

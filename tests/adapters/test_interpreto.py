@@ -102,5 +102,5 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     with pytest.raises(OptionError, match="targets are missing"):
         explainer(PROMPT)
     parts = torch.tensor(tokenizer.convert_tokens_to_ids(["Ġ", "t", "h", "e"]))  # together one token
-    with pytest.raises(PromptError, match="makes other ids of them"):
+    with pytest.raises(PromptError, match="which changes their ids"):
         explainer(PROMPT, parts)

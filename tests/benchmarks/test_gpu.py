@@ -123,7 +123,7 @@ def test_what_an_item_raises_is_a_row_and_the_others_go_on(tmp_path: Path) -> No
     assert found[1]["reason"] == "RuntimeError: an illegal memory access\nand more"
     assert all(row["commit"] == "abc" and row["session"] == "s" for row in found)
     table = gpu.table(gpu.read(stage.rows, "s"))
-    assert "a copy moved 3 TB/s, a square GEMM did 700 TFLOP/s" in table
+    assert "a copy reached 3 TB/s, a square GEMM 700 TFLOP/s" in table
     assert "NOT measured: b: RuntimeError: an illegal memory access" in table
 
 

@@ -112,7 +112,7 @@ def test_scores_that_do_not_add_up_are_not_timed() -> None:
     leaky = altered(METHODS["tokens"][OURS], lambda o: Outcome(o.scores, 0.1, o.backends))
     rows = rows_of({OURS: leaky})
     assert rows[OURS]["status"] == "refused"
-    assert "miss the logit by 0.1" in rows[OURS]["reason"]
+    assert "conservation error is 0.1, allowed 1e-04" in rows[OURS]["reason"]
 
 
 @pytest.mark.parametrize("change", [lambda s: 1.01 * s, lambda s: s * torch.nan, torch.zeros_like])
@@ -251,7 +251,7 @@ def test_a_row_behind_a_torn_line_stays_whole(tmp_path: Path) -> None:
     path.write_text('{"i": 0}\n{"i":')
     append_row(path, {"i": 1})
     assert path.read_text().splitlines()[-1] == '{"i": 1}'
-    with pytest.raises(BenchmarkError, match="line 2 is no row"):
+    with pytest.raises(BenchmarkError, match="line 2 is not a valid row"):
         read([path])
 
 
@@ -333,11 +333,11 @@ def test_run_appends_rows_that_compare_finds_slower(tmp_path: Path, capsys: pyte
     ("arguments", "said"),
     [
         (["run", "tokens/tiny/float32/11"], "no case is named 'tokens/tiny/float32/11'"),
-        (["run", "tokens/gpt-9/float32/10"], "unknown model 'gpt-9'; there are: smollm2"),
+        (["run", "tokens/gpt-9/float32/10"], "unknown model 'gpt-9'; choose from smollm2"),
         (["run", CASE.name, "--methods", "magic"], "unknown method 'magic'; these cases have: ablation"),
-        (["run", CASE.name, "--runs", "0"], "--runs 0: at least one"),
-        (["run", CASE.name, "--limit", "0"], "--limit 0: a number of seconds"),
-        (["run", CASE.name, "--limit", "nan"], "--limit nan: a number of seconds"),
+        (["run", CASE.name, "--runs", "0"], "--runs 0: must be at least 1"),
+        (["run", CASE.name, "--limit", "0"], "--limit 0: must be a positive number of seconds"),
+        (["run", CASE.name, "--limit", "nan"], "--limit nan: must be a positive number of seconds"),
         (["run", CASE.name, "--device", "cpu", "--memory-limit", "48GB"], "caps the CUDA allocator"),
         (["memory", CASE.name, "magic"], "unknown method 'magic'"),
     ],

@@ -300,10 +300,10 @@ def test_a_tokens_result_reads_like_ours_and_promises_no_sum(device: str, tmp_pa
     assert json.loads(json.dumps(res.to_dict(), allow_nan=False))["conservation_error"] is None
     out = io.StringIO()
     res.show(out, 200)
-    assert "scores by input_x_gradient, which promise no sum" in out.getvalue()
+    assert "scores by input_x_gradient, which need not add up to it" in out.getvalue()
     page = res.to_html()
-    assert "promise no sum" in page
-    assert "add up" not in page
+    assert "need not add up to the logit" in page
+    assert "Scores are in logits" not in page
     assert "{{" not in page
     res.save(tmp_path / "res.safetensors")
     loaded = Attribution.load(tmp_path / "res.safetensors")
@@ -327,7 +327,7 @@ def test_a_sweeps_result_reads_like_ours_and_promises_no_sum(kind: str, device: 
     assert said["rest"] is None
     out = io.StringIO()
     sweep.show(out, 200)
-    assert "which promise no sum" in out.getvalue()
+    assert "which need not add up to it" in out.getvalue()
     assert "nan" not in out.getvalue() + sweep.to_html()
     sweep.plot(tmp_path / "sweep.png")
     sweep.save(tmp_path / "sweep.safetensors")
@@ -353,16 +353,16 @@ def test_the_model_is_left_alone_and_may_be_frozen(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"name": "gradient"}, OptionError, "unknown baseline 'gradient' of tokens; there are: gradient_norm, "),
+        ({"name": "gradient"}, OptionError, "unknown baseline 'gradient' for tokens; choose from gradient_norm, "),
         ({"name": None}, OptionError, "unknown baseline None"),
         ({"prompts": "text"}, OptionError, "prompts must be a list of one or more prompts, got str 'text'"),
         ({"prompts": []}, OptionError, "prompts must be a list of one or more prompts"),
-        ({"target": [5]}, OptionError, "a list of targets has one for each prompt: 1 targets, 2 prompts"),
+        ({"target": [5]}, OptionError, "a list of targets must have one per prompt, got 1 targets for 2 prompts"),
         ({"prompts": [IDS, []]}, PromptError, "prompt 1: the prompt is empty"),
         ({"target": [5, 500]}, TargetError, "prompt 1: target id 500 is out of range"),
         ({"target": Direction(torch.ones(32), layer=1)}, TargetError, "nor does a baseline"),
         ({"seed": "a"}, OptionError, "seed must be an integer, got 'a'"),
-        ({"name": "leave_one_out", "target": Token(5, 0)}, PromptError, "leave_one_out of the first position"),
+        ({"name": "leave_one_out", "target": Token(5, 0)}, PromptError, "leave_one_out at position 0 leaves no token"),
     ],
 )
 def test_wrong_input_is_refused(change: dict[str, Any], error: Any, message: str) -> None:
@@ -375,10 +375,10 @@ def test_wrong_input_is_refused(change: dict[str, Any], error: Any, message: str
 def test_unknown_baselines_of_components_are_refused() -> None:
     dp = DePass(models.make("llama"))
     with pytest.raises(
-        OptionError, match="'activation' of heads; there are: attribution_patching, output_norm, random"
+        OptionError, match="'activation' for heads; choose from attribution_patching, output_norm, random"
     ):
         baselines.heads(dp, "activation", IDS)
-    with pytest.raises(OptionError, match="'output_norm' of neurons"):
+    with pytest.raises(OptionError, match="'output_norm' for neurons"):
         baselines.neurons(dp, "output_norm", IDS)
 
 

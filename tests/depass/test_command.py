@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import models
@@ -70,7 +71,7 @@ def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[
         (["explain", "x"], 2, "invalid choice: 'explain'"),
         (["attribute", "x", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
         (["attribute", "x", "--sources", "page"], 2, "invalid choice: 'page'"),
-        (["attribute", "x", "--target", "id:many"], 2, "'many' is no number"),
+        (["attribute", "x", "--target", "id:many"], 2, "'many' is not a number"),
         (["attribute", "x", "--target", " cat cat"], 2, "is 2 tokens, not one"),
         (["attribute", ""], 2, "the prompt is empty"),
         (["attribute", "bad \udcff"], 2, "bytes that are not UTF-8"),
@@ -215,12 +216,51 @@ def test_a_progress_bar_stays_off_a_pipe(folder: str) -> None:
     assert done.stderr == ""
 
 
-def test_backends_prints_a_line_per_op_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("backends") == 0
-    out = capsys.readouterr().out
-    lines = [line.split() for line in out.splitlines()]
-    assert ["mix_values", "reference", "can", "serve"] in lines
-    assert {tuple(line[:2]) for line in lines} >= {("share_hidden", name) for name in ("cpu", "triton", "cuda")}
+def test_backends_prints_a_table_of_ops_and_each_reason_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from depass_kernels import backends
+
+    for info, built in (
+        (
+            {"cxx": "g++ 12", "nvcc": "13.0", "cuda_architectures": ["sm_80", "sm_90"]},
+            "g++ 12 and nvcc 13.0 for sm_80, sm_90",
+        ),
+        ({"cxx": "g++ 12", "nvcc": "", "cuda_architectures": []}, "g++ 12, without CUDA kernels"),
+    ):
+        monkeypatch.setattr(backends, "build_info", lambda info=info: info)
+        assert run("backends") == 0
+        table, reasons, csrc = capsys.readouterr().out.split("\n\n")
+        head, *lines = (line.split() for line in table.splitlines())
+        shown = {(line[0], name): cell for line in lines for name, cell in zip(head[1:], line[1:], strict=True)}
+        assert shown == {(op, name): "yes" if reason is None else "no" for op, name, reason in backends.table()}
+        missing = {backend.missing() for backend in backends.BACKENDS} - {None}
+        said = dict(reversed(line.split(": ", 1)) for line in reasons.splitlines())
+        assert set(said) == {*missing, "residual_update is not implemented"}
+        for backend in backends.BACKENDS:
+            assert all(
+                backend.name in names.split(", ") for reason, names in said.items() if reason == backend.missing()
+            )
+        assert said["residual_update is not implemented"] == "cpu, cuda"
+        assert csrc == f"csrc was built with {built}\n"
+
+
+def test_the_version_is_the_packages_and_needs_no_torch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"depass {metadata.version('depass-kernels')}\n"
+    for argument in ("--version", "--help"):
+        code = f"import sys; from depass.cli import main\ntry: main(['{argument}'])\nexcept SystemExit: pass\n"
+        code += "sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert run("--version") == 1
+    assert "depass-kernels is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["", "tokens", "heads", "neurons", "truthful", "language", "rules"])
@@ -228,7 +268,7 @@ def test_each_evaluation_has_a_help(task: str, capsys: pytest.CaptureFixture[str
     assert run("evaluate", *([task] if task else []), "--help") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "%%" not in out
-    assert ("--seed SEED of everything random (default: 0)" if task else "top or bottom x % of all heads") in out
+    assert ("--seed N seed of all random numbers (default: 0)" if task else "top or bottom x % of all heads") in out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +298,7 @@ def test_a_commands_arguments_are_the_fields_of_its_options(capsys: pytest.Captu
         (["x"], "the following arguments are required: --held-out"),
         (["--held-out", "f"], "the following arguments are required: data"),
         (["x", "--held-out", "f", "--layer", "1.5"], "argument --layer: invalid int value: '1.5'"),
-        (["x", "--held-out", "f", "--shares", "6"], "argument --shares: '6' is no number above 0, up to 5"),
+        (["x", "--held-out", "f", "--shares", "6"], "argument --shares: '6' is not a number above 0 and at most 5"),
         (["x", "--held-out", "f", "-k", "c"], "argument -k/--kind: invalid choice: 'c'"),
     ):
         with pytest.raises(SystemExit):

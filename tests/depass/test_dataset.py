@@ -198,15 +198,15 @@ def test_a_bad_row_is_a_row_with_its_error(model: str, tmp_path: Path) -> None:
         (b'{"text": "the cat"}', "no 'prompt' in this row"),
         (b'{"prompt": [3, 999]}', "id 999 at position 1 is out of range"),
         (b'{"prompt": [[3], [4]]}', "got a batch"),
-        (b'{"prompt": 7}', "a prompt is a text, chat messages or ids, got int"),
+        (b'{"prompt": 7}', "a prompt must be text, chat messages or token ids, got int"),
         (b'{"prompt": "x", "target": "cat sat"}', "tokens, not one"),
-        (b'{"prompt": "x", "target": 1.5}', "a target is a token's text or id, got float"),
-        (b'{"prompt": "x", "target": ["a", "b"]}', "a target is a token's text or id, got list"),
+        (b'{"prompt": "x", "target": 1.5}', "a target must be a token's text or id, got float"),
+        (b'{"prompt": "x", "target": ["a", "b"]}', "a target must be a token's text or id, got list"),
         (b'{"prompt": "' + b"x" * 400 + b'"}', "320 positions"),
         (b'{"prompt": "\\ud800"}', "bytes that are not UTF-8"),
-        (b'{"prompt": "\xff"}', "line 12 is no JSON"),
-        (b"[1, 2]", "line 13 is no JSON object"),
-        (b"[" * 100_000, "line 14 is no JSON"),
+        (b'{"prompt": "\xff"}', "line 12 is not valid JSON"),
+        (b"[1, 2]", "line 13 is not a JSON object"),
+        (b"[" * 100_000, "line 14 is not valid JSON"),
         (b'{"prompt": "x", "target": "\\ud800"}', "bytes that are not UTF-8"),
         (b'{"prompt": "the cat"}', None),
     ]
@@ -255,13 +255,13 @@ def test_a_csv_row_that_is_not_whole_is_an_error(model: str, tmp_path: Path) -> 
     ("content", "more", "code", "says"),
     [
         (b"\n", (), 1, "data.jsonl has no rows"),
-        (b'{"text": "x"}', (), 1, "has no column 'prompt'; its columns: 'text'; name yours with --prompt-column"),
+        (b'{"text": "x"}', (), 1, "its columns: 'text'; name one of them with --prompt-column"),
         (b'{"prompt": "x"}', ("--target-column", "next"), 1, "has no column 'next'"),
         (b'{"prompt": "x"}', ("--id-column", "name"), 1, "has no column 'name'"),
-        (b'{"prompt": "x"}', ("--split", "test"), 2, "--subset and --split are of what the library"),
-        (b'{"prompt": "x"}', ("--shard-rows", "0"), 2, "'0' is no integer from 1"),
-        (b'{"prompt": "x"}', ("--batch-tokens", "x"), 2, "'x' is no integer from 1"),
-        (b'{"prompt": "x"}', ("--workers", "2"), 2, "are of --engine ray; give it, or leave them out"),
+        (b'{"prompt": "x"}', ("--split", "test"), 2, "leave out --subset and --split"),
+        (b'{"prompt": "x"}', ("--shard-rows", "0"), 2, "'0' is not an integer of at least 1"),
+        (b'{"prompt": "x"}', ("--batch-tokens", "x"), 2, "'x' is not an integer of at least 1"),
+        (b'{"prompt": "x"}', ("--workers", "2"), 2, "need --engine ray; add it, or leave them out"),
         (b'{"prompt": "x"}', ("--sources", "page"), 2, "invalid choice: 'page'"),
         (b'{"prompt": "x"}', ("-m", "/no/such/folder"), 1, "the model path '/no/such/folder' is not a directory"),
         (b'{"prompt": "x"}', ("--out", "/proc/none"), 1, "cannot write into /proc/none"),
@@ -288,7 +288,7 @@ def test_what_cannot_be_is_refused_in_one_line(
         ("a.txt", b"the cat", "give a file that ends in .jsonl, .ndjson, .csv, .parquet"),
         ("a.csv", b"", "has no rows"),
         ("a.csv", b"prompt,target\n", "has no rows"),
-        ("a.csv", b'"prompt"x\nthe', "has no header of columns"),
+        ("a.csv", b'"prompt"x\nthe', "has no header line with column names"),
         ("a.parquet", b"PAR1 and then nothing", "cannot read"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_torn_last_line_is_a_row_with_its_error(
 def test_data_that_change_while_they_are_read_are_found_out(tmp_path: Path) -> None:
     data = open_data(str(written(tmp_path / "a.jsonl", [{"prompt": "the"}] * 3)), Columns())
     written(tmp_path / "a.jsonl", [{"prompt": "the"}] * 2)
-    with pytest.raises(DePassError, match="was changed since the run began"):
+    with pytest.raises(DePassError, match="changed during the run; do not change it"):
         list(data.read())
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(DePassError, match=r"cannot read .*: No such file"):
@@ -685,7 +685,7 @@ def test_rows_without_a_run_are_not_adopted(model: str, tmp_path: Path, capsys: 
     (tmp_path / "out" / "run.json").unlink()
     capsys.readouterr()
     assert run(given, model, tmp_path / "out") == 1
-    assert "no run.json that says what of; give another --out" in capsys.readouterr().err
+    assert "has no run.json that describes them; give another --out" in capsys.readouterr().err
 
 
 def test_a_quote_that_is_not_closed_names_the_lines_that_it_takes(tmp_path: Path) -> None:
@@ -704,7 +704,9 @@ def test_a_saved_data_set_without_splits_has_none(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
     datasets.Dataset.from_list([{"prompt": "the"}]).save_to_disk(tmp_path / "saved")
     for given in ({"split": "test"}, {"subset": "a"}):
-        with pytest.raises(OptionError, match="holds one data set without subsets or splits"):
+        with pytest.raises(
+            OptionError, match="is a data set without subsets or splits; leave out --subset and --split"
+        ):
             open_data(str(tmp_path / "saved"), Columns(), **given)
 
 

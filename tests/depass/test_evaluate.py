@@ -171,7 +171,7 @@ def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: 
     for name, row in uninterrupted.items():
         for method, curve in row["patch"].items():
             assert resumed[name]["patch"][method] == pytest.approx(curve, rel=1e-4)
-    assert "1 sessions that were stopped" in (out / "report.md").read_text()
+    assert "and 1 stopped sessions" in (out / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_what_is_no_run_is_refused(dp: DePass, tmp_path: Path) -> None:
             run(Lengths(), dp, options, tmp_path)
     (tmp_path / "run.json").unlink()
     (tmp_path / "rows.jsonl").write_text('{"id": "0", "status": "ok", "length": 1}\nno row\n')
-    with pytest.raises(DataError, match="line 2 is no row"):
+    with pytest.raises(DataError, match="line 2 is not a valid row"):
         run(Lengths(), dp, options, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write into"):
@@ -261,9 +261,9 @@ def test_a_report_lists_the_most_common_reasons_and_counts_the_others() -> None:
     ("arguments", "code", "said"),
     [
         (["nonsense"], 2, "invalid choice: 'nonsense'"),
-        (["tokens", "--limit", "0"], 2, "'0' is no integer from 1"),
-        (["tokens", "--seed", "-1"], 2, "'-1' is no integer from 0"),
-        (["tokens", "--methods", "depass,magic"], 2, "unknown method 'magic'; there are: depass, gradient_norm"),
+        (["tokens", "--limit", "0"], 2, "'0' is not an integer of at least 1"),
+        (["tokens", "--seed", "-1"], 2, "'-1' is not an integer of at least 0"),
+        (["tokens", "--methods", "depass,magic"], 2, "unknown method 'magic'; choose from depass, gradient_norm"),
         (["tokens", "--methods", "depass,depass"], 2, "--methods names 'depass' twice"),
         (["tokens", "--data", "/no/such/file.json"], 1, "cannot read the data set '/no/such/file.json'"),
         (["tokens", "--out", "/proc/nothing"], 1, "cannot write into /proc/nothing"),
@@ -308,7 +308,7 @@ def test_broken_rows_become_items_that_say_so(tmp_path: Path) -> None:
 
 def test_files_that_are_no_data_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1, 2")
-    with pytest.raises(DataError, match="is no JSON list"):
+    with pytest.raises(DataError, match="is not a valid JSON list"):
         data.read(str(tmp_path / "list.json"))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "bytes.jsonl", tmp_path, tmp_path / "none"):
@@ -499,14 +499,14 @@ def test_wrong_and_long_and_unreadable_answers_are_counted(dp: DePass, tmp_path:
     ]  # fmt: skip
     assert "7 items: 2 ok, 2 skipped, 3 errors." in report
     assert f"- 1 skipped: {tokens.WRONG}" in report
-    assert "- 1 skipped: the prompt has no token that could be deleted" in report
-    assert "- 1 error: a line that is no JSON" in report
-    assert "the answer's beginning and the prompt's end are one token" in report
-    assert "1 answers are several tokens" in report
+    assert "- 1 skipped: the prompt has no token that may be deleted" in report
+    assert "- 1 error: the line is not valid JSON" in report
+    assert "the prompt's end and the answer's beginning form one token" in report
+    assert "1 answers have several tokens" in report
     options = tokens.TokensOptions(data=source, keep_wrong=True, methods=FAST)
     kept = run(task, dp, options, tmp_path / "kept").read_text()
     assert "7 items: 3 ok, 1 skipped, 3 errors." in kept
-    assert "1 prompts are there though the model's own" in kept
+    assert "1 prompts are included although the model's own" in kept
 
 
 def test_what_is_left_can_be_encoded_anew_as_text(dp: DePass) -> None:
@@ -526,7 +526,7 @@ def test_no_prompt_left_makes_a_report_all_the_same(dp: DePass, tmp_path: Path) 
         options = TASKS[name].Options(data=source)
         assert "No prompt was measured." in run(TASKS[name], dp, options, tmp_path / name).read_text()
     empty = tokens.TokensOptions(data=jsonl(tmp_path / "empty.jsonl", []))
-    with pytest.raises(DataError, match="there is nothing to measure"):
+    with pytest.raises(DataError, match="has no rows to measure"):
         run(TASKS["tokens"], dp, empty, tmp_path / "empty")
 
 

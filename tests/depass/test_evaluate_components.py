@@ -137,26 +137,26 @@ def test_a_model_that_gets_nothing_right_has_a_report(device: str, tmp_path: Pat
     file.write_text(json.dumps({"prompt": models.prompt(5), "target": 8}))
     task = TASKS["heads"]
     report = run(task, DePass(toy("heads", device)), task.Options(data=str(file)), tmp_path / "out")
-    assert "got no prompt right" in report.read_text()
+    assert "answered no prompt right" in report.read_text()
 
 
 @pytest.mark.parametrize("text", ["0", "101", "nan", "x"])
 def test_what_is_no_percentage_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "heads", "--percent", text])
-    assert "is no number above 0, up to 100" in capsys.readouterr().err
+    assert "is not a number above 0 and at most 100" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"percent": (1.0, 101)}, "percent must be a number above 0, up to 100, got 101"),
+        ({"percent": (1.0, 101)}, "percent must be a number above 0 and at most 100, got 101"),
         ({"percent": ()}, r"percent must be a tuple of at least one value, got \(\)"),
         ({"percent": [1.0]}, r"percent must be a tuple of at least one value, got \[1.0\]"),
         ({"positions": "first"}, "positions must be one of all, last, got 'first'"),
-        ({"limit": 0}, "limit must be an integer from 1, got 0"),
-        ({"seed": True}, "seed must be an integer from 0, got True"),
-        ({"seed": None}, "seed must be an integer from 0, got None"),
+        ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"seed": True}, "seed must be an integer of at least 0, got True"),
+        ({"seed": None}, "seed must be an integer of at least 0, got None"),
         ({"data": Path("facts")}, "data must be of type str, got .*Path"),
     ],
 )

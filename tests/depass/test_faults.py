@@ -517,13 +517,13 @@ def test_a_library_that_cannot_be_loaded_is_one_line(
 
         monkeypatch.setattr("depass.cli.commands.load_model", fail)
         said = fails(["attribute", "x", "-m", folder], capsys)
-        assert said == "depass: cannot load what it needs: libtorch.so: failed to map segment\n"
+        assert said == "depass: cannot load a library: libtorch.so: failed to map segment\n"
 
 
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
-        (ImportError("libtorch.so: cannot be mapped"), 1, "cannot load what it needs: libtorch.so: cannot be mapped"),
+        (ImportError("libtorch.so: cannot be mapped"), 1, "cannot load a library: libtorch.so: cannot be mapped"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (signal.SIGTERM, 143, "terminated"),
     ],
@@ -738,5 +738,5 @@ def test_streams_that_are_closed_are_no_traceback() -> None:
 
 def test_numbers_that_are_too_long_are_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(["attribute", "x", "-m", folder, "--target", f"id:{'9' * 5000}"], capsys, 2)
-    assert "is no number; write id:1910 or top:5" in said
+    assert "is not a number; write id:1910 or top:5" in said
     assert run("plan", "-m", folder, "--tokens", "9", "--sources", "9" * 5000) == 2

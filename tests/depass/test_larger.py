@@ -492,7 +492,7 @@ def test_options_that_there_are_not(tmp_path: Path, capsys: pytest.CaptureFixtur
     for wrong, says in (
         (["--device-map", "auto", "--stream"], "--device-map auto chooses the devices itself"),
         (["--device-map", "auto", "--device", "cuda"], "--device-map auto chooses the devices itself"),
-        (["--quantization", "4bit", "--stream"], "--stream brings weights as they are"),
+        (["--quantization", "4bit", "--stream"], "--stream does not support quantized weights"),
         (["--quantization", "2bit"], "invalid choice: '2bit'"),
     ):
         with pytest.raises(SystemExit) if "2bit" in wrong else nullcontext():

@@ -325,7 +325,7 @@ def test_what_differs_is_said_once(device: str, monkeypatch: pytest.MonkeyPatch)
         ({"mlp_softmax_temp": 0}, "mlp_softmax_temp=0"),
         ({"mlp_softmax_temp": "warm"}, "mlp_softmax_temp='warm'"),
         ({"ignore_special_token": "auto"}, "ignore_special_token='auto'"),
-        ({"mlp_decomposed_function": "hard"}, "'hard'; there are: softmax"),
+        ({"mlp_decomposed_function": "hard"}, "'hard': must be one of softmax"),
         ({"reproduce_published": 1}, "reproduce_published=1"),
     ],
 )
@@ -351,8 +351,8 @@ WRONG: dict[str, tuple[type[DePassError], str, Callable[[Any], object]]] = {
     "float": (OptionError, "start_layer_idx must be an integer", lambda m: m.get_mlp_neuron_decomposed_state("x", 1.0)),
     "compute-num": (OptionError, "compute_num=0", lambda m: m.get_mlp_neuron_decomposed_state("x", 0, compute_num=0)),
     "block": (OptionError, "single_compute_token=0", lambda m: m.get_last_layer_decomposed_state("x", 0)),
-    "type": (OptionError, "type='ffn'; there are", lambda m: m.get_layer_module_decomposed_state("x", 0, type="ffn")),
-    "no-type": (OptionError, "type=None; there are", lambda m: m.get_layer_module_decomposed_state("x", 0)),
+    "type": (OptionError, "type='ffn': must be one of attn, mlp, attn_head", lambda m: m.get_layer_module_decomposed_state("x", 0, type="ffn")),
+    "no-type": (OptionError, "type=None: must be one of", lambda m: m.get_layer_module_decomposed_state("x", 0)),
     "parts": (
         SourceError,
         r"\[M, 5, 32\], got \[2, 4, 32\]",

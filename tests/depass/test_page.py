@@ -68,8 +68,8 @@ def test_the_page_of_many_neurons_is_small_and_has_sums_and_the_largest() -> Non
     for target, scores in enumerate(made.scores):
         there = dict(zip(view["names"], view["scores"][target], strict=True))
         for row, layer in enumerate(made.layers):
-            assert there[f"L{layer} neurons that raise"] == close(scores[row].clamp(min=0).sum().item())
-            assert there[f"L{layer} neurons that lower"] == close(scores[row].clamp(max=0).sum().item())
+            assert there[f"L{layer} neurons, positive"] == close(scores[row].clamp(min=0).sum().item())
+            assert there[f"L{layer} neurons, negative"] == close(scores[row].clamp(max=0).sum().item())
             assert there[f"L{layer} rest"] == close(made.rest[target, row].item())
         ranked = sorted((view["names"][index] for index in view["ranked"]), key=lambda label: -abs(there[label]))
         assert ranked[: view["listed"]] == [source.label for source, _ in made.top(50, target)]
@@ -190,8 +190,8 @@ def test_what_cannot_be_viewed_is_one_line(
         ([other], 1, f"{other} is not a saved result (attribution, sweep, generation)"),
         ([torn], 1, f"cannot read {torn}"),
         ([text], 1, f"cannot read {text}"),
-        ([made], 2, f"the page would overwrite the result {made}"),
-        ([other, made, "-o", made], 2, f"the page would overwrite the result {made}"),
+        ([made], 2, f"the page would overwrite the saved result {made}"),
+        ([other, made, "-o", made], 2, f"the page would overwrite the saved result {made}"),
         ([made, "-o", str(tmp_path / "none" / "page.html")], 1, "No such file or directory"),
     ]
     monkeypatch.chdir(tmp_path)
@@ -293,7 +293,7 @@ def test_the_keyboard_goes_everywhere(browser: Browser) -> None:
     checked = "[...document.querySelectorAll('main [aria-checked=true]')].map(token => token.textContent)"
     for key, where in [
         ("Tab", "first"),
-        ("Tab", "light or dark"),
+        ("Tab", "Light / dark"),
         ("Tab", "the"),
         ("ArrowRight", " cat"),
         ("End", "."),

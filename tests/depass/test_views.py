@@ -110,7 +110,7 @@ def test_a_figure_is_drawn_as_its_suffix_says(kind: str, suffix: str, begins: by
 def test_a_figure_that_cannot_be_drawn_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = sweep()
     for name in ("plot.jpg", "plot"):
-        with pytest.raises(OutputError, match=rf"{name}: its suffix must be one of \.png, \.svg, \.pdf"):
+        with pytest.raises(OutputError, match=rf"{name}: the file name must end in one of \.png, \.svg, \.pdf"):
             made.plot(tmp_path / name)
     with pytest.raises(TargetError, match="target 2 is out of range: the number of targets is 2"):
         made.plot(tmp_path / "plot.png", target=2)

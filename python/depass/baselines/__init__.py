@@ -1,8 +1,8 @@
-"""Other attributions than DePass behind the same results, to compare with: of prompts' tokens, of heads, of neurons.
+"""Other attribution methods for tokens, heads and neurons. They return the same result types as DePass, so you can compare.
 
-None of them promises scores that add up to the logit, so ``conservation_error`` (of heads and neurons ``rest`` and
-``bias`` too) is NaN, and ``settings.method`` says which it was. What is explained is the same: the target's logit before any
-soft-capping. Gradients are with respect to the token embeddings that enter the model (learned positions not included).
+Their scores need not add up to the logit. So ``conservation_error`` is NaN, and for heads and neurons ``rest`` and ``bias``
+are NaN as well; ``settings.method`` names the method. They explain the same number as DePass: the target's logit before any
+soft-capping. Gradients are taken with respect to the token embeddings that enter the model, without learned positions.
 """
 
 from .components import HEADS, NEURONS, heads, neurons

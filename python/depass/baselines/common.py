@@ -1,4 +1,4 @@
-"""What every baseline needs: checked prompts and targets, the model's own pass, and results in the package's own types."""
+"""Code that all baselines share: checked prompts and targets, the model's own pass, and the settings of a result."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import blame, dtype_name, refuse_dropout
 
-BATCH_TOKENS = 1024  # of one pass, padding included; a longer prompt goes alone
+BATCH_TOKENS = 1024  # tokens of one pass, padding included; a longer prompt has a pass of its own
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One prompt and what is asked of it; the readouts are there once the model has run on it."""
+    """One prompt and its targets. The readouts are filled in once the model has run on the prompt."""
 
     prompt: Prompt
     asked: Sequence[Asked]
     readouts: Sequence[Readout] = ()
 
     def generator(self, seed: int) -> torch.Generator:
-        """Of its own, so that its random numbers do not depend on the prompts beside it."""
+        """The prompt's own generator: its random numbers do not depend on the other prompts."""
         digest = hashlib.sha256(repr((seed, self.prompt.ids)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -41,21 +41,21 @@ class _Case:
 # --- prompts, targets, results ------------------------------------------------------------------------------------------
 
 
-def _named(name: Any, table: dict[str, Any], of: str) -> Any:
+def _named(name: Any, table: dict[str, Any], kind: str) -> Any:
     if not isinstance(name, str) or name not in table:
-        raise OptionError(f"unknown baseline {name!r} of {of}; there are: {', '.join(table)}")
+        raise OptionError(f"unknown baseline {name!r} for {kind}; choose from {', '.join(table)}")
     return table[name]
 
 
 def _case(dp: DePass, prompt: Any, target: Any) -> _Case:
     refuse_dropout(dp.bound)
-    made = encode(prompt, dp.tokenizer, dp.bound)
-    return _Case(made, targets.check(target, len(made.ids), range(0), dp.tokenizer, dp.bound))
+    encoded = encode(prompt, dp.tokenizer, dp.bound)
+    return _Case(encoded, targets.check(target, len(encoded.ids), range(0), dp.tokenizer, dp.bound))
 
 
 @torch.no_grad()
 def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
-    """The cases with their readouts, from the model's own run."""
+    """The cases with their readouts filled in, from the model's own pass."""
     bound = dp.bound
     done: dict[int, _Case] = {}
     for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
@@ -77,27 +77,27 @@ def _settings(dp: DePass, name: str) -> Settings:
     return Settings(dp.name, dtype_name(dp.bound.dtype), "none", 0.0, False, 0, depth, method=name)
 
 
-def _must_be_finite(bound: BoundModel, number: float, what: str) -> None:
+def _must_be_finite(bound: BoundModel, number: float, label: str) -> None:
     if not math.isfinite(number):
-        raise NonFiniteError(f"{what} is not finite ({number}); {blame(bound)}")
+        raise NonFiniteError(f"{label} is not finite ({number}); {blame(bound)}")
 
 
 # --- passes of the model ------------------------------------------------------------------------------------------------
 
 
 def _normed(bound: BoundModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """``[B, T, D]``, the stream after the final norm."""
+    """The residual stream ``[B, T, D]`` after the final norm."""
     return capture.normed(bound, input_ids=capture.padded(prompts).to(bound.input_device))
 
 
 @torch.no_grad()
 def _embedded(bound: BoundModel, case: _Case) -> Tensor:
-    """``[N, D]``"""
+    """The token embeddings ``[N, D]``."""
     embedded: Tensor = bound.model.get_input_embeddings()(torch.tensor([case.prompt.ids], device=bound.input_device))[0]
     return embedded
 
 
 def _value(normed: Tensor, readout: Readout) -> Tensor:
-    """The target as a function of one prompt's stream ``[T, D]``, but for a constant."""
+    """The target's logit as a function of one prompt's residual stream ``[T, D]``, up to a constant."""
     w = readout.w.to(normed.device)
     return normed[readout.target.position].to(w) @ w

@@ -1,4 +1,4 @@
-"""Other attributions of a logit to heads and neurons, as sweeps."""
+"""Baselines that attribute a logit to heads and neurons. They return sweeps."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .common import _Case, _case, _clean, _embedded, _must_be_finite, _named, _s
 
 
 def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
-    """Score every attention head of the model by a baseline.
+    """Score every attention head of the model with a baseline.
 
     ========================  ===============================================================================================
     ``attribution_patching``  the logit's gradient with respect to the head's output *before* the output projection, times
                               that output, summed over positions: a first-order estimate of setting it to zero
-    ``output_norm``           the norm of what the head writes into the residual stream at the target's position, after the
-                              output projection (its bias belongs to no head) and a post-norm where there is one
-    ``random``                normal numbers
+    ``output_norm``           the norm of the head's output in the residual stream at the target's position, after the output
+                              projection (without its bias) and the post-norm, if the model has one
+    ``random``                normally distributed random numbers
     ========================  ===============================================================================================
 
     Args:
@@ -39,10 +39,10 @@ def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int =
         name: one of :data:`HEADS`.
         prompt: as for :meth:`DePass.attribute`.
         target: as for :meth:`DePass.attribute`.
-        seed: of ``random``.
+        seed: seed of ``random``.
 
     Returns:
-        Scores ``[targets, layers, heads]``, as ``dp.sweep("heads", ...)`` has them.
+        A sweep with scores ``[targets, layers, heads]``, as from ``dp.sweep("heads", ...)``.
 
     Raises:
         OptionError: an unknown name.
@@ -52,16 +52,16 @@ def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int =
 
 
 def neurons(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
-    """Score every MLP neuron of the model by a baseline.
+    """Score every MLP neuron of the model with a baseline.
 
     ============================= ==========================================================================================
     ``attribution_patching``      the logit's gradient with respect to the neuron's hidden value (the input of the down
                                   projection), times that value, summed over positions
-    ``attribution_patching_last`` the same at the target's position alone
+    ``attribution_patching_last`` the same, only at the target's position
     ``activation``                the hidden value at the target's position (signed)
-    ``activation_x_norm``         the same times the norm of what one unit of it writes into the residual stream: its column
-                                  of the down projection, through a post-norm where there is one
-    ``random``                    normal numbers
+    ``activation_x_norm``         the hidden value times the norm of the neuron's column of the down projection, after the
+                                  post-norm, if the model has one
+    ``random``                    normally distributed random numbers
     ============================= ==========================================================================================
 
     Args:
@@ -69,10 +69,10 @@ def neurons(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int
         name: one of :data:`NEURONS`.
         prompt: as for :meth:`DePass.attribute`.
         target: as for :meth:`DePass.attribute`.
-        seed: of ``random``.
+        seed: seed of ``random``.
 
     Returns:
-        Scores ``[targets, layers, neurons]``, as ``dp.sweep("neurons", ...)`` has them.
+        A sweep with scores ``[targets, layers, neurons]``, as from ``dp.sweep("neurons", ...)``.
 
     Raises:
         OptionError: an unknown name.
@@ -87,11 +87,11 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
     (case,) = _clean(dp, [_case(dp, prompt, target)])
     scores: Tensor = method(bound, case, seed)  # [targets, layers, C]
     _must_be_finite(bound, float(scores.abs().max()), f"a score by {name}")
-    nothing = scores.new_full(scores.shape[:2], math.nan)
+    undefined = scores.new_full(scores.shape[:2], math.nan)
     return Sweep(
         scores=scores.float(),
-        rest=nothing,
-        bias=nothing.clone(),
+        rest=undefined,
+        bias=undefined.clone(),
         layers=tuple(range(len(bound.layers))),
         columns=tuple(range(count)),
         kind=kind,
@@ -99,7 +99,7 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
         target_logits=torch.tensor(
             [readout.logit for readout in case.readouts], dtype=torch.float64, device="cpu"
         ).float(),
-        conservation_error=nothing.clone(),
+        conservation_error=undefined.clone(),
         prompt=case.prompt,
         settings=_settings(dp, name),
     )
@@ -109,9 +109,9 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
 
 
 def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case, _: int) -> Tensor:
-    """``[targets, layers, C]``, gradient · value of the inputs of the output or down projections.
+    """``[targets, layers, C]``: gradient times value of the inputs of the output or down projections.
 
-    Summed over positions, or with ``last`` at the targets' own positions alone.
+    They are summed over positions, or with ``last`` taken only at the targets' own positions.
     """
     inputs: list[Tensor] = []  # by layer, [1, N, C·d]
 
@@ -122,9 +122,9 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
         for layer in bound.layers:
             module = (layer.output if kind == "heads" else layer.down).module
             stack.callback(module.register_forward_pre_hook(keep).remove)
-        # the graph begins at the embeddings, also where a caller has frozen the weights
+        # the graph starts at the embeddings, so it works for frozen weights as well
         normed = capture.normed(bound, inputs_embeds=_embedded(bound, case)[None].requires_grad_())[0]
-        made = []
+        by_target = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)
             gradients = torch.autograd.grad(_value(normed, readout), inputs, retain_graph=more)
@@ -133,20 +133,20 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
                 (g.float() * x.detach().float())[0, counted].sum(0).cpu()
                 for g, x in zip(gradients, inputs, strict=True)
             ]
-            made.append(torch.stack([part.view(num_components(bound, kind), -1).sum(1) for part in parts]))
-    return torch.stack(made)
+            by_target.append(torch.stack([part.view(num_components(bound, kind), -1).sum(1) for part in parts]))
+    return torch.stack(by_target)
 
 
 @torch.no_grad()
 def _at_the_target(read: Callable[[Layer, Trace, list[int]], Tensor], bound: BoundModel, case: _Case, _: int) -> Tensor:
-    """``[targets, layers, C]``: what ``read`` makes, ``[targets, C]``, of each layer and its trace at given positions."""
-    made = _ReadLayers(bound, case, read)
-    made.run()
-    return torch.stack(made.layers_read, 1)
+    """``[targets, layers, C]``: the values ``[targets, C]`` that ``read`` computes from each layer's trace."""
+    capturing = _ReadLayers(bound, case, read)
+    capturing.run()
+    return torch.stack(capturing.layers_read, 1)
 
 
 class _ReadLayers(Capture):
-    """What ``read`` makes of each layer's trace at the targets' positions."""
+    """Calls ``read`` on each layer's trace, at the targets' positions."""
 
     def __init__(self, bound: BoundModel, case: _Case, read: Callable[[Layer, Trace, list[int]], Tensor]) -> None:
         super().__init__(bound, [case.prompt.ids], range(len(bound.layers)))

@@ -1,4 +1,4 @@
-"""Other attributions of a logit to a prompt's tokens."""
+"""Baselines that attribute a logit to a prompt's tokens."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from ..sources.source import Source
 from .common import BATCH_TOKENS, _Case, _case, _clean, _embedded, _must_be_finite, _named, _normed, _settings, _value
 
 _SHAP_SAMPLES = 20
-_SHAP_NOISE = 0.1  # of the standard deviation of the prompt's embeddings
+_SHAP_NOISE = 0.1  # relative to the standard deviation of the prompt's embeddings
 
 
 def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *, seed: int = 0) -> list[Attribution]:
-    """Score the tokens of prompts by a baseline, several prompts in one pass; each result equals its own run's to rounding.
+    """Score the tokens of prompts with a baseline. Several prompts share a pass, which changes results only by rounding.
 
     =========================== =============================================================================================
     ``gradient_norm``           the norm of the logit's gradient with respect to each token's embedding
     ``input_x_gradient``        that gradient times the embedding (signed)
     ``integrated_gradients_20`` the embedding times the mean gradient along the line from zero embeddings, by the midpoint
                                 rule with 20 steps (Sundararajan et al. 2017, arXiv 1703.01365); ``_50`` with 50
-    ``gradient_shap``           the same at 20 random points of such lines, each to embeddings with Gaussian noise of a tenth
-                                of their standard deviation (Lundberg and Lee 2017, as in captum)
-    ``mean_attention``          what the target's position attends to, mean over layers and heads
-    ``last_attention``          the same, of the last layer
+    ``gradient_shap``           the same at 20 random points, each on a line from zero to embeddings with Gaussian noise of a
+                                tenth of their standard deviation (Lundberg and Lee 2017, as in captum)
+    ``mean_attention``          the attention weights of the target's position, averaged over layers and heads
+    ``last_attention``          the attention weights of the target's position in the last layer, averaged over heads
     ``attention_rollout``       the product of ``A/2 + 1/2`` over layers, ``A`` the mean over heads (Abnar and Zuidema 2020,
                                 arXiv 2005.00928)
-    ``leave_one_out``           by how much the logit falls without the token: a pass of the model for each; 0 behind the
-                                target's position
-    ``random``                  normal numbers
+    ``leave_one_out``           the logit minus the logit without the token, from one model pass per token; 0 for tokens
+                                after the target's position
+    ``random``                  normally distributed random numbers
     =========================== =============================================================================================
 
     Args:
         dp: the model.
         name: one of :data:`TOKENS`.
-        prompts: each as for :meth:`DePass.attribute`.
-        target: as for :meth:`DePass.attribute`, for all prompts; or a list with one for each prompt.
-        seed: of ``random`` and ``gradient_shap``.
+        prompts: a list of prompts, each as for :meth:`DePass.attribute`.
+        target: one target for all prompts, as for :meth:`DePass.attribute`; or a list with one target per prompt.
+        seed: seed of ``random`` and ``gradient_shap``.
 
     Raises:
-        OptionError: an unknown name, no prompts, or targets that are not as many as prompts.
-        PromptError, TargetError: something that cannot be attributed, with the prompt's index.
-        ModelError: the model drops out at random.
-        NonFiniteError: the model's logits or the scores are not finite.
+        OptionError: an unknown name, no prompts, or a list of targets of another length than the prompts.
+        PromptError, TargetError: a prompt or target is invalid; the message gives the prompt's index.
+        ModelError: the model is in training mode with dropout.
+        NonFiniteError: a logit of the model or a score is not finite.
     """
     method = _named(name, TOKENS, "tokens")
     seed = integer("seed", seed, OptionError)
@@ -65,7 +65,9 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
         )
     several = isinstance(target, (list, tuple))
     if several and len(target) != len(prompts):
-        raise OptionError(f"a list of targets has one for each prompt: {len(target)} targets, {len(prompts)} prompts")
+        raise OptionError(
+            f"a list of targets must have one per prompt, got {len(target)} targets for {len(prompts)} prompts"
+        )
     cases = []
     for index, prompt in enumerate(prompts):
         try:
@@ -73,8 +75,8 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
         except DePassError as error:
             raise type(error)(f"prompt {index}: {error}") from error
     cases = _clean(dp, cases)
-    found = method(dp.bound, cases, seed)
-    return [_attribution(dp, name, case, scores) for case, scores in zip(cases, found, strict=True)]
+    all_scores = method(dp.bound, cases, seed)
+    return [_attribution(dp, name, case, scores) for case, scores in zip(cases, all_scores, strict=True)]
 
 
 def _attribution(dp: DePass, name: str, case: _Case, scores: Tensor) -> Attribution:
@@ -99,62 +101,63 @@ Points = Callable[[_Case, Tensor, int], tuple[Tensor, Tensor]]
 def _by_gradients(
     points: Points, samples: int, combine: Callable[[Tensor, Tensor], Tensor], bound: BoundModel, cases: Any, seed: int
 ) -> list[Tensor]:
-    """Scores ``[targets, N]``: the mean over points of what ``combine`` makes of the gradients and of their factors.
+    """Scores ``[targets, N]``: the mean over the points of ``combine(gradients, factors)``.
 
     Args:
-        points: of a case, its embeddings ``[N, D]`` and the seed: where gradients are taken and the factors of each,
-            ``[samples, N, D]`` both.
-        samples: how many points.
-        combine: makes ``[..., N]`` of gradients and factors ``[..., N, D]``.
+        points: takes a case, its embeddings ``[N, D]`` and the seed; returns the points where gradients are taken, and
+            their factors, both ``[samples, N, D]``.
+        samples: number of points.
+        combine: takes gradients and factors ``[..., N, D]``; returns ``[..., N]``.
         bound: the model.
         cases: the prompts.
-        seed: for ``points``.
+        seed: seed for ``points``.
     """
-    found: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
+    totals: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
     for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
         longest = max(len(cases[i].prompt.ids) for i in some)
         at, by = zip(*(points(cases[i], _embedded(bound, cases[i]), seed) for i in some), strict=True)
         owners = [i for i in some for _ in range(samples)]
         where, factors = (
-            torch.cat([nn.functional.pad(one, (0, 0, 0, longest - one.shape[1])) for one in made]) for made in (at, by)
+            torch.cat([nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[1])) for tensor in tensors])
+            for tensors in (at, by)
         )  # [B·samples, T, D]
         rows = max(1, BATCH_TOKENS // longest)
         for begin in range(0, len(owners), rows):
-            here = slice(begin, begin + rows)
-            gradients = _gradients(bound, where[here], [cases[i] for i in owners[here]])
-            for i, of_one, factor in zip(owners[here], gradients, factors[here], strict=True):
-                scores = combine(of_one.float(), factor.float()) / samples  # [targets, T]
-                found[i] += scores[:, : found[i].shape[1]].cpu()
-    return found
+            block = slice(begin, begin + rows)
+            gradients = _gradients(bound, where[block], [cases[i] for i in owners[block]])
+            for i, gradient, factor in zip(owners[block], gradients, factors[block], strict=True):
+                scores = combine(gradient.float(), factor.float()) / samples  # [targets, T]
+                totals[i] += scores[:, : totals[i].shape[1]].cpu()
+    return totals
 
 
 def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case]) -> list[Tensor]:
-    """``[targets, T, D]`` of each case, at embeddings ``[B, T, D]``: one pass forward, one back for each of the targets."""
+    """Each case's gradients ``[targets, T, D]`` at embeddings ``[B, T, D]``: one forward pass, one backward per target."""
     with torch.enable_grad():
         embeddings = embeddings.detach().requires_grad_()
         normed = capture.normed(bound, inputs_embeds=embeddings)
         most = max(len(case.readouts) for case in cases)
-        made = []
+        by_target = []
         for j in range(most):
-            asked = [_value(normed[b], case.readouts[j]) for b, case in enumerate(cases) if j < len(case.readouts)]
-            (gradient,) = torch.autograd.grad(torch.stack(asked).sum(), embeddings, retain_graph=j + 1 < most)
-            made.append(gradient)
-    stacked = torch.stack(made, 1)  # [B, targets, T, D]
+            logits = [_value(normed[b], case.readouts[j]) for b, case in enumerate(cases) if j < len(case.readouts)]
+            (gradient,) = torch.autograd.grad(torch.stack(logits).sum(), embeddings, retain_graph=j + 1 < most)
+            by_target.append(gradient)
+    stacked = torch.stack(by_target, 1)  # [B, targets, T, D]
     return [stacked[b, : len(case.readouts)] for b, case in enumerate(cases)]
 
 
-def _here(_: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:
+def _at_embeddings(_: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:
     return embedded[None], embedded[None]
 
 
 def _on_the_line(steps: int, _: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:
-    """The midpoints of ``steps`` pieces of the line from zero."""
+    """The midpoints of ``steps`` pieces of the line from zero to the embeddings."""
     share = (torch.arange(steps, device=embedded.device) + 0.5) / steps
     return share.to(embedded)[:, None, None] * embedded, embedded.expand(steps, -1, -1)
 
 
 def _around_the_line(case: _Case, embedded: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Random points of lines from zero to embeddings with noise."""
+    """Random points on lines from zero to noisy embeddings."""
     generator = case.generator(seed)
     noise = torch.randn(_SHAP_SAMPLES, *embedded.shape, generator=generator, device="cpu")
     share = torch.rand(_SHAP_SAMPLES, 1, 1, generator=generator, device="cpu")
@@ -171,24 +174,24 @@ def _product(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient * factor).sum(-1)
 
 
-# --- tokens: attention, leaving out, nothing -------------------------------------------------------------------------------
+# --- tokens: attention, leave-one-out, random -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def _by_attention(reduce: Callable[[list[Tensor]], Tensor], bound: BoundModel, cases: Any, _: int) -> list[Tensor]:
-    """Scores ``[targets, N]``: each target's row of what ``reduce`` makes of the layers' patterns ``[B, T, T]``."""
-    found: dict[int, Tensor] = {}
+    """Scores ``[targets, N]``: each target's row of ``reduce(patterns)``, for the layers' patterns ``[B, T, T]``."""
+    by_case: dict[int, Tensor] = {}
     for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
         run = _Patterns(bound, [cases[i].prompt.ids for i in some], range(len(bound.layers)))
         run.run()
         for i, reduced in zip(some, reduce(run.patterns).cpu(), strict=True):
             rows = [readout.target.position for readout in cases[i].readouts]
-            found[i] = reduced[rows, : len(cases[i].prompt.ids)]
-    return [found[i] for i in range(len(cases))]
+            by_case[i] = reduced[rows, : len(cases[i].prompt.ids)]
+    return [by_case[i] for i in range(len(cases))]
 
 
 class _Patterns(Capture):
-    """The patterns of a pass by layer, each the mean over heads ``[B, T, T]``, on the first layer's device."""
+    """Each layer's attention pattern ``[B, T, T]``, averaged over heads, on the first layer's device."""
 
     def __init__(self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range) -> None:
         super().__init__(bound, prompts, layers)
@@ -209,23 +212,23 @@ def _last(patterns: list[Tensor]) -> Tensor:
 
 
 def _rollout(patterns: list[Tensor]) -> Tensor:
-    one = torch.eye(patterns[0].shape[-1], device=patterns[0].device)
-    rolled = one.expand_as(patterns[0])
+    identity = torch.eye(patterns[0].shape[-1], device=patterns[0].device)
+    rolled = identity.expand_as(patterns[0])
     for pattern in patterns:
-        rolled = (pattern + one) / 2 @ rolled
+        rolled = (pattern + identity) / 2 @ rolled
     return rolled
 
 
 @torch.no_grad()
 def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Tensor]:
-    """Scores ``[targets, N]``; a prompt's tokens behind the target's position have none."""
-    found = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
+    """Scores ``[targets, N]``; tokens after the target's position score 0."""
+    all_scores = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
     without: list[tuple[int, int, int]] = []  # case, the target's position, the token that is left out
     for i, case in enumerate(cases):
         for q in sorted({readout.target.position for readout in case.readouts}):
             if q == 0:
                 raise PromptError(
-                    f"prompt {i}: leave_one_out of the first position leaves no token; ask at a later one"
+                    f"prompt {i}: leave_one_out at position 0 leaves no token; give a target at a later position"
                 )
             without += [(i, q, t) for t in range(q + 1)]
     rows = [cases[i].prompt.ids[:t] + cases[i].prompt.ids[t + 1 : q + 1] for i, q, t in without]
@@ -237,8 +240,8 @@ def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Te
                 if readout.target.position == q:
                     w = readout.w.to(of_row.device)
                     left = float(of_row[q - 1].to(w) @ w) + readout.constant
-                    found[i][j, t] = readout.logit - left
-    return found
+                    all_scores[i][j, t] = readout.logit - left
+    return all_scores
 
 
 def _random_tokens(_: BoundModel, cases: Sequence[_Case], seed: int) -> list[Tensor]:
@@ -250,8 +253,8 @@ def _random_tokens(_: BoundModel, cases: Sequence[_Case], seed: int) -> list[Ten
 
 
 TOKENS: dict[str, Callable[[BoundModel, Sequence[_Case], int], list[Tensor]]] = {
-    "gradient_norm": partial(_by_gradients, _here, 1, _norm),
-    "input_x_gradient": partial(_by_gradients, _here, 1, _product),
+    "gradient_norm": partial(_by_gradients, _at_embeddings, 1, _norm),
+    "input_x_gradient": partial(_by_gradients, _at_embeddings, 1, _product),
     "integrated_gradients_20": partial(_by_gradients, partial(_on_the_line, 20), 20, _product),
     "integrated_gradients_50": partial(_by_gradients, partial(_on_the_line, 50), 50, _product),
     "gradient_shap": partial(_by_gradients, _around_the_line, _SHAP_SAMPLES, _product),

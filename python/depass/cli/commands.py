@@ -1,4 +1,4 @@
-"""What each command does once its arguments are read."""
+"""The functions that run the commands, once the arguments are parsed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..arguments import DIGITS, ModelOptions, check_stream, device_name, load_mo
 from ..errors import OptionError, PromptError, TargetError
 from ..files import check_writable
 
-PATIENCE = 2.0  # seconds before a progress bar is worth its lines
+PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 def _attribute(options: argparse.Namespace) -> None:
@@ -26,7 +26,7 @@ def _attribute(options: argparse.Namespace) -> None:
     if not prompt:
         raise PromptError("the prompt is empty; give at least one token")
 
-    gc.disable()  # a fifth of a start is spent looking for garbage among what imports leave, and the process is short
+    gc.disable()  # collecting takes a fifth of the start-up time, and the process is short
     targets = [_target(text) for text in options.target] if options.target else None
     dp = load_model(read_options(ModelOptions, options), mlp_rule=options.mlp_rule, temperature=options.temperature)
     with _Progress() as progress:
@@ -49,14 +49,14 @@ def _attribute_dataset(options: argparse.Namespace) -> None:
     from ..errors import ConservationWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConservationWarning)  # every row says how far its scores miss
+        warnings.simplefilter("ignore", ConservationWarning)  # every row holds its conservation error
         say(run(read_options(DatasetOptions, options)))
 
 
 def _view(options: argparse.Namespace) -> None:
     output = options.output or os.path.splitext(options.results[0])[0] + ".html"
     if os.path.realpath(output) in map(os.path.realpath, options.results):
-        raise OptionError(f"the page would overwrite the result {output}; name another file with -o")
+        raise OptionError(f"the page would overwrite the saved result {output}; give another file with -o")
     check_writable(output)
 
     from ..results.load import load
@@ -78,8 +78,8 @@ def _plan(options: argparse.Namespace) -> None:
     check_stream(options.stream, options.quantization)
     device = torch.device(device_name(options.device))
     budget = None if options.budget is None else byte_count(options.budget)
-    counted = options.sources.isdecimal() and len(options.sources) <= DIGITS
-    sources = int(options.sources) if counted else options.sources
+    is_number = options.sources.isdecimal() and len(options.sources) <= DIGITS
+    sources = int(options.sources) if is_number else options.sources
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     bound = empty_model(options.model, dtype, options.quantization, options.trust_remote_code)
     if budget is None and device.type == "cuda":
@@ -92,19 +92,37 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _backends(_: argparse.Namespace) -> None:
-    from depass_kernels.backends import build_info, table
+    from depass_kernels.backends import BACKENDS, OPS, build_info
 
-    for op, backend, reason in table():
-        print(f"{op:<17}{backend:<12}{'can serve' if reason is None else f'cannot: {reason}'}")
+    missing = {backend.name: backend.missing() for backend in BACKENDS}
+    lines = [["op", *missing]]
+    for op in OPS:
+        runs = (op in backend.ops and missing[backend.name] is None for backend in BACKENDS)
+        lines.append([op, *("yes" if yes else "no" for yes in runs)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+    reasons: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    for op in OPS:
+        without = [backend.name for backend in BACKENDS if op not in backend.ops]
+        if without:
+            reasons[f"{op} is not implemented"] = without
+    print()
+    for reason, names in reasons.items():
+        print(f"{', '.join(names)}: {reason}")
     info = build_info()
     if info:
-        cuda = f"nvcc {info['nvcc']} for {', '.join(info['cuda_architectures'])}" if info["nvcc"] else "no CUDA kernels"
-        print(f"\ncompiled by {info['cxx']}; {cuda}")
+        cuda = f" and nvcc {info['nvcc']} for {', '.join(info['cuda_architectures'])}"
+        print(f"\ncsrc was built with {info['cxx']}{cuda if info['nvcc'] else ', without CUDA kernels'}")
 
 
 def _standard_input() -> str:
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are refused with the prompt
+        sys.stdin.reconfigure(errors="surrogateescape")  # the prompt's own check refuses bytes that are not UTF-8
     return sys.stdin.read().removesuffix("\n")
 
 
@@ -115,12 +133,12 @@ def _target(text: str) -> Any:
     if kind not in ("id", "top") or not number:
         return Token(text)
     if not number.isdecimal() or len(number) > DIGITS:
-        raise TargetError(f"--target {text}: {number!r} is no number; write id:1910 or top:5")
+        raise TargetError(f"--target {text}: {number!r} is not a number; write id:1910 or top:5")
     return Token(int(number)) if kind == "id" else TopK(int(number))
 
 
 class _Progress:
-    """A progress bar on standard error, where that is a terminal and the work takes longer than ``PATIENCE``."""
+    """A progress bar on standard error. It appears on a terminal, once the work has taken ``PATIENCE`` seconds."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()

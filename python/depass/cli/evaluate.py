@@ -1,4 +1,4 @@
-"""The command ``depass evaluate``: every task's options, and its run."""
+"""The command ``depass evaluate``: its tasks, their options, and the run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..evaluate.task import Task
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
-    """A sub-command for each task."""
+    """Add one sub-command per task."""
     commands = parser.add_subparsers(required=True, metavar="TASK")
     for task in TASKS.values():
-        one = commands.add_parser(task.name, help=plain(task.help), description=task.help)
-        one.set_defaults(run=_run, task=task)
-        add_options(one, ModelOptions)
-        add_options(one, task.Options, ["data"])
-        one.add_argument(
+        command = commands.add_parser(task.name, help=plain(task.help), description=task.help)
+        command.set_defaults(run=_run, task=task)
+        add_options(command, ModelOptions)
+        add_options(command, task.Options, ["data"])
+        command.add_argument(
             "--out", metavar="DIR", default=f"depass-{task.name}",
-            help="where rows and report go (default: %(default)s)",
+            help="directory for the rows and the report; run the same command again to resume (default: %(default)s)",
         )  # fmt: skip
-        add_options(one, task.Options, [field.name for field in fields(task.Options) if field.name != "data"])
+        add_options(command, task.Options, [field.name for field in fields(task.Options) if field.name != "data"])
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -35,5 +35,5 @@ def _run(arguments: argparse.Namespace) -> None:
     loading, options = read_options(ModelOptions, arguments), read_options(task.Options, arguments)
     dp = load_model(loading)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConservationWarning)  # the reports say how far the scores miss
+        warnings.simplefilter("ignore", ConservationWarning)  # the report gives the conservation error
         say(str(run(task, dp, options, Path(arguments.out), quantization=loading.quantization)))

@@ -1,4 +1,4 @@
-"""The command ``depass``. Exit codes: 0, 1 (ran and failed), 2 (wrong use), 130 (interrupted), 143 (terminated)."""
+"""The command ``depass``. Exit codes: 0 (done), 1 (failed), 2 (wrong use), 130 (interrupted), 143 (terminated)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..arguments import ModelOptions, add_options
 from ..datasets.options import DatasetOptions
@@ -18,20 +18,20 @@ from .commands import _attribute, _attribute_dataset, _backends, _plan, _view
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM): what holds of an interruption holds of it."""
+    """SIGTERM asked the process to end; it is handled as an interruption is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the process
+        if getattr(sys, name) is None:  # the parent process closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lasts
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets escapes, not an error
             stream.reconfigure(errors="backslashreplace")
-    alone = threading.current_thread() is threading.main_thread()  # no other one may ask for signals
-    before = signal.signal(signal.SIGTERM, _terminate) if alone else None
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         options = _parser(given).parse_args(given)
         run: Callable[[argparse.Namespace], None] = options.run
@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except DePassError as error:
         return _fail(error, 1)
-    except BrokenPipeError:  # the reader of a pipe left early, as head does
+    except BrokenPipeError:  # the reader of the pipe closed it early, as head does
         _drop_output()
         return 0
     except (ImportError, OSError) as error:
-        if not isinstance(error, OSError) or error.errno is None:  # a library; memory that is limited can be why
-            return _fail(f"cannot load what it needs: {error}", 1)
+        if not isinstance(error, OSError) or error.errno is None:  # a memory limit can cause this
+            return _fail(f"cannot load a library: {error}", 1)
         _drop_output()
         where = "standard output" if error.filename is None else error.filename  # other files raise an OutputError
         return _fail(f"cannot write {where}: {error.strerror}", 1)
@@ -55,17 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if asked_bytes(error) is None:
             raise
-        return _fail("out of memory; `depass plan` says what a prompt takes", 1)
+        return _fail("out of memory; `depass plan` prints how much memory a prompt needs", 1)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted", 143 if isinstance(stop, Terminated) else 130)
     finally:
-        if alone:
+        if in_main_thread:
             signal.signal(signal.SIGTERM, before)
     return 0
 
 
 def _drop_output() -> None:
-    """Leave what could not be written, instead of failing once more when the process ends."""
+    """Discard unwritten output, so that the process does not fail a second time when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -73,61 +73,86 @@ def _terminate(*_: object) -> None:
     raise Terminated("terminated")
 
 
-def _fail(why: object, code: int) -> int:
+def _fail(reason: object, code: int) -> int:
     try:
-        sys.stdout.flush()  # what was said before stands before it
+        sys.stdout.flush()  # earlier output comes before the error
     except OSError:
         _drop_output()
-    print(f"depass: {escaped(str(why))}", file=sys.stderr)
+    print(f"depass: {escaped(str(reason))}", file=sys.stderr)
     return code
 
 
+class _Version(argparse.Action):
+    """Prints the package's version. It is looked up only when asked for, because the look-up takes time."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"depass {version('depass-kernels')}")
+        except PackageNotFoundError:
+            raise DePassError("depass-kernels is not installed, so its version is unknown; pip install it") from None
+        raise SystemExit(0)
+
+
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments without repeating their control characters."""
+    """Reports wrong arguments with their control characters escaped."""
 
     def error(self, message: str) -> NoReturn:
         super().error(escaped(message))
 
 
+def _command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
+    """A sub-command whose own help begins with the line that the list of commands shows."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    return command
+
+
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="depass", description="Which part of the input made a language model say what it said.")
+    parser = _Parser(
+        prog="depass", description="Find out which parts of the input made a language model say what it said."
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version and exit"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    attribute = commands.add_parser("attribute", help="attribute a model's next token to the parts of a prompt")
+    attribute = _command(commands, "attribute", "score how much each part of a prompt contributed to the next token")
     attribute.set_defaults(run=_attribute)
     add = attribute.add_argument
     add("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
     add_options(attribute, ModelOptions)
     add(
-        "--target", action="append", metavar="T",
-        help="what to explain, may be repeated: a token (' Europe'), id:1910 or top:5 (default: the model's next token)",
+        "--target", action="append", metavar="TARGET",
+        help="the token to explain: text (' Europe'), id:1910 or top:5; may be repeated (default: the model's next token)",
     )  # fmt: skip
     add_options(attribute, DatasetOptions, ("sources", "mlp_rule", "temperature"))
-    add("--save-path", metavar="F", help="save the result (safetensors; Attribution.load reads it)")
-    add("--viz-path", metavar="F.html", help="write a standalone HTML page")
-    add("--json", action="store_true", help="print the result as JSON instead of a picture")
-    view = commands.add_parser("view", help="write saved results as one standalone HTML page")
+    add("--save-path", metavar="FILE", help="save the result as safetensors (Attribution.load reads it)")
+    add("--viz-path", metavar="FILE.html", help="write a standalone HTML page")
+    add("--json", action="store_true", help="print the result as JSON instead of coloured text")
+    view = _command(commands, "view", "write saved results as one standalone HTML page")
     view.set_defaults(run=_view)
     add = view.add_argument
     add("results", nargs="+", metavar="RESULT", help="a saved attribution, sweep or generation")
-    add("-o", "--output", metavar="page.html", help="(default: beside the first RESULT, its name with .html)")
-    plan = commands.add_parser(
-        "plan", help="what an attribution takes: rows, memory, time; from the configuration alone"
-    )
+    add(
+        "-o", "--output", metavar="FILE.html",
+        help="the page to write (default: next to the first RESULT, with its name and the suffix .html)",
+    )  # fmt: skip
+    plan = _command(commands, "plan", "print the rows, memory and time that an attribution needs; loads no weights")
     plan.set_defaults(run=_plan)
     add = plan.add_argument
-    add("-m", "--model", default="smollm2", help="a folder or a hub name; its weights are not loaded")
-    add("--tokens", type=int, required=True, metavar="N", help="length of the prompt")
+    add("-m", "--model", default="smollm2", help="a directory or a Hugging Face Hub name; its weights are not loaded")
+    add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
     add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
-    add("--budget", metavar="48GB", help="memory that there is (default: the device's)")
+    add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")
     add_options(plan, ModelOptions, ("dtype", "device"))
-    add("--stream", action="store_true", help="with the weights in host memory, as of `depass attribute`")
+    add("--stream", action="store_true", help="plan for weights that stay in host memory, as `attribute --stream` does")
     add_options(plan, ModelOptions, ("quantization", "trust_remote_code"))
-    dataset = commands.add_parser("attribute-dataset", help="attribute every row of a data set, into Parquet files")
+    dataset = _command(commands, "attribute-dataset", "attribute every row of a data set and write Parquet files")
     dataset.set_defaults(run=_attribute_dataset)
     add_options(dataset, DatasetOptions)
-    backends = commands.add_parser("backends", help="which backend can serve which op on this machine")
+    backends = _command(commands, "backends", "show which backend runs each op on this machine, and why others can't")
     backends.set_defaults(run=_backends)
-    evaluate = commands.add_parser("evaluate", help="does the attribution tell the truth: experiments on a model")
+    evaluate = _command(commands, "evaluate", "run experiments that test whether the attributions are faithful")
     if given[:1] == ["evaluate"]:  # its tasks need torch, which takes seconds to load
         from .evaluate import add_tasks
 

@@ -1,4 +1,4 @@
-"""Other tools' interfaces to this package, each a module of its own that is imported by name."""
+"""Adapters that give this package the interfaces of other tools. Import the module that you need by its name."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,11 @@ OPTIONS = ("start_layer", "stop_layer", "mlp_rule", "temperature", "exclude_bos"
 
 
 def check_options(of: str, given: Iterable[str]) -> None:
-    """Refuse what is no option of :meth:`depass.DePass.attribute` that another tool passes on.
+    """Refuse options that :meth:`depass.DePass.attribute` does not have.
 
     Raises:
-        OptionError: the first of these.
+        OptionError: an unknown option.
     """
     for name in given:
         if name not in OPTIONS:
-            raise OptionError(f"{of}({name}=...): there are {', '.join(OPTIONS)}")
+            raise OptionError(f"{of}({name}=...): there is no such option; choose from {', '.join(OPTIONS)}")

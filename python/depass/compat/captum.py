@@ -1,13 +1,13 @@
-"""captum: DePass as one of its attribution methods, over token ids and behind its results for language models.
+"""captum: DePass as an attribution method for token ids, and for captum's language-model interface.
 
 ::
 
     method = DePassAttribution(dp)
     attributions, delta = method.attribute(ids, target=token, return_convergence_delta=True)
-    found = DePassLLMAttribution(method).attribute(TextTokenInput(text, dp.tokenizer), target=" Europe")
-    found.plot_token_attr(show=True)
+    result = DePassLLMAttribution(method).attribute(TextTokenInput(text, dp.tokenizer), target=" Europe")
+    result.plot_token_attr(show=True)
 
-Tried with captum 0.9.0.
+Tested with captum 0.9.0.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ except ImportError as error:
         f"depass.compat.captum needs captum 0.9 ({error}): pip install 'depass-kernels[captum]'"
     ) from error
 
-_MARK = 0xF0000  # of a private plane of Unicode, which no text uses: two characters mark a feature's begin and end
+_MARK = 0xF0000  # private-use characters, which no text contains: two of them mark a value's begin and end
 
 
 class DePassAttribution(CaptumAttribution):
-    """DePass as a method of captum, whose inputs are token ids.
+    """DePass as an attribution method of captum. The inputs are token ids.
 
     Args:
-        dp: the model and how it is decomposed.
-        options: of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
+        dp: the model.
+        options: options of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
             ``exclude_bos``, ``strict``.
 
     Raises:
-        OptionError: no :class:`DePass`, or options that its ``attribute`` does not have.
+        OptionError: ``dp`` is not a :class:`DePass`, or an option is unknown.
     """
 
     def __init__(self, dp: DePass, **options: Any) -> None:
@@ -66,33 +66,34 @@ class DePassAttribution(CaptumAttribution):
         attention_mask: Tensor | None = None,
         return_convergence_delta: bool = False,
     ) -> Any:
-        """What each token contributed to the logit of its row's target (DePass, section 3).
+        """Each token's contribution to the logit of its row's target (DePass, section 3).
 
         Args:
             inputs: ``[B, N]`` token ids.
-            target: the next token at the last position: an id, or one for each row (a list or a tensor). Or a pair
-                ``(position, id)`` as captum indexes logits ``[B, N, V]``, or one for each row. None: the model's own next
+            target: the next token at the last position: an id, or one id per row (a list or a tensor). Or a pair
+                ``(position, id)``, as captum indexes logits ``[B, N, V]``, or one pair per row. None: the model's own next
                 token.
-            attention_mask: ``[B, N]``, 0 where a row is padded on its left or right; there attributions are 0.
-            return_convergence_delta: whether the deltas are returned, too; they cost nothing here.
+            attention_mask: ``[B, N]``, 0 where a row is padded on its left or right. Attributions are 0 there.
+            return_convergence_delta: also return the deltas; they cost no extra pass.
 
         Raises:
-            PromptError, TargetError: inputs, a mask or targets of another shape, and what :meth:`DePass.attribute` raises.
+            PromptError, TargetError: inputs, mask or targets have a wrong shape; and the errors of
+                :meth:`DePass.attribute`.
 
         Returns:
-            ``[B, N]`` fp32 on the inputs' device, in logits; with deltas a pair of that and ``[B]``, the attributions and
-            the share of the model's biases, which no input has, minus the logit.
+            Attributions ``[B, N]`` in logits, fp32, on the inputs' device. With deltas, a pair of these and the deltas
+            ``[B]``: the sum of the attributions and of the biases' share, which belongs to no input, minus the logit.
         """
         rows = self._rows(inputs, target, attention_mask)
-        made = torch.zeros(inputs.shape)
+        attributions = torch.zeros(inputs.shape)
         deltas = []
-        for row, (where, found) in enumerate(rows):
-            made[row, where] = found.scores[0, _tokens(found)]
-            deltas.append(found.scores[0].double().sum() - float(found.target_logits[0]))
-        made = made.to(inputs.device)
+        for row, (where, result) in enumerate(rows):
+            attributions[row, where] = result.scores[0, _tokens(result)]
+            deltas.append(result.scores[0].double().sum() - float(result.target_logits[0]))
+        attributions = attributions.to(inputs.device)
         if not return_convergence_delta:
-            return made
-        return made, torch.stack(deltas).float().to(inputs.device)
+            return attributions
+        return attributions, torch.stack(deltas).float().to(inputs.device)
 
     def has_convergence_delta(self) -> bool:
         """True: the attributions add up to the logit."""
@@ -101,12 +102,12 @@ class DePassAttribution(CaptumAttribution):
     def compute_convergence_delta(
         self, attributions: Tensor, inputs: Tensor, target: Any = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """By how much attributions ``[B, N]`` and the share of the model's biases miss the logits: ``[B]``.
+        """The deltas ``[B]``: the sum of the attributions ``[B, N]`` and of the biases' share, minus the logit.
 
-        It runs the decomposition once more, for the biases; ``return_convergence_delta=True`` does not.
+        This runs the decomposition again to get the biases' share; ``return_convergence_delta=True`` does not.
 
         Raises:
-            PromptError, TargetError: as :meth:`attribute`; attributions of another shape than the inputs.
+            PromptError, TargetError: as in :meth:`attribute`; or the attributions do not have the inputs' shape.
         """
         if not isinstance(attributions, Tensor) or attributions.shape != inputs.shape:
             raise PromptError(
@@ -114,9 +115,9 @@ class DePassAttribution(CaptumAttribution):
                 f"{list(getattr(attributions, 'shape', [])) or type(attributions).__name__}"
             )
         deltas = []
-        for given, (_, found) in zip(attributions, self._rows(inputs, target, attention_mask), strict=True):
-            bias = sum(float(found.scores[0, i]) for i, source in enumerate(found.sources) if source.kind == "bias")
-            deltas.append(given.double().sum().cpu() + bias - float(found.target_logits[0]))
+        for given, (_, result) in zip(attributions, self._rows(inputs, target, attention_mask), strict=True):
+            bias = sum(float(result.scores[0, i]) for i, source in enumerate(result.sources) if source.kind == "bias")
+            deltas.append(given.double().sum().cpu() + bias - float(result.target_logits[0]))
         return torch.stack(deltas).float().to(attributions.device)
 
     def _rows(self, inputs: Tensor, target: Any, mask: Tensor | None) -> list[tuple[slice, Attribution]]:
@@ -126,21 +127,24 @@ class DePassAttribution(CaptumAttribution):
             shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise PromptError(f"inputs must be token ids [B, N], got {getattr(inputs, 'dtype', type(inputs))}{shape}")
         if mask is not None and mask.shape != inputs.shape:
-            raise PromptError(f"attention_mask must be {list(inputs.shape)} as the inputs, got {list(mask.shape)}")
-        made = []
-        for row, (ids, wanted) in enumerate(zip(inputs, _targets(target, inputs), strict=True)):
+            raise PromptError(
+                f"attention_mask must have the inputs' shape {list(inputs.shape)}, got {list(mask.shape)}"
+            )
+        rows = []
+        for row, (ids, captum_target) in enumerate(zip(inputs, _targets(target, inputs), strict=True)):
             where = slice(0, len(ids)) if mask is None else _unpadded(mask[row], row)
-            asked = _shifted(wanted, where, len(ids))
-            made.append((where, self.dp.attribute(ids[where], asked, **self.options)))
-        return made
+            row_target = _shifted(captum_target, where, len(ids))
+            rows.append((where, self.dp.attribute(ids[where], row_target, **self.options)))
+        return rows
 
 
 class DePassLLMAttributionResult(LLMAttributionResult):
-    """captum's result, and beside it the whole attribution.
+    """captum's result, with the whole attribution beside it.
 
     Attributes:
-        attribution: our own result. It also has what is in no column of ``token_attr``: the shares of tokens generated
-            before, of text between a template's values, and of the model's biases. Its rows add up to the logits.
+        attribution: the :class:`depass.Attribution`. Besides the columns of ``token_attr`` it holds the scores of earlier
+            generated tokens, of the text between a template's values, and of the model's biases. Its rows add up to the
+            logits.
     """
 
     attribution: Attribution
@@ -151,15 +155,16 @@ class DePassLLMAttributionResult(LLMAttributionResult):
 
 
 class DePassLLMAttribution(BaseLLMAttribution):
-    """DePass behind captum's interface for language models: all targets from one pass.
+    """DePass behind captum's interface for language models. One pass attributes all target tokens.
 
     Args:
         attr_method: DePass as a method of captum.
-        tokenizer: that of ``attr_method`` without it.
-        attr_target: ``"logit"``: what DePass adds up to. captum's ``"log_prob"`` and ``"prob"`` are refused.
+        tokenizer: default: the tokenizer of ``attr_method``.
+        attr_target: must be ``"logit"``, because DePass scores add up to logits. captum's ``"log_prob"`` and ``"prob"``
+            are refused.
 
     Raises:
-        OptionError: another method or target, or no tokenizer.
+        OptionError: another method or target, or there is no tokenizer.
     """
 
     SUPPORTED_METHODS = (DePassAttribution,)
@@ -169,38 +174,40 @@ class DePassLLMAttribution(BaseLLMAttribution):
         if not isinstance(attr_method, DePassAttribution):
             raise OptionError(f"attr_method must be a DePassAttribution, got {type(attr_method).__name__}")
         if attr_target != "logit":
-            raise OptionError(f"attr_target={attr_target!r}: DePass adds up to logits; there is only 'logit'")
+            raise OptionError(f"attr_target={attr_target!r}: DePass scores add up to logits; give attr_target='logit'")
         tokenizer = attr_method.dp.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
-            raise OptionError("captum's inputs are text: give tokenizer=, or make DePass(model, tokenizer)")
+            raise OptionError(
+                "captum's inputs are text and need a tokenizer; give tokenizer=, or DePass(model, tokenizer)"
+            )
         super().__init__(attr_method, tokenizer)
         self.attr_method = attr_method
 
     def attribute(
         self, inp: InterpretableInput, target: str | Tensor | None = None, *, gen_args: dict[str, Any] | None = None
     ) -> DePassLLMAttributionResult:
-        """What each feature of the input contributed to the logits of the target's tokens.
+        """Each input feature's contribution to the logits of the target's tokens.
 
         Args:
-            inp: a ``TextTokenInput``: its tokens are the sources. A ``TextTemplateInput``: the tokens of each value are one
-                source, as :class:`depass.Spans` has it; features of one mask group are added up. Baselines are not used:
-                nothing is perturbed.
-            target: text or ids ``[n_out]``; None: what the model generates.
-            gen_args: of the model's ``generate``, where no target is given; captum's defaults without it.
+            inp: a ``TextTokenInput``, whose tokens become the sources; or a ``TextTemplateInput``, whose values become one
+                source each, as with :class:`depass.Spans`. The scores of features in one mask group are added up. captum's
+                baselines are not used, because DePass perturbs nothing.
+            target: text or ids ``[n_out]``; None: the text that the model generates.
+            gen_args: arguments of the model's ``generate``, only without a target. Default: captum's.
 
         Raises:
-            OptionError: another input, or ``gen_args`` beside a target.
-            TargetError: a target without tokens.
-            SourceError: a template that changes its values, so that nobody knows where they lie.
+            OptionError: another kind of input, or ``gen_args`` together with a target.
+            TargetError: the target has no tokens.
+            SourceError: the template changes its values, so their positions are unknown.
 
         Returns:
-            captum's result: ``token_attr`` ``[n_out, n_in]`` in logits, ``seq_attr`` ``[n_in]`` its sum over the outputs.
+            captum's result: ``token_attr`` ``[n_out, n_in]`` in logits, and ``seq_attr`` ``[n_in]``, its sum over outputs.
         """
         if not isinstance(inp, self.SUPPORTED_INPUTS):
-            names = " and ".join(supported.__name__ for supported in self.SUPPORTED_INPUTS)
-            raise OptionError(f"inp is a {type(inp).__name__}; there are {names}")
+            names = " or ".join(supported.__name__ for supported in self.SUPPORTED_INPUTS)
+            raise OptionError(f"inp must be a {names}, got {type(inp).__name__}")
         if target is not None and gen_args is not None:
-            raise OptionError("gen_args are for what is generated; leave them out where a target is given")
+            raise OptionError("gen_args need generated text, but a target is given; leave out one of the two")
         if target is not None and not isinstance(target, (str, Tensor)):
             raise TargetError(f"target must be text, ids [n_out] or None, got {type(target).__name__}")
         ids = self._format_model_input(inp.to_model_input())["input_ids"][0].tolist()
@@ -213,14 +220,14 @@ class DePassLLMAttribution(BaseLLMAttribution):
         if isinstance(inp, TextTemplateInput):
             own = [(t, t + 1) for t in range(length, len(whole))]
             sources = Spans([*(span for spans in features for span in spans), *own])
-        asked = [Token(token, length - 1 + i) for i, token in enumerate(new)]
+        targets = [Token(token, length - 1 + i) for i, token in enumerate(new)]
         dp = self.attr_method.dp
-        found = dp.attribute(whole, asked, sources=sources, **self.attr_method.options)
-        column = {source.start: i for i, source in enumerate(found.sources) if source.start is not None}
-        scores = [found.scores[:, [column[begin] for begin, _ in spans]].sum(1) for spans in features]
+        attribution = dp.attribute(whole, targets, sources=sources, **self.attr_method.options)
+        column = {source.start: i for i, source in enumerate(attribution.sources) if source.start is not None}
+        scores = [attribution.scores[:, [column[begin] for begin, _ in spans]].sum(1) for spans in features]
         formatted = inp.format_attr(torch.stack(scores, 1))  # [n_out, n_in]
         return DePassLLMAttributionResult(
-            found,
+            attribution,
             seq_attr=formatted.sum(0),
             token_attr=formatted,
             input_tokens=inp.values,
@@ -236,7 +243,7 @@ class DePassLLMAttribution(BaseLLMAttribution):
         dp = self.attr_method.dp
         prompt = encode(inp.to_model_input(), self.tokenizer, dp.bound)
         if list(prompt.ids) != ids:
-            raise SourceError("the tokenizer gives other ids with offsets than without; use a TextTokenInput")
+            raise SourceError("the tokenizer gives different ids with offsets than without; use a TextTokenInput")
         features: list[list[tuple[int, int]]] = [[] for _ in range(inp.n_itp_features)]
         for value, span in _places(inp):
             feature = value if inp.mask is None else inp.formatted_mask[value]
@@ -245,7 +252,7 @@ class DePassLLMAttribution(BaseLLMAttribution):
 
 
 def _places(inp: Any) -> list[tuple[int, tuple[int, int]]]:
-    """Where a template puts its values: ``(value, (begin, end))`` in characters of the finished text, empty ones left out.
+    """The places of a template's values: ``(value, (begin, end))`` in characters of the text, without empty values.
 
     Raises:
         SourceError: the template changes its values.
@@ -253,7 +260,7 @@ def _places(inp: Any) -> list[tuple[int, tuple[int, int]]]:
     marked = [f"{chr(_MARK + 2 * i)}{value}{chr(_MARK + 2 * i + 1)}" for i, value in enumerate(inp.values)]
     text = inp.format_fn(**dict(zip(inp.dict_keys, marked, strict=True))) if inp.dict_keys else inp.format_fn(*marked)
     plain: list[str] = []
-    found: list[tuple[int, tuple[int, int]]] = []
+    places: list[tuple[int, tuple[int, int]]] = []
     begun: dict[int, int] = {}
     for character in text:
         value, ends = divmod(ord(character) - _MARK, 2)
@@ -262,15 +269,15 @@ def _places(inp: Any) -> list[tuple[int, tuple[int, int]]]:
         elif not ends:
             begun[value] = len(plain)
         elif begun.get(value, len(plain)) < len(plain):
-            found.append((value, (begun[value], len(plain))))
-    pieces = all("".join(plain[begin:end]) == inp.values[value] for value, (begin, end) in found)
-    if "".join(plain) != inp.to_model_input() or not pieces:
-        raise SourceError("the template changes its values, so nobody knows where they lie; insert them as they are")
-    return found
+            places.append((value, (begun[value], len(plain))))
+    unchanged = all("".join(plain[begin:end]) == inp.values[value] for value, (begin, end) in places)
+    if "".join(plain) != inp.to_model_input() or not unchanged:
+        raise SourceError("the template changes its values, so their positions are unknown; insert them unchanged")
+    return places
 
 
-def _tokens(found: Attribution) -> list[int]:
-    return [i for i, source in enumerate(found.sources) if source.kind == "token"]
+def _tokens(result: Attribution) -> list[int]:
+    return [i for i, source in enumerate(result.sources) if source.kind == "token"]
 
 
 def _unpadded(mask: Tensor, row: int) -> slice:
@@ -281,26 +288,28 @@ def _unpadded(mask: Tensor, row: int) -> slice:
 
 
 def _targets(target: Any, inputs: Tensor) -> Sequence[Any]:
-    """One target for each row: None, an id, or a pair of position and id."""
+    """One target per row: None, an id, or a pair of position and id."""
     rows = len(inputs)
     if isinstance(target, Tensor):
         target = target.tolist()
     if target is None or isinstance(target, (int, tuple)):
         return [target] * rows
     if not isinstance(target, list) or len(target) not in (1, rows):
-        raise TargetError(f"target must be None, an id, a pair (position, id), or a list of {rows}, one for each row")
+        raise TargetError(f"target must be None, an id, a pair (position, id), or a list of {rows}, one per row")
     return target * rows if len(target) == 1 else target
 
 
 def _shifted(target: Any, where: slice, length: int) -> Token | TopK:
-    """A row's target, its position counted from the row's first token instead of from its padding."""
+    """A row's target, with its position counted from the row's first token instead of from the padding."""
     if target is None:
         return TopK(1)
     pair = target if isinstance(target, (tuple, list)) else (where.stop - 1, target)
     if len(pair) != 2:
-        raise TargetError(f"a target of logits [B, N, V] is a pair (position, id), got {target!r}")
+        raise TargetError(f"a target in logits [B, N, V] must be a pair (position, id), got {target!r}")
     given, token = (integer("a target", number, TargetError) for number in pair)
     position = given + length if given < 0 else given
     if not where.start <= position < where.stop:
-        raise TargetError(f"position {given} of a target is none of the row's tokens {where.start} to {where.stop - 1}")
+        raise TargetError(
+            f"position {given} of a target is outside of the row's tokens, which are {where.start} to {where.stop - 1}"
+        )
     return Token(token, position - where.start)

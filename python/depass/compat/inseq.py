@@ -1,4 +1,4 @@
-"""inseq: DePass as its attribution method ``depass``. Importing this module registers it.
+"""inseq: DePass as the attribution method ``depass``. Importing this module registers the method.
 
 ::
 
@@ -8,8 +8,8 @@
     model = inseq.load_model(hf_model, "depass", tokenizer=tokenizer)
     out = model.attribute("The Colosseum is in", attributed_fn="logit", outputs="tokens")  # or "layers", "heads"
 
-``python -m depass.compat.inseq attribute -m MODEL -a depass -fn logit -i TEXT`` is inseq's command with the method in it.
-Tried with inseq 0.7.1, whose internals this follows.
+``python -m depass.compat.inseq attribute -m MODEL -a depass -fn logit -i TEXT`` runs inseq's command with this method.
+Tested with inseq 0.7.1, whose internals it uses.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _OUTPUTS = ("tokens", "layers", "heads")
 
 
 class _Method(InseqAttribution):
-    """What inseq calls with one batch; the arguments of :meth:`attribute` are those that its users may give."""
+    """The method that inseq calls with one batch. Users of inseq may give the arguments of :meth:`attribute`."""
 
     def __init__(self, attribution_model: Any) -> None:
         super().__init__(attribution_model)
         self.dp = DePass(attribution_model.model, attribution_model.tokenizer)
         self.start = 1  # the first position that is scored, padding included
-        self.rest: list[dict[str, Tensor]] = []  # by sequence and name: [targets], what stands beside the table
+        self.rest: list[dict[str, Tensor]] = []  # by sequence and name: [targets], the scores outside of the table
 
     def attribute(
         self,
@@ -72,30 +72,30 @@ class _Method(InseqAttribution):
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
     ) -> Any:
-        """Attribute every target of a batch of prefixes, each from one pass.
+        """Attribute every target of a batch of prefixes, one pass per sequence.
 
         Args:
-            inputs: not used: the ids are in the next.
-            additional_forward_args: prefixes' ids ``[B, N]``, last targets, attributed function, mask ``[B, N]``, whether
-                embeddings are used, names and values of the attributed function's own arguments.
-            outputs: ``"tokens"``: ``[B, N, N]``. ``"layers"``: ``[B, N, N, L]``, the tokens of the stream that enters each
-                layer. ``"heads"``: ``[B, N, N, L, H]``, what each head wrote at each position.
-            start_layer: see :meth:`DePass.attribute`, as the others.
-            mlp_rule: see there.
-            temperature: see there.
-            exclude_bos: see there.
+            inputs: not used; the ids are in the next argument.
+            additional_forward_args: ids of the prefixes ``[B, N]``, last targets, attributed function, mask ``[B, N]``,
+                whether embeddings are used, and names and values of the attributed function's own arguments.
+            outputs: ``"tokens"``: ``[B, N, N]``. ``"layers"``: ``[B, N, N, L]``, the tokens' states that enter each layer
+                as sources. ``"heads"``: ``[B, N, N, L, H]``, each head's output at each position as a source.
+            start_layer: see :meth:`DePass.attribute`.
+            mlp_rule: see :meth:`DePass.attribute`.
+            temperature: see :meth:`DePass.attribute`.
+            exclude_bos: see :meth:`DePass.attribute`.
 
         Returns:
-            A step output of inseq, whose column ``j`` scores token ``j + 1``.
+            A step output of inseq. Its column ``j`` scores token ``j + 1``.
         """
         if outputs not in _OUTPUTS:
-            raise OptionError(f"outputs={outputs!r}; there are: {', '.join(_OUTPUTS)}")
+            raise OptionError(f"outputs={outputs!r}: must be one of {', '.join(_OUTPUTS)}")
         if outputs != "tokens" and start_layer != 0:
             raise OptionError(f"start_layer={start_layer}: outputs={outputs!r} decomposes at every layer; leave it out")
         if outputs == "heads" and exclude_bos:
-            raise OptionError(f"exclude_bos={exclude_bos!r}: heads are no tokens; leave it out")
+            raise OptionError(f"exclude_bos={exclude_bos!r}: outputs='heads' has no tokens to exclude; leave it out")
         ids, last, attributed_fn, mask, _, names, *values = additional_forward_args
-        asked = _Asked(self.forward_func, attributed_fn, dict(zip(names, values, strict=True)), len(ids))
+        explained = _Explained(self.forward_func, attributed_fn, dict(zip(names, values, strict=True)), len(ids))
         options = {"mlp_rule": mlp_rule, "temperature": temperature}
         padded = ids.shape[1]
         tables, self.rest = [], []
@@ -106,7 +106,7 @@ class _Method(InseqAttribution):
                 raise PromptError("a sequence is not padded on its left; set tokenizer.padding_side = 'left'")
             whole = [*prefix, following]
             first = max(self.start - pad, 1)
-            targets = [asked.of(whole[t], t - 1, t + pad) for t in range(first, len(whole))]
+            targets = [explained.target(whole[t], t - 1, t + pad) for t in range(first, len(whole))]
             if outputs == "heads":
                 scores, beside = _heads(self.dp, prefix, targets, **options)
             elif outputs == "layers":
@@ -129,14 +129,14 @@ class _Method(InseqAttribution):
 class DePassInseqAttribution(InternalsAttributionRegistry):
     """The method ``depass`` of inseq.
 
-    What the model's biases contribute, and with heads the stream without them (``rest``), has no place in inseq's table. It
-    stands beside it as step scores, with the logit that a column and these add up to.
+    inseq's table has no place for the biases' contribution, nor for the remainder (``rest``) of a decomposition into heads.
+    They become step scores, together with the logit: a column and its step scores add up to that logit.
 
     Args:
         attribution_model: inseq's model.
 
     Raises:
-        ModelError: a model that cannot be attributed.
+        ModelError: DePass does not support the model.
     """
 
     method_name = "depass"
@@ -148,15 +148,15 @@ class DePassInseqAttribution(InternalsAttributionRegistry):
         self.method = _Method(attribution_model)
 
     def attribute(self, batch: Any, **options: Any) -> Any:
-        """As inseq's own, for functions that DePass adds up to.
+        """inseq's ``attribute``, for the functions that DePass scores add up to.
 
         Raises:
             OptionError: an attributed function other than ``logit`` and ``contrast_logits_diff``, or step scores.
         """
         if options.get("step_scores"):
             raise OptionError(
-                f"step_scores={options['step_scores']}: depass is done in one pass and makes none; attribute once more with "
-                "method='dummy'"
+                f"step_scores={options['step_scores']}: depass takes one pass and computes no step scores; leave them out, "
+                "and get them from a second call with method='dummy'"
             )
         if options.get("attribute_target"):
             raise OptionError("attribute_target=True: depass always attributes to the whole prefix; leave it out")
@@ -165,19 +165,19 @@ class DePassInseqAttribution(InternalsAttributionRegistry):
         self.method.start, _ = check_attribute_positions(
             length, options.get("attr_pos_start"), options.get("attr_pos_end")
         )
-        found = super().attribute(batch, **options)
-        for sequence, rest in zip(found.sequence_attributions, self.method.rest, strict=True):
+        output = super().attribute(batch, **options)
+        for sequence, rest in zip(output.sequence_attributions, self.method.rest, strict=True):
             count = sequence.target_attributions.shape[1]
             sequence.step_scores = {name: row[len(row) - count :] for name, row in rest.items()}
-        return found
+        return output
 
     def attribute_step(self, attribute_fn_main_args: dict[str, Any], attribution_args: dict[str, Any]) -> Any:
-        """One batch; see :meth:`_Method.attribute`."""
+        """Attribute one batch; see :meth:`_Method.attribute`."""
         return self.method.attribute(**attribute_fn_main_args, **attribution_args)
 
 
-class _Asked:
-    """What is attributed: each target's logit, or the difference from that of the contrastive text's token."""
+class _Explained:
+    """The explained number: each target's logit, or its difference from the logit of the contrastive text's token."""
 
     def __init__(self, model: Any, attributed_fn: Callable[..., Any], given: dict[str, Any], rows: int) -> None:
         _check_attributed(attributed_fn)
@@ -187,7 +187,9 @@ class _Asked:
         if given.get("contrast_sources") is not None:
             raise OptionError("contrast_sources are for encoder-decoder models; give contrast_targets")
         if given.get("contrast_force_inputs"):
-            raise OptionError("contrast_force_inputs=True: depass contrasts two tokens after one and the same prefix")
+            raise OptionError(
+                "contrast_force_inputs=True: depass contrasts two tokens after the same prefix; leave it out"
+            )
         texts = given.get("contrast_targets")
         if texts is None or rows != 1:
             raise OptionError(f"contrast_logits_diff needs contrast_targets and one sequence, got {texts!r} and {rows}")
@@ -197,8 +199,8 @@ class _Asked:
         if self.alignments and isinstance(self.alignments[0], list):
             self.alignments = self.alignments[0]
 
-    def of(self, token: int, position: int, padded: int) -> Token | Contrast:
-        """The target ``token`` after ``position``; ``padded`` is its own place in inseq's sequence."""
+    def target(self, token: int, position: int, padded: int) -> Token | Contrast:
+        """The target ``token`` after ``position``; ``padded`` is the token's own position in inseq's padded sequence."""
         if self.others is None:
             return Token(token, position)
         where = get_aligned_idx(padded, self.alignments)
@@ -215,56 +217,57 @@ def _check_attributed(attributed_fn: Any) -> None:
     names = [name for name, known in STEP_SCORES_MAP.items() if known is attributed_fn]
     name = names[0] if names else getattr(attributed_fn, "__name__", attributed_fn)
     raise OptionError(
-        f"attributed_fn={name!r}: depass adds up to logits; give attributed_fn='logit' or 'contrast_logits_diff' (inseq's "
-        "default is 'probability')"
+        f"attributed_fn={name!r}: depass scores add up to logits; give attributed_fn='logit' or 'contrast_logits_diff' "
+        "(inseq's default is 'probability')"
     )
 
 
 def _tokens(
     dp: DePass, ids: Sequence[int], targets: Sequence[Any], layer: int, exclude_bos: Any, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``[N, targets]``, the scores of the tokens; and what stands beside them, ``[targets]`` each."""
-    found = dp.attribute(list(ids), list(targets), start_layer=layer, exclude_bos=exclude_bos, **options)
-    bias = found.scores.shape[1] - len(ids)
-    beside = {"logit": found.target_logits}
+    """The tokens' scores ``[N, targets]``; and the logits and the biases' scores, ``[targets]`` each."""
+    result = dp.attribute(list(ids), list(targets), start_layer=layer, exclude_bos=exclude_bos, **options)
+    bias = result.scores.shape[1] - len(ids)
+    beside = {"logit": result.target_logits}
     if bias:
-        beside["bias"] = found.scores[:, :bias].sum(1)
-    return found.scores[:, bias:].T, beside
+        beside["bias"] = result.scores[:, :bias].sum(1)
+    return result.scores[:, bias:].T, beside
 
 
 def _layers(
     dp: DePass, ids: Sequence[int], targets: Sequence[Any], exclude_bos: Any, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``[N, targets, L]``, the scores of the tokens of the stream that enters each layer; and what stands beside them."""
-    made = [_tokens(dp, ids, targets, layer, exclude_bos, **options) for layer in range(len(dp.bound.layers))]
-    beside = {"logit": made[0][1]["logit"]}
-    beside |= {f"L{layer}.bias": one["bias"] for layer, (_, one) in enumerate(made) if "bias" in one}
-    return torch.stack([scores for scores, _ in made], -1), beside
+    """The scores ``[N, targets, L]`` of the tokens' states that enter each layer; and the logits and biases' scores."""
+    by_layer = [_tokens(dp, ids, targets, layer, exclude_bos, **options) for layer in range(len(dp.bound.layers))]
+    beside = {"logit": by_layer[0][1]["logit"]}
+    beside |= {f"L{layer}.bias": others["bias"] for layer, (_, others) in enumerate(by_layer) if "bias" in others}
+    return torch.stack([scores for scores, _ in by_layer], -1), beside
 
 
 @torch.no_grad()
 def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """``[N, targets, L, H]``, of every layer the scores of what each head wrote at each position; and the rests."""
-    bound, made = dp.bound, encode(list(ids), dp.tokenizer, dp.bound)
-    asked = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
+    """The scores ``[N, targets, L, H]`` of each head's output at each position; and logits, remainders and biases."""
+    bound, prompt = dp.bound, encode(list(ids), dp.tokenizer, dp.bound)
+    checked_targets = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
     chosen = request.options(dp.engine.defaults, bound, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
     groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.engine.workspace_bytes))
-    found = sweep(dp.engine, made, groups, asked, chosen, "heads")
-    judge(found, strict=False, tolerance=bound.tolerance)
-    scores = found.scores.reshape(*found.scores.shape[:2], len(ids), bound.num_heads)  # [targets, L, N, H]
-    beside = {"logit": found.target_logits}
-    for name, rows in (("rest", found.rest), ("bias", found.bias)):
+    result = sweep(dp.engine, prompt, groups, checked_targets, chosen, "heads")
+    judge(result, strict=False, tolerance=bound.tolerance)
+    scores = result.scores.reshape(*result.scores.shape[:2], len(ids), bound.num_heads)  # [targets, L, N, H]
+    beside = {"logit": result.target_logits}
+    for name, rows in (("rest", result.rest), ("bias", result.bias)):
         if name == "rest" or bound.has_bias:
             beside |= {f"L{layer}.{name}": rows[:, layer] for layer in range(len(bound.layers))}
     return scores.permute(2, 0, 1, 3), beside
 
 
 def heads_by_position(layer: int, length: int, bound: BoundModel) -> Decomposition:
-    """:class:`Heads` of a layer, each head's output at each position a source of its own, in the order of the positions.
+    """:class:`Heads` of a layer, with one source for each head at each position, in the order of the positions.
 
-    Inside its own position's MLP a head's output meets the other heads' and ``rest``; at later positions also those of the
-    positions between. All of them, ``rest`` and the bias add up to the stream.
+    In its own position's MLP, a head's output shares neurons with the other heads' outputs and the remainder (``rest``); at
+    later positions also with the outputs at the positions between. All sources, with ``rest`` and the bias, add up to the
+    residual stream.
     """
     whole = decompose_components(Heads(layer), length, bound)
     heads = bound.num_heads
@@ -290,7 +293,7 @@ def heads_by_position(layer: int, length: int, bound: BoundModel) -> Decompositi
 
 
 def main() -> None:
-    """inseq's own command, with the method ``depass`` registered."""
+    """Run inseq's own command with the method ``depass`` registered."""
     from inseq.commands.cli import main as run
 
     try:

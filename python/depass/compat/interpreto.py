@@ -1,12 +1,12 @@
-"""interpreto: DePass as one of its attribution explainers for generation.
+"""interpreto: DePass as an attribution explainer for generation.
 
 ::
 
     explainer = DePassExplainer(model, tokenizer, granularity=Granularity.WORD)
-    (found,) = explainer("The Colosseum is in", " Rome")
-    plot_attributions(found)
+    (output,) = explainer("The Colosseum is in", " Rome")
+    plot_attributions(output)
 
-Tried with interpreto 0.5.2, whose internals this follows.
+Tested with interpreto 0.5.2, whose internals it uses.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ except ImportError as error:
 
 
 class DePassExplainer(GenerationAttributionExplainer):
-    """DePass as an explainer of interpreto: every target token's logit, from one pass.
+    """DePass as an explainer of interpreto. One pass explains the logits of all target tokens.
 
     Args:
         model: a causal language model. It stays on its device.
-        tokenizer: its tokenizer. As with every explainer, interpreto gives both a padding token where they have none.
-        granularity: of sources and targets: tokens, words or sentences.
-        granularity_aggregation_strategy: how tokens become words or sentences; scores and logits add up, so the default is
-            their sum.
-        inference_mode: ``InferenceModes.LOGITS``, what DePass adds up to; others are refused.
-        options: of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
+        tokenizer: the model's tokenizer. As for every explainer, interpreto adds a padding token to both if they have none.
+        granularity: tokens, words or sentences, for sources and targets.
+        granularity_aggregation_strategy: how token scores are combined into words or sentences. The default is the sum,
+            because scores and logits add up.
+        inference_mode: must be ``InferenceModes.LOGITS``, because DePass scores add up to logits.
+        options: options of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
             ``exclude_bos``, ``strict``.
 
     Attributes:
-        results: our own results of the last call, one for each input. They also have what is in no column of interpreto's:
-            the share of the model's biases. Their rows add up to the logits.
+        results: the :class:`depass.Attribution` of each input of the last call. Besides interpreto's columns they hold the
+            scores of the model's biases. Their rows add up to the logits.
 
     Raises:
-        ModelError: a model that cannot be attributed, a classifier for one.
-        OptionError: another inference mode, or options that ``attribute`` does not have.
+        ModelError: DePass does not support the model, for example a classifier.
+        OptionError: another inference mode, or an unknown option.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class DePassExplainer(GenerationAttributionExplainer):
     ) -> None:
         if inference_mode is not InferenceModes.LOGITS:
             name = getattr(inference_mode, "name", inference_mode)
-            raise OptionError(f"inference_mode={name}: DePass adds up to logits; there is only InferenceModes.LOGITS")
+            raise OptionError(f"inference_mode={name}: DePass scores add up to logits; give InferenceModes.LOGITS")
         check_options("DePassExplainer", options)
         if tokenizer is None:
-            raise ModelError("interpreto's inputs are text: give the model's tokenizer")
+            raise ModelError("interpreto's inputs are text and need a tokenizer; give the model's tokenizer")
         self.dp = DePass(model, tokenizer)
         self.options, self.results = options, list[Attribution]()
         super().__init__(
@@ -81,31 +81,31 @@ class DePassExplainer(GenerationAttributionExplainer):
         )
 
     def explain(self, model_inputs: Any, targets: Any = None) -> list[Any]:
-        """What each token of the inputs contributed to each target token's logit.
+        """Each input token's contribution to each target token's logit.
 
         Args:
-            model_inputs: as for interpreto's explainers: texts, or tokenised ones.
-            targets: texts or ids; nothing is generated here.
+            model_inputs: texts or tokenised texts, as for interpreto's explainers.
+            targets: texts or ids. This explainer generates no targets.
 
         Raises:
-            OptionError: no targets.
-            PromptError: input and target whose ids change when interpreto decodes and encodes them together.
+            OptionError: there are no targets.
+            PromptError: the ids change when interpreto decodes and encodes an input and its target together.
 
         Returns:
-            An ``AttributionOutput`` for each input, ``[t, l]`` in logits; what comes after a target is NaN.
+            An ``AttributionOutput`` per input, ``[t, l]`` in logits. Positions after a target are NaN.
         """
         if targets is None:
-            raise OptionError("targets are missing: generate a continuation, and give it as text or ids")
+            raise OptionError("targets are missing; generate a continuation, and give it as text or ids")
         prepared = self.process_model_inputs(model_inputs)
-        joined, wanted = self.process_inputs_to_explain_and_targets(prepared, targets)
-        self.results, found = [], []
-        for own, inputs, target in zip(prepared, joined, wanted, strict=True):
+        joined, target_ids = self.process_inputs_to_explain_and_targets(prepared, targets)
+        self.results, outputs = [], []
+        for own, inputs, target in zip(prepared, joined, target_ids, strict=True):
             ids, new = inputs["input_ids"][0].tolist(), target.tolist()
             expected = own["input_ids"][0].tolist() + new
             if ids != expected:
                 raise PromptError(
-                    f"interpreto decodes and encodes input and target together, which makes other ids of them: {ids}, not "
-                    f"{expected}; give a target that begins with a space and has no special token, if need be as ids"
+                    f"interpreto decodes and encodes input and target together, which changes their ids: {ids}, expected "
+                    f"{expected}; give a target that begins with a space and has no special token, or give ids"
                 )
             length = len(ids) - len(new)
             res = self.dp.attribute(
@@ -123,7 +123,7 @@ class DePassExplainer(GenerationAttributionExplainer):
                 aggregate_targets=True,
             )
             task, clean = self.post_processing(summed)
-            made = AttributionOutput(
+            output = AttributionOutput(
                 attributions=clean,
                 elements=self.granularity.get_decomposition(inputs, self.tokenizer, return_text=True)[0],
                 model_inputs_to_explain=inputs,
@@ -133,5 +133,5 @@ class DePassExplainer(GenerationAttributionExplainer):
                 granularity_aggregation_strategy=self.granularity_aggregation_strategy,
                 inference_mode=self.inference_wrapper.mode,
             )
-            found.append(made)
-        return found
+            outputs.append(output)
+        return outputs

@@ -1,4 +1,4 @@
-"""The published DePass manager's interface: the same names, arguments and shapes, with parts that add up.
+"""The interface of the published DePass manager: the same names, arguments and shapes, but the parts add up.
 
 ::
 
@@ -40,41 +40,41 @@ from .published import Published
 
 _KINDS = ("attn", "mlp", "attn_head")
 _NOTICE = (
-    "decomposed_state_manager gives parts that add up to the residual stream. So its numbers differ from the published "
-    "implementation's in module, head, neuron and subspace mode, with the rules relu and linear, in models with biases "
-    "(which are counted to row 0: the rest or, in token mode, the first token), and where compute_num or "
-    "single_compute_token are given, which change nothing here. reproduce_published=True gives the published numbers"
+    "decomposed_state_manager returns parts that add up to the residual stream, so its numbers differ from the published "
+    "implementation's: in module, head, neuron and subspace mode; with the rules relu and linear; in models with biases, "
+    "which are part of row 0 (the remainder or, in token mode, the first token); and with compute_num or "
+    "single_compute_token, which have no effect here. reproduce_published=True gives the published numbers"
 )
 _told = False
 
 
 class decomposed_state_manager:  # noqa: N801 (the published name)
-    """Decompose the states of a model's run into tokens, modules, heads, neurons or given subspaces.
+    """Decompose a model's states into tokens, modules, heads, neurons or given subspaces.
 
-    Prompts are strings, which ``tokenizer.encode`` makes ids of, or ids. All tensors come back on the CPU. Unless a
-    method says otherwise, a state is ``[N, M, D]`` (positions, sources, hidden) with the final norm's frozen scale and
-    weight applied, and its sum over the sources is the model's own stream after its final norm. A method that gives
-    ``states`` with it gives the model's residual streams, a list of ``2L + 1`` tensors ``[1, N, D]``: before attention
-    and before the MLP of each layer in turn, and the one before the final norm.
+    A prompt is a string, which ``tokenizer.encode`` turns into ids, or a list of ids. All tensors are returned on the CPU.
+    Unless a method says otherwise, a state is ``[N, M, D]`` (positions, sources, hidden_size), after the final norm with
+    its frozen scale and weight. Its sum over the sources is the model's own residual stream after the final norm. Some
+    methods also return ``states``, the model's residual streams: a list of ``2L + 1`` tensors ``[1, N, D]``, before
+    attention and before the MLP of each layer in turn, and before the final norm.
 
-    What the model's biases add belongs to no token and no component. It is in row 0, so that all adds up: with the rest
-    in module, head and neuron mode, with the first token in token mode, with the first part in subspace mode.
+    The contribution of the model's biases belongs to no token and no component. It is part of row 0, so that the rows add
+    up: the remainder in module, head and neuron mode, the first token in token mode, the first part in subspace mode.
 
-    ``compute_num`` and ``single_compute_token`` change the published answers. Here they are accepted and ignored: blocks
-    are sized by a memory budget and change no answer. Where our numbers differ from the published ones, one
-    :class:`depass.PublishedDifferenceWarning` per process says so.
+    ``compute_num`` and ``single_compute_token`` change the published results. Here they are accepted and ignored, because
+    a memory budget sets the block size and blocks do not change the result. One
+    :class:`depass.PublishedDifferenceWarning` per process says where the numbers differ from the published ones.
 
     Args:
-        model: a causal language model of HuggingFace transformers; never modified.
-        tokenizer: anything with ``encode(prompt)`` for ids; generation also needs ``decode``.
+        model: a causal language model of Hugging Face transformers. It is never modified.
+        tokenizer: an object with ``encode(prompt)``, which returns ids; generation also needs ``decode``.
         mlp_softmax_temp: the softmax rule's temperature, in units of the pre-activation.
-        ignore_special_token: whether in token mode the first token takes no part in later positions' MLPs, BOS or not.
+        ignore_special_token: exclude the first token from the MLPs of later positions in token mode, BOS or not.
         mlp_decomposed_function: ``softmax``, ``max``, ``relu``, ``linear`` or ``taylor``.
         reproduce_published: give the published implementation's numbers, quirks included.
 
     Raises:
-        ModelError: a model that cannot be decomposed.
-        OptionError: an option with a value that it does not have.
+        ModelError: DePass does not support the model.
+        OptionError: an invalid option value.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
             _tell_once()
 
     def get_states(self, prompt: Any) -> list[Tensor]:
-        """Run the model on a prompt: ``states``, which :meth:`compute_decomposed_state` goes on from.
+        """Run the model on a prompt and return ``states``. :meth:`compute_decomposed_state` then decomposes this prompt.
 
         Raises:
-            PromptError: a prompt that is empty, too long, out of the vocabulary or not one prompt.
-            ModelError: a model in training mode with dropout.
-            NonFiniteError: a residual stream that is not finite.
+            PromptError: the prompt is empty, too long, outside of the vocabulary, or not a single prompt.
+            ModelError: the model is in training mode with dropout.
+            NonFiniteError: the residual stream is not finite.
         """
         ids = self._encode(prompt)
         states = _residual_streams(self.bound, ids)
@@ -112,11 +112,11 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         return states
 
     def compute_decomposed_state(self, start_layer_idx: int = 0, single_compute_token: int | None = None) -> Tensor:
-        """``[N, M=N, D]``: the tokens as sources, from a layer's input on, of the prompt last given to a method.
+        """``[N, M=N, D]``: the last prompt's state with the tokens as sources, decomposed at a layer's input.
 
         Raises:
-            PromptError: no prompt yet.
-            OptionError: a layer that the model does not have, or a block that is no positive number.
+            PromptError: there is no prompt yet.
+            OptionError: the model does not have this layer, or the block size is not a positive integer.
         """
         if not self._ids:
             raise PromptError("there is no prompt yet; call get_states(prompt) first")
@@ -126,21 +126,23 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     def get_last_layer_decomposed_state(
         self, prompt: Any, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``[N, M=N, D]`` of the last layer with the tokens as sources, and ``states``."""
+        """The last layer's state ``[N, M=N, D]`` with the tokens as sources, and ``states``."""
         states = self.get_states(prompt)
         return self.compute_decomposed_state(0, single_compute_token), states
 
     def get_middle_to_last_decomposed_state(
         self, prompt: Any, start_layer_idx: int, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``[N, M=N, D]`` of the last layer with the positions of a layer's input as sources, and ``states``."""
+        """The last layer's state ``[N, M=N, D]`` with the positions of a layer's input as sources, and ``states``."""
         states = self.get_states(prompt)
         return self.compute_decomposed_state(start_layer_idx, single_compute_token), states
 
     def get_middel_to_middle_decomposed_state(
         self, prompt: Any, start_layer_idx: int, end_layer_idx: int, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``[N, M=N, D]`` entering ``end_layer_idx``, from the positions of a layer's input; unnormed; and ``states``."""
+        """The state ``[N, M=N, D]`` entering ``end_layer_idx``, with the positions of a layer's input as sources and before
+        the final norm; and ``states``.
+        """
         start = self._start(start_layer_idx)
         end = _integer("end_layer_idx", end_layer_idx, start + 1, len(self.bound.layers))
         states = self.get_states(prompt)
@@ -149,15 +151,17 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     def all_layer_to_init_attribute_state(
         self, prompt: Any, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``[L+1, N, M=N, D]``: tokens as sources, entering each layer and after the last; unnormed; and ``states``."""
+        """The states ``[L+1, N, M=N, D]`` entering each layer and after the last, with the tokens as sources and before the
+        final norm; and ``states``.
+        """
         states = self.get_states(prompt)
-        found = self._token_states(range(len(self.bound.layers)), single_compute_token, keep_all=True)
-        return torch.stack([_by_position(state) for state in found]), states
+        by_layer = self._token_states(range(len(self.bound.layers)), single_compute_token, keep_all=True)
+        return torch.stack([_by_position(state) for state in by_layer]), states
 
     def get_mlp_neuron_decomposed_state(
         self, prompt: Any, start_layer_idx: int, compute_num: int | None = None
     ) -> Tensor:
-        """``[N, 1+F, D]``: the rest of the stream after a layer, then each neuron of that layer's MLP."""
+        """``[N, 1+F, D]``: the remainder of the residual stream after a layer, then each neuron of that layer's MLP."""
         start = self._start(start_layer_idx)
         blocks = None if compute_num is None else _integer("compute_num", compute_num, 1)
         self.get_states(prompt)
@@ -166,57 +170,61 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     def get_layer_module_decomposed_state(
         self, prompt: Any, start_layer_idx: int, single_compute_token: int | None = None, type: str | None = None
     ) -> Tensor:
-        """``[N, 2, D]`` (rest, module) for ``type`` ``attn`` or ``mlp``; ``[N, 1+H, D]`` (rest, heads) for ``attn_head``."""
+        """``[N, 2, D]`` (remainder, module) for ``type`` ``attn`` or ``mlp``; ``[N, 1+H, D]`` (remainder, heads) for
+        ``attn_head``.
+        """
         start = self._start(start_layer_idx)
         if type not in _KINDS:
-            raise OptionError(f"type={type!r}; there are: {', '.join(_KINDS)}")
+            raise OptionError(f"type={type!r}: must be one of {', '.join(_KINDS)}")
         if single_compute_token is not None and self.reproduce_published:
             raise OptionError(
-                f"single_compute_token={single_compute_token!r}: what the published code does with it for modules is not "
-                "known, and with so few sources there is nothing to cut; leave it out"
+                f"single_compute_token={single_compute_token!r}: the published code's use of it for modules is unknown, and "
+                "so few sources need no blocks; leave it out"
             )
         self.get_states(prompt)
         return self._normed(self._engine().module_states(self._ids, start, type))
 
     def get_subspace_decomposed_state(self, prompt: Any, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
-        """``[N, M, D]`` of the last layer, from given parts of the stream *after* a layer.
+        """The last layer's state ``[N, M, D]``, from given parts of the residual stream *after* a layer.
 
         Args:
             prompt: ``N`` tokens.
-            start_layer_idx: the layer after which the parts are.
-            attribute_state: ``[M, N, D]``. Where it does not add up to the stream there, what is missing goes through the
-                model as a part of its own and is added to row 0 of what comes back, so that this adds up.
-                (``reproduce_published=True``: what is missing is left out.)
+            start_layer_idx: the layer; the parts are those of the residual stream after it.
+            attribute_state: the parts ``[M, N, D]``. If they do not add up to the residual stream, the difference is
+                propagated as an additional part and added to row 0 of the result, so that the result adds up. With
+                ``reproduce_published=True`` the difference is left out.
 
         Raises:
-            SourceError: parts that are not finite or do not have this shape.
+            SourceError: the parts are not finite or do not have this shape.
         """
         return self._normed(self._subspace_states(prompt, start_layer_idx, attribute_state, keep_all=False)[-1])
 
     def get_subspace_decomposed_state_all_layer(
         self, prompt: Any, start_layer_idx: int, attribute_state: Tensor
     ) -> list[Tensor]:
-        """As :meth:`get_subspace_decomposed_state`, ``[N, M, D]`` after every layer from that one on; unnormed."""
-        found = self._subspace_states(prompt, start_layer_idx, attribute_state, keep_all=True)
-        return [_by_position(state) for state in found]
+        """As :meth:`get_subspace_decomposed_state`, but ``[N, M, D]`` after each layer from that one on, before the final
+        norm.
+        """
+        by_layer = self._subspace_states(prompt, start_layer_idx, attribute_state, keep_all=True)
+        return [_by_position(state) for state in by_layer]
 
     def compute_attribute_score(self, attribute_state: Tensor, token_idx: int, decode_token_id: int) -> Tensor:
-        """``[M]``: what each source gives to the logit of a token that follows a position.
+        """``[M]``: each source's contribution to the logit of a token after a position.
 
         Args:
             attribute_state: ``[N, M, D]``, after the final norm.
-            token_idx: the position, from 0 or (negative) from the end.
+            token_idx: the position, counted from 0, or from the end if negative.
             decode_token_id: the token's id.
 
         Raises:
-            TargetError: a position or a token that there is not.
-            SourceError: something else than a state.
+            TargetError: the position or the token does not exist.
+            SourceError: ``attribute_state`` is not a state.
         """
         head = self.bound.unembedding
         _check_state(attribute_state, (None, None, self.bound.hidden_size), "[N, M, D]")
         length = len(attribute_state)
         if not -length <= integer("token_idx", token_idx, TargetError) < length:
-            raise TargetError(f"token_idx={token_idx!r}: the state has positions {-length} to {length - 1}")
+            raise TargetError(f"token_idx={token_idx!r}: must be a position of the state, {-length} to {length - 1}")
         token = token_id(decode_token_id, None, self.bound)
         scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
         bias = head.bias
@@ -227,36 +235,36 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     def model_generate_cite(
         self, prompt: Any, **generate_options: Any
     ) -> tuple[str, list[Tensor], Tensor, list[Tensor]]:
-        """Generate, then attribute every generated token to all tokens before it. (The published method cannot run.)
+        """Generate text, then attribute each generated token to all tokens before it. (The published method cannot run.)
 
         Args:
-            prompt: what the model goes on from.
-            generate_options: of ``model.generate``, ``max_new_tokens`` for one.
+            prompt: the prompt that the model continues.
+            generate_options: options of ``model.generate``, for example ``max_new_tokens``.
 
         Returns:
-            The generated text; by generated token, ``[M]`` scores of the ``M`` tokens before it (prompt and generated
-            ones), which add up to its logit; the state ``[N, N, D]`` of prompt and generated text; and its ``states``.
+            The generated text; for each generated token the scores ``[M]`` of the ``M`` tokens before it (of the prompt and
+            generated), which add up to its logit; the state ``[N, N, D]`` of prompt and generated text; and its ``states``.
 
         Raises:
-            PromptError: a prompt that cannot be attributed.
-            OptionError: options that ask for several texts, or for none.
+            PromptError: the prompt is invalid.
+            OptionError: the options ask for several texts, or for no text.
         """
         given = self._encode(prompt)
         ids = torch.tensor([given], device=self.bound.input_device)
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate_options)
         sequences = getattr(output, "sequences", output)
         if len(sequences) != 1:
-            raise OptionError(f"num_return_sequences={len(sequences)}: one text at a time can be attributed")
+            raise OptionError(f"num_return_sequences={len(sequences)}: must be 1, one text at a time is attributed")
         text = sequences[0].tolist()
         if len(text) == len(given):
-            raise OptionError("model.generate gave no new token; raise max_new_tokens")
+            raise OptionError("model.generate returned no new token; raise max_new_tokens")
         state, states = self.get_last_layer_decomposed_state(text)
         scores = [self.compute_attribute_score(state[:, :t], t - 1, text[t]) for t in range(len(given), len(text))]
         new: str = self.tokenizer.decode(text[len(given) :], skip_special_tokens=True)
         return new, scores, state, states
 
     def _engine(self) -> _Engine:
-        """What does the work, made anew for each call: the options are attributes that may have been set since."""
+        """The decomposition. It is created for each call, because the options are attributes that may have changed."""
         options = self.mlp_decomposed_function, self.mlp_softmax_temp, self.ignore_special_token
         _check_options(*options, self.reproduce_published)
         return Published(self.bound, *options) if self.reproduce_published else _Exact(self.model, *options)
@@ -264,7 +272,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         refuse_dropout(self.bound)
         if isinstance(prompt, str) and self.tokenizer is None:
-            raise PromptError("a prompt given as text needs a tokenizer; give one to the manager, or token ids")
+            raise PromptError("a text prompt needs a tokenizer; give the manager a tokenizer, or give token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return encode(ids, None, self.bound).ids
 
@@ -284,7 +292,7 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
 
     @torch.no_grad()
     def _normed(self, state: Tensor) -> Tensor:
-        """``[M, N, D]`` to ``[N, M, D]`` after the final norm, whose own bias goes to row 0."""
+        """A state ``[M, N, D]`` as ``[N, M, D]`` after the final norm, with the norm's bias in row 0."""
         norm = self.bound.final_norm
         scale = norm.scale(self.states[-1][0], state.dtype)  # [N]
         state = norm.of_parts(state, scale[:, None])
@@ -295,27 +303,27 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
 
 
 class _Engine(Protocol):
-    """What the manager needs of a decomposition; states are ``[M, N, D]``, before the final norm, on the CPU."""
+    """The decomposition that the manager uses. States are ``[M, N, D]``, before the final norm, on the CPU."""
 
     def token_states(
         self, ids: Sequence[int], layers: range, keep_all: bool = False, single_compute_token: int | None = None
     ) -> list[Tensor]:
-        """``M = N``; after the last of ``layers`` or, to ``keep_all``, entering each of them and after the last."""
+        """``M = N``; after the last of ``layers``, or (``keep_all``) entering each of them and after the last."""
 
     def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
-        """After the last layer: rest, then the attention, the MLP or the heads."""
+        """After the last layer: the remainder, then the attention, the MLP or the heads."""
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
-        """After the last layer: rest, then the layer's neurons."""
+        """After the last layer: the remainder, then the layer's neurons."""
 
     def subspace_states(
         self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
     ) -> list[Tensor]:
-        """Of parts of the stream after ``layer``: after the last layer or, to ``keep_all``, after each from there on."""
+        """Of parts of the stream after ``layer``: after the last layer, or (``keep_all``) after each layer from there on."""
 
 
 class _Exact:
-    """The decomposition whose parts add up, by :class:`depass.DePass`."""
+    """The exact decomposition by :class:`depass.DePass`: its parts add up."""
 
     def __init__(self, model: Any, rule: str, temperature: float, exclude_first: bool) -> None:
         self.dp = DePass(model, None, mlp_rule=rule, temperature=temperature, exclude_bos=False)
@@ -345,7 +353,7 @@ class _Exact:
         count, parts = len(parts), parts.detach().to("cpu", self.bound.state_dtype, copy=True)
         missing = stream.to(parts) - parts.sum(0)
         sizes = stream.abs().amax(1).to(missing)
-        if bool((missing.abs().amax(1) <= self.bound.tolerance * sizes).all()):  # rounding, which is no source
+        if bool((missing.abs().amax(1) <= self.bound.tolerance * sizes).all()):  # only rounding: no source of its own
             parts[0] += missing
         else:
             parts = torch.cat([missing[None], parts])
@@ -356,22 +364,26 @@ class _Exact:
         return [_with_others_in_first(states.dense(at), count) for at in wanted]
 
     def _last(self, ids: Sequence[int], sources: Heads | Modules | Neurons, count: int) -> Tensor:
-        """After the last layer: the rest and ``count`` components."""
+        """After the last layer: the remainder and ``count`` components."""
         states = self.dp.states(ids, self.depth, sources=sources)
         return _with_others_in_first(states.dense(self.depth), 1 + count)
 
 
 def _with_others_in_first(state: Tensor, count: int) -> Tensor:
-    """The last ``count`` sources ``[count, N, D]``; those before them (the biases, a rest) are added to the first."""
+    """The last ``count`` sources ``[count, N, D]``. The others (the biases, a remainder) are added to the first of them."""
     others, named = state[:-count], state[-count:]
     named[0] += others.sum(0)
     return named
 
 
 def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
-    """The model's own streams ``[1, N, D]``: before attention and MLP of each layer, and before the final norm."""
+    """The model's residual streams ``[1, N, D]``: before attention and MLP of each layer, and before the final norm."""
     kept = _Streams(bound, [ids], range(len(bound.layers)))
-    with torch.no_grad(), running, ExitStack() as stack:  # other threads wait: their runs would call our hooks
+    with (
+        torch.no_grad(),
+        running,
+        ExitStack() as stack,
+    ):  # other threads wait, because their runs would call these hooks
         for layer in bound.layers:
             reader = layer.gate.module if layer.mlp_norm is None else layer.mlp_norm.module
             stack.callback(reader.register_forward_pre_hook(kept.between).remove)
@@ -380,7 +392,7 @@ def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
 
 
 class _Streams(Capture):
-    """Each layer's stream before its attention, and before its MLP: what the MLP's first module reads."""
+    """Captures each layer's residual stream before its attention and before its MLP."""
 
     def __init__(self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range) -> None:
         super().__init__(bound, prompts, layers)
@@ -403,23 +415,23 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     number = integer(name, value, OptionError)
     if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise OptionError(f"{name}={number}: need an integer {bounds}")
+        raise OptionError(f"{name}={number}: must be an integer {bounds}")
     return number
 
 
 def _check_options(rule: Any, temperature: Any, ignore: Any, reproduce: Any) -> None:
     number = isinstance(temperature, (int, float)) and math.isfinite(temperature)
     if not number or temperature <= 0:
-        raise OptionError(f"mlp_softmax_temp={temperature!r}: need a positive number")
+        raise OptionError(f"mlp_softmax_temp={temperature!r}: must be a positive number")
     if rule not in RULES:
-        raise OptionError(f"mlp_decomposed_function={rule!r}; there are: {', '.join(RULES)}")
+        raise OptionError(f"mlp_decomposed_function={rule!r}: must be one of {', '.join(RULES)}")
     for name, value in (("ignore_special_token", ignore), ("reproduce_published", reproduce)):
         if not isinstance(value, bool):
-            raise OptionError(f"{name}={value!r}: need True or False")
+            raise OptionError(f"{name}={value!r}: must be True or False")
 
 
 def _check_state(state: Any, shape: tuple[int | None, ...], letters: str) -> None:
-    wanted = ", ".join(
+    sizes = ", ".join(
         letter if n is None else str(n) for letter, n in zip(letters[1:-1].split(", "), shape, strict=True)
     )
     if not isinstance(state, Tensor) or not state.is_floating_point():
@@ -428,7 +440,7 @@ def _check_state(state: Any, shape: tuple[int | None, ...], letters: str) -> Non
         )
     fits = state.dim() == 3 and all(n is None or n == m for n, m in zip(shape, state.shape, strict=True))
     if not fits or state.numel() == 0:
-        raise SourceError(f"attribute_state must be {letters}, here [{wanted}], got {list(state.shape)}")
+        raise SourceError(f"attribute_state must have shape {letters}, here [{sizes}], got {list(state.shape)}")
     if not bool(state.isfinite().all()):
         raise SourceError("attribute_state must be finite, got NaN or infinity")
 

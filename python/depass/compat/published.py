@@ -1,16 +1,18 @@
-"""The published implementation's numbers, quirks included: a plain dense engine to compare older results with.
+"""Reproduces the published implementation's numbers, quirks included, to compare with older results.
 
-It follows the method on states ``[M, N, D]`` and departs from it where the published code does:
+It computes the method densely, on states ``[M, N, D]``, and differs from the method where the published code does:
 
-1. In every mode the pre-activation of source 0 at position 0 is replaced by 1 before the sharing.
-2. In every mode the last source's pre-activations below 1e-5 in size become 0; exact zeros get no share, and where all
-   sources are zero the last one takes all. Token mode appends a row with what is left of the stream, drops it at the end.
-3. Biases are dropped: with Qwen2's value bias the parts do not add up. A whole module's output still contains them.
-4. Neurons: row 0 is the stream *before* the MLP minus the neurons.
-5. ``compute_num`` and ``single_compute_token`` share within blocks of sources, which changes the answer.
-6. ``relu`` loses what is negative everywhere; ``linear`` overflows and gives nothing where two or more sources share.
+1. In every mode, the pre-activation of source 0 at position 0 is set to 1 before sharing.
+2. In every mode, pre-activations of the last source below 1e-5 in absolute value become 0. A source with an exact zero gets
+   no share; where all sources are zero, the last one takes all. Token mode appends a row with the remainder of the residual
+   stream, and drops it at the end.
+3. Biases are dropped. With Qwen2's value bias the parts do not add up. A whole module's output still contains its bias.
+4. For neurons, row 0 is the residual stream *before* the MLP minus the neurons.
+5. ``compute_num`` and ``single_compute_token`` share within blocks of sources, which changes the result.
+6. ``relu`` loses neurons where every source is negative. ``linear`` overflows, and gives nothing where two or more sources
+   share.
 
-:mod:`depass.compat.official` has the right answers behind the same interface.
+:mod:`depass.compat.official` gives the exact results behind the same interface.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from ..models.bound import BoundModel, Layer, Norm, Projection
 from ..models.capture import Capture
 from ..models.trace import Trace
 
-_THRESHOLD = 1e-5  # pre-activations of the last source below it become zero
+_THRESHOLD = 1e-5  # smaller pre-activations of the last source become zero
 
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What one layer of the real run freezes, in the state's dtype and on the layer's device."""
+    """The frozen values of one layer of the real run, in the state's dtype and on the layer's device."""
 
     layer: Layer
     stream: Tensor  # [N, D], before attention
@@ -45,7 +47,7 @@ class _Frozen:
 
 
 class _Freezing(Capture):
-    """A run of the model that keeps what each layer freezes, in ``dtype`` and on the layer's device."""
+    """A run of the model that keeps each layer's frozen values, in ``dtype`` and on the layer's device."""
 
     def __init__(
         self, bound: BoundModel, ids: Sequence[int], layers: range, with_gate_total: bool, dtype: torch.dtype
@@ -67,13 +69,13 @@ class Published:
     """The published decomposition of one model. States are ``[M, N, D]``, before the final norm and on the CPU.
 
     Args:
-        bound: the model: RMSNorm on the inputs of attention and MLP, one after the other, as in Llama and Qwen2.
-        rule: how an MLP's output is shared out.
-        temperature: of the softmax rule.
-        exclude_first: whether the first token takes no share in token mode (but at position 0).
+        bound: the model: RMSNorm before attention and before the MLP, in sequence, as in Llama and Qwen2.
+        rule: how a neuron's output is shared among the sources.
+        temperature: temperature of the softmax rule.
+        exclude_first: whether the first token gets no share in token mode, except at position 0.
 
     Raises:
-        ModelError: a family that the published code does not know how to decompose.
+        ModelError: the published code cannot decompose this model family.
     """
 
     def __init__(self, bound: BoundModel, rule: str, temperature: float, exclude_first: bool) -> None:
@@ -85,14 +87,14 @@ class Published:
     def token_states(
         self, ids: Sequence[int], layers: range, keep_all: bool = False, single_compute_token: int | None = None
     ) -> list[Tensor]:
-        """Every token a source (``M = N``): the states after the last of ``layers`` or, to ``keep_all``, at each of them.
+        """The states with each token as a source (``M = N``), after the last of ``layers``; with ``keep_all`` at each one.
 
         Args:
             ids: ``N`` token ids.
-            layers: a run of layers; the stream entering the first is decomposed.
-            keep_all: whether the states that enter each layer are kept, too.
-            single_compute_token: tokens in a block (quirk 5). Later blocks begin with token 0, and all other tokens
-                are left over.
+            layers: a range of layers. The residual stream entering the first is decomposed.
+            keep_all: also keep the states that enter each layer.
+            single_compute_token: tokens per block (quirk 5). Later blocks begin with token 0. The tokens outside of a
+                block form its remainder.
         """
         frozen, _ = self._freeze(ids, layers)
         stream, n = frozen[0].stream, len(ids)
@@ -108,32 +110,32 @@ class Published:
 
     @torch.no_grad()
     def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
-        """``[rest, module]`` for ``kind`` ``attn`` or ``mlp``, ``[rest, head 0 … head H-1]`` for ``attn_head``."""
+        """Sources ``[rest, module]`` for ``kind`` ``attn`` or ``mlp``; ``[rest, head 0 … head H-1]`` for ``attn_head``."""
         frozen, last = self._freeze(ids, range(layer, len(self.bound.layers)))
-        here = frozen[0]
-        output, middle = _mlp_output(here, frozen[1].stream if len(frozen) > 1 else last)
+        first = frozen[0]
+        output, middle = _mlp_output(first, frozen[1].stream if len(frozen) > 1 else last)
         if kind == "mlp":
             return self._last(torch.stack([middle, output]), frozen[1:])
         if kind == "attn":
-            state = torch.stack([here.stream, middle - here.stream])
+            state = torch.stack([first.stream, middle - first.stream])
         else:
-            mixed = self._mix(here.stream[None], here)[0]  # [N, H, d]
-            weight = here.layer.output.weight.to(self.dtype)  # [D, H·d]
+            mixed = self._mix(first.stream[None], first)[0]  # [N, H, d]
+            weight = first.layer.output.weight.to(self.dtype)  # [D, H·d]
             heads = torch.einsum("qhd,Dhd->hqD", mixed, weight.reshape(len(weight), *mixed.shape[1:]))
-            state = torch.cat([here.stream[None], heads])
-        return self._last(self._mlp(state, here, False), frozen[1:])
+            state = torch.cat([first.stream[None], heads])
+        return self._last(self._mlp(state, first, False), frozen[1:])
 
     @torch.no_grad()
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
-        """``[rest, neuron 0 … neuron F-1]`` of a layer's MLP, in ``compute_num`` blocks of neurons (quirk 5)."""
+        """Sources ``[rest, neuron 0 … neuron F-1]`` of a layer's MLP, in ``compute_num`` blocks of neurons (quirk 5)."""
         frozen, last = self._freeze(ids, range(layer, len(self.bound.layers)))
-        here = frozen[0]
-        _, middle = _mlp_output(here, frozen[1].stream if len(frozen) > 1 else last)
-        weight = here.layer.down.weight.to(self.dtype)  # [D, F]
+        own = frozen[0]
+        _, middle = _mlp_output(own, frozen[1].stream if len(frozen) > 1 else last)
+        weight = own.layer.down.weight.to(self.dtype)  # [D, F]
         width = math.ceil(weight.shape[1] / (compute_num or 1))
         states: list[Tensor] = []
         for first in range(0, weight.shape[1], width):
-            hidden, down = here.hidden[:, first : first + width], weight[:, first : first + width]
+            hidden, down = own.hidden[:, first : first + width], weight[:, first : first + width]
             neurons = hidden.T[:, :, None] * down.T[:, None]  # [f, N, D]
             state = torch.cat([(middle - hidden @ down.T)[None], neurons])
             states.append(self._last(state, frozen[1:])[int(bool(states)) :])
@@ -143,12 +145,14 @@ class Published:
     def subspace_states(
         self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
     ) -> list[Tensor]:
-        """Given parts ``[M, N, D]`` of the stream after ``layer``: after the last one or, to ``keep_all``, after each."""
+        """The states of given parts ``[M, N, D]`` of the stream after ``layer``: after the last layer, or (``keep_all``)
+        after each.
+        """
         frozen, last = self._freeze(ids, range(layer, len(self.bound.layers)))
         return list(self._propagate(parts.to(last), frozen[1:], keep_all))
 
     def _freeze(self, ids: Sequence[int], layers: range) -> tuple[list[_Frozen], Tensor]:
-        """One run of the model: what each of ``layers`` freezes, and the stream after the last ``[N, D]``."""
+        """Run the model once: the frozen values of each of ``layers``, and the residual stream after the last ``[N, D]``."""
         frozen = _Freezing(self.bound, ids, layers, self.rule == "taylor", self.dtype)
         frozen.run()
         return frozen.layers_frozen, frozen.stream.to(self.dtype)
@@ -159,33 +163,33 @@ class Published:
     def _propagate(
         self, state: Tensor, frozen: Sequence[_Frozen], keep_all: bool = False, exclude_first: bool = False
     ) -> deque[Tensor]:
-        """The last state or all of them, on the CPU."""
+        """The last state, or (``keep_all``) all states, on the CPU."""
 
         def states() -> Iterator[Tensor]:
             yield state.cpu()
             moving = state
-            for here in frozen:
-                moving = moving.to(here.stream.device)
-                moving = self._mlp(self._attention(moving, here), here, exclude_first)
+            for frozen_layer in frozen:
+                moving = moving.to(frozen_layer.stream.device)
+                moving = self._mlp(self._attention(moving, frozen_layer), frozen_layer, exclude_first)
                 yield moving.cpu()
 
         return deque(states(), maxlen=None if keep_all else 1)
 
-    def _attention(self, state: Tensor, here: _Frozen) -> Tensor:
-        return state + self._mix(state, here).flatten(2) @ here.layer.output.weight.to(self.dtype).T
+    def _attention(self, state: Tensor, frozen: _Frozen) -> Tensor:
+        return state + self._mix(state, frozen).flatten(2) @ frozen.layer.output.weight.to(self.dtype).T
 
-    def _mix(self, state: Tensor, here: _Frozen) -> Tensor:
-        """Every head's values ``[M, N, H, d]``, mixed by the frozen pattern and without the value bias (quirk 3)."""
-        values = _read(state, here.attention_scale, here.layer.value, here.layer.attention_norm)  # [M, N, K·d]
-        width = here.layer.output.shape[1] // self.bound.num_heads
+    def _mix(self, state: Tensor, frozen: _Frozen) -> Tensor:
+        """Every head's values ``[M, N, H, d]``, mixed by the frozen pattern, without the value bias (quirk 3)."""
+        values = _read(state, frozen.attention_scale, frozen.layer.value, frozen.layer.attention_norm)  # [M, N, K·d]
+        width = frozen.layer.output.shape[1] // self.bound.num_heads
         values = values.view(*state.shape[:2], -1, width)  # [M, N, K, d]
         values = values.repeat_interleave(self.bound.num_heads // values.shape[2], dim=2)
-        return torch.einsum("hqk,mkhd->mqhd", here.pattern, values)
+        return torch.einsum("hqk,mkhd->mqhd", frozen.pattern, values)
 
-    def _mlp(self, state: Tensor, here: _Frozen, exclude_first: bool) -> Tensor:
-        gate = _read(state, here.mlp_scale, here.layer.gate, here.layer.mlp_norm)  # [M, N, F]
-        if here.gate_total is not None:
-            share = torch.where(here.gate_total == 0, 0, gate / here.gate_total)
+    def _mlp(self, state: Tensor, frozen: _Frozen, exclude_first: bool) -> Tensor:
+        gate = _read(state, frozen.mlp_scale, frozen.layer.gate, frozen.layer.mlp_norm)  # [M, N, F]
+        if frozen.gate_total is not None:
+            share = torch.where(frozen.gate_total == 0, 0, gate / frozen.gate_total)
         else:
             if exclude_first:
                 gate[0] = 0
@@ -193,10 +197,10 @@ class Published:
             gate[-1][gate[-1].abs() < _THRESHOLD] = 0  # quirk 2
             gate[-1][(gate == 0).all(0)] = 1
             share = _share(gate, self.rule, self.temperature)
-        return state + (share * here.hidden) @ here.layer.down.weight.to(self.dtype).T
+        return state + (share * frozen.hidden) @ frozen.layer.down.weight.to(self.dtype).T
 
     def _replace_first(self, gate: Tensor) -> None:
-        """Quirk 1, apart from the others: ``benchmarks/published_quirk.py`` measures what it does."""
+        """Quirk 1, in a method of its own because ``benchmarks/published_quirk.py`` measures its effect."""
         gate[0, 0] = 1
 
 
@@ -206,17 +210,17 @@ def _read(state: Tensor, scale: Tensor, projection: Projection, norm: Norm | Non
     return (state * scale[:, None]) @ (weight if norm is None else norm.fold(weight)).T
 
 
-def _mlp_output(here: _Frozen, after: Tensor) -> tuple[Tensor, Tensor]:
-    """The MLP's output ``[N, D]`` and the stream before it, from the one after it."""
-    down = here.layer.down
-    output = here.hidden @ down.weight.to(here.hidden.dtype).T
+def _mlp_output(frozen: _Frozen, after: Tensor) -> tuple[Tensor, Tensor]:
+    """The MLP's output ``[N, D]``, and the residual stream before the MLP, from the stream after it."""
+    down = frozen.layer.down
+    output = frozen.hidden @ down.weight.to(frozen.hidden.dtype).T
     if down.bias is not None:
         output = output + down.bias
     return output, after.to(output.device) - output
 
 
 def _share(gate: Tensor, rule: str, temperature: float) -> Tensor:
-    """Shares ``[M, N, F]`` of the sources whose pre-activation is not exactly zero."""
+    """The shares ``[M, N, F]``. A source whose pre-activation is exactly zero gets none."""
     active = gate != 0
     if rule == "relu":
         positive = gate.relu()
@@ -232,13 +236,13 @@ def _share(gate: Tensor, rule: str, temperature: float) -> Tensor:
 def _refuse_other_families(bound: BoundModel) -> None:
     reasons = [
         (bound.final_norm.kind == "layer", "LayerNorm"),
-        (bound.parallel, "attention and MLP side by side"),
-        (any(layer.attention_post_norm or layer.mlp_post_norm for layer in bound.layers), "norms on outputs"),
-        (any(not (layer.attention_norm and layer.mlp_norm) for layer in bound.layers), "no norms on inputs"),
+        (bound.parallel, "attention and MLP in parallel"),
+        (any(layer.attention_post_norm or layer.mlp_post_norm for layer in bound.layers), "post-norms"),
+        (any(not (layer.attention_norm and layer.mlp_norm) for layer in bound.layers), "sublayers without a pre-norm"),
     ]
-    found = [reason for refused, reason in reasons if refused]
-    if found:
+    unsupported = [reason for refused, reason in reasons if refused]
+    if unsupported:
         raise ModelError(
-            f"reproduce_published=True: {bound.name} has {' and '.join(found)}, which the published code never handled "
-            "(it knows models like Llama and Qwen2); leave reproduce_published out"
+            f"reproduce_published=True: {bound.name} has {' and '.join(unsupported)}, which the published code does not "
+            "support (it supports models like Llama and Qwen2); leave reproduce_published out"
         )

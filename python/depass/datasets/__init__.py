@@ -1,1 +1,1 @@
-"""Data sets: rows in, Parquet shards out, on one machine or a Ray cluster."""
+"""Attributes data sets: reads rows, writes Parquet shards, on one machine or a Ray cluster."""

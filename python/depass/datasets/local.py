@@ -1,4 +1,4 @@
-"""Makes a data set's shards one by one in this process."""
+"""The local engine: makes a data set's shards one by one in this process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ..results.attribution import Attribution
 
 
-_MOST_TOKENS = 1024  # of one pass
+_MOST_TOKENS = 1024  # tokens of one pass
 _LONGEST_ERROR = 500  # characters
 
 
 def local(dp: DePass, options: DatasetOptions) -> Engine:
-    """Makes shards one by one in this process."""
+    """The engine that makes shards one by one in this process."""
     tokens = options.batch_tokens or batch_tokens(dp)
 
     def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
@@ -30,10 +30,10 @@ def local(dp: DePass, options: DatasetOptions) -> Engine:
     return work
 
 
-def batch_tokens(dp: DePass, beside: int = 1) -> int:
-    """How many tokens go in one pass: so many that a prompt of them all would take at most half of what memory is free.
+def batch_tokens(dp: DePass, processes: int = 1) -> int:
+    """How many tokens go in one pass: one prompt of that length must fit in half of the available memory.
 
-    Of that half each of ``beside`` processes that share the memory has an equal part.
+    ``processes`` that share the memory divide that half equally.
     """
     from ..engine.plan import rows_and_sources
     from ..propagation.needs import needs, room
@@ -45,7 +45,7 @@ def batch_tokens(dp: DePass, beside: int = 1) -> int:
         rows, _ = rows_and_sources(bound, count, "token")
         return needs(bound, rows, [count], dp.engine.workspace_bytes, bound.device).total_bytes
 
-    while tokens > 1 and taken(tokens) > free // (2 * beside):
+    while tokens > 1 and taken(tokens) > free // (2 * processes):
         tokens //= 2
     return tokens
 
@@ -53,30 +53,31 @@ def batch_tokens(dp: DePass, beside: int = 1) -> int:
 def attributed(
     dp: DePass, rows: Sequence[Row], sources: str, tokens: int, tell: Callable[[int], None] = lambda done: None
 ) -> bytes:
-    """The rows' Parquet file: ``id``, ``tokens``, ``scores``, ``target``, ``target_logit``, ``conservation_error``,
-    ``status`` and ``error`` of each, in order.
+    """Attribute the rows and return their Parquet file, one record per row, in order.
+
+    Columns: ``id``, ``tokens``, ``scores``, ``target``, ``target_logit``, ``conservation_error``, ``status``, ``error``.
 
     Args:
         dp: the model.
-        rows: the prompts; one that is broken or cannot be attributed is a row with its error.
+        rows: the prompts. A row that is broken or cannot be attributed becomes a record with its error.
         sources: ``"token"``, ``"word"`` or ``"sentence"``.
-        tokens: of one pass, padding included.
+        tokens: tokens of one pass, padding included.
         tell: called with the number of rows that are done.
     """
-    made = [_failed(row, row.broken) for row in rows]
+    records = [_failed(row, row.broken) for row in rows]
     whole = [index for index, row in enumerate(rows) if row.broken is None]
-    whole.sort(key=lambda index: len(str(rows[index].prompt)))  # prompts of like length need little padding
-    found = dp.attribute_many(
+    whole.sort(key=lambda index: len(str(rows[index].prompt)))  # prompts of similar length need little padding
+    results = dp.attribute_many(
         [rows[index].prompt for index in whole],
         targets=[rows[index].target for index in whole],
         sources=sources,
         batch_tokens=tokens,
         errors="return",
     ) if whole else ()  # fmt: skip
-    for done, (index, result) in enumerate(zip(whole, found, strict=True), len(rows) - len(whole) + 1):
-        made[index] = _failed(rows[index], result) if isinstance(result, DePassError) else _ok(rows[index], result)
+    for done, (index, result) in enumerate(zip(whole, results, strict=True), len(rows) - len(whole) + 1):
+        records[index] = _failed(rows[index], result) if isinstance(result, DePassError) else _ok(rows[index], result)
         tell(done)
-    return _parquet(made)
+    return _parquet(records)
 
 
 def _ok(row: Row, result: Attribution) -> dict[str, Any]:
@@ -91,15 +92,15 @@ def _ok(row: Row, result: Attribution) -> dict[str, Any]:
     }
 
 
-def _failed(row: Row, why: object) -> dict[str, Any]:
-    said = _clean(" ".join(str(why).split()))
-    if len(said) > _LONGEST_ERROR:
-        said = f"{said[:_LONGEST_ERROR]}..."
-    return {"id": _clean(row.id), "status": "error", "error": said}
+def _failed(row: Row, reason: object) -> dict[str, Any]:
+    message = _clean(" ".join(str(reason).split()))
+    if len(message) > _LONGEST_ERROR:
+        message = f"{message[:_LONGEST_ERROR]}..."
+    return {"id": _clean(row.id), "status": "error", "error": message}
 
 
 def _clean(text: str) -> str:
-    """The text as UTF-8 can hold it, with escapes for halves of characters."""
+    """The text as valid UTF-8, with escapes for lone surrogates."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""What a run over a data set is told: the command's arguments, and in Python a dataclass."""
+"""The options of a run over a data set, for the command and for Python."""
 
 from __future__ import annotations
 
@@ -11,80 +11,95 @@ from ..arguments import ModelOptions, argument
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetOptions(ModelOptions):
-    """Which data are attributed, where to and how, beside the model that does it.
+    """Which data to attribute, how, and where to write the rows; and the model's options.
 
     Attributes:
-        data: a .jsonl, .csv or .parquet file, or a HuggingFace data set's name or folder.
-        out: the folder that the rows go to.
-        prompt_column: of texts, chat messages or ids.
-        target_column: of tokens to explain; None: ``target``, where there is one.
-        id_column: of the rows' names; None: ``id``, where there is one, else their numbers.
-        subset: of a HuggingFace data set, its configuration.
-        split: of a HuggingFace data set; None: ``train``.
+        data: a .jsonl, .csv or .parquet file, or the name or directory of a Hugging Face data set.
+        out: the output directory.
+        prompt_column: the column with the prompts: texts, chat messages or token ids.
+        target_column: the column with the tokens to explain; None: ``target``, if there is such a column.
+        id_column: the column with the rows' ids; None: ``id``, if there is such a column, else the row numbers.
+        subset: the configuration of a Hugging Face data set.
+        split: the split of a Hugging Face data set; None: ``train``.
         sources: ``token``, ``word`` or ``sentence``.
-        mlp_rule: how MLPs are shared out among the sources, one of :data:`depass_kernels.names.RULES`.
-        temperature: of the softmax rule.
-        shard_rows: rows of a file.
-        batch_tokens: of one pass; None: 1024, or what memory has room for.
+        mlp_rule: how each neuron's output is shared among the sources, one of :data:`depass_kernels.names.RULES`.
+        temperature: temperature of the softmax rule.
+        shard_rows: rows per output file.
+        batch_tokens: tokens per pass; None: 1024, or fewer where memory is short.
         engine: ``local`` for this process, or ``ray`` for workers of a Ray cluster.
-        workers: with ``ray``, models at work.
-        ray_address: of a cluster that is there; None: one on this machine, for the run.
+        workers: with ``ray``, the number of workers; each loads the model.
+        ray_address: address of a running Ray cluster; None: start one on this machine for the run.
     """
 
     data: str = field(
         metadata=argument(
-            "a .jsonl, .csv or .parquet file, or a HuggingFace data set's name or folder",
+            "a .jsonl, .csv or .parquet file, or the name or directory of a Hugging Face data set",
             flags=("data",),
             metavar="DATA",
         )
     )
     out: str = field(
-        metadata=argument("where the rows go; a run that was stopped goes on there", metavar="DIR"),
+        metadata=argument("output directory; run the same command again to resume a stopped run", metavar="DIR"),
     )
     prompt_column: str = field(
-        default="prompt", metadata=argument("texts, chat messages or ids (default: prompt)", metavar="NAME")
+        default="prompt",
+        metadata=argument(
+            "column with the prompts: texts, chat messages or token ids (default: prompt)", metavar="NAME"
+        ),
     )
     target_column: str | None = field(
         default=None,
-        metadata=argument("tokens to explain (default: target, where there is one)", metavar="NAME"),
+        metadata=argument("column with the tokens to explain (default: target, if there is one)", metavar="NAME"),
     )
     id_column: str | None = field(
         default=None,
-        metadata=argument("names of the rows (default: id, where there is one, else their numbers)", metavar="NAME"),
+        metadata=argument("column with the rows' ids (default: id, if there is one, else row numbers)", metavar="NAME"),
     )
     subset: str | None = field(
-        default=None, metadata=argument("of a HuggingFace data set: its configuration", metavar="NAME")
+        default=None, metadata=argument("configuration of a Hugging Face data set", metavar="NAME")
     )
     split: str | None = field(
-        default=None, metadata=argument("of a HuggingFace data set (default: train)", metavar="NAME")
+        default=None, metadata=argument("split of a Hugging Face data set (default: train)", metavar="NAME")
     )
     sources: str = field(
-        default="token", metadata=argument("the parts of the prompt", choices=("token", "word", "sentence"))
+        default="token",
+        metadata=argument("the parts of the prompt to score (default: token)", choices=("token", "word", "sentence")),
     )
     mlp_rule: str = field(
-        default="softmax", metadata=argument("how MLPs are shared out among the sources", choices=RULES)
+        default="softmax",
+        metadata=argument("how each neuron's output is shared among the sources (default: softmax)", choices=RULES),
     )
-    temperature: float = field(default=0.1, metadata=argument("of the softmax rule (default: 0.1)"))
+    temperature: float = field(default=0.1, metadata=argument("temperature of the softmax rule (default: 0.1)"))
     shard_rows: int = field(
         default=256,
         metadata=argument(
-            "rows of a file; after a stop those of the unfinished one are done again (default: 256)",
+            "rows per output file; a resumed run repeats the rows of the unfinished file (default: 256)",
             metavar="N",
             least=1,
         ),
     )
     batch_tokens: int | None = field(
         default=None,
-        metadata=argument("tokens of one pass (default: 1024, or what memory has room for)", metavar="N", least=1),
+        metadata=argument("tokens per pass (default: 1024, or fewer where memory is short)", metavar="N", least=1),
     )
     engine: str = field(
         default="local",
-        metadata=argument("this process (default), or workers of a Ray cluster", choices=("local", "ray")),
+        metadata=argument(
+            "local: run in this process (default); ray: run on workers of a Ray cluster", choices=("local", "ray")
+        ),
     )
     workers: int = field(
-        default=1, metadata=argument("with --engine ray: models at work (default: 1)", metavar="N", least=1)
+        default=1,
+        metadata=argument(
+            "with --engine ray: number of workers, each with its own copy of the model (default: 1)",
+            metavar="N",
+            least=1,
+        ),
     )
     ray_address: str | None = field(
         default=None,
-        metadata=argument("of a cluster that is there (default: one on this machine, for the run)", metavar="ADDR"),
+        metadata=argument(
+            "with --engine ray: address of a running cluster (default: start one on this machine for the run)",
+            metavar="ADDRESS",
+        ),
     )

@@ -1,4 +1,4 @@
-"""Makes a data set's shards on a Ray cluster, with Ray Data: each worker is an actor with a model of its own."""
+"""The Ray engine: makes a data set's shards on a Ray cluster. Each worker is an actor with its own copy of the model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _INSTALL = "--engine ray needs Ray Data: pip install 'depass-kernels[ray]'"
 
 
 def on_ray(options: DatasetOptions) -> Engine:
-    """Makes shards on ``options.workers`` actors of the cluster at ``options.ray_address``, or of one on this machine alone.
+    """The engine that makes shards on ``options.workers`` actors of the cluster at ``options.ray_address``.
 
-    A worker that dies is replaced, and the shard that it was at is made again, once: rows that end their worker twice
-    would end every one. Only the caller writes, so no shard is written twice.
+    Without an address it starts a cluster on this machine. A worker that dies is replaced, and its shard is made once
+    more; a shard that ends a second worker ends the run. Only the caller writes files, so no shard is written twice.
 
     Raises:
-        OptionError: Ray is not there, or no cluster at the address, or a device that workers cannot share.
+        OptionError: Ray is not installed, there is no cluster at the address, or the workers cannot share the device.
     """
     try:
         import ray.data
@@ -34,17 +34,17 @@ def on_ray(options: DatasetOptions) -> Engine:
         raise OptionError(_INSTALL) from error
     if options.device_map is not None:
         raise OptionError(
-            f"--device-map {options.device_map}: with --engine ray each worker has one device; leave it out"
+            f"--device-map {options.device_map}: with --engine ray each worker uses one device; leave out --device-map"
         )
     if options.device not in ("cpu", "cuda"):
-        raise OptionError(f"--device {options.device}: with --engine ray each worker has a GPU of its own; write cuda")
+        raise OptionError(f"--device {options.device}: with --engine ray each worker has its own GPU; write cuda")
 
     def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
         _connect(options.ray_address)
         try:
             if options.device == "cuda" and ray.cluster_resources().get("GPU", 0) < 1:
-                raise OptionError("--device cuda: the cluster has no GPU, and its workers would wait for one for ever")
-            # Ray moves to disk what memory cannot hold
+                raise OptionError("--device cuda: the cluster has no GPU; write --device cpu, or give another cluster")
+            # Ray moves blocks to disk when memory is full
             blocks = [ray.put(_block(first, rows)) for first, rows in shards]
             finished = ray.data.from_arrow_refs(blocks).map_batches(
                 Worker,
@@ -60,8 +60,8 @@ def on_ray(options: DatasetOptions) -> Engine:
             for row in finished.iter_rows():
                 yield row["first"], row["content"]
         except ray.exceptions.RayError as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise WorkerError(f"a worker failed: {said[-1].strip()}") from error
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise WorkerError(f"a worker failed: {lines[-1].strip()}") from error
         finally:
             ray.shutdown()
 
@@ -74,11 +74,11 @@ class Worker:
     def __init__(self, options: DatasetOptions) -> None:
         self.dp = arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
         self.sources = options.sources
-        beside = 1 if options.device == "cuda" else options.workers  # that share this machine's memory, at most
-        self.tokens = options.batch_tokens or batch_tokens(self.dp, beside)
+        processes = 1 if options.device == "cuda" else options.workers  # at most so many share this machine's memory
+        self.tokens = options.batch_tokens or batch_tokens(self.dp, processes)
 
     def __call__(self, block: Any) -> Any:
-        """A table of one shard's rows to one of its Parquet file."""
+        """Turn a table with one shard's rows into a table with its Parquet file."""
         rows = [Row(**row) for row in json.loads(block["rows"][0].as_py())]
         content = attributed(self.dp, rows, self.sources, self.tokens)
         return load_pyarrow().table({"first": block["first"], "content": [content]})
@@ -89,7 +89,7 @@ def _block(first: int, rows: list[Row]) -> Any:
 
 
 def _described(row: Row) -> str:
-    # what JSON does not know is no prompt, and as a text it is none either: its row says so all the same
+    # a value that JSON cannot hold is not a prompt; its text form is refused with the same error
     try:
         return json.dumps(vars(row), default=str)
     except RecursionError:
@@ -99,22 +99,26 @@ def _described(row: Row) -> str:
 def _connect(address: str | None) -> None:
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
-    ended = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray replaces it
     alone: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"--ray-address {address}: no cluster there" if address else "cannot start a cluster on this machine"
+        where = (
+            f"--ray-address {address}: cannot connect to a cluster there"
+            if address
+            else "cannot start a Ray cluster on this machine"
+        )
         raise OptionError(f"{where}: {first_line(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, ended)
+        signal.signal(signal.SIGTERM, on_sigterm)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def _cpus(options: DatasetOptions) -> int:
-    """Of each worker: an equal part of the cluster's, as far as one machine has them; one beside a GPU."""
+    """CPUs per worker: an equal part of the cluster's, at most those of one machine; one where the worker has a GPU."""
     import ray
 
     if options.device == "cuda":

@@ -1,4 +1,4 @@
-"""Prompts out of data sets: JSONL, CSV and Parquet files, and what the library ``datasets`` reads. One row at a time."""
+"""Reads prompts one row at a time: from JSONL, CSV and Parquet files, and from data sets of the library ``datasets``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 
 from ..errors import DataError, OptionError, first_line
 
-Record = dict[str, Any] | str  # a row's cells by column, or what is broken about it
+Record = dict[str, Any] | str  # a row's cells by column, or why the row is broken
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
-_AT_ONCE = 256  # rows of a Parquet file that are in memory
-_BUFFER = 1 << 20  # bytes of one that are read together
+_AT_ONCE = 256  # rows of a Parquet file that are in memory at once
+_BUFFER = 1 << 20  # bytes of a Parquet file that are read at once
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row's parts stand. None: ``target`` and ``id``, where the data have them."""
+    """The names of the columns. None: ``target`` and ``id``, if the data have such columns."""
 
     prompt: str = "prompt"
     target: str | None = None
@@ -36,10 +36,10 @@ class Row:
     """One prompt of a data set.
 
     Attributes:
-        id: what the data call it, or its number, from 0.
-        prompt: as :meth:`depass.DePass.attribute` takes it.
-        target: a token's text or id, or None, the model's own next token.
-        broken: why there is no prompt; None where there is one.
+        id: its id in the data, or its row number, counted from 0.
+        prompt: a prompt for :meth:`depass.DePass.attribute`.
+        target: a token's text or id; None: the model's own next token.
+        broken: why the row has no prompt; None if it has one.
     """
 
     id: str
@@ -50,12 +50,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set that can be read.
+    """An open data set.
 
     Attributes:
-        count: of its rows.
-        fingerprint: of what is in it; other data have another.
-        read: its rows in order, from the first, whenever it is called.
+        count: number of rows.
+        fingerprint: a hash of the content.
+        read: a function that returns an iterator over all rows, in order.
     """
 
     count: int
@@ -64,31 +64,31 @@ class Data:
 
 
 def open_data(source: str, columns: Columns, subset: str | None = None, split: str | None = None) -> Data:
-    """Find a data set and look through it once: a file by its suffix, anything else through the library ``datasets``.
+    """Find a data set and read through it once. A file's suffix gives its format; the library ``datasets`` reads the rest.
 
     Args:
-        source: a file, a folder that ``datasets`` knows, or a name on the hub.
-        columns: where a row's parts stand.
-        subset: of a hub's data set, its configuration.
-        split: of what ``datasets`` reads; ``train`` without it.
+        source: a file, a directory that ``datasets`` can read, or a name on the Hugging Face Hub.
+        columns: the names of the columns.
+        subset: the configuration of a data set on the Hub.
+        split: the split of a data set that ``datasets`` reads; None: ``train``.
 
     Raises:
-        DataError: it cannot be read, has no rows, or none of the named columns.
-        OptionError: a subset or split of a file.
+        DataError: the data set cannot be read, has no rows, or lacks a named column.
+        OptionError: a subset or split is given for a file.
     """
     path = Path(source)
     if path.suffix not in SUFFIXES and not path.is_file():
         return _library(source, columns, subset, split)
     if subset is not None or split is not None:
-        raise OptionError(f"{source} is a file; --subset and --split are of what the library `datasets` reads")
+        raise OptionError(f"{source} is a file; leave out --subset and --split, which are for Hugging Face data sets")
     if path.suffix not in SUFFIXES:
-        raise DataError(f"cannot tell what {source} is; give a file that ends in {', '.join(SUFFIXES)}")
+        raise DataError(f"cannot tell the format of {source}; give a file that ends in {', '.join(SUFFIXES)}")
     try:
         before = _stamp(path)
         with path.open("rb") as file:
-            found = hashlib.sha256()
+            digest = hashlib.sha256()
             while block := file.read(1 << 20):
-                found.update(block)
+                digest.update(block)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {source}: {_first_line(error)}") from error
     if path.suffix == ".parquet":
@@ -100,18 +100,18 @@ def open_data(source: str, columns: Columns, subset: str | None = None, split: s
 
     def check() -> None:
         if _stamp(path) != before:
-            raise DataError(f"{source} was changed since the run began; leave it alone while it is read")
+            raise DataError(f"{source} changed during the run; do not change it while the run reads it")
 
-    return _made(source, columns, count, names, found.hexdigest(), records, check)
+    return _data(source, columns, count, names, digest.hexdigest(), records, check)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes with a file's content."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """Numbers that change when the file's content changes."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _made(
+def _data(
     source: str,
     columns: Columns,
     count: int,
@@ -134,13 +134,15 @@ def _made(
         except OSError as error:
             raise DataError(f"cannot read {source}: {_first_line(error)}") from error
         if number + 1 < count:
-            raise DataError(f"{source} had {count} rows and has {number + 1} now; leave it alone while it is read")
+            raise DataError(
+                f"{source} had {count} rows and now has {number + 1}; do not change it while the run reads it"
+            )
 
     return Data(count, fingerprint, read)
 
 
 def _looked_through(records: Iterator[Record]) -> tuple[int, list[str]]:
-    """How many rows, and all columns that any of them has."""
+    """The number of rows, and every column that occurs in one of them."""
     count, names = 0, dict[str, None]()
     for count, record in enumerate(records, 1):  # noqa: B007
         if isinstance(record, dict):
@@ -149,15 +151,17 @@ def _looked_through(records: Iterator[Record]) -> tuple[int, list[str]]:
 
 
 def _wanted(source: str, columns: Columns, names: Sequence[str]) -> tuple[str, str | None, str | None]:
-    """The names of the columns of prompts, targets and ids, None where there is none.
+    """The columns of the prompts, targets and ids; None for a column that the data do not have.
 
     Raises:
-        DataError: one that was named is not there.
+        DataError: the data lack a column that was named.
     """
     for option, name in (("prompt", columns.prompt), ("target", columns.target), ("id", columns.id)):
         if name is not None and name not in names:
-            there = ", ".join(map(repr, names)) or "none"
-            raise DataError(f"{source} has no column {name!r}; its columns: {there}; name yours with --{option}-column")
+            existing = ", ".join(map(repr, names)) or "none"
+            raise DataError(
+                f"{source} has no column {name!r}; its columns: {existing}; name one of them with --{option}-column"
+            )
     target = columns.target or ("target" if "target" in names else None)
     return columns.prompt, target, columns.id or ("id" if "id" in names else None)
 
@@ -171,35 +175,35 @@ def _row(number: int, record: Record, of_prompt: str, of_target: str | None, of_
     if prompt is None:
         return Row(name, broken=f"no {of_prompt!r} in this row")
     if not isinstance(prompt, (str, list)):
-        return Row(name, broken=f"a prompt is a text, chat messages or ids, got {type(prompt).__name__}")
+        return Row(name, broken=f"a prompt must be text, chat messages or token ids, got {type(prompt).__name__}")
     if isinstance(target, bool) or not isinstance(target, (str, int, type(None))):
-        return Row(name, broken=f"a target is a token's text or id, got {type(target).__name__}")
+        return Row(name, broken=f"a target must be a token's text or id, got {type(target).__name__}")
     if isinstance(target, str) and (match := re.fullmatch(r"id:(\d{1,18})", target)):
-        target = int(match[1])  # as at the command's --target
+        target = int(match[1])  # as the command's --target reads it
     return Row(name, _messages(prompt) or prompt, target)
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]] | None:
-    """Chat messages that stand as JSON in a text; None: the text is none of that kind."""
-    found = _list(prompt) if isinstance(prompt, str) else None
-    chat = found and all(isinstance(one, dict) and "role" in one for one in found)
-    return found if chat else None
+    """Chat messages that a text holds as JSON, or None."""
+    messages = _list(prompt) if isinstance(prompt, str) else None
+    chat = messages and all(isinstance(message, dict) and "role" in message for message in messages)
+    return messages if chat else None
 
 
 def _ids(cell: str) -> list[int] | None:
-    """A list of ids that stands as JSON in a cell; None: it is none."""
-    found = _list(cell)
-    return found if found and all(type(one) is int for one in found) else None
+    """Token ids that a cell holds as JSON, or None."""
+    ids = _list(cell)
+    return ids if ids and all(type(token) is int for token in ids) else None
 
 
 def _list(text: str) -> list[Any] | None:
     if not text.lstrip().startswith("["):
         return None
     try:
-        found = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) else None
+    return values if isinstance(values, list) else None
 
 
 # Files.
@@ -213,15 +217,15 @@ def _jsonl(path: Path) -> Iterator[Record]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                torn = "" if line.endswith(b"\n") else "; the file ends within it"
-                yield f"line {number} is no JSON{torn}"
+                torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
+                yield f"line {number} is not valid JSON{torn}"
                 continue
-            yield row if isinstance(row, dict) else f"line {number} is no JSON object"
+            yield row if isinstance(row, dict) else f"line {number} is not a JSON object"
 
 
 def _csv(path: Path, of_prompt: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    # bytes that are no UTF-8 pass as surrogates: they are one row's error, and it is the prompt's check that says so
+    # bytes that are not UTF-8 become surrogates; the prompt's check then reports them as the row's error
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         names: list[str] | None = None
@@ -233,7 +237,7 @@ def _csv(path: Path, of_prompt: str) -> Iterator[Record]:
                 return
             except csv.Error as error:
                 if names is None:
-                    raise DataError(f"{path} has no header of columns: {error}") from error
+                    raise DataError(f"{path} has no header line with column names: {error}") from error
                 lines = f"line {began}" if reader.line_num <= began else f"lines {began} to {reader.line_num}, one row"
                 yield f"{lines}: {error}"
                 continue
@@ -244,21 +248,21 @@ def _csv(path: Path, of_prompt: str) -> Iterator[Record]:
             elif len(cells) != len(names):
                 yield f"line {reader.line_num} has {len(cells)} cells, the header has {len(names)}"
             else:
-                # a CSV file has neither lists nor empty cells of their own
+                # CSV has no lists and no null: a list of ids is text, and an empty cell is a missing one
                 row: dict[str, Any] = {name: cell or None for name, cell in zip(names, cells, strict=True)}
                 prompt = row.get(of_prompt)
                 yield row if prompt is None else {**row, of_prompt: _ids(prompt) or prompt}
 
 
 def load_pyarrow() -> Any:
-    """The library with its Parquet part.
+    """Import pyarrow with its Parquet module.
 
     Raises:
-        DataError: it is not installed.
+        DataError: pyarrow is not installed.
     """
     try:
         import pyarrow
-        import pyarrow.parquet  # an attribute of pyarrow from now on
+        import pyarrow.parquet  # makes it an attribute of pyarrow
     except ImportError as error:
         raise DataError("Parquet needs pyarrow: pip install 'depass-kernels[data]'") from error
     return pyarrow
@@ -276,13 +280,13 @@ def _parquet_head(path: Path) -> tuple[int, list[str]]:
 def _parquet(path: Path, names: list[str]) -> Iterator[Record]:
     arrow = load_pyarrow()
     try:
-        with arrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:  # not a row group at once
+        with arrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:  # a whole row group may not fit in memory
             for batch in file.iter_batches(batch_size=_AT_ONCE, columns=names):
                 for index in range(batch.num_rows):
                     try:
                         yield batch.slice(index, 1).to_pylist()[0]
-                    except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, dates that Python lacks
-                        yield f"a cell that cannot be read: {_first_line(error)}"
+                    except (ValueError, OverflowError) as error:  # not UTF-8, or a date that Python cannot hold
+                        yield f"cannot read a cell: {_first_line(error)}"
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path}: {_first_line(error)}") from error
 
@@ -292,34 +296,34 @@ def _library(source: str, columns: Columns, subset: str | None, split: str | Non
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{source!r} is no file that ends in {', '.join(SUFFIXES)}, and other data are read with `datasets`: "
-            "pip install 'depass-kernels[data]'"
+            f"{source!r} is not a file that ends in {', '.join(SUFFIXES)}; to read a Hugging Face data set, install "
+            "`datasets`: pip install 'depass-kernels[data]'"
         ) from error
     datasets.disable_progress_bars()
     try:
         if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):  # save_to_disk's
-            found = datasets.load_from_disk(source)
-            several = isinstance(found, datasets.DatasetDict)
-            if subset is not None or (split is not None and not several):
-                raise OptionError(
-                    f"{source} holds one data set without {'subsets' if several else 'subsets or splits'}"
-                )
-            found = found[split or "train"] if several else found
+            dataset = datasets.load_from_disk(source)
+            has_splits = isinstance(dataset, datasets.DatasetDict)
+            if subset is not None or (split is not None and not has_splits):
+                option = "--subset" if has_splits else "--subset and --split"
+                kinds = "subsets" if has_splits else "subsets or splits"
+                raise OptionError(f"{source} is a data set without {kinds}; leave out {option}")
+            dataset = dataset[split or "train"] if has_splits else dataset
         else:
-            found = datasets.load_dataset(source, subset, split=split or "train")
+            dataset = datasets.load_dataset(source, subset, split=split or "train")
     except OptionError:
         raise
-    except Exception as error:  # runs other people's code, which raises what it likes
+    except Exception as error:  # a data set's own code may raise anything
         raise DataError(f"cannot read the data set {source!r}: {_first_line(error)}") from error
-    names = [name for name in _wanted(source, columns, found.column_names) if name is not None]
+    names = [name for name in _wanted(source, columns, dataset.column_names) if name is not None]
 
     def records() -> Iterator[Record]:
         try:
-            yield from found.select_columns(names)
+            yield from dataset.select_columns(names)
         except Exception as error:  # as above
             raise DataError(f"cannot read the data set {source!r}: {_first_line(error)}") from error
 
-    return _made(source, columns, len(found), names, found._fingerprint, records)
+    return _data(source, columns, len(dataset), names, dataset._fingerprint, records)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Attributes every row of a data set into Parquet files; a run that was stopped goes on where it was."""
+"""Attributes every row of a data set and writes Parquet files. A stopped run resumes where it was."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SETTINGS = (
 
 
 def run(options: DatasetOptions) -> str:
-    """Attribute what has no row yet, and say how many rows there are of which status.
+    """Attribute the rows that are not done yet, and return a line that counts the rows by status.
 
-    ``options.out`` gets ``run.json`` (settings, versions) and ``rows/``, the shards.
+    Writes ``run.json`` (settings, versions) and the shards, ``rows/``, into ``options.out``.
 
     Raises:
-        DataError: the data cannot be read, or the folder holds something else.
-        OptionError: the folder holds a run with other settings.
-        OutputError: the folder cannot be written, or another process is at work in it.
+        DataError: the data cannot be read, or the directory holds something else.
+        OptionError: the directory holds a run with other settings.
+        OutputError: the directory cannot be written, or another process is using it.
         ModelError: there is no such model.
     """
     load_pyarrow()
@@ -49,30 +49,32 @@ def run(options: DatasetOptions) -> str:
     settings |= {"columns": vars(columns), "fingerprint": data.fingerprint, "rows": data.count}
     folder = Path(options.out)
     with hold(folder):
-        made = described(folder / "run.json", FORMAT, TASK, settings)
+        description = described(folder / "run.json", FORMAT, TASK, settings)
         shards = Shards(folder / "rows", data.count, options.shard_rows)
         if not (folder / "run.json").exists() and len(shards.missing()) < len(shards):
-            raise DataError(f"{shards.folder} has rows, and {folder} no run.json that says what of; give another --out")
+            raise DataError(
+                f"{shards.folder} has rows, but {folder} has no run.json that describes them; give another --out"
+            )
         shards.tidy()
         if shards.missing():
-            check_writable(folder / "run.json")  # before the model is loaded, which may take minutes
+            check_writable(folder / "run.json")  # before the model loads, which may take minutes
             if shards.folder.exists():
                 check_writable(shards.path(0))
-            engine, began, now = _engine(options), time.monotonic(), session()
-            made["sessions"].append(now)
-            write_json(folder / "run.json", made)
+            engine, began, this_session = _engine(options), time.monotonic(), session()
+            description["sessions"].append(this_session)
+            write_json(folder / "run.json", description)
             try:
                 _fill(shards, data, engine)
             except (DePassError, KeyboardInterrupt) as stop:
                 say_kept(stop, shards.done(), data.count, folder)
                 raise
-            now["seconds"] = round(time.monotonic() - began, 1)
-            write_json(folder / "run.json", made)
+            this_session["seconds"] = round(time.monotonic() - began, 1)
+            write_json(folder / "run.json", description)
         return f"{data.count:,} rows in {shards.folder}: {shards.statuses()}"
 
 
 def _fill(shards: Shards, data: Data, engine: Engine) -> None:
-    """Write the shards that are missing, as the engine makes them."""
+    """Write the missing shards as the engine makes them."""
     done = shards.done()
     shards.make()
     with progress("rows", data.count) as update:
@@ -81,19 +83,19 @@ def _fill(shards: Shards, data: Data, engine: Engine) -> None:
             update(done + rows)
 
         tell(0)
-        with closing(engine(shards.pending(data), tell)) as finished:  # ends a cluster that it began
+        with closing(engine(shards.pending(data), tell)) as finished:  # closing it stops a cluster that it started
             for first, content in finished:
                 write_atomically(shards.path(first), content)
                 done += shards.length(first)
                 tell(0)
-    assert not shards.missing(), "an engine gives back every shard"
+    assert not shards.missing(), "an engine must return every shard"
 
 
 def _engine(options: DatasetOptions) -> Engine:
-    """What makes shards, as asked for.
+    """The engine that ``options.engine`` names.
 
     Raises:
-        OptionError: options of the other engine, or what it needs is not there.
+        OptionError: options of the other engine are given, or a library is not installed.
         ModelError: there is no such model.
     """
     if options.engine == "ray":
@@ -101,5 +103,5 @@ def _engine(options: DatasetOptions) -> Engine:
 
         return on_ray(options)
     if options.ray_address is not None or options.workers != 1:
-        raise OptionError("--workers and --ray-address are of --engine ray; give it, or leave them out")
+        raise OptionError("--workers and --ray-address need --engine ray; add it, or leave them out")
     return local(arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature), options)

@@ -1,8 +1,7 @@
-"""Attributes every row of a data set, into Parquet shards: the command ``depass attribute-dataset``.
+"""The Parquet shards that ``depass attribute-dataset`` writes.
 
-The data's rows are cut into ranges of equal length, and each range becomes one file. A file is written whole or not at
-all, under a name that says which row it begins with. So what is done can be seen from the names, whenever a run ends and
-however it does.
+Each shard holds a range of the data's rows; all ranges but the last have the same length. A file is written whole or not
+at all, and its name is the number of its first row. So the names show which rows are done, however a run ended.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from .rows import Data, Row, load_pyarrow
 Shard = tuple[int, list[Row]]  # the number of its first row in the data, and its rows
 Finished = tuple[int, bytes]  # the same number, and the shard's Parquet file
 Work = Generator[Finished, None, None]
-Engine = Callable[[Iterator[Shard], Callable[[int], None]], Work]  # may tell how many rows of a shard are done
+Engine = Callable[[Iterator[Shard], Callable[[int], None]], Work]  # may report how many rows of a shard are done
 
 
 class Shards:
-    """The files of a run, by the number of the first row of each.
+    """The files of a run. A shard is named by the number of its first row.
 
     Args:
-        folder: where they lie.
-        rows: of the data.
-        size: rows of each shard but the last.
+        folder: the directory of the files.
+        rows: number of rows of the data.
+        size: rows per shard; the last one may have fewer.
     """
 
     def __init__(self, folder: Path, rows: int, size: int) -> None:
@@ -36,23 +35,23 @@ class Shards:
         return -(-self.rows // self.size)
 
     def path(self, first: int) -> Path:
-        """Of the shard that begins with a row; names sort as the rows do."""
+        """The path of the shard that begins with row ``first``. The names sort in the order of the rows."""
         return self.folder / f"{first:012}.parquet"
 
     def length(self, first: int) -> int:
-        """How many rows it has."""
+        """The number of rows of the shard that begins with row ``first``."""
         return min(self.size, self.rows - first)
 
     def missing(self) -> list[int]:
-        """The first rows of the shards that are not there."""
+        """The first rows of the shards that do not exist yet."""
         return [first for first in range(0, self.rows, self.size) if not self.path(first).exists()]
 
     def done(self) -> int:
-        """How many rows are there."""
+        """The number of rows that are written."""
         return self.rows - sum(map(self.length, self.missing()))
 
     def pending(self, data: Data) -> Iterator[Shard]:
-        """The missing shards' rows out of the data, in order."""
+        """The missing shards with their rows, in order."""
         missing, rows = set(self.missing()), data.read()
         for first in range(0, self.rows, self.size):
             shard = list(islice(rows, self.length(first)))
@@ -60,10 +59,10 @@ class Shards:
                 yield first, shard
 
     def make(self) -> None:
-        """Make the folder.
+        """Create the directory.
 
         Raises:
-            OutputError: it cannot be made.
+            OutputError: it cannot be created.
         """
         try:
             self.folder.mkdir(exist_ok=True)
@@ -71,10 +70,10 @@ class Shards:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
 
     def tidy(self) -> None:
-        """Delete what a killed process left of a file; for who holds the run's folder.
+        """Delete unfinished files of a killed process. The caller must hold the run's directory.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the directory cannot be written.
         """
         try:
             for torn in [*self.folder.glob(".depass-*"), *self.folder.parent.glob(".depass-*")]:
@@ -83,10 +82,10 @@ class Shards:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
 
     def statuses(self) -> str:
-        """How many rows are what.
+        """The number of rows with each status.
 
         Raises:
-            DataError: a shard that is not as it was written.
+            DataError: a shard cannot be read, or has lost rows.
         """
         arrow, ok = load_pyarrow(), 0
         for first in range(0, self.rows, self.size):
@@ -96,7 +95,9 @@ class Shards:
             except (arrow.ArrowException, OSError) as error:
                 raise DataError(f"cannot read {path}: {error}; delete it and run again") from error
             if len(statuses) != self.length(first):
-                raise DataError(f"{path} has {len(statuses)} rows, not {self.length(first)}; delete it and run again")
+                raise DataError(
+                    f"{path} has {len(statuses)} rows, expected {self.length(first)}; delete it and run again"
+                )
             ok += statuses.count("ok")
         errors = self.rows - ok
         return f"{ok:,} ok, {errors:,} error{'s' if errors != 1 else ''}"

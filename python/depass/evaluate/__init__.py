@@ -1,4 +1,4 @@
-"""Does the attribution tell the truth? The paper's experiments (DePass, section 4), on a model of one's own.
+"""Experiments that test whether the attributions are faithful: those of the paper (DePass, section 4), on any model.
 
 ::
 

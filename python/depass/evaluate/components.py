@@ -1,7 +1,7 @@
-"""Do the scores of heads or neurons say which of them the answer needs? (DePass, section 4.2)
+"""Component faithfulness (DePass, section 4.2): do the scores tell which heads or neurons the answer needs?
 
-The highest or lowest scored x % of all heads (or neurons) of the model are switched off, at every position, and the model
-answers again. Faithful scores: without the top few the answer is gone, without the bottom ones it stays.
+The task masks the x % of all heads (or neurons) with the highest or lowest scores, at every position, and the model
+answers again. With faithful scores, masking the top few loses the answer, and masking the bottom ones keeps it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..models.health import blame
 from . import data, summary
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 
-# |name|: by size, whatever the sign
+# |name|: ranked by absolute value
 RANKINGS: dict[Kind, tuple[str, ...]] = {
     "heads": ("depass", "|depass|", "attribution_patching", "|attribution_patching|", "output_norm", "random"),
     "neurons": (
@@ -37,8 +37,8 @@ PERCENT: dict[Kind, tuple[float, ...]] = {
 }
 ENDS = ("top", "bottom")
 MEASURES = {"first": "the answer's first token is the most likely one", "generated": "the generated text is the answer"}
-WRONG = "the model gets it wrong with nothing masked"
-_TOKENS = 4096  # of one pass
+WRONG = "the unmasked model does not give the answer"
+_TOKENS = 4096  # tokens of one pass
 
 
 def _data(default: str) -> dict[str, Any]:
@@ -47,24 +47,24 @@ def _data(default: str) -> dict[str, Any]:
 
 def _percent(part: Kind) -> dict[str, Any]:
     default = " ".join(f"{x:g}" for x in PERCENT[part])
-    return argument(f"how many of the model's {part} are masked (default: {default})", metavar="X", most=100.0)
+    return argument(f"percentages of the model's {part} to mask (default: {default})", metavar="X", most=100.0)
 
 
 def _positions(part: Kind, default: str) -> dict[str, Any]:
     return argument(
-        f"where DePass counts the outputs of {part}: at all positions, or the last alone, which takes far less time and "
-        f"memory (default: {default}). What is masked is masked at all",
+        f"positions whose {part} DePass scores: all, or only the last, which takes far less time and memory (default: "
+        f"{default}); masking applies to all positions in either case",
         choices=("all", "last"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentsOptions(TaskOptions):
-    """What :class:`Components` is told; the defaults differ by part.
+    """The options of :class:`Components`. The defaults of heads and neurons differ.
 
     Attributes:
-        percent: how many of the model's heads or neurons are masked, each above 0 and up to 100.
-        positions: where DePass counts their outputs, at ``all`` positions or the ``last`` alone.
+        percent: percentages of the model's heads or neurons to mask, each above 0 and at most 100.
+        positions: the positions whose outputs DePass scores: ``all``, or only the ``last``.
     """
 
     percent: tuple[float, ...]
@@ -73,7 +73,7 @@ class ComponentsOptions(TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOptions(ComponentsOptions):
-    """What the masking of heads is told."""
+    """The options of the task ``heads``."""
 
     data: str = field(default="ioi", metadata=_data("ioi"))
     percent: tuple[float, ...] = field(default=PERCENT["heads"], metadata=_percent("heads"))
@@ -82,7 +82,7 @@ class HeadsOptions(ComponentsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronsOptions(ComponentsOptions):
-    """What the masking of neurons is told."""
+    """The options of the task ``neurons``."""
 
     data: str = field(default="facts", metadata=_data("facts"))
     percent: tuple[float, ...] = field(default=PERCENT["neurons"], metadata=_percent("neurons"))
@@ -90,20 +90,20 @@ class NeuronsOptions(ComponentsOptions):
 
 
 class Components(Task[ComponentsOptions]):
-    """Masking heads or neurons, whichever ``part`` says."""
+    """The tasks ``heads`` and ``neurons``: masks the components that ``part`` names."""
 
     def __init__(self, part: Kind) -> None:
         self.part: Kind = part
         self.name = part
-        self.help = f"accuracy after masking the top or bottom x % of all {part}"
+        self.help = f"measure accuracy after masking the top or bottom x % of all {part} (paper, section 4.2)"
         self.Options = HeadsOptions if part == "heads" else NeuronsOptions
 
     def items(self, options: ComponentsOptions) -> list[Item]:
-        """Prompts and their answers."""
+        """Prompts with their answers."""
         return data.prompts(options.data, options.seed, options.limit)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: ComponentsOptions) -> Iterator[Row]:
-        """Whether each prompt that the model gets right stays right, by measure, ranking, end and percentage."""
+        """Mask each prompt that the model answers right, by every ranking, end and percentage; does it stay right?"""
         for item in items:
             try:
                 yield self._measure(dp, item, options)
@@ -118,10 +118,10 @@ class Components(Task[ComponentsOptions]):
         if int(said[0]) != wanted[0] or not says(dp.tokenizer, said.tolist(), wanted, answer):
             return skipped(item, WRONG, said=said.tolist() if dp.tokenizer is None else dp.tokenizer.decode(said))
         scores, error = rankings(dp, self.part, ids, wanted[0], options.positions == "last", options.seed)
-        masks = torch.cat([masked(one, options.percent, end) for one in scores.values() for end in ENDS])
-        made = generated(dp, self.part, ids, masks, len(wanted) + 1)  # [rankings · ends · percentages, tokens]
-        first = made[:, 0] == wanted[0]
-        right = torch.tensor([says(dp.tokenizer, row, wanted, answer) for row in made.tolist()])
+        masks = torch.cat([masked(ranking, options.percent, end) for ranking in scores.values() for end in ENDS])
+        answers = generated(dp, self.part, ids, masks, len(wanted) + 1)  # [rankings · ends · percentages, tokens]
+        first = answers[:, 0] == wanted[0]
+        right = torch.tensor([says(dp.tokenizer, row, wanted, answer) for row in answers.tolist()])
         shape = (len(scores), len(ENDS), len(options.percent))
         return {
             "id": item.id,
@@ -132,41 +132,44 @@ class Components(Task[ComponentsOptions]):
         }
 
     def report(self, rows: Sequence[Row], options: ComponentsOptions, folder: Path) -> str:
-        """A table for each measure and end, and one figure."""
+        """One table for each measure and end, and one figure."""
         if not rows:
-            return "The model got no prompt right, so there is nothing to mask for."
+            return "The model answered no prompt right, so nothing was masked."
         worst = max(row["conservation_error"] for row in rows)
         counted = "all positions"
         if options.positions == "last":
-            counted = "the last position alone" + (
-                ", as `attribution_patching_last` does; `attribution_patching` at all" if self.part == "neurons" else ""
+            counted = "the last position only" + (
+                ", as `attribution_patching_last` does; `attribution_patching` scores all positions"
+                if self.part == "neurons"
+                else ""
             )
         text = [
-            f"Accuracy on the {len(rows)} prompts that the model gets right (1 with nothing masked), after the top or "
-            f"bottom x % of all {self.part} are masked at every position. Names in bars are ranked by size, whatever the "
-            f"sign. DePass counts outputs at {counted}. Its scores miss the logits by at most {worst:.0e} of their size. Of "
-            "`random`, top and bottom are two draws.",
+            f"Accuracy on the {len(rows)} prompts that the unmasked model answers right, after the top or bottom x % of all "
+            f"{self.part} are masked at every position. Without masking the accuracy is 1. A name in bars, as `|depass|`, "
+            f"ranks by absolute value. DePass scores outputs at {counted}. The largest conservation error is {worst:.0e}. "
+            "For `random`, top and bottom are two separate draws.",
         ]
         accuracy = {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in MEASURES
         }  # [rows, rankings, ends, percentages]
         for name, meaning in MEASURES.items():
             for index, end in enumerate(ENDS):
-                better = "lower is better" if end == "top" else "higher is better"
+                better = "Lower is better" if end == "top" else "Higher is better"
                 text += [
-                    f"## {end} masked: {meaning}",
-                    f"Mean: over the percentages, with a 95 % bootstrap interval over prompts; {better}.",
+                    f"## {end.capitalize()} x % masked: {meaning}",
+                    f"{better}. The last column is the mean over the percentages, with a 95 % bootstrap interval over "
+                    "prompts.",
                     self._table(accuracy[name][:, :, index], options),
                 ]
         return "\n\n".join([*text[:1], self._figure(accuracy, options, folder), *text[1:]])
 
     def _table(self, accuracy: Tensor, options: ComponentsOptions) -> str:
-        """Of ``[rows, rankings, percentages]``."""
+        """The table of an accuracy ``[rows, rankings, percentages]``."""
         percent = sorted(options.percent)
         lines = []
-        for name, of_one in zip(RANKINGS[self.part], _ascending(accuracy, options).unbind(1), strict=True):
-            line = [f"`{name}`", *(f"{value:.2f}" for value in of_one.mean(0).tolist())]
-            lines.append([*line, str(summary.mean(of_one.mean(1).tolist(), options.seed))])
+        for name, ranking in zip(RANKINGS[self.part], _ascending(accuracy, options).unbind(1), strict=True):
+            line = [f"`{name}`", *(f"{value:.2f}" for value in ranking.mean(0).tolist())]
+            lines.append([*line, str(summary.mean(ranking.mean(1).tolist(), options.seed))])
         return summary.table(["ranked by", *(f"{x:g} %" for x in percent), "mean"], lines)
 
     def _figure(self, accuracy: dict[str, Tensor], options: ComponentsOptions, folder: Path) -> str:
@@ -178,34 +181,36 @@ class Components(Task[ComponentsOptions]):
             for column, end in enumerate(ENDS):
                 axes = grid[row][column]
                 means = _ascending(accuracy[name][:, :, column], options).mean(0)  # [rankings, percentages]
-                for ranking, of_one in zip(RANKINGS[self.part], means.tolist(), strict=True):
+                for ranking, values in zip(RANKINGS[self.part], means.tolist(), strict=True):
                     axes.plot(
-                        percent, [1.0, *of_one], label=ranking, marker="o", markersize=3,
+                        percent, [1.0, *values], label=ranking, marker="o", markersize=3,
                         color=summary.COLOURS[-1 if ranking == "random" else bases.index(ranking.strip("|"))],
                         linestyle="--" if ranking.startswith("|") else "-",
                     )  # fmt: skip
-                axes.set_title(f"{end} x % masked", fontsize=10)
+                better = "lower is better" if end == "top" else "higher is better"
+                axes.set_title(f"{end} x % masked; {better}", fontsize=10)
                 axes.set_ylim(-0.03, 1.03)
                 axes.set_xscale("symlog", linthresh=min(x for x in percent if x > 0))
                 axes.set_xticks(percent, [f"{x:g}" for x in percent])
                 axes.minorticks_off()
                 axes.spines[["top", "right"]].set_visible(False)
                 if row == len(MEASURES) - 1:
-                    axes.set_xlabel(f"x, % of all {self.part} masked")
+                    axes.set_xlabel(f"masked {self.part}, x (% of all)")
                 if column == 0:
-                    axes.set_ylabel({"first": "accuracy, first token", "generated": "accuracy, generated text"}[name])
+                    measured = {"first": "first token", "generated": "generated text"}[name]
+                    axes.set_ylabel(f"accuracy of the {measured} (0 to 1)")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         return summary.save(figure, folder / f"{self.part}.png")
 
 
 def _ascending(accuracy: Tensor, options: ComponentsOptions) -> Tensor:
-    """The same ``[..., percentages]`` with growing percentages."""
+    """The same accuracy ``[..., percentages]``, in the order of growing percentages."""
     return accuracy[..., torch.tensor(options.percent).argsort()]
 
 
 def says(tokenizer: Any, said: Sequence[int], wanted: Sequence[int], answer: Any) -> bool:
-    """Whether generated ids begin with the answer, as text up to the end of a word; without a tokenizer as ids."""
+    """Whether generated ids begin with the answer as whole words; without a tokenizer, ids are compared."""
     if tokenizer is None:
         return list(said[: len(wanted)]) == list(wanted)
     text, expected = tokenizer.decode(said).strip(), answer.strip()
@@ -215,60 +220,60 @@ def says(tokenizer: Any, said: Sequence[int], wanted: Sequence[int], answer: Any
 def rankings(
     dp: DePass, part: Kind, prompt: Sequence[int], target: int, last: bool, seed: int
 ) -> tuple[dict[str, Tensor], float]:
-    """The scores ``[layers, C]`` of one prompt by each of :data:`RANKINGS`, and DePass' largest conservation error.
+    """The scores ``[layers, C]`` of one prompt for each of :data:`RANKINGS`, and DePass's largest conservation error.
 
     Args:
         dp: the model.
-        part: whose scores.
-        prompt: its ids.
+        part: ``"heads"`` or ``"neurons"``.
+        prompt: the prompt's ids.
         target: the id of the token whose logit is explained.
-        last: whether DePass counts outputs at the last position alone.
-        seed: of what is random.
+        last: whether DePass scores only the last position's outputs.
+        seed: seed of the random numbers.
 
     Raises:
         DePassError: see :meth:`DePass.sweep`.
     """
     of_baseline = baselines.heads if part == "heads" else baselines.neurons
     ours = dp.sweep(part, prompt, target, positions=[-1] if last else None)
-    known = {"depass": ours.scores[0]}
-    found = {}
+    by_method = {"depass": ours.scores[0]}
+    by_ranking = {}
     for name in RANKINGS[part]:
         base = name.strip("|")
-        if base not in known:
-            known[base] = of_baseline(dp, base, prompt, target, seed=seed).scores[0]
-        found[name] = known[base].abs() if name.startswith("|") else known[base]
-    return found, float(ours.conservation_error.max())
+        if base not in by_method:
+            by_method[base] = of_baseline(dp, base, prompt, target, seed=seed).scores[0]
+        by_ranking[name] = by_method[base].abs() if name.startswith("|") else by_method[base]
+    return by_ranking, float(ours.conservation_error.max())
 
 
 def masked(scores: Tensor, percent: Sequence[float], end: str) -> Tensor:
-    """Bools ``[percentages, layers, C]``, true where a component is among the top or bottom of all; one at least."""
+    """Bools ``[percentages, layers, C]``: true for the components in the top or bottom x %, at least one."""
     order = scores.flatten().argsort(descending=end == "top", stable=True)
-    made = torch.zeros(len(percent), scores.numel(), dtype=torch.bool)
-    for row, x in zip(made, percent, strict=True):
-        row[order[: max(1, round(x / 100 * len(order)))]] = True
-    return made.view(-1, *scores.shape)
+    masks = torch.zeros(len(percent), scores.numel(), dtype=torch.bool)
+    for mask, x in zip(masks, percent, strict=True):
+        mask[order[: max(1, round(x / 100 * len(order)))]] = True
+    return masks.view(-1, *scores.shape)
 
 
 @torch.no_grad()
 def generated(dp: DePass, part: Kind, ids: Sequence[int], masks: Tensor, count: int) -> Tensor:
-    """Greedily generated ids ``[V, count]`` of one prompt under each of the masks ``[V, layers, C]``.
+    """Greedily generated ids ``[V, count]`` of one prompt, under each of the masks ``[V, layers, C]``.
 
     Raises:
-        NonFiniteError: logits are NaN.
+        NonFiniteError: a logit is NaN.
     """
-    bound, found = dp.bound, []
+    bound, batches = dp.bound, []
     mask = masking.heads if part == "heads" else masking.neurons
     device = bound.input_device
     for some in torch.split(masks, max(1, _TOKENS // len(ids))):
-        given, cache, made = torch.tensor([ids], device=device).expand(len(some), -1), None, []
+        inputs, cache, new = torch.tensor([ids], device=device).expand(len(some), -1), None, []
         with mask(dp, some):
             for _ in range(count):
-                out = bound.backbone(input_ids=given, past_key_values=cache, use_cache=True, return_dict=True)
+                out = bound.backbone(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
                 cache = out.past_key_values
-                logits = bound.logits(out.last_hidden_state[:, -1])  # [V, vocabulary]
+                logits = bound.logits(out.last_hidden_state[:, -1])  # [V, vocab_size]
                 if bool(logits.isnan().any()):
                     raise NonFiniteError(f"the model's own logits are not finite; {blame(bound)}")
-                given = logits.argmax(-1, keepdim=True).to(device)
-                made.append(given)
-        found.append(torch.cat(made, 1).cpu())
-    return torch.cat(found)
+                inputs = logits.argmax(-1, keepdim=True).to(device)
+                new.append(inputs)
+        batches.append(torch.cat(new, 1).cpu())
+    return torch.cat(batches)

@@ -1,16 +1,16 @@
-"""Data sets: prompts with the answer that should follow, out of files and of two built-in sets.
+"""Evaluation data: prompts with the answer that should follow, from files or from two built-in sets.
 
-A file is a JSON list or has a JSON object on each line. What an answer is preceded by follows from the name of its key:
+A file is a JSON list, or has a JSON object on each line. The name of the answer's key tells whether a space precedes it:
 
 | keys | as in | the answer |
 |---|---|---|
-| ``prompt``, ``attribute`` | Known_1000 | a word: a space goes before it |
-| ``prompt``, ``target_token`` | IOI | a word: a space goes before it |
-| ``prompt``, ``answer`` | CounterFact | a word: a space goes before it |
-| ``prompt``, ``target`` | your own | as it stands, with the space that it needs; or ids and an id, without a tokenizer |
+| ``prompt``, ``attribute`` | Known_1000 | a word: a space is put before it |
+| ``prompt``, ``target_token`` | IOI | a word: a space is put before it |
+| ``prompt``, ``answer`` | CounterFact | a word: a space is put before it |
+| ``prompt``, ``target`` | your own data | taken unchanged: write the space; without a tokenizer, a list of ids and an id |
 
-The answer's tokens are those behind the prompt's own where both are encoded together. So a tokenizer that puts a space
-before every word by itself (Llama 2) and one that does not (GPT-2 and its kind) both get what the model would read.
+The prompt and its answer are encoded together, and the tokens after the prompt's own are the answer's. This gives what the
+model would read, both for tokenizers that put a space before every word (Llama 2) and for those that do not (GPT-2).
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from ..inputs.prompt import encode
 from ..inputs.targets import token_id
 from .task import Item
 
-WORDS = ("attribute", "target_token", "answer")  # keys of answers that are words of their own
+WORDS = ("attribute", "target_token", "answer")  # keys of answers that need a space before them
 BUILT_IN = ("facts", "ioi")
 IOI_COUNT = 200
-HELP = "a file, or a built-in set: facts, ioi"
+HELP = "a data file, or a built-in set: facts, ioi"
 
 
 def prompts(source: str, seed: int, limit: int | None) -> list[Item]:
-    """Items with ``prompt`` and ``target``, what follows it: of a built-in set (:data:`BUILT_IN`) or of a file.
+    """Items with a ``prompt`` and the ``target`` that follows it, from a built-in set (:data:`BUILT_IN`) or a file.
 
-    A row that has no such two is an item that says what is broken.
+    A row without these two becomes an item marked as broken.
 
     Raises:
-        DataError: the file cannot be read or is no list of rows.
+        DataError: the file cannot be read, or is not a list of rows.
     """
     if source == "facts":
         return [Item(str(i), {"prompt": prompt, "target": f" {answer}"}) for i, (prompt, answer) in enumerate(FACTS)]
     if source == "ioi":
-        made = ioi(IOI_COUNT if limit is None else limit, seed)
-        return [Item(str(i), row) for i, row in enumerate(made)]
+        rows = ioi(IOI_COUNT if limit is None else limit, seed)
+        return [Item(str(i), row) for i, row in enumerate(rows)]
     return [_prompt(item) for item in read(source)]
 
 
@@ -55,35 +55,37 @@ def _prompt(item: Item) -> Item:
         return item
     key = next((key for key in ("target", *WORDS) if key in item.data), None)
     if "prompt" not in item.data or key is None:
-        return Item(item.id, broken="a row without a prompt and its target")
+        return Item(item.id, broken="the row has no prompt with a target")
     prompt, target = item.data["prompt"], item.data[key]
     text = isinstance(prompt, str) and isinstance(target, str) and prompt != "" and target.strip() != ""
     if text and key in WORDS:
         target = f" {target.strip()}"
-    ids = isinstance(prompt, list) and all(type(one) is int for one in [*prompt, target]) and prompt
+    ids = isinstance(prompt, list) and all(type(token) is int for token in [*prompt, target]) and prompt
     if not text and not ids:
-        return Item(item.id, broken="a prompt and a target that are neither texts nor ids")
+        return Item(item.id, broken="the prompt and the target are neither texts nor ids")
     return Item(item.id, {"prompt": prompt, "target": target})
 
 
 def read(path: str) -> list[Item]:
     """The rows of a JSON list, or of a file with a JSON object on each line; an item's id is its number in the file.
 
-    A row that is no object is an item that says so.
+    A row that is not an object becomes an item marked as broken.
 
     Raises:
-        DataError: the file cannot be read, or is no list.
+        DataError: the file cannot be read, or is not a list.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the data set {path!r}: {reason}; give a file, or one of {BUILT_IN}") from error
+        raise DataError(
+            f"cannot read the data set {path!r}: {reason}; give a file, or one of {', '.join(BUILT_IN)}"
+        ) from error
     if text.lstrip().startswith("[") and not path.endswith(".jsonl"):
         try:
             rows = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{path} is no JSON list: {error}") from error
+            raise DataError(f"{path} is not a valid JSON list: {error}") from error
         return [_item(index, row) for index, row in enumerate(rows)]
     return [_line(index, line) for index, line in enumerate(text.splitlines()) if line.strip()]
 
@@ -92,23 +94,23 @@ def _line(index: int, line: str) -> Item:
     try:
         row = json.loads(line)
     except ValueError:
-        return Item(str(index), broken="a line that is no JSON")
+        return Item(str(index), broken="the line is not valid JSON")
     return _item(index, row)
 
 
 def _item(index: int, row: Any) -> Item:
-    return Item(str(index), row) if isinstance(row, dict) else Item(str(index), broken="a row that is no JSON object")
+    return Item(str(index), row) if isinstance(row, dict) else Item(str(index), broken="the row is not a JSON object")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt's and its answer's tokens.
+    """The tokens of a prompt and of its answer.
 
     Attributes:
-        item: what they are of.
-        ids: ``[N]``, the prompt's.
-        answer: ids of the answer's tokens, at least one.
-        begins_special: whether the prompt's first token is a special one (BOS).
+        item: the item.
+        ids: ``[N]`` ids of the prompt.
+        answer: ids of the answer, at least one.
+        begins_special: whether the prompt's first token is a special token (BOS).
     """
 
     item: Item
@@ -118,11 +120,11 @@ class Pair:
 
 
 def pair(dp: DePass, item: Item) -> Pair:
-    """The tokens of an item that :func:`prompts` made.
+    """The tokens of an item from :func:`prompts`.
 
     Raises:
         PromptError: the model cannot read the prompt.
-        TargetError: the answer is not in the vocabulary, or its beginning and the prompt's end are one token.
+        TargetError: the answer is not in the vocabulary, or the prompt's end and the answer's beginning form one token.
     """
     text, target = item.data["prompt"], item.data["target"]
     prompt = encode(text, dp.tokenizer, dp.bound)
@@ -132,11 +134,13 @@ def pair(dp: DePass, item: Item) -> Pair:
         whole = encode(text + target, dp.tokenizer, dp.bound).ids
         answer = whole[len(prompt.ids) :]
         if whole[: len(prompt.ids)] != prompt.ids or not answer:
-            raise TargetError("the answer's beginning and the prompt's end are one token; part them differently")
+            raise TargetError(
+                "the prompt's end and the answer's beginning form one token; divide prompt and answer at another place"
+            )
     return Pair(item, prompt.ids, answer, 0 in prompt.special)
 
 
-# Indirect object identification: two people, one of whom gives something to the other.
+# Indirect object identification (IOI): one of two people gives something to the other.
 
 NAMES = (
     "Alice", "Anna", "Brian", "Carol", "Daniel", "David", "Emma", "Frank", "George", "Helen", "Jack", "James", "Jane",
@@ -155,7 +159,7 @@ THINGS = (
     "a map",
     "a cup",
 )
-# {A} is the answer; {B} comes twice
+# {B} gives; the answer is the other name
 TEMPLATES = (
     "{first} and {second} met at the {place}, and before they left {B} gave {thing} to",
     "While {first} and {second} were waiting near the {place}, {B} handed {thing} to",
@@ -166,22 +170,22 @@ TEMPLATES = (
 
 
 def ioi(count: int, seed: int) -> list[dict[str, str]]:
-    """``count`` sentences in which one of two people is about to be given something: ``prompt``, ``target`` and ``giver``.
+    """``count`` sentences in which one of two people receives something: ``prompt``, ``target`` and ``giver``.
 
-    The one who gives is named twice, the answer once; either may be named first, as often as not.
+    The sentence names the giver twice and the answer once. Each is named first in half of the sentences.
     """
-    chance, made = random.Random(seed), []
+    chance, rows = random.Random(seed), []
     for index in range(count):
         answer, giver = chance.sample(NAMES, 2)
         first, second = (answer, giver) if index % 2 else (giver, answer)
         prompt = chance.choice(TEMPLATES).format(
             first=first, second=second, B=giver, place=chance.choice(PLACES), thing=chance.choice(THINGS)
         )
-        made.append({"prompt": prompt, "target": f" {answer}", "giver": giver})
-    return made
+        rows.append({"prompt": prompt, "target": f" {answer}", "giver": giver})
+    return rows
 
 
-# Facts that a small language model knows.
+# Facts that most small language models know.
 
 FACTS: Sequence[tuple[str, str]] = (
     ("The capital of France is the city of", "Paris"),

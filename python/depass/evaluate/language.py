@@ -1,8 +1,8 @@
-"""Language subspace (paper, 4.3): can a state be split into the language that it speaks and what it means?
+"""Language subspace (paper, section 4.3): can a state be split into its language and its meaning?
 
-Two splits of the residual stream that enters a layer: by the subspace that a classifier of languages reads, and by what
-the last positions of one prompt's translations have in common. DePass takes both parts on to the end; what they say there is
-read through the head, each alone, and how they cluster is measured.
+The residual stream that enters a layer is split in two ways: by the subspace that a language classifier reads, and by the
+mean over the last positions of a prompt's translations. DePass propagates both parts to the end. There the head reads each
+part by itself, and the task measures how the parts cluster.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .probes import Probe
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 LANGUAGES = ("English", "French", "German", "Italian", "Portuguese", "Spanish")  # by their labels
-KEYS = ("original", *LANGUAGES[1:])  # of a row of the data set
+KEYS = ("original", *LANGUAGES[1:])  # keys of a row of the data set
 SPLITS = {"classifier": "the classifier's subspace", "mean": "mean over translations"}
 PARTS = (
     "whole",
     *(f"{part} ({split})" for split in SPLITS for part in ("language", "meaning")),
 )
 TOPS = (1, 5)
-LAYER = 0.625  # of the depth: the published layer 20 of 32
+LAYER = 0.625  # share of the depth: the published layer is 20 of 32
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The language classifier and the basis ``[k, D]`` of what it reads; ``facts`` about them for the report."""
+    """The classifier's layer, the basis ``[k, D]`` of the subspace that it reads, and ``facts`` for the report."""
 
     layer: int
     basis: Tensor
@@ -50,7 +50,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt in six languages, and the first tokens of its answers in them."""
+    """One prompt in six languages, and the first token of its answer in each."""
 
     item: Item
     prompts: list[Prompt]
@@ -59,22 +59,32 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageOptions(TaskOptions):
-    """What :class:`Language` is told.
+    """The options of :class:`Language`.
 
     Attributes:
-        train: a file of texts and their languages, which the classifier is fitted on.
-        held_out: such a file, by which it is judged.
-        layer: whose input is split; None: at five eighths of the depth.
+        train: a file of texts with their languages, to fit the classifier.
+        held_out: such a file, to measure the classifier's accuracy.
+        layer: the layer whose input is split; None: at five eighths of the depth.
     """
 
     data: str = field(
-        metadata=argument(f"rows with {', '.join(KEYS)}, each with prompt and answer (required)", metavar="FILE")
+        metadata=argument(
+            f"file whose rows have {', '.join(KEYS)}, each with prompt and answer (required)", metavar="FILE"
+        )
     )
-    train: str = field(metadata=argument("rows with text and label (0 to 5), for the classifier", metavar="FILE"))
-    held_out: str = field(metadata=argument("the same, to judge it by", metavar="FILE"))
+    train: str = field(
+        metadata=argument(
+            "file whose rows have text and label (0 to 5), to fit the classifier (required)", metavar="FILE"
+        )
+    )
+    held_out: str = field(
+        metadata=argument("such a file, to measure the classifier's accuracy (required)", metavar="FILE")
+    )
     layer: int | None = field(
         default=None,
-        metadata=argument("whose input is split (default: five eighths of the depth, as published)", metavar="L"),
+        metadata=argument(
+            "layer whose input is split (default: at five eighths of the depth, as published)", metavar="L"
+        ),
     )
 
 
@@ -82,7 +92,7 @@ class Language(Task[LanguageOptions]):
     """See the module."""
 
     name = "language"
-    help = "splits states into language and meaning, and reads what each says (paper, 4.3)"
+    help = "split states into language and meaning, and read what each part says (paper, section 4.3)"
     Options = LanguageOptions
     files = ("data", "train", "held_out")
 
@@ -100,13 +110,13 @@ class Language(Task[LanguageOptions]):
         """Split a case's six states in both ways and read the parts."""
         for item in items:
             try:
-                made = _case(dp, item)
-                yield made if not isinstance(made, Case) else _measure(dp, prepared, made)
+                case = _case(dp, item)
+                yield _measure(dp, prepared, case) if isinstance(case, Case) else case
             except DePassError as error:
                 yield failed(item, error)
 
     def report(self, rows: Sequence[Row], options: LanguageOptions, folder: Path) -> str:
-        """What the parts say, and how they cluster."""
+        """Tables of what the parts say, and of how they cluster."""
         return _report(rows, options, folder)
 
 
@@ -114,11 +124,11 @@ class Language(Task[LanguageOptions]):
 
 
 def find_subspace(dp: DePass, train: str, held_out: str, layer: int, seed: int) -> Prepared:
-    """A classifier of languages on the last position of texts, and the subspace that it reads.
+    """Fit a language classifier to the last positions of texts, and find the subspace that it reads.
 
     Raises:
-        OptionError: a layer that the model does not have.
-        DataError: a file that cannot be read, or that lacks a language.
+        OptionError: the model does not have this layer.
+        DataError: a file cannot be read, or lacks a language.
         DePassError: scikit-learn is not installed.
     """
     check_layer(Subspace(layer), dp.bound)
@@ -141,9 +151,10 @@ def _last_streams(dp: DePass, path: str, layer: int) -> tuple[Tensor, list[int]]
 
 
 def subspace(probe: Probe) -> Tensor:
-    """An orthonormal basis ``[k, D]`` of what a classifier's decision depends on: the right singular vectors of its weights.
+    """An orthonormal basis ``[k, D]`` of the directions that a classifier's decision depends on.
 
-    What all classes' weights have in common moves no decision between them and is left out.
+    These are the right singular vectors of its weights. The mean of the classes' weights is subtracted first, because it
+    does not change which class wins.
     """
     weight = probe.weight.double()
     _, sizes, right = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
@@ -162,26 +173,26 @@ def _checked(item: Item) -> Item:
         if not isinstance(row, dict) or not all(
             isinstance(row.get(k), str) and row[k].strip() for k in ("prompt", "answer")
         ):
-            return Item(item.id, broken=f"a row without prompt and answer in {', '.join(LANGUAGES)}")
+            return Item(item.id, broken=f"the row lacks a prompt and an answer in each of {', '.join(LANGUAGES)}")
     return item
 
 
 def _case(dp: DePass, item: Item) -> Case | Row:
     """The item's prompts, or the row of an item that cannot be measured."""
-    made, answers = [], []
+    prompts, answers = [], []
     for key in KEYS:
         prompt, answer = item.data[key]["prompt"], item.data[key]["answer"].strip()
         encoded = encode(prompt, dp.tokenizer, dp.bound)
         longer = encode(f"{prompt} {answer}", dp.tokenizer, dp.bound).ids
         if longer[: len(encoded.ids)] != encoded.ids or len(longer) == len(encoded.ids):
             return skipped(item, "an answer changes the tokens of its prompt")
-        made.append(encoded)
+        prompts.append(encoded)
         answers.append(longer[len(encoded.ids)])
-    return Case(item, made, answers)
+    return Case(item, prompts, answers)
 
 
 def mean_split(dp: DePass, prompts: Sequence[Prompt], layer: int) -> Tensor:
-    """``[prompts, D]``: by how much the stream at each translation's last position differs from the mean of all."""
+    """``[prompts, D]``: the stream at each translation's last position, minus the mean over all translations."""
     ends = [[len(prompt.ids) - 1] for prompt in prompts]
     stream = probes.streams(dp, [prompt.ids for prompt in prompts], ends, [layer])[0]
     return stream - stream.mean(0)
@@ -189,16 +200,16 @@ def mean_split(dp: DePass, prompts: Sequence[Prompt], layer: int) -> Tensor:
 
 @torch.no_grad()
 def final_parts(dp: DePass, prompts: Sequence[Prompt], specs: Sequence[Sequence[Subspace]]) -> Tensor:
-    """Splits of several prompts' states, all taken to the end in one pass.
+    """Split several prompts' states, and propagate all parts to the end in one pass.
 
     Args:
-        dp: whose model.
-        prompts: ``B`` of them.
-        specs: of each prompt ``S`` subspaces of one layer, with one source each.
+        dp: the model.
+        prompts: ``B`` prompts.
+        specs: for each prompt, ``S`` subspaces of one layer, with one source each.
 
     Returns:
-        ``[B, 1 + 2 S, D]`` after the final norm, its scale frozen, at each prompt's last position: the whole state, then for
-        each split what lies in the subspace and ``rest``. A model's biases are in the whole alone.
+        ``[B, 1 + 2 S, D]`` after the final norm with its frozen scale, at each prompt's last position: the whole state,
+        then for each split the part inside the subspace and the remainder (``rest``). Only the whole holds the biases.
     """
     bound, norm = dp.bound, dp.bound.final_norm
     joining = [
@@ -208,15 +219,15 @@ def final_parts(dp: DePass, prompts: Sequence[Prompt], specs: Sequence[Sequence[
     ]
     done = Pass(dp.engine, prompts, joining, options(dp.engine.defaults, bound, exclude_bos=False))
     done.run()
-    found = []
+    by_prompt = []
     for i, prompt in enumerate(prompts):
         at = done.propagation.prompt_start[i] + len(prompt.ids) - 1
         parts = [done.normed[at : at + 1]]
         for staircase in range(i * len(specs[0]), (i + 1) * len(specs[0])):
             rows = done.propagation.rows_at(staircase, len(prompt.ids) - 1)[-2:]  # rest, inside; before them a bias row
             parts.append(norm.of_parts(rows.flip(0), norm.scale(done.stream[at].to(rows.device), rows.dtype)))
-        found.append(torch.cat([part.float().cpu() for part in parts]))
-    return torch.stack(found)
+        by_prompt.append(torch.cat([part.float().cpu() for part in parts]))
+    return torch.stack(by_prompt)
 
 
 def _measure(dp: DePass, prepared: Prepared, case: Case) -> Row:
@@ -261,27 +272,27 @@ def _report(rows: Sequence[Row], options: LanguageOptions, folder: Path) -> str:
     meaning = [case for case in range(cases) for _ in range(languages)]
     return "\n\n".join(
         [
-            f"The streams that enter layer {facts['layer']} are split in two ways. One is the subspace, of "
-            f"{facts['dimensions']} dimensions, that a classifier of languages reads there: inside is the language, outside "
-            "the meaning. The other is the mean of the last positions over a prompt's six translations: what differs from "
-            "it is the language.",
-            f"Of texts that it was not fitted on, the classifier names the language of {facts['held_out']:.3f}. A new one "
-            f"that sees only the subspace: {facts['held_out_language']:.3f}; a new one that sees only what lies outside: "
-            f"{facts['held_out_meaning']:.3f}; chance is {1 / languages:.3f}. The subspace holds "
-            f"{facts['norm_share']:.3f} of the norm of these texts' last states there.",
+            f"The residual stream that enters layer {facts['layer']} is split in two ways. The first uses the subspace of "
+            f"{facts['dimensions']} dimensions that a language classifier reads there: the part inside is the language, the "
+            "part outside is the meaning. The second uses the mean of the last positions over a prompt's six translations: "
+            "the mean is the meaning, the difference from it is the language.",
+            f"The classifier's accuracy on held-out texts is {facts['held_out']:.3f}. A classifier fitted to the part "
+            f"inside the subspace reaches {facts['held_out_language']:.3f}, one fitted to the part outside "
+            f"{facts['held_out_meaning']:.3f}. Chance is {1 / languages:.3f}. The subspace holds "
+            f"{facts['norm_share']:.3f} of the norm of these texts' last states.",
             "## What the parts say at the end",
             _said(rows, options.seed),
             "## Examples",
             _examples(rows),
-            "## How they cluster",
+            "## How the parts cluster",
             _clusters(states, language, meaning),
-            _picture(states, language, meaning, options.seed, folder),
+            _scatter(states, language, meaning, options.seed, folder),
         ]
     )
 
 
 def _said(rows: Sequence[Row], seed: int) -> str:
-    """How often each part's most likely tokens have the answer, of all prompts and of those that the model gets right."""
+    """How often each part's most likely tokens hold the answer: over all prompts, and over those answered right."""
     prompts = [(row, language) for row in rows for language in range(len(LANGUAGES))]
     known = [(row, language) for row, language in prompts if row["rank"][language][0] == 1]
     head = [
@@ -290,8 +301,11 @@ def _said(rows: Sequence[Row], seed: int) -> str:
         "choice of six",
     ]
     tables = []
-    for said, chosen in (("All", prompts), ("The model's own next token is right in", known)):
-        tables.append(f"{said} {len(chosen)} prompts:" if said == "All" else f"{said} {len(chosen)} prompts; of those:")
+    for heading, chosen in (
+        (f"All {len(prompts)} prompts:", prompts),
+        (f"The {len(known)} prompts whose answer is the model's own next token:", known),
+    ):
+        tables.append(heading)
         if not chosen:
             continue
         lines = []
@@ -306,9 +320,10 @@ def _said(rows: Sequence[Row], seed: int) -> str:
         tables.append(summary.table(head, lines))
     chance = sum(row["shared"][language] for row, language in prompts) / (len(prompts) * len(LANGUAGES))
     tables.append(
-        "Whether the first token of the answer in the prompt's language, or in any of the six, is among a part's most "
-        "likely tokens. Choice of six: whether the right language's answer has the largest logit among the six answers; "
-        f"some languages share a first token and both count, so chance is {chance:.3f}. 95 % bootstrap intervals."
+        "A cell is the share of prompts for which the first token of the answer, in the prompt's language or in any of the "
+        "six, is among the part's top tokens. Choice of six: the answer in the prompt's language has the largest logit of "
+        f"the six answers. Languages that share a first token both count, so chance is {chance:.3f}. Intervals are 95 % "
+        "bootstrap intervals."
     )
     return "\n\n".join(tables)
 
@@ -323,7 +338,7 @@ def _examples(rows: Sequence[Row]) -> str:
 
 
 def _clusters(states: Tensor, language: Sequence[int], meaning: Sequence[int]) -> str:
-    """Three indices of each part, by language and by meaning."""
+    """Three cluster indices of each part, by language and by meaning."""
     metrics = probes.sklearn("metrics")
     lines = []
     for at, part in enumerate(PARTS):
@@ -342,14 +357,15 @@ def _clusters(states: Tensor, language: Sequence[int], meaning: Sequence[int]) -
     head = ["part", *(f"{name} by {by}" for by in ("language", "meaning") for name in names)]
     return (
         summary.table(head, lines)
-        + "\n\nOf the parts after the final norm at the last position. A meaning is a case: one prompt in six languages. "
-        "Silhouette (-1 to 1) and Calinski-Harabasz are better when larger, Davies-Bouldin when smaller. Points that lie by "
-        "language should not lie by meaning, and the other way round. The mean over translations is told which prompts "
-        "belong together, so its clusters by meaning are made, not found."
+        + "\n\nThe points are the parts after the final norm at the last position. A meaning is one prompt in six "
+        "languages. Larger silhouette (-1 to 1) and Calinski-Harabasz are better; smaller Davies-Bouldin is better. A good "
+        "split clusters the language part by language and not by meaning, and the meaning part the other way round. The "
+        "mean over translations is computed from prompts known to belong together, so its clusters by meaning follow from "
+        "the construction."
     )
 
 
-def _picture(states: Tensor, language: Sequence[int], meaning: Sequence[int], seed: int, folder: Path) -> str:
+def _scatter(states: Tensor, language: Sequence[int], meaning: Sequence[int], seed: int, folder: Path) -> str:
     """t-SNE of each part, coloured by language and by meaning."""
     manifold = probes.sklearn("manifold")
     figure = summary.new_figure(3 * len(PARTS), 6.4)
@@ -367,4 +383,7 @@ def _picture(states: Tensor, language: Sequence[int], meaning: Sequence[int], se
     for name, colour in zip(LANGUAGES, summary.COLOURS, strict=False):
         axes[0, 0].scatter([], [], c=colour, s=8, label=name)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LANGUAGES))
-    return summary.save(figure, folder / "parts.png") + "\n\nt-SNE of each part's states: by language, and by case."
+    return (
+        summary.save(figure, folder / "parts.png")
+        + "\n\nt-SNE of each part's states, coloured by language (top) and by meaning (bottom). The axes have no unit."
+    )

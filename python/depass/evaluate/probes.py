@@ -1,4 +1,4 @@
-"""Linear probes of the residual stream, and the streams that they read (paper, sections 4.1.2 and 4.3)."""
+"""Linear probes of the residual stream, and the residual streams that they read (paper, sections 4.1.2 and 4.3)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Probe:
     """A logistic regression on the raw residual stream that enters a layer.
 
     Attributes:
-        layer: from 0.
-        weight: ``[C, D]`` fp32, a row for each class; one row where there are two, towards class 1.
+        layer: counted from 0.
+        weight: ``[C, D]`` fp32, one row per class. With two classes there is a single row, and it points to class 1.
         intercept: ``[C]`` fp32.
     """
 
@@ -34,29 +34,29 @@ class Probe:
     intercept: Tensor
 
     def logits(self, stream: Tensor) -> Tensor:
-        """``[P, C]`` of streams ``[P, D]``."""
+        """Logits ``[P, C]`` of streams ``[P, D]``."""
         return stream @ self.weight.T + self.intercept
 
     def accuracy(self, stream: Tensor, labels: Sequence[int]) -> float:
-        """The share of streams ``[P, D]`` that it puts into their class."""
+        """The share of streams ``[P, D]`` that it classifies correctly."""
         logits = self.logits(stream)
-        found = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-        return float((found == torch.as_tensor(labels)).double().mean())
+        classes = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+        return float((classes == torch.as_tensor(labels)).double().mean())
 
 
 def fit(layer: int, stream: Tensor, labels: Sequence[int], seed: int) -> Probe:
-    """Fit a probe as published: scikit-learn's logistic regression, saga, at most 1000 iterations.
+    """Fit a probe as published: scikit-learn's logistic regression with the solver saga, at most 1000 iterations.
 
-    The published learning rate of 0.01 has nothing to apply to: saga finds its own steps. Saga needs features of like
-    size, which a residual stream does not have: each is scaled to unit variance, and the scales go into the weights, so
-    that the probe reads the raw stream. It stops at a tolerance of 0.01: scikit-learn's own takes saga to its last
-    iteration, ten times as long, and judges what is held out no better.
+    The published learning rate of 0.01 does not apply, because saga chooses its own steps. Saga needs features of similar
+    size, which a residual stream does not have. So each feature is scaled to unit variance, and the scales are folded into
+    the weights: the probe reads the raw stream. The tolerance is 0.01. With scikit-learn's default, saga runs to its last
+    iteration, which takes ten times as long and is no better on held-out data.
 
     Args:
-        layer: that the streams enter.
+        layer: the layer that the streams enter.
         stream: ``[P, D]``.
-        labels: ``[P]`` classes, from 0, at least two different ones.
-        seed: of saga's order.
+        labels: ``[P]`` classes, counted from 0; at least two different ones.
+        seed: seed of saga's random order.
 
     Raises:
         DePassError: scikit-learn is not installed.
@@ -71,10 +71,10 @@ def fit(layer: int, stream: Tensor, labels: Sequence[int], seed: int) -> Probe:
 
 
 def sklearn(module: str) -> Any:
-    """A module of scikit-learn.
+    """Import a module of scikit-learn.
 
     Raises:
-        DePassError: it is not installed.
+        DePassError: scikit-learn is not installed.
     """
     try:
         return importlib.import_module(f"sklearn.{module}")
@@ -83,11 +83,11 @@ def sklearn(module: str) -> Any:
 
 
 def labelled(dp: DePass, path: str, classes: int) -> tuple[list[Prompt], list[int]]:
-    """Encoded texts and their classes out of a file of rows with ``text`` and ``label``.
+    """Encoded texts and their classes, from a file whose rows have ``text`` and ``label``.
 
     Raises:
-        DataError: a file that cannot be read, a row of another kind (a probe fitted on fewer would be another one), or a
-            class without a row.
+        DataError: the file cannot be read, a row is invalid (it is not skipped, because that would change the probe), or
+            a class has no row.
     """
     texts, labels = [], []
     for item in data.read(path):
@@ -108,16 +108,16 @@ def labelled(dp: DePass, path: str, classes: int) -> tuple[list[Prompt], list[in
 def streams(
     dp: DePass, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> Tensor:
-    """The residual stream that enters layers, at some positions of prompts, from plain forward passes.
+    """The residual stream that enters the given layers, at the given positions, from plain forward passes.
 
     Args:
-        dp: whose model.
+        dp: the model.
         prompts: token ids.
-        positions: of each prompt, from 0.
-        layers: from 0, below the number of layers.
+        positions: the positions of each prompt, counted from 0.
+        layers: layers, counted from 0, below the number of layers.
 
     Returns:
-        ``[layers, P, D]`` fp32 on the CPU, the positions of one prompt behind the other's.
+        ``[layers, P, D]`` fp32 on the CPU, with the positions of all prompts one after the other.
 
     Raises:
         NonFiniteError: the stream is not finite.
@@ -125,7 +125,7 @@ def streams(
     bound = dp.bound
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
-    found = torch.empty(len(layers), begins[-1], bound.hidden_size)
+    residual = torch.empty(len(layers), begins[-1], bound.hidden_size)
     for batch in forward.batches(prompts):
         ids = capture.padded([prompts[i] for i in batch]).to(bound.input_device)
         with capture.running:
@@ -134,7 +134,7 @@ def streams(
             ).hidden_states
         for row, i in enumerate(batch):
             for at, layer in enumerate(layers):
-                found[at, begins[i] : begins[i + 1]] = states[layer][row, list(positions[i])].float().cpu()
-    if not bool(found.isfinite().all()):
+                residual[at, begins[i] : begins[i + 1]] = states[layer][row, list(positions[i])].float().cpu()
+    if not bool(residual.isfinite().all()):
         raise NonFiniteError(f"the model's residual stream is not finite; {blame(bound)}")
-    return found
+    return residual

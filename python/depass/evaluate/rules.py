@@ -1,5 +1,5 @@
-"""Which rule shares out the MLPs best: faithfulness and conservation of all rules, temperatures, and with or without the
-first token (DePass, section 3 and its ablations).
+"""Compares the MLP rules: faithfulness and conservation of all rules and temperatures, with and without the first token
+(DePass, section 3 and its ablations).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OTHERS = ("max", "relu", "linear", "taylor")
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule, its temperature where it has one, and whether the first token is excluded (taylor: never)."""
+    """A rule, its temperature (None: it has none), and whether the first token is excluded (never with taylor)."""
 
     rule: str
     temperature: float | None
@@ -32,7 +32,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """In the rows."""
+        """The variant's key in the rows."""
         degree = "" if self.temperature is None else f" {self.temperature:g}"
         return f"{self.rule}{degree}{' excluded' if self.excluded else ''}"
 
@@ -50,11 +50,11 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RulesOptions(TaskOptions):
-    """What :class:`Rules` is told.
+    """The options of :class:`Rules`.
 
     Attributes:
-        keep_wrong: measure prompts that the model gets wrong as well.
-        retokenize: turn what is left of a prompt into text and encode it anew.
+        keep_wrong: also measure prompts that the model answers wrong.
+        retokenize: decode the remaining tokens of a prompt to text and encode it again.
     """
 
     data: str = field(default="facts", metadata=argument(f"{HELP} (default: facts)", metavar="FILE"))
@@ -63,10 +63,10 @@ class RulesOptions(TaskOptions):
 
 
 class Rules(Task[RulesOptions]):
-    """Measures what :class:`.tokens.Tokens` does, of every variant of DePass."""
+    """Measures every variant of DePass as :class:`.tokens.Tokens` measures methods."""
 
     name = "rules"
-    help = "rules and temperatures of sharing MLPs: faithfulness and conservation"
+    help = "compare the MLP rules and their temperatures: faithfulness and conservation (paper, section 3)"
     Options = RulesOptions
 
     def items(self, options: RulesOptions) -> list[Item]:
@@ -74,7 +74,7 @@ class Rules(Task[RulesOptions]):
         return data.prompts(options.data, options.seed, options.limit)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: RulesOptions) -> Iterator[Row]:
-        """Every prompt's curves by every variant."""
+        """Each prompt's curves for each variant."""
         scorers = {
             variant.name: partial(
                 depass, mlp_rule=variant.rule, temperature=variant.temperature, exclude_bos=variant.excluded
@@ -93,21 +93,21 @@ class Rules(Task[RulesOptions]):
             for curve in CURVES
         }
         about = (
-            "*Misses the logit by*: the largest over prompts of |sum of the scores - logit|, relative to the larger of the "
+            "*Conservation error* is the largest over prompts of |sum of the scores - logit|, relative to the larger of the "
             "logit and the sum of the scores' absolute values."
         )
-        said = explained(rows, options.retokenize)
-        return "\n\n".join([said, about, _table(rows, areas, options.seed), _draw(areas, folder)])
+        introduction = explained(rows, options.retokenize)
+        return "\n\n".join([introduction, about, _table(rows, areas, options.seed), _draw(areas, folder)])
 
 
 def _table(rows: Sequence[Row], areas: dict[tuple[Variant, str], Mean], seed: int) -> str:
     head = ["rule", "τ", "first token", f"patch-top, K = {SHARES[0]} %", *(f"{curve}-top, area" for curve in CURVES),
-            "misses the logit by"]  # fmt: skip
+            "conservation error"]  # fmt: skip
     lines = [
         [
             variant.rule,
             "" if variant.temperature is None else f"{variant.temperature:g}",
-            "excluded" if variant.excluded else "takes part",
+            "excluded" if variant.excluded else "included",
             str(mean(relative(rows, "patch", variant.name)[:, 0].tolist(), seed)),
             *(str(areas[variant, curve]) for curve in CURVES),
             f"{max(row['missed'][variant.name] for row in rows):.1e}",
@@ -131,13 +131,16 @@ def _draw(areas: dict[tuple[Variant, str], Mean], folder: Path) -> str:
                 )
         for rule, colour in zip(OTHERS, COLOURS[1:], strict=False):
             for excluded, line in ((False, "-"), (True, "--")):
-                if (found := areas.get((Variant(rule, None, excluded), curve))) is not None:
+                if (area_of_rule := areas.get((Variant(rule, None, excluded), curve))) is not None:
                     shown = None if excluded else rule
-                    axes.axhline(found.value, linestyle=line, color=colour, linewidth=1.2, label=shown)
+                    axes.axhline(area_of_rule.value, linestyle=line, color=colour, linewidth=1.2, label=shown)
         axes.set_xscale("log")
-        axes.set_xlabel("τ of softmax")
-        axes.set_ylabel(f"{curve}-top, area")
-        axes.set_title(f"{'lower' if curve == 'patch' else 'higher'} is better", fontsize=10)
+        axes.set_xlabel("temperature τ of the softmax rule (pre-activation units)")
+        axes.set_ylabel(
+            "probability of the answer, relative to the whole prompt" if curve == CURVES[0] else "", fontsize=9
+        )
+        better = "lower" if curve == "patch" else "higher"
+        axes.set_title(f"{curve}-top, area under the curve; {better} is better", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""Runs a task: rows are kept as they come, so that a run which was stopped goes on where it was."""
+"""Runs a task and writes each row when it is measured. A stopped run resumes where it was."""
 
 from __future__ import annotations
 
@@ -16,68 +16,73 @@ from ..errors import DataError, OutputError
 from ..files import append_row, write_atomically
 from ..models.health import dtype_name
 from ..runs import described, hold, progress, say_kept, session, write_json
-from .task import Item, Row, Task, Told, failed
+from .task import AnyTaskOptions, Item, Row, Task, failed
 
 _FORMAT = "depass-evaluation-1"
-_REASONS = 20  # that a report lists
+_REASONS = 20  # the most reasons that a report lists
 
 
 def run(
-    task: Task[Told],
+    task: Task[AnyTaskOptions],
     dp: DePass,
-    options: Told,
+    options: AnyTaskOptions,
     folder: str | os.PathLike[str],
     *,
     quantization: str | None = None,
 ) -> Path:
-    """Measure what has no row yet, and report.
+    """Measure the items that have no row yet, and write the report.
 
-    ``folder`` gets ``run.json`` (settings, seed, versions), ``rows.jsonl`` (a row for each item, as they come), and at the
-    end ``report.md`` with its figures.
+    Writes three files into ``folder``: ``run.json`` (settings, seed, versions), ``rows.jsonl`` (one row per item, written
+    when it is measured), and at the end ``report.md`` with its figures.
 
     Args:
-        task: what is measured.
+        task: the task to run.
         dp: the model.
         options: an instance of ``task.Options``.
-        folder: where everything goes; it is made.
-        quantization: with which the model was loaded, as :meth:`DePass.from_pretrained` takes it.
+        folder: the output directory; it is created if needed.
+        quantization: the model's quantization, as given to :meth:`DePass.from_pretrained`.
 
     Returns:
         The report's path.
 
     Raises:
-        OptionError: the folder holds a run of another task or with other settings.
-        DataError: the data set cannot be read or has no items, or the rows cannot be read.
-        OutputError: the folder cannot be written, or another process is at work in it.
-        DePassError: what the task cannot do at all.
+        OptionError: the directory holds a run of another task or with other settings.
+        DataError: the data set or the rows cannot be read, or the data set is empty.
+        OutputError: the directory cannot be written, or another process is using it.
+        DePassError: the task cannot run at all.
     """
     folder, settings = Path(folder), _settings(task, dp, options, quantization)
     items = task.items(options)[: options.limit]
     if not items:
-        raise DataError(f"{options.data}: there is nothing to measure in it; give a data set with rows")
-    assert len({item.id for item in items}) == len(items), "an item's id names it"
+        raise DataError(f"{options.data} has no rows to measure; give a data set with rows")
+    assert len({item.id for item in items}) == len(items), "two items have the same id"
     with hold(folder):
-        made = described(folder / "run.json", _FORMAT, task.name, settings)
+        description = described(folder / "run.json", _FORMAT, task.name, settings)
         rows = _read(folder / "rows.jsonl")
         if any(item.id not in rows for item in items):
             began = time.monotonic()
-            now = session()
-            made["sessions"].append(now)
-            write_json(folder / "run.json", made)
+            this_session = session()
+            description["sessions"].append(this_session)
+            write_json(folder / "run.json", description)
             try:
                 _measure(task, dp, items, rows, options, folder)
             except (OutputError, KeyboardInterrupt) as stop:
                 say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
                 raise
-            now["seconds"] = round(time.monotonic() - began, 1)
-            write_json(folder / "run.json", made)
-        return _report(task, [rows[item.id] for item in items], made, options, folder)
+            this_session["seconds"] = round(time.monotonic() - began, 1)
+            write_json(folder / "run.json", description)
+        return _report(task, [rows[item.id] for item in items], description, options, folder)
 
 
 def _measure(
-    task: Task[Told], dp: DePass, items: Sequence[Item], rows: dict[str, Row], options: Told, folder: Path
+    task: Task[AnyTaskOptions],
+    dp: DePass,
+    items: Sequence[Item],
+    rows: dict[str, Row],
+    options: AnyTaskOptions,
+    folder: Path,
 ) -> None:
-    """Add the rows that are missing, on disk and to ``rows``."""
+    """Add the missing rows, on disk and to ``rows``."""
 
     def add(row: Row) -> None:
         assert row["id"] not in rows, f"two rows of item {row['id']}"
@@ -102,28 +107,30 @@ def _measure(
     assert not lost, f"no rows of the items {', '.join(lost)}"
 
 
-# What a run is of.
+# The settings of a run.
 
 
-def _settings(task: Task[Told], dp: DePass, options: Told, quantization: str | None) -> dict[str, Any]:
-    """All that rows depend on, as JSON has it; where the model lies changes no answer."""
-    given = dict(vars(options))
+def _settings(
+    task: Task[AnyTaskOptions], dp: DePass, options: AnyTaskOptions, quantization: str | None
+) -> dict[str, Any]:
+    """Everything that the rows depend on, as JSON. The model's device is not part of it."""
+    task_options = dict(vars(options))
     for name in task.files:
-        if given.get(name) is not None and Path(given[name]).is_file():
-            given[f"{name}_sha256"] = hashlib.sha256(_bytes(given[name])).hexdigest()
+        if task_options.get(name) is not None and Path(task_options[name]).is_file():
+            task_options[f"{name}_sha256"] = hashlib.sha256(_bytes(task_options[name])).hexdigest()
     defaults = dp.engine.defaults
     settings = {
         "dtype": dtype_name(dp.bound.dtype),
         "quantization": quantization,
         "backend": defaults.backend,
-        **given,
+        **task_options,
         "model": dp.name,
         "mlp_rule": defaults.rule,
         "temperature": defaults.temperature,
         "exclude_bos": defaults.exclude_bos,
     }
-    found: dict[str, Any] = json.loads(json.dumps(settings))
-    return found
+    as_json: dict[str, Any] = json.loads(json.dumps(settings))
+    return as_json
 
 
 def _bytes(path: str) -> bytes:
@@ -137,7 +144,7 @@ def _bytes(path: str) -> bytes:
 
 
 def _read(path: Path) -> dict[str, Row]:
-    """The rows by id. What a killed process left of a last line is cut off: its item has no row."""
+    """The rows by id. An unfinished last line, which a killed process can leave, is cut off; its item is measured again."""
     if not path.exists():
         return {}
     try:
@@ -153,40 +160,48 @@ def _read(path: Path) -> dict[str, Row]:
             row = json.loads(line)
             rows[row["id"]] = row
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number} is no row ({error}); delete the line") from error
+            raise DataError(f"{path}, line {number} is not a valid row ({error}); delete the line") from error
     return rows
 
 
 # The report.
 
 
-def _report(task: Task[Told], rows: Sequence[Row], said: dict[str, Any], options: Told, folder: Path) -> Path:
+def _report(
+    task: Task[AnyTaskOptions],
+    rows: Sequence[Row],
+    description: dict[str, Any],
+    options: AnyTaskOptions,
+    folder: Path,
+) -> Path:
     good = [row for row in rows if row["status"] == "ok"]
-    text = "\n\n".join([f"# {task.name}: {task.help}", _head(said), counts(rows), task.report(good, options, folder)])
+    text = "\n\n".join(
+        [f"# {task.name}: {task.help}", _head(description), counts(rows), task.report(good, options, folder)]
+    )
     path = folder / "report.md"
     write_atomically(path, (text.rstrip() + "\n").encode())
     return path
 
 
 def counts(rows: Sequence[Row]) -> str:
-    """How many rows are what, and why, in a sentence or a list."""
-    kinds = Counter(row["status"] for row in rows)
-    why = Counter((row["status"], row["reason"]) for row in rows if row["status"] != "ok")
-    said = f"{len(rows)} items: {kinds['ok']} ok, {kinds['skipped']} skipped, {kinds['error']} errors."
-    lines = [f"- {count} {status}: {reason}" for (status, reason), count in why.most_common(_REASONS)]
-    if len(why) > _REASONS:
-        rest = sum(count for _, count in why.most_common()[_REASONS:])
-        lines.append(f"- {rest} more, for {len(why) - _REASONS} other reasons: see rows.jsonl")
-    return "\n".join([said, "", *lines]).rstrip()
+    """The number of rows with each status, and a list of the reasons."""
+    statuses = Counter(row["status"] for row in rows)
+    reasons = Counter((row["status"], row["reason"]) for row in rows if row["status"] != "ok")
+    summary = f"{len(rows)} items: {statuses['ok']} ok, {statuses['skipped']} skipped, {statuses['error']} errors."
+    lines = [f"- {count} {status}: {reason}" for (status, reason), count in reasons.most_common(_REASONS)]
+    if len(reasons) > _REASONS:
+        others = sum(count for _, count in reasons.most_common()[_REASONS:])
+        lines.append(f"- {others} more, for {len(reasons) - _REASONS} other reasons: see rows.jsonl")
+    return "\n".join([summary, "", *lines]).rstrip()
 
 
-def _head(said: dict[str, Any]) -> str:
-    """Settings, when, with what, and how long the sessions took that were not stopped."""
-    shown = [f"{name} `{value}`" for name, value in said["settings"].items() if value is not None]
-    sessions = said["sessions"]
+def _head(description: dict[str, Any]) -> str:
+    """The settings, the date, the versions, and the time of the sessions that ran to their end."""
+    settings = [f"{name} `{value}`" for name, value in description["settings"].items() if value is not None]
+    sessions = description["sessions"]
     last = {name: value for name, value in sessions[-1].items() if value is not None}
-    took = sum(one["seconds"] or 0.0 for one in sessions)
-    stopped = sum(one["seconds"] is None for one in sessions)
-    made = [f"{name} {value}" for name, value in last.items() if name not in ("date", "seconds")]
-    besides = f" and {stopped} sessions that were stopped" if stopped else ""
-    return f"{', '.join(shown)}.\n\n{last['date']}: {took:.0f} s{besides}; {', '.join(made)}."
+    seconds = sum(past["seconds"] or 0.0 for past in sessions)
+    stopped = sum(past["seconds"] is None for past in sessions)
+    versions = [f"{name} {value}" for name, value in last.items() if name not in ("date", "seconds")]
+    besides = f", and {stopped} stopped sessions" if stopped else ""
+    return f"{', '.join(settings)}.\n\n{last['date']}: {seconds:.0f} s{besides}; {', '.join(versions)}."

@@ -1,4 +1,4 @@
-"""What reports are made of: intervals, areas, tables and figures."""
+"""Helpers for the reports: intervals, areas, tables and figures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESAMPLES = 2000
-# ours first; a method keeps its colour in every figure of a report
+# DePass first; a method keeps its colour in every figure of a report
 COLOURS = ("#0b62a4", "#c43d3d", "#d98b19", "#5d8a3a", "#8a5cb8", "#57a69a", "#b0649a", "#7a5c3e", "#4f4f9f", "#8c8c8c")
 LINES = ("-", "--", ":", "-.")
 
 
 class Mean(NamedTuple):
-    """A mean and the interval that a bootstrap gives it."""
+    """A mean and its bootstrap interval."""
 
     value: float
     low: float
@@ -34,7 +34,7 @@ class Mean(NamedTuple):
 
 
 def mean(values: Sequence[float], seed: int) -> Mean:
-    """The mean, and its 95 % percentile bootstrap interval over :data:`RESAMPLES` resamples of the values, from a seed."""
+    """The mean with its 95 % percentile bootstrap interval, from :data:`RESAMPLES` resamples of the values."""
     sample = torch.tensor(values, dtype=torch.float64)
     chance = torch.Generator().manual_seed(seed)
     means = torch.stack(
@@ -45,19 +45,19 @@ def mean(values: Sequence[float], seed: int) -> Mean:
 
 
 def area(x: Sequence[float], y: Tensor) -> Tensor:
-    """The area under curves ``y`` ``[..., K]`` over ``x`` by trapezoids, of the width of ``x``: their mean height."""
+    """The mean height of curves ``y`` ``[..., K]`` over ``x``: their area by trapezoids, divided by the width of ``x``."""
     at = torch.tensor(x, dtype=y.dtype)
     return torch.trapezoid(y, at) / (at[-1] - at[0])
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown, with numbers on the right."""
+    """A Markdown table; all columns but the first are aligned to the right."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches.
+    """An empty figure; width and height are in inches.
 
     Raises:
         DePassError: matplotlib is not installed.
@@ -70,8 +70,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Write a figure as PNG; the Markdown that shows it beside the report."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    write_atomically(path, drawn.getvalue())
+    """Write a figure as PNG, and return the Markdown that shows it in a report of the same directory."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_atomically(path, image.getvalue())
     return f"![{path.stem}]({path.name})"

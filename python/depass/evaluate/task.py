@@ -1,4 +1,4 @@
-"""What an evaluation is: items, one row of results for each, and a report of the rows."""
+"""Base classes of an evaluation: its items, one row of results per item, and a report on the rows."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(CommandOptions):
-    """What every task is told. A task adds fields of its own; the command makes its arguments of them.
+    """The options that all tasks share. A task adds its own fields; the command turns all fields into arguments.
 
     Attributes:
-        data: a file, or the name of a built-in set where the task knows some.
-        seed: of everything random.
-        limit: measure only the first so many items; None: all.
+        data: a file, or the name of a built-in set if the task has some.
+        seed: seed of all random numbers.
+        limit: measure only the first ``limit`` items; None: all.
 
     Raises:
-        OptionError: a field has a value that it cannot have.
+        OptionError: a field has an invalid value.
     """
 
-    data: str = field(metadata=argument("a data set (required)", metavar="FILE"))
-    seed: int = field(default=0, metadata=argument("of everything random (default: 0)", least=0))
+    data: str = field(metadata=argument("the data file (required)", metavar="FILE"))
+    seed: int = field(default=0, metadata=argument("seed of all random numbers (default: 0)", metavar="N", least=0))
     limit: int | None = field(default=None, metadata=argument("measure only the first N items", metavar="N", least=1))
 
 
-Told = TypeVar("Told", bound=TaskOptions)
+AnyTaskOptions = TypeVar("AnyTaskOptions", bound=TaskOptions)
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Item:
     """One thing to measure.
 
     Attributes:
-        id: its name among the items, by which a run that was stopped goes on.
-        data: what a task reads of it.
-        broken: why it cannot be measured, where its row of the data set is broken; it is counted, never measured.
+        id: its unique id; a resumed run uses it to find the items that are done.
+        data: the fields that the task reads.
+        broken: why its row of the data set is broken, or None. A broken item is counted but not measured.
     """
 
     id: str
@@ -50,47 +50,47 @@ class Item:
     broken: str | None = None
 
 
-class Task(ABC, Generic[Told]):
+class Task(ABC, Generic[AnyTaskOptions]):
     """One evaluation.
 
     Attributes:
-        name: on the command line.
-        help: what it measures, in a line.
-        Options: the class of its options, a frozen dataclass that begins with :class:`TaskOptions`.
-        files: names of the options that may name a file; what is in it belongs to a run's settings.
+        name: its name on the command line.
+        help: what it does, in one line.
+        Options: the class of its options, a frozen dataclass derived from :class:`TaskOptions`.
+        files: names of the options that may name a file. The file's content is part of a run's settings.
     """
 
     name: str
     help: str
-    Options: type[Told]
+    Options: type[AnyTaskOptions]
     files: tuple[str, ...] = ("data",)
 
     @abstractmethod
-    def items(self, options: Told) -> list[Item]:
+    def items(self, options: AnyTaskOptions) -> list[Item]:
         """All items; the run takes the first ``options.limit`` of them.
 
         Raises:
             DataError: the data set cannot be read.
         """
 
-    def prepare(self, dp: DePass, items: Sequence[Item], options: Told) -> Any:
-        """What the measuring of every item needs, of all items that are not broken; the same whenever it is called again."""
+    def prepare(self, dp: DePass, items: Sequence[Item], options: AnyTaskOptions) -> Any:
+        """Compute what all measurements share, from all items that are not broken. Every call must give the same result."""
 
     @abstractmethod
-    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: Told) -> Iterator[Row]:
-        """One row for each item, as they come: ``id``, ``status`` (``ok``, ``skipped`` or ``error``) and what was measured.
+    def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: AnyTaskOptions) -> Iterator[Row]:
+        """Yield one row per item: its ``id``, its ``status`` (``ok``, ``skipped`` or ``error``) and the measured values.
 
-        What is not ``ok`` says why as ``reason``. A row's numbers depend on its item and the options alone, not on what
-        other items are there: after a stop only the items without a row are given.
+        A row that is not ``ok`` gives the ``reason``. A row's numbers may depend only on its item and the options, not on
+        the other items, because a resumed run passes only the items without a row.
         """
 
     @abstractmethod
-    def report(self, rows: Sequence[Row], options: Told, folder: Path) -> str:
-        """The ``ok`` rows (there may be none) as Markdown; its figures are drawn into ``folder``."""
+    def report(self, rows: Sequence[Row], options: AnyTaskOptions, folder: Path) -> str:
+        """A Markdown report on the ``ok`` rows, which may be empty. Its figures are written into ``folder``."""
 
 
 def skipped(item: Item, reason: str, **more: Any) -> Row:
-    """The row of an item that says nothing: ``reason`` is one of few, for they are counted."""
+    """The row of an item that is not measured. Reports count the reasons, so use few different ones."""
     return {"id": item.id, "status": "skipped", "reason": reason, **more}
 
 

@@ -14,7 +14,7 @@ from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import Source
-from ..views.page import View, render
+from ..views.page import View, framed, render
 from .saved import kind_of, load_result, save_result
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Result(ABC):
             OutputError: the path cannot be written, or a score is NaN or infinite.
         """
         return render([(kind_of(self.FORMAT), self.page_view())], path)
+
+    def _repr_html_(self) -> str:
+        """The page of :meth:`to_html` in a frame: a notebook shows it where a result is a cell's last expression."""
+        return framed(self.to_html())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result atomically as safetensors with JSON metadata; :meth:`load` reads it.

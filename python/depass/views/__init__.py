@@ -1,1 +1,1 @@
-"""How results look: in the terminal, as pages, figures, and other tools' objects. Knows no result class."""
+"""Views of results: the terminal, HTML pages, figures, and other tools' objects. No view imports a result class."""

@@ -1,4 +1,4 @@
-"""What the terminal's views, the pages and the figures have in common."""
+"""Code that the terminal views, the pages and the figures share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import Source
 
-NUMBERED = 16  # columns of a sweep whose cells have room for their numbers
-GRID = 64  # columns of a sweep that are drawn one by one; more of them (neurons) are summed up or listed
+NUMBERED = 16  # up to so many columns of a sweep, each cell shows its number
+GRID = 64  # up to so many columns of a sweep are drawn; with more (neurons), a view shows sums or a list
 
 
 class Explained(Protocol):
-    """What every result has: targets, and scores ``[targets, ...]`` of each."""
+    """The part that all results share: targets, and scores ``[targets, ...]``."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -44,7 +44,7 @@ class Scored(Explained, Protocol):
 
 
 class Grid(Explained, Protocol):
-    """Scores ``[targets, layers, columns]`` of a decomposition for each layer."""
+    """Scores ``[targets, layers, columns]``: one decomposition per layer."""
 
     @property
     def rest(self) -> Tensor: ...  # noqa: D102
@@ -64,7 +64,7 @@ AnyScored = TypeVar("AnyScored", bound=Scored)
 
 
 def components(res: Scored) -> list[int]:
-    """The columns whose sources are the model's own parts and lie nowhere in the prompt."""
+    """The columns whose sources are components of the model (heads, neurons), not parts of the prompt."""
     return [
         index
         for index, source in enumerate(res.sources)
@@ -73,20 +73,20 @@ def components(res: Scored) -> list[int]:
 
 
 def scale(res: Scored, row: int) -> float:
-    """The score that is drawn in full colour: the largest; beside components, whose ``rest`` would drown them, theirs."""
+    """The score drawn in full colour: the largest one. Beside components ``rest`` does not count: it would drown them."""
     scores = res.scores[row]
-    among = components(res)
-    return float((scores[among] if among else scores).abs().max()) or 1.0
+    named = components(res)
+    return float((scores[named] if named else scores).abs().max()) or 1.0
 
 
 def abridged(res: AnyScored, sizes: Tensor, most: int) -> AnyScored:
-    """The ``most`` components with the largest ``sizes`` ``[sources]``, largest first, and the others as one sum."""
-    among = components(res)
-    order = [among[rank] for rank in sizes[among].argsort(descending=True, stable=True).tolist()]
+    """The ``most`` components with the largest ``sizes`` ``[sources]``, largest first, and the sum of the others."""
+    named = components(res)
+    order = [named[rank] for rank in sizes[named].argsort(descending=True, stable=True).tolist()]
     others = order[most:]
     if not others:
         return res
-    kept = [*sorted(set(range(len(res.sources))) - set(among)), *order[:most]]
+    kept = [*sorted(set(range(len(res.sources))) - set(named)), *order[:most]]
     return replace(
         res,
         scores=torch.cat([res.scores[:, kept], res.scores[:, others].sum(1, keepdim=True)], 1),
@@ -95,23 +95,23 @@ def abridged(res: AnyScored, sizes: Tensor, most: int) -> AnyScored:
 
 
 def headings(sweep: Grid) -> list[str]:
-    """What stands over a sweep's columns."""
+    """The headings of a sweep's columns."""
     return ["attention", "MLP"] if sweep.kind == "modules" else [str(column) for column in sweep.columns]
 
 
 def beside(sweep: Grid) -> list[tuple[str, Tensor]]:
-    """What stands beside a sweep's components: ``rest``, and ``bias`` where there is any; ``[targets, layers]`` each.
+    """The columns beside a sweep's components: ``rest``, and ``bias`` unless it is zero; ``[targets, layers]`` each.
 
-    Nothing beside a baseline's, which has none.
+    A baseline's sweep has none.
     """
-    found: list[tuple[str, Tensor]] = []
+    columns: list[tuple[str, Tensor]] = []
     if not sweep.settings.adds_up:
-        return found
-    for what, scores in (("rest", sweep.rest), ("bias", sweep.bias)):
-        if what == "bias" and not bool(scores.any()):
+        return columns
+    for label, scores in (("rest", sweep.rest), ("bias", sweep.bias)):
+        if label == "bias" and not bool(scores.any()):
             continue
-        if sweep.kind == "modules":  # each of the two is a decomposition of its own
-            found += [(f"{what} of {of}", scores[:, :, index]) for index, of in enumerate(("attn", "MLP"))]
+        if sweep.kind == "modules":  # attention and MLP are decomposed separately
+            columns += [(f"{label} of {module}", scores[:, :, index]) for index, module in enumerate(("attn", "MLP"))]
         else:
-            found.append((what, scores))
-    return found
+            columns.append((label, scores))
+    return columns

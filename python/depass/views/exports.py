@@ -1,6 +1,6 @@
-"""Results as other tools' own: inseq's and captum's result objects, and a CircuitsVis figure.
+"""Converts results to other tools' objects: inseq's and captum's results, and a CircuitsVis figure.
 
-They are reached as ``res.to_inseq()``, ``res.to_captum()`` and ``res.to_circuitsvis()``.
+The methods ``res.to_inseq()``, ``res.to_captum()`` and ``res.to_circuitsvis()`` call these functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .drawing import Scored
 
 
 def to_captum(res: Scored) -> Any:
-    """captum's result for language models: a row for each target, a column for each source, ``rest`` and ``bias`` too.
+    """captum's result for language models: one row per target, one column per source (``rest`` and ``bias`` included).
 
     Raises:
         DePassError: captum is not installed.
@@ -31,7 +31,7 @@ def to_captum(res: Scored) -> Any:
 
 
 def to_inseq(res: Scored) -> Any:
-    """inseq's result, of one sequence: the sources are its source, the targets its target, the logits a step score.
+    """inseq's result for one sequence. The target logits become the step score ``logit``.
 
     Raises:
         DePassError: inseq is not installed.
@@ -46,7 +46,9 @@ def to_inseq(res: Scored) -> Any:
     ]
     sequence = CoarseFeatureAttributionSequenceOutput(
         source=[TokenWithId(source.label, number) for source, number in zip(res.sources, ids, strict=True)],
-        target=[TokenWithId(one.label, one.token_ids[0] if one.kind == "token" else -1) for one in res.targets],
+        target=[
+            TokenWithId(target.label, target.token_ids[0] if target.kind == "token" else -1) for target in res.targets
+        ],
         source_attributions=res.scores.T.clone(),
         step_scores={"logit": res.target_logits.clone()},
         sequence_scores={},
@@ -62,10 +64,10 @@ def to_inseq(res: Scored) -> Any:
 
 
 def to_circuitsvis(res: Scored) -> Any:
-    """CircuitsVis's coloured tokens: the sources, coloured by the target that is pointed at.
+    """CircuitsVis's coloured tokens: point at a target to colour the sources by its scores.
 
-    A notebook shows it. ``.local_src`` is the figure's HTML with all that it needs in it; ``str()`` of it loads scripts from
-    the network.
+    A notebook displays the object. ``.local_src`` is HTML that needs no network; ``str()`` gives HTML that loads scripts
+    from the network.
 
     Raises:
         DePassError: CircuitsVis is not installed.

@@ -13,37 +13,39 @@ from .drawing import GRID, NUMBERED, Grid, headings
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _RAISES, _LOWERS = "#da6662", "#6283da"  # the pages' red and blue on white
-_TICKS = 40  # layers or columns that have room for a label each
-_LISTED = 20  # neurons that are named
+_TICKS = 40  # up to so many layers or columns, each has a tick label
+_LISTED = 20  # neurons listed by name
 
 
 def heat_map(sweep: Grid, path: str | os.PathLike[str], target: int) -> None:
-    """Layers down, components across, red for what raises the logit and blue for what lowers it.
+    """Draw a sweep: layers down, components across; red raises the logit, blue lowers it.
 
-    For more components than a map can show (neurons): their positive and negative sums by layer, and the largest.
+    A sweep with too many components for a map (neurons) becomes two bar charts: the positive and negative sums of each
+    layer, and the components with the largest scores.
 
     Raises:
-        OutputError: the path cannot be written, or its suffix names no picture.
+        OutputError: the path cannot be written, or its suffix is not that of an image format.
         DePassError: matplotlib is not installed.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise OutputError(f"cannot draw {os.fspath(path)}: its suffix must be one of {', '.join(SUFFIXES)}")
+        raise OutputError(f"cannot draw {os.fspath(path)}: the file name must end in one of {', '.join(SUFFIXES)}")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DePassError("plot needs matplotlib: pip install 'depass-kernels[plots]'") from error
     figure = Figure(layout="constrained")
-    said = sweep.targets[target]
-    title = f"{said.label!r} after token {said.position + 1}: logit {float(sweep.target_logits[target]):.2f}"
+    explained = sweep.targets[target]
+    logit = float(sweep.target_logits[target])
+    title = f"Target {explained.label!r} after token {explained.position + 1}: logit {logit:.2f}"
     figure.suptitle(title, fontsize=10, parse_math=False)
     if len(sweep.columns) <= GRID:
         _map(figure, sweep, target)
     else:
         _sums(figure, sweep, target)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=suffix[1:], dpi=150)
-    write_atomically(path, drawn.getvalue())
+    image = io.BytesIO()
+    figure.savefig(image, format=suffix[1:], dpi=150)
+    write_atomically(path, image.getvalue())
 
 
 def _map(figure: Any, sweep: Grid, target: int) -> None:
@@ -60,7 +62,7 @@ def _map(figure: Any, sweep: Grid, target: int) -> None:
     image = axes.imshow(
         scores.numpy(), cmap=colours, vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest"
     )
-    figure.colorbar(image, ax=axes, label=_unit(sweep), aspect=40, pad=0.02)
+    figure.colorbar(image, ax=axes, label=f"score ({_unit(sweep)})", aspect=40, pad=0.02)
     if numbered:
         for row, line in enumerate(scores.tolist()):
             for column, score in enumerate(line):
@@ -69,8 +71,7 @@ def _map(figure: Any, sweep: Grid, target: int) -> None:
     axes.set_xticks(
         range(0, columns, every), names[::every], fontsize=8, rotation=90 if max(map(len, names)) > 9 else 0
     )
-    if sweep.kind != "modules":
-        axes.set_xlabel(sweep.kind.removesuffix("s"))
+    axes.set_xlabel({"heads": "attention head", "neurons": "neuron", "modules": "module"}[sweep.kind])
     _layers(axes, sweep)
 
 
@@ -81,22 +82,23 @@ def _sums(figure: Any, sweep: Grid, target: int) -> None:
     for sums, colour in ((scores.clamp(min=0).sum(1), _RAISES), (scores.clamp(max=0).sum(1), _LOWERS)):
         left.barh(range(len(scores)), sums.tolist(), color=colour)
     left.set_ylim(len(scores) - 0.5, -0.5)
-    left.set_title(f"all {scores.shape[1]} {sweep.kind} of a layer: positive and negative scores", fontsize=9)
+    left.set_title(f"positive and negative sums over each layer's {scores.shape[1]} {sweep.kind}", fontsize=9)
+    left.set_xlabel(f"sum of scores ({_unit(sweep)})")
     _layers(left, sweep)
     top = sweep.top(_LISTED, target)
     values = [score for _, score in top]
     right.barh(range(len(top)), values, color=[_RAISES if score > 0 else _LOWERS for score in values])
     right.set_yticks(range(len(top)), [source.label for source, _ in top], fontsize=8)
     right.set_ylim(len(top) - 0.5, -0.5)
-    right.set_title(f"the {len(top)} largest", fontsize=9)
+    right.set_title(f"the {len(top)} largest scores by absolute value", fontsize=9)
+    right.set_xlabel(f"score ({_unit(sweep)})")
     for axes in (left, right):
-        axes.set_xlabel(_unit(sweep))
         axes.axvline(0, color="black", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
 
 
 def _unit(sweep: Grid) -> str:
-    return f"score ({'logits' if sweep.settings.adds_up else sweep.settings.method})"
+    return "logits" if sweep.settings.adds_up else f"unit of {sweep.settings.method}"
 
 
 def _layers(axes: Any, sweep: Grid) -> None:

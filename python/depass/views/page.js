@@ -1,5 +1,5 @@
 "use strict";
-// Draws the results in #data. Text goes into the page as text nodes alone, so nothing that a token says is ever parsed.
+// Draws the results in #data. All text becomes text nodes, so no token is ever parsed as HTML.
 const views = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 const ink = share => `rgb(${share > 0 ? "205 50 45" : "60 105 225"} / ${(0.75 * Math.min(1, Math.abs(share))).toFixed(3)})`;
@@ -11,14 +11,14 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function button(what, act) {
-  const made = make("button", "", what);
-  made.type = "button";
-  made.onclick = act;
-  return made;
+function button(label, act) {
+  const element = make("button", "", label);
+  element.type = "button";
+  element.onclick = act;
+  return element;
 }
 
-// One stop for the tab key; from there the arrows go on by reading order, and up and down by what lies nearest.
+// The tab key stops once per group. Left and right follow the reading order; up and down go to the nearest item.
 function arrows(group, items, choose) {
   items.forEach((item, index) => { item.tabIndex = index ? -1 : 0; });
   group.addEventListener("focusin", event => {
@@ -47,13 +47,13 @@ function beyond(items, at, down) {
     return [box.left + box.width / 2, box.top + box.height / 2];
   };
   const [x, y] = centre(items[at]);
-  let found, least = Infinity;
+  let nearest, least = Infinity;
   for (const item of items) {
     const [left, top] = centre(item), lines = (top - y) * down;
-    const far = 1000 * lines + Math.abs(left - x);  // the nearest line first, then the nearest in it
-    if (lines > 4 && far < least) [found, least] = [item, far];
+    const far = 1000 * lines + Math.abs(left - x);  // the nearest line first, then the nearest item in it
+    if (lines > 4 && far < least) [nearest, least] = [item, far];
   }
-  return found;
+  return nearest;
 }
 
 function radios(group, items, choose) {
@@ -104,7 +104,7 @@ function draw(view) {
   const section = make("section", "");
   const digits = () => Math.min(9, Math.max(2, 1 - Math.floor(Math.log10(view.largest[row]))));
   const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits());
-  const marks = [];  // what is coloured: elements with the index of their score
+  const marks = [];  // the coloured elements, each with the index of its score
 
   function mark(tag, className, index, text, number) {
     const element = make(tag, "mark " + className, ...text.split(/(?=\n+$)/));
@@ -113,7 +113,7 @@ function draw(view) {
     marks.push(element);
     return element;
   }
-  const addNumber = element => element.firstChild.after(make("span", "number"));  // before the break that a line ends with
+  const addNumber = element => element.firstChild.after(make("span", "number"));  // before a line break at the end
   const said = index => [view.places[index] && `token ${view.places[index]}`, view.names[index], signed(view.scores[row][index])]
     .filter(Boolean).join("  ");
 
@@ -135,7 +135,7 @@ function draw(view) {
     section.append(make("h2", "", "Target"), choices);
   }
   if (view.generated)
-    section.append(make("p", "hint", "Choose a generated token, with a click or the arrow keys, to see what it owes to what."));
+    section.append(make("p", "hint", "Choose a generated token with a click or the arrow keys to see what contributed to it."));
   section.append(figure);
 
   const prompt = text(view.prompt);
@@ -158,7 +158,7 @@ function draw(view) {
     generated = [...after.children];
     generated.forEach(token => token.classList.add("choice"));
     tokens.push(...generated.filter(token => token.dataset.index));
-    figure.append(make("h2", "", "Generated"), after);
+    figure.append(make("h2", "", "Generated tokens"), after);
     radios(after, generated, select);
   }
 
@@ -173,7 +173,7 @@ function draw(view) {
         if (box.checked) addNumber(token); else token.querySelector(".number").remove();
       paint();
     };
-    tools.append(make("label", "", box, "numbers"));
+    tools.append(make("label", "", box, "Show scores"));
   }
   const lines = make("tbody", ""), most = make("figcaption", ""), largest = make("figure", "", most, make("table", "top", lines));
   section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))));
@@ -193,12 +193,12 @@ function draw(view) {
     const score = view.scores[row][index], bar = make("div", "bar");
     bar.style.width = 100 * Math.min(1, Math.abs(score) / most) + "%";
     bar.style.backgroundColor = ink(Math.sign(score));
-    const made = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)), make("td", "", bar));
-    if (view.places.some(Boolean)) made.prepend(make("td", "place", view.places[index]));
+    const line = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)), make("td", "", bar));
+    if (view.places.some(Boolean)) line.prepend(make("td", "place", view.places[index]));
     const outline = on => () => marks.forEach(mark => mark.classList.toggle("shown", on && mark.dataset.index === String(index)));
-    made.onpointerenter = outline(true);
-    made.onpointerleave = outline(false);
-    return made;
+    line.onpointerenter = outline(true);
+    line.onpointerleave = outline(false);
+    return line;
   }
 
   function select(chosen) {
@@ -225,8 +225,8 @@ function draw(view) {
   return section;
 }
 
-function explain(element, what) {
-  tip.textContent = what;
+function explain(element, text) {
+  tip.textContent = text;
   tip.hidden = false;
   const box = element.getClientRects()[0], {width, height} = tip.getBoundingClientRect();
   const left = Math.min(box.left + box.width / 2 - width / 2, document.documentElement.clientWidth - width - 8);
@@ -234,10 +234,10 @@ function explain(element, what) {
   tip.style.top = (box.top > height + 6 ? box.top - height - 5 : box.bottom + 5) + "px";
 }
 
-// A figure as it stands on the page, of rectangles and texts alone, which every program that reads SVG can show.
+// The figure as SVG. It uses only rectangles and texts, which every program that reads SVG can show.
 function picture(figure) {
   const space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg"), origin = figure.getBoundingClientRect();
-  let wide = 0, high = 0;  // of what is drawn so far
+  let wide = 0, high = 0;  // size of the drawing so far
   const round = x => Math.round(100 * x) / 100;
   function put(tag, box, attributes, content = "") {
     const element = document.createElementNS(space, tag);
@@ -283,7 +283,7 @@ function picture(figure) {
   return new XMLSerializer().serializeToString(svg);
 }
 
-// A text node in runs of letters that touch: broken at the end of a line, and where the direction of writing turns.
+// Splits a text node into runs of adjacent letters, at line ends and where the direction of writing changes.
 function broken(node, range) {
   const runs = [];
   for (const {segment: letter, index} of new Intl.Segmenter().segment(node.data)) {
@@ -304,7 +304,7 @@ function broken(node, range) {
 
 function save(figure, name) {
   const link = document.createElement("a");
-  figure.classList.add("whole");  // what a box scrolls as well
+  figure.classList.add("whole");  // includes the part that is scrolled out of view
   link.href = URL.createObjectURL(new Blob([picture(figure)], {type: "image/svg+xml"}));
   figure.classList.remove("whole");
   link.download = name.replace(/[^\w.-]+/g, "-") + ".svg";
@@ -322,7 +322,12 @@ if (views.length > 1) {
   radios(results, [...results.children], open);
 }
 document.getElementById("theme").onclick = () => {
-  const root = document.documentElement.style, asked = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  root.colorScheme = (root.colorScheme || asked) === "dark" ? "light" : "dark";
+  const root = document.documentElement.style, preferred = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  root.colorScheme = (root.colorScheme || preferred) === "dark" ? "light" : "dark";
 };
 open(0);
+if (parent !== window) {  // a notebook's frame, which takes the height of its content
+  const tellHeight = () => parent.postMessage(document.body.offsetHeight, "*");
+  addEventListener("message", tellHeight);
+  new ResizeObserver(tellHeight).observe(document.body);
+}

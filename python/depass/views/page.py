@@ -1,9 +1,10 @@
-"""The page: results as one standalone HTML file. Here is what it says; ``page.js`` draws it."""
+"""The page: results as one standalone HTML file. This module writes its texts and data; ``page.js`` draws them."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import math
 import os
@@ -21,15 +22,17 @@ from ..inputs.settings import Settings
 from ..sources.source import Source, name
 from .drawing import GRID, NUMBERED, Explained, Grid, Scored, abridged, beside, components, headings, scale
 
-View: TypeAlias = dict[str, Any]  # what ``page.js`` draws of one result
-_KEPT = 200  # components of an attribution; the others are one sum
-_LISTED, _LISTED_COMPONENTS = 12, 50  # largest contributions, and those that are shown nowhere else
-_LONGEST = 60  # characters of a name; longer ones are cut in the middle
-_DIGITS = 5  # of a score, significant
+View: TypeAlias = dict[str, Any]  # the data of one result, as ``page.js`` reads them
+_KEPT = 200  # components of an attribution that are shown; the others become one sum
+_LISTED, _LISTED_COMPONENTS = 12, 50  # lengths of the list of largest contributions
+_LONGEST = 60  # characters of a name; longer names are cut in the middle
+_DIGITS = 5  # significant digits of a score
+_SINGULAR = {"heads": "attention head", "neurons": "neuron", "modules": "module"}
+_FRAME_HEIGHT = 480  # pixels, until the page in the frame has told its height
 
 
-# control characters, those that turn the direction of what follows, and those without any shape but the joiners of emoji and
-# scripts; nothing that a program reading SVG would refuse
+# control characters, characters that change the direction of writing, and invisible characters, except the joiners of emoji
+# and scripts; a program that reads SVG may refuse them
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\u3164\ud800-\udfff\ufeff"
     "\uffa0\ufffe\uffff\U000e0000-\U000e007f]"
@@ -37,50 +40,69 @@ _UNSEEN = re.compile(
 
 
 def render(views: Sequence[tuple[str, View]], path: str | os.PathLike[str] | None = None) -> str:
-    """One page of named results, which loads nothing from outside and parses no token as HTML; written to ``path`` if given.
+    """One page of named results; written to ``path`` if given. It loads nothing, and no token is parsed as HTML.
 
     Raises:
-        OutputError: the path cannot be written, or a score is no number.
+        OutputError: the path cannot be written, or a score is NaN or infinite.
     """
-    for called, view in views:
+    for result_name, view in views:
         if not all(math.isfinite(score) for row in view["scores"] for score in row):
-            raise OutputError(f"{called} cannot be shown: a score is NaN or infinite")
-    data = [{"name": _seen(called), **view} for called, view in views]
-    folder = files(__package__)
+            raise OutputError(f"{result_name} cannot be shown: a score is NaN or infinite")
+    data = [{"name": _seen(result_name), **view} for result_name, view in views]
+    directory = files(__package__)
     template, style, script = (
-        folder.joinpath(file).read_text(encoding="utf-8") for file in ("page.html", "page.css", "page.js")
+        directory.joinpath(file).read_text(encoding="utf-8") for file in ("page.html", "page.css", "page.js")
     )
     parts = {
         "STYLE": style.strip(),
         "SCRIPT": script,
         "HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        # no text may end the script element that it stands in
+        # no text may close the script element that contains it
         "DATA": json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     }
-    # one pass over the template, so that nothing a prompt says is taken for a place in it
-    html = re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], template)
+    # one pass over the template: a placeholder in a prompt must not be filled in
+    page = re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], template)
     if path is not None:
-        write_atomically(path, html.encode())
-    return html
+        write_atomically(path, page.encode())
+    return page
+
+
+def framed(page: str) -> str:
+    """A page as an ``<iframe>`` for a notebook's cell.
+
+    The frame is a document of its own: its styles, element ids and scripts do not meet those of the notebook or of another
+    result. ``sandbox`` keeps its scripts from reading the notebook, and still allows its button to save an SVG. The page
+    tells its height by a message; where the notebook runs no ``onload``, the frame keeps its first height and scrolls.
+    """
+    fit = (
+        "window.addEventListener('message', event => { "
+        "if (event.source === this.contentWindow) this.height = event.data; "
+        "}); this.contentWindow.postMessage('height', '*')"
+    )
+    return (
+        f'<iframe title="DePass result" sandbox="allow-scripts allow-downloads" width="100%" height="{_FRAME_HEIGHT}" '
+        f'style="border: 0" onload="{html.escape(fit)}" srcdoc="{html.escape(page)}"></iframe>'
+    )
 
 
 def attribution_view(res: Scored) -> View:
-    """A prompt whose parts are coloured, and the largest of them."""
+    """The view of an attribution: the prompt with its parts coloured, and a list of the largest contributions."""
     largest = [scale(res, row) for row in range(len(res.targets))]
     res = abridged(res, res.scores.abs().amax(0), _KEPT)
-    among = components(res)
-    ranked = among[:_KEPT] or list(range(len(res.sources)))  # behind those is the sum of the others
-    many = len(ranked) > GRID and bool(among)
+    named = components(res)
+    ranked = named[:_KEPT] or list(range(len(res.sources)))  # the sum of the others comes after these
+    many = len(ranked) > GRID and bool(named)
     facts = _facts(res.settings)
     if res.settings.adds_up:
-        facts.append("first token excluded from later MLPs" if res.settings.exclude_bos else "no token excluded")
+        excluded = "first token excluded from later tokens' MLPs"
+        facts.append(excluded if res.settings.exclude_bos else "no token excluded from the MLPs")
     if res.settings.aggregated:
-        facts.append(f"summed up to {res.settings.aggregated}s")
-    what = "the model's own parts" if among else "each part of its prompt"
+        facts.append(f"scores summed by {res.settings.aggregated}")
+    parts = "component of the model" if named else "part of the prompt"
     return {
-        "question": f"What the model's next token owes to {what}",
+        "question": f"How much each {parts} contributed to the target",
         "facts": " · ".join(facts),
-        **_words(res.settings, "They are signed, and all of them together add up to the target's logit."),
+        **_words(res.settings, "They add up to the target's logit."),
         "targets": [_target(res, row, _after(res, row)) for row in range(len(res.targets))],
         "scores": _rounded(res.scores),
         "largest": largest,
@@ -94,12 +116,12 @@ def attribution_view(res: Scored) -> View:
 
 
 def generation_view(res: Scored, tokens: Sequence[str]) -> View:
-    """A prompt and the ``tokens`` that were generated behind it, each with its own sources."""
-    begin = len(res.prompt.tokens) - len(tokens) + 1  # the last generated token is the source of nothing
+    """The view of a generation: the prompt, and the generated ``tokens``, each with its own scores."""
+    begin = len(res.prompt.tokens) - len(tokens) + 1  # the last generated token is not a source
     sources = {source.start: index for index, source in enumerate(res.sources)}
     return {
         **attribution_view(res),
-        "question": "What each generated token owes to the text before it",
+        "question": "How much the text before each generated token contributed to it",
         "targets": [_target(res, row, f"generated token {row + 1}") for row in range(len(res.targets))],
         "prompt": _pieces(res, begin),
         "generated": [[_seen(text) or "·", sources.get(begin + row)] for row, text in enumerate(tokens)],
@@ -107,17 +129,18 @@ def generation_view(res: Scored, tokens: Sequence[str]) -> View:
 
 
 def sweep_view(sweep: Grid) -> View:
-    """A map of layers and components, or for more than a map can show their sums by layer, and the largest."""
+    """The view of a sweep: a map of layers and components, or their sums by layer where a map would be too wide."""
     kind, rows = sweep.kind, range(len(sweep.targets))
     whole = len(sweep.columns) <= GRID
     cells = _Cells(sweep, whole)
-    sums = (
-        "A row with what stands beside it adds up to the target's logit: every layer is a decomposition of its own, and "
-        "layers are compared, not added up."
+    separately = (
+        "Attention and MLP of each layer are decomposed separately: the score of each, its remainder (rest) and its bias"
+        if kind == "modules"
+        else "Each layer is decomposed separately: its scores, the remainder (rest) and the bias"
     )
+    sums = f"{separately} add up to the target's logit. So compare layers; do not add them up."
     return {
-        "question": f"Which {'attention heads' if kind == 'heads' else kind} raise or lower the model's next token, "
-        "layer by layer",
+        "question": f"How much each {_SINGULAR[kind]} contributed to the target, layer by layer",
         "facts": " · ".join([*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {kind}"]),
         **_words(sweep.settings, sums),
         "targets": [_target(sweep, row, _after(sweep, row)) for row in rows],
@@ -132,21 +155,21 @@ def sweep_view(sweep: Grid) -> View:
         "map": {
             "columns": [{"name": heading, "beside": beside} for heading, beside in cells.headings],
             "layers": list(sweep.layers),
-            "across": kind.removesuffix("s") if whole else f"sum of the {kind} that",
+            "across": _SINGULAR[kind] if whole else f"sum of {_SINGULAR[kind]} scores",
             "numbered": cells.numbered,
         },
     }
 
 
 class _Cells:
-    """The cells of a sweep's map, row by row, and behind them the largest components where the map has sums alone.
+    """The cells of a sweep's map, row by row. A map of sums has the largest components appended to them.
 
     Attributes:
         scores: ``[targets, cells]``.
-        names: of each cell.
-        largest: of each target, the score in full colour.
-        ranked: the cells that are listed by size.
-        headings: of each column, and whether it stands beside the components.
+        names: the name of each cell.
+        largest: for each target, the score drawn in full colour.
+        ranked: the cells that the list of largest contributions takes from.
+        headings: for each column, its heading and whether it stands beside the components (``rest``, ``bias``).
     """
 
     def __init__(self, sweep: Grid, whole: bool) -> None:
@@ -154,9 +177,9 @@ class _Cells:
             columns = list(zip(headings(sweep), sweep.scores.unbind(2), strict=True))
             names = [[sweep.source(row, c).label for c in range(len(columns))] for row in range(len(sweep.layers))]
         else:
-            signs = (("raise", sweep.scores.clamp(min=0)), ("lower", sweep.scores.clamp(max=0)))
-            columns = [(does, scores.sum(2)) for does, scores in signs]
-            names = [[f"L{layer} {sweep.kind} that {does}" for does, _ in columns] for layer in sweep.layers]
+            signs = (("positive", sweep.scores.clamp(min=0)), ("negative", sweep.scores.clamp(max=0)))
+            columns = [(sign, scores.sum(2)) for sign, scores in signs]
+            names = [[f"L{layer} {sweep.kind}, {sign}" for sign, _ in columns] for layer in sweep.layers]
         apart = beside(sweep)
         width = len(columns) + len(apart)
         cells = torch.stack([scores for _, scores in [*columns, *apart]], 2)  # [targets, layers, width]
@@ -167,10 +190,10 @@ class _Cells:
         self.names = [
             name
             for layer, line in zip(sweep.layers, names, strict=True)
-            for name in (*line, *(f"L{layer} {what}" for what, _ in apart))
+            for name in (*line, *(f"L{layer} {label}" for label, _ in apart))
         ]
         self.ranked = [cell for cell in range(len(self.names)) if cell % width < len(columns)]
-        if not whole:  # the largest neurons stand behind the cells and are listed alone
+        if not whole:  # the largest neurons come after the cells; only they are listed
             order = sweep.scores.flatten(1).abs().argsort(dim=1, descending=True, stable=True)
             best = sorted(set(order[:, :_LISTED_COMPONENTS].flatten().tolist()))
             self.ranked = list(range(len(self.names), len(self.names) + len(best)))
@@ -180,17 +203,19 @@ class _Cells:
 
 def _facts(settings: Settings) -> list[str]:
     if not settings.adds_up:
-        return [settings.model, settings.dtype, f"scores by {settings.method}, which promise no sum"]
+        return [settings.model, settings.dtype, f"baseline {settings.method}"]
     rule = f"{settings.rule}, temperature {settings.temperature:g}" if settings.rule == "softmax" else settings.rule
     layers = f"layers {settings.start_layer} to {settings.stop_layer}"
-    return [settings.model, settings.dtype, f"MLPs shared by {rule}", layers]
+    return [settings.model, settings.dtype, f"MLP rule {rule}", layers]
 
 
 def _words(settings: Settings, sums: str) -> dict[str, str]:
-    """What scores are in and what their signs mean; ``sums`` says what they add up to."""
+    """The texts about the scores' unit and signs; ``sums`` says what the scores add up to."""
     if settings.adds_up:
-        return {"low": "lowers the logit", "high": "raises the logit", "hint": f"Scores are logits. {sums}"}
-    hint = f"Scores are by {settings.method}, in units of its own. They promise no sum."
+        return {"low": "lowers the logit", "high": "raises the logit", "hint": f"Scores are in logits. {sums}"}
+    hint = (
+        f"The scores are those of the baseline {settings.method}, in its own unit. They need not add up to the logit."
+    )
     return {"low": "lowest", "high": "highest", "hint": hint}
 
 
@@ -206,12 +231,12 @@ def _after(res: Explained, row: int) -> str:
 
 
 def _pieces(res: Scored, end: int) -> list[list[Any]]:
-    """The first ``end`` tokens, runs of one source together, each with its source's index; None where none is of it."""
+    """The first ``end`` tokens, adjacent tokens of one source joined, each with its source's index (None: no source)."""
     tokens = res.prompt.tokens[:end]
     if components(res):
         return [[_seen("".join(tokens)), None]]
     rest = next((index for index, source in enumerate(res.sources) if source.kind == "rest"), None)
-    owner: list[int | None] = [rest] * len(res.prompt.tokens)  # where there is no rest, the sources cover every token
+    owner: list[int | None] = [rest] * len(res.prompt.tokens)  # without a rest, the sources cover every token
     for index, source in enumerate(res.sources):
         if source.start is not None and source.end is not None:
             owner[source.start : source.end] = [index] * (source.end - source.start)
@@ -225,16 +250,16 @@ def _pieces(res: Scored, end: int) -> list[list[Any]]:
 
 
 def _place(source: Source) -> str:
-    """A source's tokens, counted from 1."""
+    """The numbers of a source's tokens, counted from 1."""
     if source.start is None or source.end is None:
         return ""
     return str(source.end) if source.end == source.start + 1 else f"{source.start + 1}–{source.end}"
 
 
 def _seen(text: str) -> str:
-    """Text with an escape for each character that would not be seen, or would change how others are."""
+    """Text with escapes for characters that are invisible or change how other characters look."""
     marked = text.replace("\n", "↵\n").replace("\t", "→\t")
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), marked)
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), marked)
 
 
 def _short(label: str) -> str:

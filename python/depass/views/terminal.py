@@ -1,4 +1,4 @@
-"""The terminal views: scores as strips over their sources or as a grid of layers and components, signed and coloured."""
+"""The terminal views: coloured sources with their signed scores, or a grid of layers and components."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..sources.source import name
 from .drawing import GRID, Explained, Grid, Scored, abridged, beside, components, headings, scale
 
 _POSITIVE, _NEGATIVE, _PAPER = (205, 50, 45), (45, 90, 205), (255, 255, 255)
-_FAINT = 0.05  # of the largest score; below it a source keeps the terminal's own colours
+_FAINT = 0.05  # share of the largest score; a smaller score gets no colour
 _LONGEST = 24  # cells; longer labels are cut in the middle
-_MANY, _FEW = 60, 40  # more components than _MANY are cut to the _FEW largest
-_LISTED = 20  # components of a sweep that is too wide for a grid
-_NUMBER, _GUTTER = 7, 7  # cells of a number and of a layer's
+_MANY, _FEW = 60, 40  # with more than _MANY components, only the _FEW largest are shown
+_LISTED = 20  # components listed for a sweep that is too wide for a grid
+_NUMBER, _GUTTER = 7, 7  # width in cells of a score and of a layer's number
 
 
 def show(res: Scored, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print ``res`` to ``file`` (stdout), wrapped to ``width`` columns (the terminal's)."""
+    """Print ``res`` to ``file`` (default: stdout), wrapped to ``width`` columns (default: the terminal's width)."""
     console = Console(file=file, width=width, highlight=False)
-    with console:  # one output of a notebook's cell, not one a line
+    with console:  # one output in a notebook's cell, not one per line
         for row in range(len(res.targets)):
             _print(console, strip(res, row, console.width))
 
 
 def show_sweep(sweep: Grid, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print every target's grid to ``file`` (stdout), or its largest components where a grid is too wide."""
+    """Print each target's grid to ``file`` (default: stdout), or its largest components where a grid is too wide."""
     console = Console(file=file, width=width, highlight=False)
     with console:
         for row in range(len(sweep.targets)):
@@ -44,7 +44,7 @@ def _print(console: Console, lines: Sequence[Text]) -> None:
 
 
 def strip(res: Scored, row: int, width: int) -> list[Text]:
-    """One target's lines: what is explained, then pairs of lines with sources over their scores."""
+    """One target's lines: a heading, then pairs of lines with the sources above their scores."""
     head = _head(res, row, f"sum of {len(res.sources)} scores")
     largest = scale(res, row)
     if len(components(res)) > _MANY:
@@ -53,7 +53,7 @@ def strip(res: Scored, row: int, width: int) -> list[Text]:
 
 
 def grid(sweep: Grid, row: int, width: int) -> list[Text]:
-    """One target's lines: what is explained, then a line for each layer with its components' scores."""
+    """One target's lines: a heading, then one line per layer with its components' scores."""
     count, columns = len(sweep.columns), beside(sweep)
     named = [printable(heading) for heading in headings(sweep)]
     others = " + rest + bias" if bool(sweep.bias.any()) else " + rest"
@@ -83,17 +83,17 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
     return [*lines, Text()]
 
 
-def _head(res: Explained, row: int, what: str) -> Text:
+def _head(res: Explained, row: int, sums: str) -> Text:
     target = res.targets[row]
     after = printable(res.prompt.tokens[target.position])
     head = Text(f"{printable(target.label)!r}", style="bold")
     logit = f"logit {float(res.target_logits[row]):.2f}"
     if res.settings.adds_up:
-        said = f"{logit} = {what} (error {float(res.conservation_error[row].max()):.0e})"
+        summary = f"{logit} = {sums} (error {float(res.conservation_error[row].max()):.0e})"
     else:
-        said = f"{logit}; scores by {printable(res.settings.method)}, which promise no sum"
+        summary = f"{logit}; scores by {printable(res.settings.method)}, which need not add up to it"
     where = f" after token {target.position + 1} of {len(res.prompt.tokens)} ({after!r}): "
-    return head.append(where + said, style="not bold")
+    return head.append(where + summary, style="not bold")
 
 
 def _strip(labels: Sequence[str], scores: Sequence[float], largest: float, width: int) -> list[Text]:
@@ -114,20 +114,20 @@ def _strip(labels: Sequence[str], scores: Sequence[float], largest: float, width
 
 
 def _ruler(labels: Sequence[str], size: int) -> str:
-    """Labels over columns of ``size`` cells, every fifth where they would touch."""
+    """Labels over columns of ``size`` cells; only every fifth where they would touch."""
     every = 1 if size > max(map(len, labels)) else 5
     return "".join(label.rjust(size).ljust(size * every) for label in labels[::every])[: size * len(labels)]
 
 
 def _mark(share: float) -> str:
-    """A score where there is no room for its number."""
+    """A sign for a score, where there is no room for its number."""
     if abs(share) < _FAINT:
         return "·"
     return "+" if share > 0 else "-"
 
 
 def colour(share: float) -> Style:
-    """Black on red (positive) or blue (negative) paper, the stronger the closer ``share`` is to 1 or -1."""
+    """Black on a red (positive) or blue (negative) background, strongest where ``share`` is 1 or -1."""
     if abs(share) < _FAINT:
         return Style.null()
     ink = _POSITIVE if share > 0 else _NEGATIVE
@@ -137,7 +137,7 @@ def colour(share: float) -> Style:
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which could move the cursor or recolour the terminal."""
+    """Text without control characters, which could move the cursor or change the terminal's colours."""
     named = text.replace("\n", "↵").replace("\t", "→")
     return "".join(c if c.isprintable() else "�" for c in named)
 
