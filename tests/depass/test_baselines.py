@@ -360,7 +360,7 @@ def test_the_model_is_left_alone_and_may_be_frozen(device: str) -> None:
         ({"target": [5]}, OptionError, "a list of targets must have one per prompt, got 1 targets for 2 prompts"),
         ({"prompts": [IDS, []]}, PromptError, "prompt 1: the prompt is empty"),
         ({"target": [5, 500]}, TargetError, "prompt 1: target id 500 is out of range"),
-        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, "nor does a baseline"),
+        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, "not supported in sweeps and baselines"),
         ({"seed": "a"}, OptionError, "seed must be an integer, got 'a'"),
         ({"name": "leave_one_out", "target": Token(5, 0)}, PromptError, "leave_one_out at position 0 leaves no token"),
     ],
@@ -390,3 +390,35 @@ def test_models_that_drop_out_and_numbers_that_are_none_are_refused() -> None:
     broken.lm_head.weight.data[5] = float("nan")
     with pytest.raises(NonFiniteError, match="not finite"):
         baselines.tokens(DePass(broken), "input_x_gradient", [IDS], 5)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda dp: baselines.tokens(dp, "gradient_norm", [[5, 6, 7]], 17),
+        lambda dp: baselines.tokens(dp, "integrated_gradients_20", [[5, 6, 7]], 17),
+        lambda dp: baselines.heads(dp, "attribution_patching", [5, 6, 7], 17),
+        lambda dp: baselines.neurons(dp, "attribution_patching_last", [5, 6, 7], 17),
+    ],
+    ids=["tokens", "many steps", "heads", "neurons"],
+)
+def test_gradients_in_inference_mode_are_refused_with_the_reason(take: Any) -> None:
+    dp = DePass(models.make("llama"))
+    with (
+        torch.inference_mode(),
+        pytest.raises(OptionError, match=r"gradients, which torch.inference_mode\(\) switches off"),
+    ):
+        take(dp)
+    with torch.no_grad():
+        take(dp)
+    with torch.inference_mode():
+        made = models.make("llama")
+    with pytest.raises(ModelError, match=r"were made inside torch.inference_mode\(\) and take no gradients"):
+        take(DePass(made))
+
+
+def test_baselines_without_gradients_work_in_inference_mode() -> None:
+    dp = DePass(models.make("llama"))
+    expected = baselines.tokens(dp, "mean_attention", [[5, 6, 7]], 17)[0].scores
+    with torch.inference_mode():
+        torch.testing.assert_close(baselines.tokens(dp, "mean_attention", [[5, 6, 7]], 17)[0].scores, expected)

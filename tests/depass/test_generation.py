@@ -75,3 +75,17 @@ def test_what_cannot_be_generated_is_named() -> None:
     for options, error, says in wrong:
         with pytest.raises(error, match=says):
             dp.generate(ids, **options)
+
+
+def test_more_sequences_of_the_models_own_configuration_change_nothing(device: str) -> None:
+    """The first of several rows would be padded to the longest, and its padding attributed as if it had been generated."""
+    model = models.make("llama", torch.float32, device)
+    config = model.generation_config
+    config.do_sample, config.eos_token_id, config.pad_token_id = True, list(range(1, 60)), 100
+    for several in (1, 4):
+        config.num_return_sequences, config.num_beams = several, 1
+        for seed in range(6):
+            torch.manual_seed(seed)
+            ids = DePass(model).generate(models.prompt(5), max_new_tokens=8).ids
+            assert all(token >= 60 or token == 0 for token in ids[:-1])  # it ends with the first end of a sequence
+            assert 100 not in ids or several == 1

@@ -484,3 +484,47 @@ def test_a_resized_head_is_noticed(device: str) -> None:
         assert res.target_logits[0].item() == pytest.approx(
             its(torch.tensor([[5, 105]], device=device)).logits[0, -1, 104].item(), abs=1e-5
         )
+
+
+def word_level(known: dict[str, int], unknown: str) -> Any:
+    """A tokenizer of whole words, without a byte fallback: it reads a word that it lacks as ``unknown``."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel(known, unk_token=unknown))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unknown)
+
+
+def test_a_target_that_the_tokenizer_does_not_know_is_refused(device: str) -> None:
+    tokenizer = word_level({"[UNK]": 0, "the": 1, "cat": 2}, "[UNK]")
+    dp = DePass(models.make("llama", device=device), tokenizer)
+    says = r"target 'London' is not in the tokenizer's vocabulary, it would become '\[UNK\]'"
+    for target in ("London", Contrast("the", "London"), ["cat", "London"]):
+        with pytest.raises(TargetError, match=says):
+            dp.attribute("the cat", target=target)
+    with pytest.raises(TargetError, match=says):
+        baselines.tokens(dp, "input_x_gradient", ["the cat"], "London")
+    assert dp.attribute("the cat", target="[UNK]").targets[0].token_ids == (0,)  # asked for by its name
+    with pytest.raises(TargetError, match=r"2 tokens, not one.*pass one token, as a string or an id$"):
+        dp.attribute("the cat", target="Paris London")  # with a space in front it would be no better
+
+
+def test_a_target_beyond_the_models_head_is_refused_as_its_id_is(device: str) -> None:
+    tokenizer = word_level({"[UNK]": 0, **{f"w{i}": i for i in range(1, 101)}}, "[UNK]")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 101  # the head scores 101 tokens, 0 to 100
+    dp = DePass(models.make("llama", device=device), tokenizer)
+    says = "target id 101 is out of range: the vocabulary has 101 tokens"
+    for target in (101, "[PAD]", Contrast("w7", "[PAD]"), Contrast("[PAD]", "w7")):
+        with pytest.raises(TargetError, match=says):
+            dp.attribute("w5 w6", target=target)
+        with pytest.raises(TargetError, match=says):
+            dp.sweep("heads", "w5 w6", target)
+        with pytest.raises(TargetError, match=says):
+            baselines.heads(dp, "output_norm", "w5 w6", target)
+    good, bad, other = dp.attribute_many(["w5", "w6", "w7"], targets=["w1", "[PAD]", "w2"], errors="return")
+    assert isinstance(bad, TargetError)
+    for result, (prompt, target) in ((good, ("w5", "w1")), (other, ("w7", "w2"))):
+        torch.testing.assert_close(result.scores, dp.attribute(prompt, target).scores, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
-from ..errors import NonFiniteError, OptionError
+from ..errors import ModelError, NonFiniteError, OptionError
 from ..inputs import targets
 from ..inputs.prompt import Prompt, encode
 from ..inputs.settings import Settings
@@ -51,6 +51,24 @@ def _case(dp: DePass, prompt: Any, target: Any) -> _Case:
     refuse_dropout(dp.bound)
     encoded = encode(prompt, dp.tokenizer, dp.bound)
     return _Case(encoded, targets.check(target, len(encoded.ids), range(0), dp.tokenizer, dp.bound))
+
+
+def refuse_inference_mode(bound: BoundModel) -> None:
+    """Refuse to take gradients where torch has none.
+
+    Raises:
+        OptionError: the call is inside ``torch.inference_mode()``.
+        ModelError: the model's weights were made inside it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise OptionError(
+            "this baseline takes gradients, which torch.inference_mode() switches off; use torch.no_grad()"
+        )
+    if any(parameter.is_inference() for parameter in bound.model.parameters()):
+        raise ModelError(
+            f"the weights of {bound.name} were made inside torch.inference_mode() and take no gradients; load the model "
+            "outside of it"
+        )
 
 
 @torch.no_grad()

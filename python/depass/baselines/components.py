@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +21,17 @@ from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture
 from ..models.trace import Trace
 from ..results.sweep import Sweep
-from .common import _Case, _case, _clean, _embedded, _must_be_finite, _named, _settings, _value
+from .common import (
+    _Case,
+    _case,
+    _clean,
+    _embedded,
+    _must_be_finite,
+    _named,
+    _settings,
+    _value,
+    refuse_inference_mode,
+)
 
 
 def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
@@ -108,30 +119,39 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
 # --- heads and neurons --------------------------------------------------------------------------------------------------
 
 
+class _Inputs:
+    """The inputs ``[1, N, C·d]`` of modules in this thread's pass, in the order of their calls."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.inputs: list[Tensor] = []
+
+    @capture.of_this_thread
+    def keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.inputs.append(args[0])
+
+
 def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case, _: int) -> Tensor:
     """``[targets, layers, C]``: gradient times value of the inputs of the output or down projections.
 
     They are summed over positions, or with ``last`` taken only at the targets' own positions.
     """
-    inputs: list[Tensor] = []  # by layer, [1, N, C·d]
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(args[0])
-
+    refuse_inference_mode(bound)
+    kept = _Inputs()
     with torch.enable_grad(), capture.running, ExitStack() as stack:
         for layer in bound.layers:
             module = (layer.output if kind == "heads" else layer.down).module
-            stack.callback(module.register_forward_pre_hook(keep).remove)
+            stack.callback(module.register_forward_pre_hook(kept.keep).remove)
         # the graph starts at the embeddings, so it works for frozen weights as well
         normed = capture.normed(bound, inputs_embeds=_embedded(bound, case)[None].requires_grad_())[0]
         by_target = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)
-            gradients = torch.autograd.grad(_value(normed, readout), inputs, retain_graph=more)
+            gradients = torch.autograd.grad(_value(normed, readout), kept.inputs, retain_graph=more)
             counted = slice(readout.target.position, readout.target.position + 1) if last else slice(None)
             parts = [
                 (g.float() * x.detach().float())[0, counted].sum(0).cpu()
-                for g, x in zip(gradients, inputs, strict=True)
+                for g, x in zip(gradients, kept.inputs, strict=True)
             ]
             by_target.append(torch.stack([part.view(num_components(bound, kind), -1).sum(1) for part in parts]))
     return torch.stack(by_target)

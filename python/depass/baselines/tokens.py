@@ -19,7 +19,19 @@ from ..models.capture import Capture
 from ..models.trace import Trace
 from ..results.attribution import Attribution
 from ..sources.source import Source
-from .common import BATCH_TOKENS, _Case, _case, _clean, _embedded, _must_be_finite, _named, _normed, _settings, _value
+from .common import (
+    BATCH_TOKENS,
+    _Case,
+    _case,
+    _clean,
+    _embedded,
+    _must_be_finite,
+    _named,
+    _normed,
+    _settings,
+    _value,
+    refuse_inference_mode,
+)
 
 _SHAP_SAMPLES = 20
 _SHAP_NOISE = 0.1  # relative to the standard deviation of the prompt's embeddings
@@ -133,6 +145,7 @@ def _by_gradients(
 
 def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case]) -> list[Tensor]:
     """Each case's gradients ``[targets, T, D]`` at embeddings ``[B, T, D]``: one forward pass, one backward per target."""
+    refuse_inference_mode(bound)
     with torch.enable_grad():
         embeddings = embeddings.detach().requires_grad_()
         normed = capture.normed(bound, inputs_embeds=embeddings)

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from ..inputs.prompt import encode
 from ..inputs.targets import token_id
 from ..models.bind import bind
 from ..models.bound import BoundModel
-from ..models.capture import Capture, running
+from ..models.capture import Capture, of_this_thread, running
 from ..models.health import blame, refuse_dropout
 from ..models.trace import Trace
 from ..sources.components import Heads, Modules, Neurons
@@ -396,9 +397,11 @@ class _Streams(Capture):
 
     def __init__(self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range) -> None:
         super().__init__(bound, prompts, layers)
+        self.thread = threading.get_ident()
         self.streams: list[Tensor] = []
         self.middle: Tensor | None = None
 
+    @of_this_thread
     def between(self, _: Any, args: tuple[Tensor, ...]) -> None:
         self.middle = args[0].detach().to("cpu", copy=True).reshape(1, -1, args[0].shape[-1])
 

@@ -81,6 +81,7 @@ def generated_ids(bound: BoundModel, prompt: Prompt, max_new_tokens: int, sampli
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=False,
+            num_return_sequences=1,  # the model's own generation config may ask for more, padded to the longest
             **sampling,
         )
     except Exception as error:  # transformers' and the model's own code may raise anything

@@ -199,7 +199,12 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
             raise TargetError(
                 f"target {token!r} is {len(ids)} tokens, not one: {parts or 'none'}; {_suggestion(token, tokenizer)}"
             )
-        return int(ids[0])
+        if _is_unknown(ids, token, tokenizer):
+            raise TargetError(
+                f"target {token!r} is not in the tokenizer's vocabulary, it would become {tokenizer.unk_token!r}; pass a "
+                "token of the vocabulary, or an id"
+            )
+        token = int(ids[0])
     token = integer("a target id", token, TargetError)
     if not 0 <= token < bound.vocab_size:
         raise TargetError(f"target id {token} is out of range: the vocabulary has {bound.vocab_size} tokens")
@@ -209,9 +214,17 @@ def token_id(token: str | int, tokenizer: Any, bound: BoundModel) -> int:
 def _suggestion(token: str, tokenizer: Any) -> str:
     """What to pass instead of a string that is not one token."""
     spaced = f" {token}"
-    if token and not token[0].isspace() and len(tokenizer.encode(spaced, add_special_tokens=False)) == 1:
-        return f"{spaced!r} with a space in front is one token, pass that"
+    if token and not token[0].isspace():
+        ids = tokenizer.encode(spaced, add_special_tokens=False)
+        if len(ids) == 1 and not _is_unknown(ids, spaced, tokenizer):
+            return f"{spaced!r} with a space in front is one token, pass that"
     return "pass one token, as a string or an id"
+
+
+def _is_unknown(ids: list[int], text: str, tokenizer: Any) -> bool:
+    """Whether a text's one id stands for any text that the tokenizer does not know."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return unknown is not None and ids == [unknown] and text.strip() != tokenizer.unk_token
 
 
 class Readout(NamedTuple):
