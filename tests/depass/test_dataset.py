@@ -339,7 +339,7 @@ def test_a_torn_last_line_is_a_row_with_its_error(
     (tmp_path / "a.jsonl").write_text('{"prompt": "the"}\n{"prompt": "the ca')
     assert run(tmp_path / "a.jsonl", model, tmp_path / "out") == 0
     assert capsys.readouterr().out.endswith("rows: 1 ok, 1 error\n")
-    assert rows(tmp_path / "out")[1]["error"] == "line 2 is no JSON; the file ends within it"
+    assert rows(tmp_path / "out")[1]["error"] == "line 2 is not valid JSON; the file ends in the middle of it"
 
 
 def test_data_that_change_while_they_are_read_are_found_out(tmp_path: Path) -> None:
