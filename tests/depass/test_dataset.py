@@ -654,7 +654,7 @@ def test_what_ray_cannot_do_is_one_line(
     data: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(data, model, tmp_path, "--engine", "ray", "--device", "cuda:1") == 2
-    assert "with --engine ray each worker has a GPU of its own; write cuda" in capsys.readouterr().err
+    assert "with --engine ray each worker has its own GPU; write cuda" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run(data, model, tmp_path / "a", "--engine", "ray", "--device", "cuda") == 2
         assert "the cluster has no GPU" in capsys.readouterr().err
