@@ -351,8 +351,11 @@ WRONG: dict[str, tuple[type[DePassError], str, Callable[[Any], object]]] = {
     "float": (OptionError, "start_layer_idx must be an integer", lambda m: m.get_mlp_neuron_decomposed_state("x", 1.0)),
     "compute-num": (OptionError, "compute_num=0", lambda m: m.get_mlp_neuron_decomposed_state("x", 0, compute_num=0)),
     "block": (OptionError, "single_compute_token=0", lambda m: m.get_last_layer_decomposed_state("x", 0)),
-    "type": (OptionError, "type='ffn': must be one", lambda m: m.get_layer_module_decomposed_state("x", 0, type="ffn")),
-    "no-type": (OptionError, "type=None: must be one", lambda m: m.get_layer_module_decomposed_state("x", 0)),
+    "type": (
+        OptionError, "type='ffn': must be one of attn, mlp, attn_head",
+        lambda m: m.get_layer_module_decomposed_state("x", 0, type="ffn"),
+    ),
+    "no-type": (OptionError, "type=None: must be one of", lambda m: m.get_layer_module_decomposed_state("x", 0)),
     "parts": (
         SourceError,
         r"\[M, 5, 32\], got \[2, 4, 32\]",
