@@ -137,13 +137,13 @@ def _recorded(row: Row, machine: Machine) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # an error of one method must not end the other measurements
-        asked = asked_bytes(error)
+        requested = asked_bytes(error)
         if isinstance(error, StoppedError):
             row.update(status="stopped", seconds_at_least=error.seconds, reason=str(error))
-        elif asked is None:
+        elif requested is None:
             row.update(status="failed", reason=f"{type(error).__name__}: {error}"[:2000])
         else:
-            row.update(status="oom", asked_bytes=asked, reason=str(error)[:500])
+            row.update(status="oom", asked_bytes=requested, reason=str(error)[:500])
         error.__traceback__ = None  # its frames would keep tensors alive
         gc.collect()
         if machine.device == "cuda":
@@ -153,11 +153,11 @@ def _recorded(row: Row, machine: Machine) -> Iterator[None]:
 # Checks.
 
 
-def difference(one: Tensor, other: Tensor) -> float:
+def difference(scores: Tensor, other: Tensor) -> float:
     """The difference relative to the norm of ``other``; infinite if a number is not finite or the shapes differ."""
-    if one.shape != other.shape or not bool(one.isfinite().all()) or not bool(other.isfinite().all()):
+    if scores.shape != other.shape or not bool(scores.isfinite().all()) or not bool(other.isfinite().all()):
         return math.inf
-    return float((one.double() - other.double()).norm() / other.double().norm())
+    return float((scores.double() - other.double()).norm() / other.double().norm())
 
 
 def wrong(case: Case, model: Any, available: Mapping[str, Method], outcomes: Mapping[str, Outcome]) -> dict[str, str]:

@@ -203,7 +203,7 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         llm.attribute(inp, "")
     with pytest.raises(TargetError, match="got int"):
         llm.attribute(inp, 3)
-    with pytest.raises(OptionError, match="inp is a str"):
+    with pytest.raises(OptionError, match="inp must be a TextTokenInput or TextTemplateInput, got str"):
         llm.attribute("the cat", " cat")
     with pytest.raises(SourceError, match="the template changes its values"):
         llm.attribute(attr.TextTemplateInput("{:>9} sat", values=["cat"]), ".")

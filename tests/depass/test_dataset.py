@@ -339,7 +339,7 @@ def test_a_torn_last_line_is_a_row_with_its_error(
     (tmp_path / "a.jsonl").write_text('{"prompt": "the"}\n{"prompt": "the ca')
     assert run(tmp_path / "a.jsonl", model, tmp_path / "out") == 0
     assert capsys.readouterr().out.endswith("rows: 1 ok, 1 error\n")
-    assert rows(tmp_path / "out")[1]["error"] == "line 2 is no JSON; the file ends within it"
+    assert rows(tmp_path / "out")[1]["error"] == "line 2 is not valid JSON; the file ends in the middle of it"
 
 
 def test_data_that_change_while_they_are_read_are_found_out(tmp_path: Path) -> None:
@@ -657,7 +657,7 @@ def test_what_ray_cannot_do_is_one_line(
     data: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(data, model, tmp_path, "--engine", "ray", "--device", "cuda:1") == 2
-    assert "with --engine ray each worker has a GPU of its own; write cuda" in capsys.readouterr().err
+    assert "with --engine ray each worker has its own GPU; write cuda" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run(data, model, tmp_path / "a", "--engine", "ray", "--device", "cuda") == 2
         assert "the cluster has no GPU" in capsys.readouterr().err

@@ -252,7 +252,7 @@ def test_questions_that_cannot_be_asked_are_counted_with_their_reason(tmp_path: 
     assert sorted(row["status"] for row in rows) == ["error", "error", "ok", "skipped"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "4 items: 1 ok, 1 skipped, 2 errors" in report
-    assert "no token lies within the information" in report
+    assert "no token lies within the line of information" in report
 
 
 def test_the_same_row_comes_whatever_else_is_measured(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str]) ->
     for given, said in (
         (["--data", "x"], "--train"),
         ([], "--data"),
-        (["--masked", "0"], "no number above 0, up to 1"),
+        (["--masked", "0"], "not a number above 0 and at most 1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["evaluate", "truthful", *given])

@@ -29,7 +29,7 @@ class _Case:
     """One prompt and its targets. The readouts are filled in once the model has run on the prompt."""
 
     prompt: Prompt
-    asked: Sequence[Asked]
+    targets: Sequence[Asked]
     readouts: Sequence[Readout] = ()
 
     def generator(self, seed: int) -> torch.Generator:
@@ -80,13 +80,13 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
         normed = _normed(bound, [cases[i].prompt.ids for i in some])  # [B, T, D]
         for row, i in zip(normed, some, strict=True):
             readouts: list[Readout] = []
-            for asked in cases[i].asked:
-                vector = row[asked.position]
+            for target in cases[i].targets:
+                vector = row[target.position]
                 logits = bound.logits(vector[None])[0].to(bound.state_dtype)
-                readouts += targets.fill(asked, vector.to(logits), logits, bound, dp.tokenizer)
+                readouts += targets.fill(target, vector.to(logits), logits, bound, dp.tokenizer)
             for readout in readouts:
                 _must_be_finite(bound, readout.logit, f"the model's own logit of {readout.target.label!r}")
-            done[i] = _Case(cases[i].prompt, cases[i].asked, readouts)
+            done[i] = _Case(cases[i].prompt, cases[i].targets, readouts)
     return [done[i] for i in range(len(cases))]
 
 

@@ -264,7 +264,7 @@ def _measure(dp: DePass, prepared: Prepared, case: Case) -> Row:
 
 def _report(rows: Sequence[Row], options: LanguageOptions, folder: Path) -> str:
     if not rows:
-        return "No case could be measured."
+        return "No case was measured."
     facts = rows[0]["facts"]
     states = torch.tensor([row["states"] for row in rows])  # [cases, languages, parts, D]
     cases, languages = len(rows), len(LANGUAGES)

@@ -332,7 +332,7 @@ def without(ids: Sequence[int], positions: set[int]) -> list[int]:
 
 def _report(rows: Sequence[Row], options: TruthfulOptions, folder: Path) -> str:
     if not rows:
-        return "No question could be asked."
+        return "No question was measured."
     accuracy = {name: summary.mean([float(row[name]["correct"]) for row in rows], options.seed) for name in CONDITIONS}
     probability = {name: summary.mean([row[name]["probability"] for row in rows], options.seed) for name in CONDITIONS}
     lines = []

@@ -111,7 +111,7 @@ def beside(sweep: Grid) -> list[tuple[str, Tensor]]:
         if label == "bias" and not bool(scores.any()):
             continue
         if sweep.kind == "modules":  # attention and MLP are decomposed separately
-            columns += [(f"{label} of {module}", scores[:, :, index]) for index, module in enumerate(("attn", "MLP"))]
+            columns += [(f"{label} ({module})", scores[:, :, index]) for index, module in enumerate(("attn", "MLP"))]
         else:
             columns.append((label, scores))
     return columns
