@@ -228,7 +228,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (["--tokens", "0"], "tokens must be positive, got 0"),
         (["--tokens", "5", "--budget", "4x"], "'4x' is not a size in bytes; write it as 48GB"),
         (["--tokens", "5", "--sources", "page"], "unknown sources 'page' of a plan"),
-        (["--tokens", "99999"], "has 2048 positions"),
+        (["--tokens", "99999"], "at most 2048, the positions of"),
     ):
         assert main(["plan", "-m", str(tmp_path), *wrong]) == 2
         assert says in capsys.readouterr().err
