@@ -1,1 +1,1 @@
-"""What this package is measured against. Llama-like models without biases; each takes ids ``[N]`` and a token's id."""
+"""The baselines of the benchmarks. Each takes a Llama-like model without biases, ids ``[N]`` and a token id."""

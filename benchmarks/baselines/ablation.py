@@ -1,4 +1,4 @@
-"""Leave one token out: by how much the logit falls. Another question than ours, and one pass for each token."""
+"""Leave one token out and measure how much the logit falls. This answers another question and needs a pass per token."""
 
 from __future__ import annotations
 

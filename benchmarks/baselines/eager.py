@@ -1,8 +1,8 @@
-"""The decomposition in plain torch, in the good order, and the same through ``torch.compile``.
+"""The decomposition in plain PyTorch, in an efficient order, and the same through ``torch.compile``.
 
 A dense state ``[M, N, D]`` in fp32 beside GEMMs in the model's dtype, the norms' weights folded into the projections and
 their scales into pattern and gates, values mixed in the head dim before the output projection, one softmax over the
-sources, one pass of the model for everything that is asked. What a good day's work without custom kernels comes to.
+sources, one pass of the model for all targets. This is a careful implementation without custom kernels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def mlp_step(
 
 
 class Eager:
-    """The baseline with its two steps as they are, or compiled."""
+    """The baseline, with its attention and MLP steps eager or compiled."""
 
     def __init__(self, attention: Attention = attention_step, mlp: MLP = mlp_step) -> None:
         self.attention, self.mlp = attention, mlp
@@ -122,7 +122,7 @@ class Eager:
 
 
 def compiled(**options: Any) -> Eager:
-    """The same with both steps through ``torch.compile``, for one size each: what was compiled before is forgotten."""
+    """The baseline with both steps compiled by ``torch.compile`` for one size; earlier compilations are discarded."""
     torch._dynamo.reset()  # else a ninth size in one process would run uncompiled
     options = {"dynamic": False, "fullgraph": True, **options}
     return Eager(torch.compile(attention_step, **options), torch.compile(mlp_step, **options))

@@ -1,4 +1,4 @@
-"""What the decomposing baselines read from a Llama-like model without biases: its own pass, its patterns, its scales."""
+"""What the decomposing baselines read from a Llama-like model without biases: its forward pass, patterns and scales."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 def run(model: Any, ids: Tensor) -> dict[str, Any]:
-    """The model's own pass, with every layer's streams and hidden vectors kept."""
+    """The model's forward pass; every layer's residual streams and hidden vectors are kept."""
     kept: dict[str, Any] = {"middle": [], "mixed": [], "hidden": [], "rotary": None, "last": None}
     hooks = [
         model.model.norm.register_forward_pre_hook(lambda _, args: kept.update(last=args[0][0])),
