@@ -1,4 +1,4 @@
-"""Attribution by gradients, the common alternative. It answers another question, and its scores do not add up to the logit."""
+"""Attribution by gradients, the common alternative. It answers another question; its scores do not add up to the logit."""
 
 from __future__ import annotations
 
