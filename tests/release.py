@@ -75,7 +75,7 @@ def check_command(folder: Path) -> None:
     served = said["settings"]["backends"]
     check(served["mix_values"] == served["share_hidden"] == "cpu", f"served by {served}")
     for part in ("page.css", "page.js"):
-        there = (CHECKOUT / "python" / "depass" / part).read_text(encoding="utf-8").strip()
+        there = (CHECKOUT / "python" / "depass" / "views" / part).read_text(encoding="utf-8").strip()
         check(there in page.read_text(encoding="utf-8"), f"the page lacks {part}")
     command("view", saved, "-o", folder / "again.html")
     check("mix_values       yes" in command("backends"), "the backend cpu does not run mix_values")
