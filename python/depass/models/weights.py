@@ -61,12 +61,18 @@ def is_readable(module: Any) -> bool:
 
 
 def rounds_inputs(module: Any) -> bool:
-    """Whether a module's kernel rounds its inputs to 8 bits, and not only its weight."""
+    """Whether a module's kernel rounds its inputs to 8 bits, and not only its weight.
+
+    8 bits are an integer or the significand of bf16: on CPUs with bf16 instructions, bitsandbytes multiplies 4-bit weights
+    in bf16, whatever the model's dtype.
+    """
     weight = module.weight
     names = ("act_quant_kwargs", "activation_quantization")  # of torchao's tensors
     dynamic = any(getattr(weight, name, None) is not None for name in names)
     dynamic = dynamic or "ActivationQuantized" in type(weight).__name__
-    return is_packed(module) and (type(weight).__name__ == "Int8Params" or dynamic)
+    in_bf16 = weight.device.type == "cpu" and getattr(module, "support_avx512bf16_for_cpu", False)
+    kind = type(weight).__name__
+    return is_packed(module) and (kind == "Int8Params" or (kind == "Params4bit" and in_bf16) or dynamic)
 
 
 def held_bytes(model: nn.Module) -> int:
