@@ -8,6 +8,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 html_theme = "furo"  # light and dark; loads nothing from outside
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["wrap.css"]
 html_copy_source = False
 html_show_copyright = False
 
