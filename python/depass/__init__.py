@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import ConservationWarning as ConservationWarning
     from .errors import DataError as DataError
     from .errors import DePassError as DePassError
+    from .errors import GenerationWarning as GenerationWarning
     from .errors import MemoryLimitError as MemoryLimitError
     from .errors import MemoryLimitWarning as MemoryLimitWarning
     from .errors import ModelError as ModelError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import OptionError as OptionError
     from .errors import OutputError as OutputError
     from .errors import PromptError as PromptError
+    from .errors import PromptWarning as PromptWarning
     from .errors import PublishedDifferenceWarning as PublishedDifferenceWarning
     from .errors import SourceError as SourceError
     from .errors import TargetError as TargetError
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from .sources.components import Modules as Modules
     from .sources.components import Neurons as Neurons
     from .sources.source import Source as Source
+    from .sources.spans import Sentences as Sentences
     from .sources.spans import Spans as Spans
     from .sources.subspaces import Custom as Custom
     from .sources.subspaces import Subspace as Subspace
@@ -55,9 +58,9 @@ _MODULES = {
     "api": ("DePass",),
     "engine.plan": ("Plan",),
     "errors": (
-        "ConservationError", "ConservationWarning", "DataError", "DePassError", "MemoryLimitError",
-        "MemoryLimitWarning", "ModelError", "NonFiniteError", "OptionError", "OutputError", "PromptError",
-        "PublishedDifferenceWarning", "SourceError", "TargetError", "WorkerError",
+        "ConservationError", "ConservationWarning", "DataError", "DePassError", "GenerationWarning",
+        "MemoryLimitError", "MemoryLimitWarning", "ModelError", "NonFiniteError", "OptionError", "OutputError",
+        "PromptError", "PromptWarning", "PublishedDifferenceWarning", "SourceError", "TargetError", "WorkerError",
     ),
     "inputs.prompt": ("Prompt",),
     "inputs.settings": ("Settings",),
@@ -69,7 +72,7 @@ _MODULES = {
     "results.sweep": ("Sweep",),
     "sources.components": ("Heads", "Modules", "Neurons"),
     "sources.source": ("Source",),
-    "sources.spans": ("Spans",),
+    "sources.spans": ("Sentences", "Spans"),
     "sources.subspaces": ("Custom", "Subspace"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

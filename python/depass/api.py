@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from .engine.plan import Plan
 from .engine.request import Defaults, Progress, callable_or_none, components_of_layer, decomposed_layers
 from .engine.states import KeptStates
 from .errors import DePassError, ModelError, OptionError
-from .inputs.prompt import encode
+from .inputs.prompt import encode, refuse_encoding, with_template
 from .inputs.targets import check
 from .models import smollm2, streaming
 from .models.bind import bind
@@ -160,6 +160,7 @@ class DePass:
         mlp_rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
         progress: Progress | None = None,
     ) -> Attribution:
@@ -168,18 +169,21 @@ class DePass:
         ``score[m] = w · x̂_final[m, t]`` and ``Σ_m score[m] = logit`` (docs/method.md, equation 6).
 
         Args:
-            prompt: one prompt: a string, chat messages (a list of dicts), or token ids (a list of ints or a 1-D tensor).
+            prompt: one prompt: a string, chat messages (a list of dicts), token ids (a list of ints or a tensor), or what a
+                tokenizer returns for one text.
             target: the logits to explain: None (the model's own next token), a string or a token id, :class:`TopK`,
                 :class:`Token`, :class:`Contrast`, :class:`Direction`, or a list of these.
-            sources: the parts of the prompt: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`; or the parts of
-                the residual stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`, :class:`Subspace`,
-                :class:`Custom`.
+            sources: the parts of the prompt: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or
+                :class:`Spans`; or the parts of the residual stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`,
+                :class:`Subspace`, :class:`Custom`.
             start_layer: the layer whose input is decomposed, from 0.
             stop_layer: one past the last layer that runs; by default all layers run. With fewer, the scores are read from
                 the residual stream there through the final norm and the head (a logit lens).
             mlp_rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``.
             temperature: the temperature of the softmax rule.
             exclude_bos: see :class:`DePass`.
+            chat_template_kwargs: keyword arguments of the tokenizer's chat template, for chat messages: ``tools``,
+                ``enable_thinking``, ``add_generation_prompt`` ...
             strict: raise an error, instead of a warning, if the scores do not add up to the logit within tolerance.
             progress: a function that is called after each layer with the number of layers done and their total.
 
@@ -193,6 +197,7 @@ class DePass:
             MemoryLimitError: the device has too little memory.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, target, sources, options)
         (result,) = scores.attribute(self.engine, [case], options, callable_or_none("progress", progress))
         if isinstance(result, DePassError):
@@ -214,6 +219,7 @@ class DePass:
         mlp_rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
     ) -> Iterator[Attribution | DePassError]:
         """Attribute many prompts, several in one forward pass; each result equals that of a separate run up to rounding.
@@ -235,6 +241,7 @@ class DePass:
             mlp_rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
+            chat_template_kwargs: see :meth:`attribute`; they hold for every prompt.
             strict: see :meth:`attribute`.
 
         Yields:
@@ -255,12 +262,15 @@ class DePass:
                 raise OptionError(
                     f"{name} must be an iterable of {name}, got {type(given).__name__}; for a single prompt use attribute()"
                 )
+        refuse_encoding("prompts", prompts)
+        with_template(None, chat_template_kwargs)
         if targets is not None and target is not None:
             raise OptionError("give either target= for all prompts or targets= with one per prompt, not both")
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
         many = Many(self.engine, sources, batch_tokens, errors, options, strict)
-        return many.results(with_targets(prompts, target, targets))
+        pairs = with_targets(prompts, target, targets)
+        return many.results((with_template(prompt, chat_template_kwargs), target) for prompt, target in pairs)
 
     @torch.no_grad()
     def sweep(
@@ -275,6 +285,7 @@ class DePass:
         memory_bytes: int | None = None,
         mlp_rule: str | None = None,
         temperature: float | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
         progress: Progress | None = None,
     ) -> Sweep:
@@ -293,6 +304,7 @@ class DePass:
                 changes results only by rounding.
             mlp_rule: replaces the constructor's rule for this call; so does ``temperature``.
             temperature: the temperature of the softmax rule.
+            chat_template_kwargs: see :meth:`attribute`.
             strict: see :meth:`attribute`; it holds for every layer.
             progress: a function that is called after each layer with the number of layers done and their total, over all
                 passes.
@@ -311,7 +323,7 @@ class DePass:
             raise OptionError(f"unknown kind of sweep {kind!r}; choose one of: 'heads', 'neurons', 'modules'")
         if kind == "modules" and ids is not None:
             raise OptionError(f"ids={ids!r} selects heads or neurons; leave it out of a sweep of modules")
-        encoded = encode(prompt, self.tokenizer, bound)
+        encoded = encode(with_template(prompt, chat_template_kwargs), self.tokenizer, bound)
         targets = check(target, len(encoded.ids), range(0), self.tokenizer, bound)
         wanted = list(range(len(bound.layers))) if layers is None else integers("layers", layers, OptionError)
         ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
@@ -344,6 +356,7 @@ class DePass:
         mlp_rule: str | None = None,
         temperature_of_shares: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
         progress: Progress | None = None,
         **sampling: Any,
@@ -353,11 +366,12 @@ class DePass:
         Args:
             prompt: as for :meth:`attribute`.
             max_new_tokens: the most tokens to generate; the model may stop earlier.
-            sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans` of the prompt. Every generated token is a
-                separate source for the later ones.
+            sources: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or :class:`Spans` of the prompt. Every
+                generated token is a separate source for the later ones.
             mlp_rule: replaces the constructor's rule for this call; so do ``temperature_of_shares`` and ``exclude_bos``.
             temperature_of_shares: the temperature of the softmax rule; ``temperature`` is the sampling temperature.
             exclude_bos: see :class:`DePass`.
+            chat_template_kwargs: see :meth:`attribute`.
             strict: see :meth:`attribute`.
             progress: see :meth:`attribute`.
             sampling: other arguments of the model's ``generate``: ``do_sample``, ``temperature``, ``top_p``,
@@ -376,6 +390,7 @@ class DePass:
                 f"generate() does not support {type(sources).__name__} as sources; use 'token', 'word', 'sentence' or "
                 "Spans, or call attribute()"
             )
+        prompt = with_template(prompt, chat_template_kwargs)
         result = generate(
             self.engine, prompt, max_new_tokens, sources, options, sampling, callable_or_none("progress", progress)
         )
@@ -416,6 +431,7 @@ class DePass:
         mlp_rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         on_state: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> States:
         """The decomposed state at the input of layers, where ``Σ_m X[m, t] = x[t]`` (docs/method.md, equation 1).
@@ -430,6 +446,7 @@ class DePass:
             mlp_rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
+            chat_template_kwargs: see :meth:`attribute`.
             on_state: a function that is called with each layer, its state ``[R, D]`` and its residual stream ``[N, D]`` on
                 the model's device. It may read them only during the call, and the result then holds no states.
 
@@ -441,6 +458,7 @@ class DePass:
             NonFiniteError: a state is not finite.
         """
         options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, None, sources, options)
         decomposed = decomposed_layers(case.parts, options.stop)
         several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0

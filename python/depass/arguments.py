@@ -235,7 +235,6 @@ def load_model(options: ModelOptions, **more: Any) -> DePass:
 
     from .api import DePass
 
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
     return DePass.from_pretrained(
         options.model,

@@ -58,6 +58,14 @@ class MemoryLimitWarning(UserWarning):
     """Memory ran out, and the run was repeated with smaller blocks."""
 
 
+class PromptWarning(UserWarning):
+    """The prompt is probably not what was meant: its first or last special token is there twice."""
+
+
+class GenerationWarning(UserWarning):
+    """Generated tokens are explained by other logits than those that they were generated with."""
+
+
 class PublishedDifferenceWarning(UserWarning):
     """The results differ by design from those of the published implementation."""
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pty
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
 import tokens
 import torch
+from tokenizers import processors
 
-from depass import Attribution, ModelError, arguments, cli
+from depass import Attribution, DePass, ModelError, arguments, cli
+from depass.cli import commands
 from depass.models import smollm2
 
 pytest.importorskip("rich", reason="rich is not installed, though the package depends on it")
@@ -314,3 +319,42 @@ def test_the_dtype_is_taken_as_saved_without_one(folder: str) -> None:
 
     assert DePass.from_pretrained(folder).attribute([5, 6]).settings.dtype == "float32"
     assert DePass.from_pretrained(folder, dtype=torch.bfloat16).attribute([5, 6]).settings.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_command_prints_what_is_its_own(
+    folder: str, verbose: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, logger = commands.load_model, logging.getLogger("a.library")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(sys.stderr)])
+
+    def talkative(*arguments: Any, **options: Any) -> DePass:
+        warnings.warn("a library is deprecated", FutureWarning, stacklevel=1)
+        logger.error("a library retries")
+        dp = load(*arguments, **options)
+        template = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        dp.tokenizer.backend_tokenizer.post_processor = template
+        return dp
+
+    monkeypatch.setattr(commands, "load_model", talkative)
+    arguments = ["attribute", "<bos>the cat", "-m", folder, "--json", *(["--verbose"] if verbose else [])]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        assert run(*arguments) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["sources"]) == 4
+    said = [line for line in printed.err.splitlines() if line.startswith("depass: ")]
+    assert len(said) == 1
+    assert said[0].startswith("depass: the prompt begins with '<bos>', and the tokenizer adds another; ")
+    assert ("a library retries" in printed.err) == verbose
+    assert ["a library is deprecated"] * verbose == [str(warning.message) for warning in shown]
+    if not verbose:
+        assert printed.err.splitlines() == said
+    logger.error("afterwards libraries log as before")
+    assert "as before" in capsys.readouterr().err
+
+
+def test_every_command_can_be_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("attribute", "attribute-dataset", "view", "plan", "backends", "evaluate tokens"):
+        assert run(*command.split(), "--help") == 0
+        assert "--verbose" in capsys.readouterr().out

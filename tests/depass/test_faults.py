@@ -495,7 +495,7 @@ def test_memory_that_runs_out_anywhere_else_is_one_line(
     with pytest.raises(
         MemoryLimitError, match="out of memory while generating 5 tokens after a prompt of 2 tokens; generate fewer"
     ):
-        generated_ids(dp.bound, Prompt((5, 6), ("a", "b")), 5, {})
+        generated_ids(dp.bound, None, Prompt((5, 6), ("a", "b")), 5, {})
     monkeypatch.setattr(Attribution, "show", out_of_memory)
     assert fails(["attribute", "x", "-m", folder], capsys).startswith("depass: out of memory; `depass plan`")
 

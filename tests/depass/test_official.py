@@ -344,7 +344,7 @@ WRONG: dict[str, tuple[type[DePassError], str, Callable[[Any], object]]] = {
     "no-prompt": (PromptError, "call get_states", lambda m: m.compute_decomposed_state(0)),
     "empty": (PromptError, "prompt is empty", lambda m: m.get_states([])),
     "vocabulary": (PromptError, "id 5000", lambda m: m.get_states([5000])),
-    "batch": (PromptError, "a batch", lambda m: m.get_states([[3, 4]])),
+    "batch": (PromptError, "a batch", lambda m: m.get_states([[3, 4], [5, 6]])),
     "start": (OptionError, "start_layer_idx=3: .* 0 to 2", lambda m: m.get_middle_to_last_decomposed_state("x", 3)),
     "end": (OptionError, "end_layer_idx=1: .* 2 to 3", lambda m: m.get_middel_to_middle_decomposed_state("x", 1, 1)),
     "negative": (OptionError, "start_layer_idx=-1", lambda m: m.get_mlp_neuron_decomposed_state("x", -1)),

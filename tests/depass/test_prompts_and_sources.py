@@ -123,9 +123,11 @@ ONE_PROMPT = "expected one prompt"
         (torch.zeros(2, 4, dtype=torch.int64), rf"{ONE_PROMPT}, got a batch of shape \[2, 4\]"),
         ([[1, 2], [3, 0]], f"{ONE_PROMPT}, got a batch with 2 rows"),
         (["one", "two"], f"{ONE_PROMPT}, got a batch with 2 rows"),
+        (["one"], f"{ONE_PROMPT}, got a batch with 1 rows"),
+        ({"text": "one", "label": 1}, f"{ONE_PROMPT}, got a mapping with text, label"),
         (
-            {"input_ids": torch.zeros(1, 3), "attention_mask": torch.ones(1, 3)},
-            f"{ONE_PROMPT}, got a mapping with input_ids",
+            {"input_ids": torch.zeros(2, 3), "attention_mask": torch.ones(2, 3)},
+            f"{ONE_PROMPT}, got a batch with 2 rows; pass its rows: attribute_many",
         ),
         ([5, 101], "id 101 at position 1 is out of range: the vocabulary has 101 tokens"),
         ([-1], "id -1 at position 0"),

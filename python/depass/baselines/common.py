@@ -76,7 +76,7 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
     """The cases with their readouts filled in, from the model's own pass."""
     bound = dp.bound
     done: dict[int, _Case] = {}
-    for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
+    for some in capture.batches(bound, [len(case.prompt.ids) for case in cases], BATCH_TOKENS):
         normed = _normed(bound, [cases[i].prompt.ids for i in some])  # [B, T, D]
         for row, i in zip(normed, some, strict=True):
             readouts: list[Readout] = []

@@ -125,7 +125,7 @@ def _by_gradients(
         seed: seed for ``points``.
     """
     totals: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
-    for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
+    for some in capture.batches(bound, [len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
         longest = max(len(cases[i].prompt.ids) for i in some)
         at, by = zip(*(points(cases[i], _embedded(bound, cases[i]), seed) for i in some), strict=True)
         owners = [i for i in some for _ in range(samples)]
@@ -194,7 +194,7 @@ def _product(gradient: Tensor, factor: Tensor) -> Tensor:
 def _by_attention(reduce: Callable[[list[Tensor]], Tensor], bound: BoundModel, cases: Any, _: int) -> list[Tensor]:
     """Scores ``[targets, N]``: each target's row of ``reduce(patterns)``, for the layers' patterns ``[B, T, T]``."""
     by_case: dict[int, Tensor] = {}
-    for some in capture.batches([len(case.prompt.ids) for case in cases], BATCH_TOKENS):
+    for some in capture.batches(bound, [len(case.prompt.ids) for case in cases], BATCH_TOKENS):
         run = _Patterns(bound, [cases[i].prompt.ids for i in some], range(len(bound.layers)))
         run.run()
         for i, reduced in zip(some, reduce(run.patterns).cpu(), strict=True):
@@ -245,7 +245,7 @@ def _leave_one_out(bound: BoundModel, cases: Sequence[_Case], _: int) -> list[Te
                 )
             without += [(i, q, t) for t in range(q + 1)]
     rows = [cases[i].prompt.ids[:t] + cases[i].prompt.ids[t + 1 : q + 1] for i, q, t in without]
-    for some in capture.batches([len(row) for row in rows], BATCH_TOKENS):
+    for some in capture.batches(bound, [len(row) for row in rows], BATCH_TOKENS):
         normed = _normed(bound, [rows[k] for k in some])
         for of_row, k in zip(normed, some, strict=True):
             i, q, t = without[k]

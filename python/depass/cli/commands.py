@@ -29,8 +29,11 @@ def _attribute(options: argparse.Namespace) -> None:
     gc.disable()  # collecting takes a fifth of the start-up time, and the process is short
     targets = [_target(text) for text in options.target] if options.target else None
     dp = load_model(read_options(ModelOptions, options), mlp_rule=options.mlp_rule, temperature=options.temperature)
+    from ..sources.spans import named  # needs torch
+
+    sources = named(options.sources, options.language)
     with _Progress() as progress:
-        result = dp.attribute(prompt, target=targets, sources=options.sources, progress=progress.update)
+        result = dp.attribute(prompt, target=targets, sources=sources, progress=progress.update)
     if options.json:
         print(json.dumps(result.to_dict()))
     else:

@@ -13,6 +13,7 @@ from ..errors import ConservationWarning
 from ..evaluate import TASKS
 from ..evaluate.run import run
 from ..evaluate.task import Task
+from .quiet import add_verbose
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     for task in TASKS.values():
         command = commands.add_parser(task.name, help=plain(task.help), description=task.help)
         command.set_defaults(run=_run, task=task)
+        add_verbose(command)
         add_options(command, ModelOptions)
         add_options(command, task.Options, ["data"])
         command.add_argument(

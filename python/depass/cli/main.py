@@ -15,6 +15,7 @@ from ..arguments import ModelOptions, add_options
 from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from .commands import _attribute, _attribute_dataset, _backends, _plan, _view
+from .quiet import add_verbose, quiet
 
 
 class Terminated(KeyboardInterrupt):
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser(given).parse_args(given)
         run: Callable[[argparse.Namespace], None] = options.run
-        run(options)
+        with quiet(options.verbose):
+            run(options)
         sys.stdout.flush()
     except (OptionError, PromptError, SourceError, TargetError) as error:
         return _fail(error, 2)
@@ -105,6 +107,7 @@ class _Parser(argparse.ArgumentParser):
 def _command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
     """A sub-command whose own help begins with the line that the list of commands shows."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    add_verbose(command)
     return command
 
 
@@ -125,7 +128,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "--target", action="append", metavar="TARGET",
         help="the token to explain: text (' Europe'), id:1910 or top:5; may be repeated (default: the model's next token)",
     )  # fmt: skip
-    add_options(attribute, DatasetOptions, ("sources", "mlp_rule", "temperature"))
+    add_options(attribute, DatasetOptions, ("sources", "language", "mlp_rule", "temperature"))
     add("--save-path", metavar="FILE", help="save the result as safetensors (Attribution.load reads it)")
     add("--viz-path", metavar="FILE.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of coloured text")

@@ -21,11 +21,13 @@ _LONGEST_ERROR = 500  # characters
 
 def local(dp: DePass, options: DatasetOptions) -> Engine:
     """The engine that makes shards one by one in this process."""
-    tokens = options.batch_tokens or batch_tokens(dp)
+    from ..sources.spans import named  # needs torch
+
+    tokens, sources = options.batch_tokens or batch_tokens(dp), named(options.sources, options.language)
 
     def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
         for first, rows in shards:
-            yield first, attributed(dp, rows, options.sources, tokens, tell)
+            yield first, attributed(dp, rows, sources, tokens, tell)
 
     return work
 
@@ -51,7 +53,7 @@ def batch_tokens(dp: DePass, processes: int = 1) -> int:
 
 
 def attributed(
-    dp: DePass, rows: Sequence[Row], sources: str, tokens: int, tell: Callable[[int], None] = lambda done: None
+    dp: DePass, rows: Sequence[Row], sources: Any, tokens: int, tell: Callable[[int], None] = lambda done: None
 ) -> bytes:
     """Attribute the rows and return their Parquet file, one record per row, in order.
 
@@ -60,7 +62,7 @@ def attributed(
     Args:
         dp: the model.
         rows: the prompts. A row that is broken or cannot be attributed becomes a record with its error.
-        sources: ``"token"``, ``"word"`` or ``"sentence"``.
+        sources: ``"token"``, ``"word"`` or :class:`depass.Sentences`.
         tokens: tokens of one pass, padding included.
         tell: called with the number of rows that are done.
     """

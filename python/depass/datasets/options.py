@@ -22,6 +22,7 @@ class DatasetOptions(ModelOptions):
         subset: the configuration of a Hugging Face data set.
         split: the split of a Hugging Face data set; None: ``train``.
         sources: ``token``, ``word`` or ``sentence``.
+        language: the language of sentences, as its code.
         mlp_rule: how each neuron's output is shared among the sources, one of :data:`depass_kernels.names.RULES`.
         temperature: temperature of the softmax rule.
         shard_rows: rows per output file.
@@ -64,6 +65,9 @@ class DatasetOptions(ModelOptions):
     sources: str = field(
         default="token",
         metadata=argument("the parts of the prompt to score (default: token)", choices=("token", "word", "sentence")),
+    )
+    language: str = field(
+        default="en", metadata=argument("language of --sources sentence, as its code (default: en)", metavar="CODE")
     )
     mlp_rule: str = field(
         default="softmax",

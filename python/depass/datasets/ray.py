@@ -13,10 +13,10 @@ from .. import arguments
 from ..errors import OptionError, WorkerError, first_line
 from .local import attributed, batch_tokens
 from .options import DatasetOptions
-from .rows import Row, load_pyarrow
-from .shards import Engine, Shard, Work
+from .rows import Row
+from .shards import Engine, Finished, Shard, Work
 
-_INSTALL = "--engine ray needs Ray Data: pip install 'depass-kernels[ray]'"
+_INSTALL = "--engine ray needs Ray: pip install 'depass-kernels[ray]'"
 
 
 def on_ray(options: DatasetOptions) -> Engine:
@@ -29,7 +29,7 @@ def on_ray(options: DatasetOptions) -> Engine:
         OptionError: Ray is not installed, there is no cluster at the address, or the workers cannot share the device.
     """
     try:
-        import ray.data
+        import ray
     except ImportError as error:
         raise OptionError(_INSTALL) from error
     if options.device_map is not None:
@@ -42,23 +42,13 @@ def on_ray(options: DatasetOptions) -> Engine:
     def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
         _connect(options.ray_address)
         try:
-            if options.device == "cuda" and ray.cluster_resources().get("GPU", 0) < 1:
-                raise OptionError("--device cuda: the cluster has no GPU; write --device cpu, or give another cluster")
-            # Ray moves blocks to disk when memory is full
-            blocks = [ray.put(_block(first, rows)) for first, rows in shards]
-            finished = ray.data.from_arrow_refs(blocks).map_batches(
-                Worker,
-                fn_constructor_args=(options,),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=1),
-                num_cpus=_cpus(options),
-                num_gpus=int(options.device == "cuda"),
-                max_restarts=-1,
-                max_task_retries=1,
-            )
-            for row in finished.iter_rows():
-                yield row["first"], row["content"]
+            if options.device == "cuda" and ray.cluster_resources().get("GPU", 0) < options.workers:
+                raise OptionError(
+                    f"--workers {options.workers} --device cuda: the cluster has "
+                    f"{ray.cluster_resources().get('GPU', 0):g} GPUs, one per worker; use fewer workers, --device cpu, or "
+                    "another cluster"
+                )
+            yield from _finished(options, shards)
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise WorkerError(f"a worker failed: {lines[-1].strip()}") from error
@@ -68,27 +58,49 @@ def on_ray(options: DatasetOptions) -> Engine:
     return work
 
 
+def _finished(options: DatasetOptions, shards: Iterator[Shard]) -> Work:
+    """The shards as the workers make them; each worker has one at a time, and no worker starts without one."""
+    import ray
+    from ray.util import ActorPool
+
+    actor = ray.remote(Worker).options(
+        num_cpus=_cpus(options), num_gpus=int(options.device == "cuda"), max_restarts=-1, max_task_retries=1
+    )
+    pool, started = ActorPool([]), 0
+    for first, rows in shards:
+        if not pool.has_free() and started < options.workers:
+            pool.push(actor.remote(options))
+            started += 1
+        if not pool.has_free():
+            yield pool.get_next_unordered()
+        pool.submit(lambda worker, shard: worker.make.remote(*shard), (first, _described(rows)))
+    while pool.has_next():
+        yield pool.get_next_unordered()
+
+
 class Worker:
     """An actor with a model, which makes one shard after another."""
 
     def __init__(self, options: DatasetOptions) -> None:
+        from ..sources.spans import named  # needs torch
+
         self.dp = arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
-        self.sources = options.sources
+        self.sources = named(options.sources, options.language)
         processes = 1 if options.device == "cuda" else options.workers  # at most so many share this machine's memory
         self.tokens = options.batch_tokens or batch_tokens(self.dp, processes)
 
-    def __call__(self, block: Any) -> Any:
-        """Turn a table with one shard's rows into a table with its Parquet file."""
-        rows = [Row(**row) for row in json.loads(block["rows"][0].as_py())]
-        content = attributed(self.dp, rows, self.sources, self.tokens)
-        return load_pyarrow().table({"first": block["first"], "content": [content]})
+    def make(self, first: int, described: str) -> Finished:
+        """Make a shard's Parquet file from the text of :func:`_described`."""
+        rows = [Row(**row) for row in json.loads(described)]
+        return first, attributed(self.dp, rows, self.sources, self.tokens)
 
 
-def _block(first: int, rows: list[Row]) -> Any:
-    return load_pyarrow().table({"first": [first], "rows": [f"[{','.join(map(_described, rows))}]"]})
+def _described(rows: list[Row]) -> str:
+    """A shard's rows as JSON."""
+    return f"[{','.join(map(_described_row, rows))}]"
 
 
-def _described(row: Row) -> str:
+def _described_row(row: Row) -> str:
     # a value that JSON cannot hold is not a prompt; its text form is refused with the same error
     try:
         return json.dumps(vars(row), default=str)
@@ -113,15 +125,16 @@ def _connect(address: str | None) -> None:
         raise OptionError(f"{where}: {first_line(error)}") from error
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _cpus(options: DatasetOptions) -> int:
-    """CPUs per worker: an equal part of the cluster's, at most those of one machine; one where the worker has a GPU."""
+def _cpus(options: DatasetOptions) -> float:
+    """CPUs per worker: the most with which all workers fit on the cluster's machines; one where the worker has a GPU."""
     import ray
 
     if options.device == "cuda":
         return 1
     of_machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(1, min(sum(of_machines) // options.workers, max(of_machines)))
+    for each in range(max(of_machines), 0, -1):
+        if sum(cpus // each for cpus in of_machines) >= options.workers:
+            return each
+    return 1 / -(-options.workers // sum(of_machines))

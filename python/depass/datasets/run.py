@@ -22,6 +22,7 @@ SETTINGS = (
     "dtype",
     "quantization",
     "sources",
+    "language",
     "mlp_rule",
     "temperature",
     "backend",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import DePassError, OptionError
+from ..models.bound import BoundModel
 from ..results.attribution import Attribution
 from .passes import Engine
 from .request import Case, Options, case
@@ -24,9 +25,11 @@ class _Batch:
     longest: int = 0
     cases: list[Case | DePassError] = field(default_factory=list)
 
-    def tokens_with(self, length: int) -> int:
-        """The tokens, padding included, of a pass with one more prompt of ``length`` tokens."""
-        return max(self.longest, length) * (len(self.cases) + 1)
+    def has_room_for(self, length: int, tokens: int, bound: BoundModel) -> bool:
+        """Whether a pass of ``tokens``, padding included, has room for a prompt of ``length`` tokens (0: none runs)."""
+        together = max(self.longest, length, 1) * (len(self.cases) + 1)
+        alike = 0 in (length, self.longest) or bound.regime(length) == bound.regime(self.longest)
+        return together <= tokens and alike
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Many:
                 )
             except Exception as error:  # a tokenizer's code, for example, may raise anything
                 checked = _of_one_prompt(error)
-            length = len(checked.prompt.ids) if isinstance(checked, Case) else 1
-            if batch.cases and batch.tokens_with(length) > self.batch_tokens:
+            length = len(checked.prompt.ids) if isinstance(checked, Case) else 0
+            if batch.cases and not batch.has_room_for(length, self.batch_tokens, self.engine.bound):
                 yield from self._of(batch)
                 batch = _Batch(index)
             batch.cases.append(checked)

@@ -144,20 +144,28 @@ def must_be_finite(target: Target, logit: float, bound: BoundModel) -> None:
 
 
 def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
-    """Warn if the conservation error of a result exceeds ``tolerance``.
+    """Warn if the model was altered, or the conservation error of a result exceeds ``tolerance``.
 
     Raises:
         ConservationError: with ``strict``, instead of the warning.
     """
-    error = float(result.conservation_error.max())
-    if error > tolerance:
+    error, altered, dtype = float(result.conservation_error.max()), result.settings.altered, result.settings.dtype
+    if altered is None and not error > tolerance:
+        return
+    if altered is not None:
         message = (
-            f"the scores miss the logit by a relative error of {error:.1e}, but the tolerance for "
-            f"{result.settings.dtype} is {tolerance:.0e}; load the model in a wider dtype"
+            f"{altered}. The scores explain the weights and not this change; they miss the logit by a relative error of "
+            f"{error:.1e}. Remove it, or put its effect into the weights"
         )
-        if strict:
-            raise ConservationError(message)
-        warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+    else:
+        wider = "" if dtype == "float64" else "load the model in a wider dtype; "
+        message = (
+            f"the scores miss the logit by a relative error of {error:.1e}, but the tolerance for {dtype} is "
+            f"{tolerance:.0e}; {wider}if the model's code changed after its first run, a new DePass(model) names the layer"
+        )
+    if strict:
+        raise ConservationError(message)
+    warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
 
 
 def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
@@ -172,4 +180,5 @@ def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]
         start_layer=start,
         stop_layer=options.stop,
         backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
+        altered=done.altered,
     )

@@ -29,7 +29,7 @@ def next_tokens(dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[
         ``[B]`` fp32 probabilities of the answers as the next token, and ``[B]`` ids of the most likely next tokens.
     """
     probabilities, tops = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
-    for batch in batches(prompts):
+    for batch in batches(dp, prompts):
         logits = _logits(dp, [prompts[i] for i in batch])  # [b, V]
         answer_ids = torch.tensor([answers[i] for i in batch], device=logits.device)
         log_probabilities = logits.gather(1, answer_ids[:, None])[:, 0] - logits.logsumexp(1)
@@ -53,7 +53,7 @@ def continuations(
     """
     means, tops = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
     whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    for batch in batches(whole):
+    for batch in batches(dp, whole):
         stream = _stream(dp, [whole[i] for i in batch])
         for row, i in enumerate(batch):
             logits = _head(dp, stream[row, len(prompts[i]) - 1 : len(whole[i])])  # [answer, V]
@@ -63,9 +63,9 @@ def continuations(
     return means, tops
 
 
-def batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def batches(dp: DePass, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Batches of the prompts' indices, prompts of similar length together."""
-    return capture.batches([len(ids) for ids in prompts], _TOKENS, prompts=_PROMPTS)
+    return capture.batches(dp.bound, [len(ids) for ids in prompts], _TOKENS, prompts=_PROMPTS)
 
 
 def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -16,6 +16,7 @@ from ..errors import DataError, DePassError, NonFiniteError
 from ..inputs.prompt import Prompt, encode
 from ..models import capture
 from ..models.health import blame, refuse_dropout
+from ..models.positions import fresh
 from . import data, forward
 
 
@@ -126,9 +127,9 @@ def streams(
     refuse_dropout(bound)
     begins = [0, *itertools.accumulate(map(len, positions))]
     residual = torch.empty(len(layers), begins[-1], bound.hidden_size)
-    for batch in forward.batches(prompts):
+    for batch in forward.batches(dp, prompts):
         ids = capture.padded([prompts[i] for i in batch]).to(bound.input_device)
-        with capture.running:
+        with capture.running, fresh(bound.backbone, bound.switches):
             states = bound.backbone(
                 input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
             ).hidden_states

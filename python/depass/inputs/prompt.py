@@ -6,21 +6,20 @@ import bisect
 import itertools
 import operator
 import re
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import PromptError, SourceError
+from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line
 from ..models.bound import BoundModel
 
-_UNITS = {
-    "word": re.compile(r"\S+"),
-    "sentence": re.compile(r"\S[^.!?。！？\n]*[.!?。！？]*"),
-}
+UNITS = ("token", "word", "sentence")
 _CONTEXT = 8  # preceding tokens that can change how a token decodes
+_OF_THE_CALL = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
 _BYTES = 4  # the most bytes of a character in UTF-8
 
 
@@ -43,14 +42,19 @@ class Prompt:
     offsets: tuple[tuple[int, int], ...] = ()
     special: frozenset[int] = frozenset()
 
-    def segments(self, unit: str) -> list[tuple[int, int]]:
+    def segments(self, unit: str, language: str = "en") -> list[tuple[int, int]]:
         """Half-open token ranges of the prompt's tokens, words or sentences; a special token has its own range.
+
+        A line break ends a sentence, too.
 
         Args:
             unit: ``"token"``, ``"word"`` or ``"sentence"``.
+            language: the language of sentences, as its code: ``"en"``, ``"de"``, ``"hi"``. It decides which full stops are
+                those of abbreviations and numbers.
 
         Raises:
             SourceError: the unit is unknown, or the prompt has no text.
+            OptionError: sentences need a package that is not installed.
         """
         check_unit(unit)
         if unit == "token":
@@ -59,8 +63,10 @@ class Prompt:
             raise SourceError(
                 f"{unit}s need text, but the prompt was given as ids without a tokenizer; pass one: DePass(model, tokenizer)"
             )
-        # each unit begins with the space before it, where the previous unit ends
-        begins = [0, *(match.end() for match in _UNITS[unit].finditer(self.text))][:-1]
+        ends = (
+            [match.end() for match in re.finditer(r"\S+", self.text)] if unit == "word" else self._sentences(language)
+        )
+        begins = [0, *ends][:-1]  # each unit begins with the space before it, where the previous unit ends
         ranges: list[tuple[int, int]] = []
         previous = None
         for index, (_, end) in enumerate(self.offsets):
@@ -73,24 +79,50 @@ class Prompt:
             previous = key
         return ranges
 
+    def _sentences(self, language: str) -> list[int]:
+        """Where the text's sentences end; line breaks and special tokens are never inside of one."""
+        try:
+            from sentencex import get_sentence_boundaries
+        except ImportError as error:
+            raise OptionError("sentences need the package sentencex: pip install sentencex") from error
+        text = self.text or ""
+        cuts = {0, len(text), *(match.end() for match in re.finditer("\n", text))}
+        cuts.update(*(self.offsets[index] for index in self.special))
+        ends = []
+        for begin, end in itertools.pairwise(sorted(cuts)):
+            for sentence in get_sentence_boundaries(language, text[begin:end]):
+                if sentence["text"].strip():
+                    ends.append(begin + sentence["start_index"] + len(sentence["text"].rstrip()))
+        return ends
+
 
 def check_unit(unit: str) -> None:
     """Raise a SourceError where the unit is unknown."""
-    if unit != "token" and unit not in _UNITS:
-        raise SourceError(f"unknown unit {unit!r}; choose one of: token, {', '.join(_UNITS)}")
+    if unit not in UNITS:
+        raise SourceError(f"unknown unit {unit!r}; choose one of: {', '.join(UNITS)}")
 
 
 def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
-    """Make a :class:`Prompt` from a string, chat messages (a list of dicts) or ids (a list of ints or a 1-D tensor).
+    """Make a :class:`Prompt` from a string, chat messages (a list of dicts), ids or what a tokenizer returns.
+
+    Ids are a list of ints or a tensor; a tokenizer returns those or a ``BatchEncoding``, whose padding is left out. A batch
+    dimension must have size one.
 
     Raises:
         PromptError: the prompt is empty, a batch, longer than the model's positions, or text without a tokenizer; or an
             id is outside the vocabulary.
     """
+    template: Mapping[str, Any] = {}
+    if isinstance(prompt, Chat):
+        prompt, template = prompt.messages, prompt.template
+        if not _is_chat(prompt):
+            raise PromptError(
+                f"chat_template_kwargs need a prompt of chat messages (a list of dicts), got {type(prompt).__name__}"
+            )
     if isinstance(prompt, str):
         encoded = _from_text(prompt, _needed(tokenizer, "a text prompt"), special=True)
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, dict) for message in prompt):
-        encoded = _from_chat(prompt, _needed(tokenizer, "a chat prompt"))
+    elif _is_chat(prompt):
+        encoded = _from_chat(prompt, template, _needed(tokenizer, "a chat prompt"))
     else:
         encoded = _from_ids(_ids(prompt), tokenizer)
     limit = bound.max_positions
@@ -107,6 +139,40 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
     return encoded
 
 
+@dataclass(frozen=True)
+class Chat:
+    """Chat messages with keyword arguments for the tokenizer's chat template (``tools``, ``enable_thinking`` ...)."""
+
+    messages: Any
+    template: Mapping[str, Any]
+
+
+def with_template(prompt: Any, template: Any) -> Any:
+    """A prompt with the ``chat_template_kwargs`` of a call; without any, the prompt itself.
+
+    Raises:
+        OptionError: they are no dict, or DePass sets one of them itself.
+    """
+    if template is None:
+        return prompt
+    if not isinstance(template, Mapping):
+        raise OptionError(f"chat_template_kwargs must be a dict, got {type(template).__name__}")
+    ours = [name for name in template if name in _OF_THE_CALL]
+    if ours:
+        raise OptionError(f"chat_template_kwargs: {ours[0]} is set by DePass; leave it out")
+    return Chat(prompt, template)
+
+
+def refuse_encoding(name: str, prompts: Any) -> None:
+    """Raise an OptionError where prompts are what a tokenizer returns for a batch, whose items are not prompts."""
+    if hasattr(prompts, "keys"):
+        raise OptionError(f"{name} must be an iterable of prompts, got {type(prompts).__name__}; {_rows_of(prompts)}")
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
+
+
 def _needed(tokenizer: Any, what: str) -> Any:
     if tokenizer is None:
         raise PromptError(f"{what} needs a tokenizer: pass one, DePass(model, tokenizer), or give token ids")
@@ -114,19 +180,27 @@ def _needed(tokenizer: Any, what: str) -> Any:
 
 
 def _ids(prompt: Any) -> list[int]:
+    mask = None
     if hasattr(prompt, "keys"):
-        raise PromptError(
-            f"expected one prompt, got a mapping with {', '.join(map(str, prompt.keys()))}; pass the unpadded ids of one "
-            "prompt: encoding['input_ids'][0][mask]"
-        )
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        if "input_ids" not in prompt:
+            raise PromptError(f"expected one prompt, got a mapping with {', '.join(map(str, prompt.keys()))}")
+        rows, masks = _listed(prompt["input_ids"]), _listed(prompt.get("attention_mask"))
+        if _is_batch(rows) and len(rows) > 1:
+            raise PromptError(f"expected one prompt, got a batch with {len(rows)} rows; {_rows_of(prompt)}")
+        mask = masks[0] if masks and _is_batch(masks) else masks
+    else:
+        rows = _listed(prompt)
+    if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
         raise PromptError(f"expected a string, chat messages or token ids, got {type(prompt).__name__}")
-    if any(isinstance(value, (list, tuple, str, torch.Tensor)) and getattr(value, "ndim", 1) for value in values):
+    if _is_batch(rows) and (len(rows) > 1 or isinstance(rows[0], str)):
         shape = f" of shape {list(prompt.shape)}" if hasattr(prompt, "shape") else ""
         raise PromptError(
-            f"expected one prompt, got a batch{shape} with {len(values)} rows; pass one unpadded row at a time"
+            f"expected one prompt, got a batch{shape} with {len(rows)} rows; pass them to attribute_many(), each without "
+            "padding"
         )
+    values = _listed(rows[0]) if _is_batch(rows) else rows
+    if mask is not None and len(mask) == len(values):
+        values = [value for value, kept in zip(values, mask, strict=True) if kept]
     ids = []
     for value in values:
         try:
@@ -138,15 +212,38 @@ def _ids(prompt: Any) -> list[int]:
     return ids
 
 
-def _from_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> Prompt:
+def _listed(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _is_batch(values: Sequence[Any]) -> bool:
+    """Whether the first of some values is a row, and not a number."""
+    return (
+        bool(values) and isinstance(values[0], (list, tuple, str, torch.Tensor)) and bool(getattr(values[0], "ndim", 1))
+    )
+
+
+def _rows_of(encoding: Any) -> str:
+    """How to pass the rows of a tokenizer's batch ``encoding``."""
+    masks = _listed(encoding.get("attention_mask")) or []
+    if all(all(row) for row in masks):
+        return "pass its rows: attribute_many(encoding['input_ids'])"
+    return (
+        "pass its rows without padding: attribute_many([[i for i, kept in zip(*row) if kept] for row in "
+        "zip(encoding['input_ids'], encoding['attention_mask'])])"
+    )
+
+
+def _from_chat(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> Prompt:
     try:
         # the last message may be the beginning of the model's own turn, which is then continued
         begun = messages[-1].get("role") == "assistant"
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-        )
+        turn = {"add_generation_prompt": not begun, "continue_final_message": begun}
+        if turn.keys() & template.keys():
+            turn = dict.fromkeys(turn, False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **{**turn, **template})
     except Exception as error:  # a template is code by the model's authors and may raise anything
-        raise PromptError(f"the tokenizer's chat template rejected these messages: {error}") from error
+        raise PromptError(f"the tokenizer's chat template rejected these messages: {first_line(error)}") from error
     return _from_text(text, tokenizer, special=False)
 
 
@@ -156,9 +253,14 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError("the prompt is not text: it contains bytes that are not UTF-8")
     if not getattr(tokenizer, "is_fast", False):
-        return _from_ids(tokenizer.encode(text, add_special_tokens=special), tokenizer)
+        of_slow: list[int] = tokenizer.encode(text, add_special_tokens=special)
+        if special:
+            _warn_of_two(text, of_slow, tokenizer)
+        return _from_ids(of_slow, tokenizer)
     encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoding["input_ids"]
+    if special:
+        _warn_of_two(text, ids, tokenizer)
     marked = set(tokenizer.all_special_ids)
     # tokenizers differ in whether a token includes the space before a word: give each character to the token that ends
     # after it
@@ -177,6 +279,20 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
     return Prompt(
         tuple(ids), tuple(tokens), text, tuple(offsets), frozenset(i for i, t in enumerate(ids) if t in marked)
     )
+
+
+def _warn_of_two(text: str, ids: list[int], tokenizer: Any) -> None:
+    """Warn where the text has the special token that the tokenizer adds: a chat rendered as text, most often."""
+    marked = set(tokenizer.all_special_ids)
+    for first, second, where in ((ids[:1], ids[1:2], "begins"), (ids[-1:], ids[-2:-1], "ends")):
+        if len(ids) > 1 and first == second and first[0] in marked:
+            if len(tokenizer.encode(text, add_special_tokens=False)) == len(ids):
+                continue  # both are the text's own
+            warnings.warn(
+                f"the prompt {where} with {tokenizer.decode(first)!r}, and the tokenizer adds another; to have one, pass "
+                "chat messages, or the ids tokenizer(prompt, add_special_tokens=False)['input_ids']",
+                PromptWarning, stacklevel=2,
+            )  # fmt: skip
 
 
 def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
@@ -219,13 +335,27 @@ def _from_ids(ids: list[int], tokenizer: Any) -> Prompt:
     )
 
 
+def shown(tokenizer: Any, token: int) -> str:
+    """A token as text: ``<id>`` where the tokenizer does not have the id, and the id without a tokenizer."""
+    return str(token) if tokenizer is None else _decode(tokenizer, [token])
+
+
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    try:
-        text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    except (OverflowError, TypeError, IndexError):
-        # an id that the tokenizer does not have; the model's vocabulary is checked later
-        text = "".join(f"<{token}>" for token in ids)
+    text = ""
+    for known, run in itertools.groupby(ids, lambda token: _is_known(tokenizer, token)):
+        if known:
+            text += tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        else:
+            text += "".join(f"<{token}>" for token in run)
     return text
+
+
+def _is_known(tokenizer: Any, token: int) -> bool:
+    """Whether a tokenizer has an id; models have more ids than their tokenizers where their vocabulary is padded."""
+    try:
+        return not hasattr(tokenizer, "convert_ids_to_tokens") or tokenizer.convert_ids_to_tokens(token) is not None
+    except (OverflowError, TypeError, IndexError, KeyError, ValueError):
+        return False
 
 
 def _skip_space(text: str, begin: int, end: int) -> int:

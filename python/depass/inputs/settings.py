@@ -21,6 +21,8 @@ class Settings:
         aggregated: the unit that token scores were summed to afterwards, or None.
         backends: the backends used, by op of ``depass_kernels`` (``"cpu+reference"`` if two ran parts of it).
         method: ``depass``, or the name of a baseline (:mod:`depass.baselines`), whose scores need not add up.
+        altered: the layer that computed something else than its weights say, and the hook that did it; None for an
+            unaltered model.
     """
 
     model: str
@@ -33,6 +35,7 @@ class Settings:
     aggregated: str | None = None
     backends: dict[str, str] = field(default_factory=dict)
     method: str = "depass"
+    altered: str | None = None
 
     @property
     def adds_up(self) -> bool:

@@ -14,6 +14,7 @@ from depass_kernels.ops import FLOATS
 from ..checks import integer
 from ..errors import TargetError
 from ..models.bound import BoundModel
+from .prompt import shown
 
 TargetKind = Literal["token", "contrast", "direction", "probe"]
 
@@ -246,10 +247,6 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
         bound: the model.
         tokenizer: the tokenizer for labels; may be None.
     """
-
-    def name(token: int) -> str:
-        return str(token) if tokenizer is None else tokenizer.decode([token])
-
     if asked.w is not None:
         w = asked.w.to(vector)
         return [Readout(Target(asked.label, asked.kind, asked.position), w, 0.0, float(w @ vector))]
@@ -260,6 +257,6 @@ def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokeni
         if asked.kind == "contrast":
             w, logit = w - rows[ids[1]].to(vector), logit - float(logits[ids[1]])
             constant -= 0.0 if bias is None else float(bias[ids[1]])
-        label = " - ".join(name(token) for token in ids)
+        label = " - ".join(shown(tokenizer, token) for token in ids)
         readouts.append(Readout(Target(label, asked.kind, asked.position, ids), w.detach(), constant, logit))
     return readouts

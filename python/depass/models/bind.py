@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from . import weights
+from .alterations import refuse_compiled
 from .bound import BoundModel, Layer, Norm, Projection
 from .families import FAMILIES, LLAMA, Family
+from .positions import switches
 
 _LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
 
@@ -35,7 +38,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"expected a HuggingFace causal language model, got {type(model).__name__}")
+        raise ModelError(f"expected a HuggingFace causal language model, got {type(model).__name__}{_inside(model)}")
     config, name, head = model.config, type(model).__name__, model.get_output_embeddings()
     _refuse_other_kinds(config, name)
     if head is None:
@@ -46,6 +49,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     if not empty:
         _refuse_absent(model, name)
     _refuse_config(config, family, name)
+    refuse_compiled(model, list(model.get_submodule(family.backbone).modules()))
     blocks = _blocks(model, family)
     if len(set(map(id, blocks))) < len(blocks):
         raise ModelError(f"{name} uses one module for several layers; DePass needs a separate module for each layer")
@@ -55,6 +59,20 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     return family
 
 
+def _inside(model: Any) -> str:
+    """What to pass instead of an object that holds a model."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, (str, os.PathLike)):
+        return f"; load it: DePass.from_pretrained({os.fspath(model)!r})"
+    if hasattr(model, "merge_and_unload"):
+        return "; merge its adapters first: DePass(model.merge_and_unload())"
+    for name in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, a pipeline
+        if isinstance(getattr(model, name, None), PreTrainedModel):
+            return f"; pass the model inside of it: DePass(model.{name})"
+    return ""
+
+
 def resolve(model: Any, family: Family) -> BoundModel:
     """The modules at a family's paths, for a model that :func:`check` accepted."""
     config, head = model.config, model.get_output_embeddings()
@@ -62,18 +80,21 @@ def resolve(model: Any, family: Family) -> BoundModel:
     backbone: Any = model.get_submodule(family.backbone)
     layers = tuple(_bind_layer(layer, family, text.num_attention_heads) for layer in _blocks(model, family))
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
-    biased = any(layer.has_bias() for layer in layers)
+    biased, found = any(layer.has_bias() for layer in layers), switches(backbone)
+    dynamic = any(switch.kind == "dynamic" for switch in found)  # made for prompts beyond the config's positions
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return BoundModel(
         model=model,
+        family=family,
         name=getattr(config, "name_or_path", "") or type(model).__name__,
         backbone=backbone,
         layers=layers,
         final_norm=final_norm,
         num_heads=text.num_attention_heads,
-        parallel=bool(family.parallel and getattr(text, family.parallel)),
+        parallel=bool(getattr(text, family.parallel) if isinstance(family.parallel, str) else family.parallel),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
+        switches=found,
         configs=tuple(configs.values()),
     )
 
@@ -126,6 +147,8 @@ def _refuse_declaration(family: Any) -> None:
     """Raise a ModelError where the family is not a Family or has an invalid value."""
     if not isinstance(family, Family):
         raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
+    if not isinstance(family.parallel, (str, bool)):
+        raise ModelError(f"Family(parallel={family.parallel!r}): give True, False, or the name of the config's flag")
     hints = get_type_hints(Family).items()
     for field_name, choices in ((name, get_args(hint)) for name, hint in hints if get_origin(hint) is Literal):
         if getattr(family, field_name) not in choices:
@@ -155,7 +178,7 @@ def _refuse_config(config: Any, family: Family, name: str) -> None:
     for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
         if getattr(text, factor, None) not in (None, 1, 1.0):
             raise ModelError(f"{name} has {factor}={getattr(text, factor)}, which DePass does not support")
-    if family.parallel is not None and not hasattr(text, family.parallel):
+    if isinstance(family.parallel, str) and not hasattr(text, family.parallel):
         raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
     if getattr(text, "add_cross_attention", False):
         raise ModelError(

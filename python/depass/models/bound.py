@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import weights
+from .families import Family
+from .positions import Switch
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class BoundModel:
-    """A model with the paths of its family resolved."""
+    """A model with the paths of its family resolved.
+
+    ``checked`` are the layers that :mod:`depass.models.check` has compared with the family; the number of layers stands for
+    the final norm and the head.
+    """
 
     model: Any
+    family: Family
     name: str
     backbone: Any
     layers: tuple[Layer, ...]
@@ -147,8 +155,14 @@ class BoundModel:
     parallel: bool
     has_bias: bool
     max_positions: int | None
+    switches: tuple[Switch, ...]
     configs: tuple[Any, ...] = field(repr=False)
+    checked: set[int] = field(default_factory=set, repr=False, compare=False)
     stream_to: torch.device | None = None  # the device that layers run on while their weights stay in host memory
+
+    def regime(self, length: int) -> tuple[Hashable, ...]:
+        """What passes of ``length`` positions must have in common to have the same position encoding."""
+        return tuple(switch.regime(length) for switch in self.switches)
 
     @property
     def widest_layer(self) -> Layer:

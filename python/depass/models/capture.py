@@ -21,7 +21,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
+from .alterations import Alteration, alterations, within
 from .bound import BoundModel, Norm
+from .check import Seen, activations, differences, first_miss, last_differences, limit
+from .positions import fresh
 from .streaming import streamed
 from .trace import NORMS, Trace
 
@@ -44,7 +47,7 @@ def _attention(
         eager = sys.modules[type(module).__module__].eager_attention_forward
         output, pattern = eager(module, query, key, value, mask, **options)
     if module in _at_work:
-        _at_work[module].attention(pattern)
+        _at_work[module].attention(pattern, value)
     return output, pattern
 
 
@@ -85,10 +88,15 @@ def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device="cpu")
 
 
-def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | None = None) -> Iterator[list[int]]:
+def batches(
+    bound: BoundModel, lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | None = None
+) -> Iterator[list[int]]:
     """Group prompts into passes, shortest first; yields the indices of each pass.
 
+    Prompts whose lengths give the model another position encoding do not share a pass.
+
     Args:
+        bound: the model.
         lengths: the prompts' numbers of tokens.
         tokens: the most tokens of one pass, padding included; a longer prompt runs alone.
         each: how many copies of a prompt a pass holds.
@@ -96,7 +104,9 @@ def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | N
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == prompts or lengths[index] * each * (len(batch) + 1) > tokens):
+        length = lengths[index]
+        full = len(batch) == prompts or length * each * (len(batch) + 1) > tokens
+        if batch and (full or bound.regime(length) != bound.regime(lengths[batch[0]])):
             yield batch
             batch = []
         batch.append(index)
@@ -106,7 +116,8 @@ def batches(lengths: Sequence[int], tokens: int, each: int = 1, prompts: int | N
 
 def normed(bound: BoundModel, **inputs: Tensor) -> Tensor:
     """The residual stream after the final norm, ``[B, T, D]``, from a plain forward pass of the model."""
-    output: Tensor = bound.backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    with fresh(bound.backbone, bound.switches):
+        output: Tensor = bound.backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
     return output
 
 
@@ -149,16 +160,20 @@ class Capture(ABC):
     Attributes:
         stream: after :meth:`run`, the residual stream ``[P, D]`` at the output of the last of ``layers``.
         normed: after :meth:`run`, the backbone's output ``[P, D]`` after its final norm.
+        altered: what makes the model compute something else than its weights say, or None.
     """
 
     stream: Tensor
     normed: Tensor
+    altered: str | None
+    alterations: list[Alteration]
 
     def __init__(
         self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range, with_gate_total: bool = False
     ) -> None:
         self.bound, self.layers, self.with_gate_total = bound, layers, with_gate_total
         self.ids, self.pack = padded(prompts), _Packer([len(prompt) for prompt in prompts])
+        self.end = len(prompts[0]) - 1  # the position that the check compares
         self.reading: int | None = None  # the layer whose trace is being read
 
     @abstractmethod
@@ -166,32 +181,70 @@ class Capture(ABC):
         """Called when a layer ends; the trace may be read only during the call."""
 
     def run(self) -> None:
-        """Run the model.
+        """Run the model. Layers are checked at their first run; those of a model with hooks, at every run.
 
         Raises:
-            ModelError: an attribution is already running in this thread, or the model does not call transformers'
-                attention interface.
+            ModelError: an attribution is already running in this thread, the model does not call transformers' attention
+                interface, or a layer does not compute what the family says.
         """
         bound = self.bound
         with running, ExitStack() as stack:  # attributions of several threads take turns
             if _at_work:
                 raise ModelError("an attribution is already running in this thread; start the next one after it ends")
+            self.altered, self.alterations = None, alterations(bound)
             stack.enter_context(eager_with_patterns(bound))
-            for index in self.layers:
-                LayerCapture(self, index).hook(stack)
+            layers = [LayerCapture(self, index, self.is_checked(index)) for index in self.layers]
+            for layer in layers:
+                layer.hook(stack)
             if bound.stream_to is not None:
                 stack.enter_context(streamed(bound, bound.stream_to))
-            output = bound.backbone(
-                input_ids=self.ids.to(bound.input_device), use_cache=False, return_dict=True
-            ).last_hidden_state
+            output = normed(bound, input_ids=self.ids.to(bound.input_device))
+        self._must_have_ended(layers)
         self.normed = self.pack(output)
+        last = len(bound.layers)
+        if self.layers[-1] + 1 == last and self.is_checked(last):
+            self.judge(last, last_differences(bound, self.stream, self.normed, self.end), limit(bound, self.normed))
+
+    def is_checked(self, index: int) -> bool:
+        """Whether this run checks a layer; the number of layers stands for the final norm and the head."""
+        has_numbers = self.bound.device.type != "meta"
+        return has_numbers and (bool(self.alterations) or index not in self.bound.checked)
+
+    def judge(self, index: int, found: dict[str, float], allowed: float) -> None:
+        """Note a layer whose steps differ from the family's, where the model has hooks.
+
+        Raises:
+            ModelError: the steps differ, and the model has no hooks.
+        """
+        bound, miss = self.bound, first_miss(found, allowed)
+        if miss is None:
+            bound.checked.add(index)
+            return
+        inside = index < len(bound.layers)
+        said = f"{f'layer {index}' if inside else 'the model'}: {miss.said(bound)}"
+        if not self.alterations:
+            raise ModelError(f"{bound.name} is not what its depass.Family says; {said}; correct the family")
+        if self.altered is None:
+            causes = within(self.alterations, bound, bound.layers[index].module) if inside else self.alterations
+            self.altered = f"{said}; {' and '.join(map(str, causes[:3]))}"
+
+    def _must_have_ended(self, layers: Sequence[LayerCapture]) -> None:
+        silent = [layer.index for layer in layers if not layer.ended]
+        if silent:
+            count = getattr(self.bound.model.config.get_text_config(), "num_hidden_layers", None)
+            raise ModelError(
+                f"{self.bound.name} did not run layer {silent[0]}: it holds {len(self.bound.layers)} layers, and its config "
+                f"says num_hidden_layers={count}; set model.config.num_hidden_layers, or remove the layers that do not run"
+            )
 
 
 class LayerCapture:
     """The hooks of one layer: they fill its trace, which is passed on and dropped when the layer ends."""
 
-    def __init__(self, run: Capture, index: int) -> None:
+    def __init__(self, run: Capture, index: int, checked: bool) -> None:
         self.run, self.index, self.modules = run, index, run.bound.layers[index]
+        self.seen = Seen() if checked else None  # what the check reads, until the layer ends
+        self.ended = False
         self.thread = threading.get_ident()  # other threads may run the model meanwhile
         self._trace: Trace | None = None
 
@@ -208,8 +261,10 @@ class LayerCapture:
             modules.down.module.register_forward_pre_hook(self.hidden),
             *(norm.module.register_forward_pre_hook(partial(self.norm, name, norm)) for name, norm in norms.items()),
         ]
-        if self.run.with_gate_total:
+        if self.run.with_gate_total or self.seen is not None:
             hooks.append(modules.gate.module.register_forward_hook(self.gate))
+        if self.seen is not None:
+            hooks += [each.register_forward_pre_hook(self.activation) for each in activations(modules.module)]
         for hook in hooks:
             stack.callback(hook.remove)
 
@@ -234,7 +289,7 @@ class LayerCapture:
         """Capture the scale of a norm's input."""
         self.trace.scales[name] = norm.scale(self.run.pack(args[0]), self.run.bound.state_dtype)
 
-    def attention(self, pattern: Tensor) -> None:
+    def attention(self, pattern: Tensor, values: Tensor) -> None:
         """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
         if self._trace is None or threading.get_ident() != self.thread:
             return
@@ -242,6 +297,8 @@ class LayerCapture:
         if off is not None:  # a masked head passes no values on
             pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
         self._trace.pattern = pattern
+        if self.seen is not None:
+            self.seen.values = values
 
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -256,7 +313,17 @@ class LayerCapture:
     @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Capture the pre-activations."""
-        self.trace.gate_total = self.modules.gate.select_output(self.run.pack(output))
+        gate = self.modules.gate.select_output(self.run.pack(output))
+        if self.run.with_gate_total:
+            self.trace.gate_total = gate
+        if self.seen is not None:
+            self.seen.gate = gate
+
+    @of_this_thread
+    def activation(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the input of an activation function, if it has the width of the pre-activations."""
+        if self.seen is not None and args[0].shape[-1] == self.modules.gate.shape[0]:
+            self.seen.activated.append(self.run.pack(args[0]))
 
     @of_this_thread
     def end(self, _: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -264,13 +331,25 @@ class LayerCapture:
         trace, self._trace = self.trace, None
         self._must_be_whole(trace)
         trace.after = self.run.pack(output[0] if isinstance(output, tuple) else output)
-        if self.index == self.run.layers[-1]:
-            self.run.stream = trace.after
+        self._check(trace)
+        self.ended = True
+        self.run.stream = trace.after
         self.run.reading = self.index
         try:
             self.run.layer(self.index, trace)
         finally:
             self.run.reading = None
+
+    def _check(self, trace: Trace) -> None:
+        """Compare the layer with its family; see :mod:`depass.models.check`."""
+        seen, self.seen = self.seen, None
+        if seen is None:
+            return
+        if self.index > self.run.layers[0]:
+            seen.before = self.run.stream
+        held = (trace.stream, trace.hidden, seen.values, seen.gate)
+        allowed = limit(self.run.bound, *(tensor for tensor in held if tensor is not None))
+        self.run.judge(self.index, differences(self.run.bound, self.index, trace, seen, self.run.end), allowed)
 
     def _must_be_whole(self, trace: Trace) -> None:
         name, index = self.run.bound.name, self.index

@@ -36,7 +36,7 @@ class Family:
         value_rows: the rows of ``value`` that hold the value weights: ``all``, the ``last`` ones of a fused ``q, k, v``,
             or ``last_of_head`` if the ``q, k, v`` of each head are stored together.
         gate_rows: the rows of ``gate`` that hold the gate weights: ``all``, or the ``first_half`` of a fused ``gate, up``.
-        parallel: the name of the config's flag for parallel attention and MLP, or None.
+        parallel: whether attention and MLP both read the layer's input: True, False, or the name of the config's flag.
     """
 
     backbone: str = "model"
@@ -54,7 +54,7 @@ class Family:
     norm: NormKind = "rms"
     value_rows: ValueRows = "all"
     gate_rows: GateRows = "all"
-    parallel: str | None = None
+    parallel: str | bool = False
 
 
 LLAMA = Family()

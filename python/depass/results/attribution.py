@@ -53,13 +53,14 @@ class Attribution(ScoredResult):
             f"{judged(self.settings, self.conservation_error)})"
         )
 
-    def aggregate(self, unit: str) -> Attribution:
+    def aggregate(self, unit: str, language: str = "en") -> Attribution:
         """Sum token scores to words or sentences; rows still add up to their logits.
 
         The scores differ from those of ``sources=unit``: there words or sentences compete for each neuron, here tokens do.
 
         Args:
             unit: ``"word"``, ``"sentence"`` or ``"token"``.
+            language: the language of sentences; see :class:`Sentences`.
 
         Raises:
             SourceError: the unit is unknown, the prompt has no text, or the sources are not tokens.
@@ -70,7 +71,7 @@ class Attribution(ScoredResult):
             )
         kept = [i for i, source in enumerate(self.sources) if source.kind == "bias"]
         groups = [(self.sources[i], [i]) for i in kept]
-        for begin, end in self.prompt.segments(unit):
+        for begin, end in self.prompt.segments(unit, language):
             label = "".join(self.prompt.tokens[begin:end])
             groups.append((Source(label, "span", begin, end), [len(kept) + t for t in range(begin, end)]))
         scores = torch.stack([self.scores[:, columns].sum(1) for _, columns in groups], dim=1)

@@ -18,7 +18,7 @@ from ..models.trace import Trace
 from .components import Heads, Modules, Neurons, _heads, _modules, _neurons
 from .parts import _indices, _named, _Parts, check_layer
 from .source import Decomposition, Source
-from .spans import Spans
+from .spans import Sentences, Spans
 from .subspaces import Custom, Subspace, _given, _subspace
 
 COMPONENT_BYTES = 32 << 20  # of temporary memory while the outputs of components are computed
@@ -100,8 +100,8 @@ def check_kind(sources: Any) -> None:
     """
     if isinstance(sources, str):
         check_unit(sources)
-    elif not isinstance(sources, (Spans, *COMPONENTS)):
+    elif not isinstance(sources, (Spans, Sentences, *COMPONENTS)):
         raise SourceError(
-            "sources must be 'token', 'word', 'sentence', Spans([...]), or an instance of Heads, Neurons, Modules, "
-            f"Subspace or Custom, got {sources!r}"
+            "sources must be 'token', 'word', 'sentence', Sentences(language), Spans([...]), or an instance of Heads, "
+            f"Neurons, Modules, Subspace or Custom, got {sources!r}"
         )

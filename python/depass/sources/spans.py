@@ -45,6 +45,35 @@ class Spans:
             object.__setattr__(self, "ranges", tuple(self.ranges))
 
 
+@dataclass(frozen=True)
+class Sentences:
+    """The sentences of a prompt in a known language as sources; ``"sentence"`` stands for ``Sentences("en")``.
+
+    Args:
+        language: the language's code, as ``"de"`` or ``"hi"``. It decides which full stops end no sentence, such as those
+            of abbreviations. The ends of all scripts count in every language.
+
+    Raises:
+        SourceError: the language is not a string of letters.
+    """
+
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        """Check the language."""
+        if not isinstance(self.language, str) or not self.language.replace("-", "").isalpha():
+            raise SourceError(f"language must be a code such as 'en' or 'pt-br', got {self.language!r}")
+
+
+def named(sources: str, language: str) -> Any:
+    """The sources that the command's options name: a unit, where sentences have a language.
+
+    Raises:
+        SourceError: the language is not a code.
+    """
+    return Sentences(language) if sources == "sentence" else sources
+
+
 def decompose_prompt(
     prompt: Prompt, sources: Any, layer: int, has_bias: bool, exclude: bool | Literal["auto"], bos: int | None
 ) -> Decomposition:
@@ -52,7 +81,7 @@ def decompose_prompt(
 
     Args:
         prompt: a prompt of ``N`` tokens.
-        sources: ``"token"``, ``"word"``, ``"sentence"`` or :class:`Spans`.
+        sources: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or :class:`Spans`.
         layer: the layer whose input is decomposed.
         has_bias: whether the model has biases, and so a bias source.
         exclude: whether the first token is excluded from the MLPs of later positions. ``"auto"`` excludes it if it is
@@ -71,7 +100,7 @@ def decompose_prompt(
     elif isinstance(sources, str) and sources == "token":
         ranges, kind = [(t, t + 1) for t in range(length)], "token"
     else:
-        ranges = prompt.segments(sources)
+        ranges = unit_ranges(prompt, sources)
 
     order = sorted(range(len(ranges)), key=lambda i: ranges[i])
     for before, after in pairwise(order):
@@ -106,6 +135,15 @@ def decompose_prompt(
         rows[where.to(rows.device)] = trace.stream.to(rows.dtype)
 
     return Decomposition(tuple(parts), layout, excluded, layer, "start", fill)
+
+
+def unit_ranges(prompt: Prompt, unit: str | Sentences) -> list[tuple[int, int]]:
+    """The token ranges of a prompt's tokens, words or sentences.
+
+    Raises:
+        SourceError: the unit is unknown, or the prompt has no text.
+    """
+    return prompt.segments("sentence", unit.language) if isinstance(unit, Sentences) else prompt.segments(unit)
 
 
 def token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:

@@ -1,0 +1,197 @@
+"""The first run of a model checks what conservation cannot see: that the model computes what its family says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+import transformers as tf
+from check_table import differences
+from torch import Tensor, nn
+
+from depass import DePass, Family, Heads, ModelError
+from depass.models.bind import bind
+from depass.models.check import LAST_STEPS, STEPS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+PHI = Family(
+    final_norm="final_layernorm", output="self_attn.dense", gate="mlp.fc1", down="mlp.fc2", norm="layer",
+    mlp_norm="input_layernorm", parallel=True,
+)  # fmt: skip
+COHERE = Family(norm="layer", mlp_norm="input_layernorm", parallel=True)
+
+
+def worst(model: Any, family: Family | None = None) -> dict[str, float]:
+    found, allowed = differences(bind(model, family))
+    return {step: difference / allowed for step, difference in found.items()}
+
+
+def other(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """A random model of a family that is not in the list."""
+    config = getattr(tf, f"{name}Config")(**{**SIZES, **more})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(tf, f"{name}ForCausalLM")(config).eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * (0.4 if parameter.dim() > 1 else 1)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_right_declarations_stay_far_below_the_limit(name: str) -> None:
+    for dtype in DTYPES:
+        for seed in range(3):
+            found = worst(models.make(name, dtype, seed=seed))
+            assert max(found.values()) < 1 / 4, (dtype, seed, found)
+            steps = {*STEPS, *LAST_STEPS} - {"activation"}  # found only where it differs
+            assert found.keys() == steps
+
+
+@pytest.mark.parametrize(("name", "family"), [("Phi", PHI), ("Cohere", COHERE)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parallel_models_without_a_flag_can_be_declared(name: str, family: Family, dtype: torch.dtype) -> None:
+    more = {"logit_scale": 1.0} if name == "Cohere" else {}
+    model = other(name, dtype, **more)
+    assert max(worst(model, family).values()) < 1 / 4
+    if dtype in (torch.float32, torch.float64):
+        for rule in ("softmax", "taylor"):  # taylor divides by the pre-activations, so it shows a wrong reading
+            DePass(model, family=family, mlp_rule=rule).attribute(models.prompt(9), 5, strict=True)
+
+
+def with_clamped_values(model: Any) -> None:
+    projection = model.model.layers[1].self_attn.v_proj
+    own = type(projection).forward
+    projection.__class__ = type("Clamped", (nn.Linear,), {"forward": lambda self, x: own(self, x).clamp(-0.1, 0.1)})
+
+
+def _scaled(like: Any, forward: Callable[..., Tensor]) -> nn.Module:
+    made = type("Scaled", (nn.Linear,), {"forward": lambda self, x: forward(self, x) * 1.5})(
+        like.in_features, like.out_features, bias=False
+    )
+    return made.requires_grad_(False)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], Family | None, str]] = {
+    "mlp_norm is the attention's": (lambda: models.make("llama"), Family(mlp_norm="input_layernorm"), "mlp.gate_proj"),
+    "no mlp_norm": (lambda: models.make("llama"), Family(mlp_norm=None), "mlp.gate_proj"),
+    "no attention_norm": (lambda: models.make("llama"), Family(attention_norm=None), "values"),
+    "parallel, declared sequential": (
+        lambda: other("Phi"), Family(**{**vars(PHI), "parallel": False}), "mlp.fc1",
+    ),
+    "parallel, declared sequential without a norm": (
+        lambda: other("Phi"), Family(**{**vars(PHI), "parallel": False, "mlp_norm": None}), "mlp.fc1",
+    ),
+    "Cohere, declared sequential": (
+        lambda: other("Cohere", logit_scale=1.0), Family(**{**vars(COHERE), "parallel": False}), "mlp.gate_proj",
+    ),
+    "sequential, declared parallel": (lambda: models.make("qwen3"), Family(parallel=True), "mlp.gate_proj"),
+    "gate and up exchanged": (lambda: models.make("llama"), Family(gate="mlp.up_proj"), "activation function"),
+    "up and gate of fused weights exchanged": (lambda: _halves_exchanged(), None, "activation function"),
+    "the keys as values": (lambda: models.make("llama"), Family(value="self_attn.k_proj"), "values"),
+    "all rows of one projection": (
+        lambda: models.make("llama-biased"), Family(value="self_attn.k_proj", norm="rms"), "values",
+    ),
+    "1 + w declared as w": (
+        lambda: models.make("gemma2"),
+        Family(mlp_norm="pre_feedforward_layernorm", attention_post_norm="post_attention_layernorm",
+               mlp_post_norm="post_feedforward_layernorm"), "values",
+    ),
+}  # fmt: skip
+
+
+def _halves_exchanged() -> Any:
+    """Phi-3 whose MLP reads the up weights first; its family says the gate's come first."""
+    model = models.make("phi3")
+    own = type(model.model.layers[0].mlp)
+
+    class Exchanged(own):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+            return self.down_proj(up * self.activation_fn(gate))
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Exchanged
+    return model
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_declarations_are_refused_with_layer_and_number(case: str) -> None:
+    make, family, named = WRONG[case]
+    for dtype in (torch.float32, torch.bfloat16):
+        dp = DePass(make().to(dtype), family=family)
+        for run in (
+            lambda dp=dp: dp.attribute(models.prompt(9), 5),
+            lambda dp=dp: dp.sweep("heads", models.prompt(9), 5),
+            lambda dp=dp: dp.states(models.prompt(9), 1),
+            lambda dp=dp: next(dp.attribute_many([models.prompt(9)], 5)),
+            lambda dp=dp: dp.generate(models.prompt(9), max_new_tokens=2),
+        ):
+            with pytest.raises(ModelError, match=rf"layer \d: .*{named}.*\(relative difference \d.*, limit .*correct"):
+                run()
+
+
+def test_wrong_declarations_without_the_check_conserve() -> None:
+    """Why there is a check: the same declarations add up, with other scores."""
+    model, ids = models.make("llama"), models.prompt(9)
+    right = DePass(model).attribute(ids, 5)
+    wrong = DePass(model, family=Family(mlp_norm="input_layernorm"))
+    wrong.bound.checked.update(range(models.LAYERS + 1))
+    found = wrong.attribute(ids, 5, strict=True)
+    assert float((found.scores - right.scores).norm() / right.scores.norm()) > 0.01
+
+
+def test_what_a_layer_does_beside_its_weights_is_found() -> None:
+    model = models.make("mistral")
+    with_clamped_values(model)
+    with pytest.raises(ModelError, match=r"layer 1: the values that its attention gets"):
+        DePass(model).attribute(models.prompt(9), 5)
+    model = models.make("mistral")
+    own = model.model.layers[2].self_attn.o_proj
+    model.model.layers[2].self_attn.o_proj = _scaled(own, nn.Linear.forward)
+    model.model.layers[2].self_attn.o_proj.weight.data = own.weight.data
+    with pytest.raises(ModelError, match=r"layer 2: the output of mlp.gate_proj is not that of its weights"):
+        DePass(model).attribute(models.prompt(9), 5)
+
+
+def test_layers_are_checked_once_and_those_that_run() -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(9)
+    assert dp.bound.checked == set()
+    dp.attribute(ids, 5, start_layer=1, stop_layer=2)
+    assert dp.bound.checked == {1}
+    dp.attribute(ids, 5, sources=Heads(1))
+    assert dp.bound.checked == {1, 2, 3}  # 3: the final norm and the head
+    dp.attribute(ids, 5)
+    assert dp.bound.checked == {0, 1, 2, 3}
+    with_clamped_values(dp.model)  # seen by a new DePass only; the scores' error says so
+    with pytest.warns(match="if the model's code changed after its first run, a new DePass"):
+        dp.attribute(ids, 5)
+
+
+def test_autocast_is_no_false_alarm() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        dp = DePass(models.make("llama"))
+        dp.attribute(models.prompt(9), 5)
+    assert dp.bound.checked == {0, 1, 2, 3}
+
+
+def test_products_in_lower_precision_are_no_false_alarm() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        DePass(models.make("llama")).attribute(models.prompt(40), 5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_weights_of_zero_and_numbers_that_are_not_finite_are_not_judged() -> None:
+    model = models.make("llama")
+    model.model.layers[1].self_attn.v_proj.weight.data.zero_()
+    model.model.layers[2].mlp.down_proj.weight.data.zero_()
+    DePass(model).attribute(models.prompt(9), 5, strict=True)

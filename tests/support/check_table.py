@@ -1,0 +1,132 @@
+"""Writes the table of the first run's check into docs/models.md: ``python tests/support/check_table.py docs/models.md``.
+
+For every family, dtype and quantisation: the largest relative difference of any step at any layer, on small random models.
+A difference above the limit is in bold.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import models
+import tokens
+import torch
+
+from depass import DePass
+from depass.models.bind import bind
+from depass.models.bound import BoundModel
+from depass.models.capture import Capture
+
+BEGIN, END = "<!-- the check: begin -->", "<!-- the check: end -->"
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit kernels want whole blocks
+
+
+class Differences(Capture):
+    """One pass that notes the largest difference of each step and the limit, and judges nothing."""
+
+    def __init__(self, bound: BoundModel, ids: list[int]) -> None:
+        super().__init__(bound, [ids], range(len(bound.layers)))
+        self.found: dict[str, float] = {}
+        self.allowed = 0.0
+
+    def layer(self, *_: Any) -> None:
+        pass
+
+    def judge(self, index: int, found: dict[str, float], allowed: float) -> None:
+        self.allowed = max(self.allowed, allowed)
+        for step, difference in found.items():
+            self.found[step] = max(self.found.get(step, 0.0), difference)
+
+
+def differences(bound: BoundModel) -> tuple[dict[str, float], float]:
+    """The largest difference of each step over prompts of several lengths, and the limit."""
+    found: dict[str, float] = {}
+    for length in (1, 2, 17, 40):
+        run = Differences(bound, models.prompt(length, length))
+        with torch.no_grad():
+            run.run()
+        found = {step: max(difference, found.get(step, 0.0)) for step, difference in run.found.items()}
+    return found, run.allowed
+
+
+def quantised() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The kinds of quantisation, each with a function that makes its config."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    def torchao(name: str, *arguments: Any, **others: Any) -> Any:
+        from torchao import quantization
+
+        return TorchAoConfig(getattr(quantization, name)(*arguments, **others))
+
+    def groups() -> Any:
+        from torchao.quantization.granularity import PerGroup
+
+        return torchao("IntxWeightOnlyConfig", torch.int4, granularity=PerGroup(32))
+
+    yield "bitsandbytes 4-bit", lambda: BitsAndBytesConfig(load_in_4bit=True)
+    yield "bitsandbytes 8-bit", lambda: BitsAndBytesConfig(load_in_8bit=True)
+    yield "torchao int8", lambda: torchao("Int8WeightOnlyConfig")
+    yield "torchao int4", groups
+    yield "torchao int8, dynamic", lambda: torchao("Int8DynamicActivationInt8WeightConfig")
+
+
+def cell(measure: Callable[[], BoundModel]) -> str:
+    try:
+        found, allowed = differences(measure())
+    except ImportError:
+        return "not measured"
+    except (AssertionError, ValueError):  # the library's kernel refuses this shape
+        return "refused"
+    worst = max(found.values())
+    return f"**{worst:.0e}**" if worst > allowed else f"{worst:.0e}"
+
+
+def loaded(name: str, config: Any, dtype: torch.dtype) -> BoundModel:
+    wide = {"n_embd": 64, "n_inner": 128} if name.startswith("gpt2") else WIDE
+    with tempfile.TemporaryDirectory() as folder:
+        models.make(name, **wide).save_pretrained(folder)
+        tokens.make().save_pretrained(folder)
+        return DePass.from_pretrained(folder, dtype=dtype, quantization=config).bound
+
+
+def lines() -> Iterator[str]:
+    """Two tables: dense weights by dtype, and quantised weights in a model of fp32 and of bf16."""
+    yield f"| model | {' | '.join(DTYPES)} |"
+    yield f"|---|{'---|' * len(DTYPES)}"
+    for name in models.CONFIGS:
+        bounds = (partial(dense, name, dtype) for dtype in DTYPES.values())
+        yield f"| {name} | {' | '.join(map(cell, bounds))} |"
+    yield ""
+    kinds = dict(quantised())
+    yield f"| quantised, fp32 / bf16 | {' | '.join(kinds)} |"
+    yield f"|---|{'---|' * len(kinds)}"
+    for name in models.CONFIGS:
+        pairs = [
+            " / ".join(cell(partial(loaded, name, make(), dtype)) for dtype in (torch.float32, torch.bfloat16))
+            for make in kinds.values()
+        ]
+        yield f"| {name} | {' | '.join(pairs)} |"
+
+
+def dense(name: str, dtype: torch.dtype) -> BoundModel:
+    return bind(models.make(name, dtype))
+
+
+def main(path: Path) -> None:
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    text = path.read_text()
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    path.write_text(f"{head}{BEGIN}\n" + "\n".join(lines()) + f"\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
