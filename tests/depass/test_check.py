@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from depass import DePass, Family, Heads, ModelError
 from depass.models.bind import bind
-from depass.models.check import LAST_STEPS, STEPS
+from depass.models.check import STEPS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES: dict[str, Any] = {
@@ -50,7 +50,7 @@ def test_right_declarations_stay_far_below_the_limit(name: str) -> None:
         for seed in range(3):
             found = worst(models.make(name, dtype, seed=seed))
             assert max(found.values()) < 1 / 4, (dtype, seed, found)
-            steps = {*STEPS, *LAST_STEPS} - {"activation"}  # found only where it differs
+            steps = STEPS.keys() - {"activation"}  # found only where it differs
             assert found.keys() == steps
 
 
@@ -142,7 +142,7 @@ def test_wrong_declarations_without_the_check_conserve() -> None:
     model, ids = models.make("llama"), models.prompt(9)
     right = DePass(model).attribute(ids, 5)
     wrong = DePass(model, family=Family(mlp_norm="input_layernorm"))
-    wrong.bound.checked.update(range(models.LAYERS + 1))
+    wrong.bound.checked.update(range(models.LAYERS))
     found = wrong.attribute(ids, 5, strict=True)
     assert float((found.scores - right.scores).norm() / right.scores.norm()) > 0.01
 
@@ -166,9 +166,9 @@ def test_layers_are_checked_once_and_those_that_run() -> None:
     dp.attribute(ids, 5, start_layer=1, stop_layer=2)
     assert dp.bound.checked == {1}
     dp.attribute(ids, 5, sources=Heads(1))
-    assert dp.bound.checked == {1, 2, 3}  # 3: the final norm and the head
+    assert dp.bound.checked == {1, 2}
     dp.attribute(ids, 5)
-    assert dp.bound.checked == {0, 1, 2, 3}
+    assert dp.bound.checked == {0, 1, 2}
     with_clamped_values(dp.model)  # seen by a new DePass only; the scores' error says so
     with pytest.warns(match="if the model's code changed after its first run, a new DePass"):
         dp.attribute(ids, 5)
@@ -178,7 +178,7 @@ def test_autocast_is_no_false_alarm() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         dp = DePass(models.make("llama"))
         dp.attribute(models.prompt(9), 5)
-    assert dp.bound.checked == {0, 1, 2, 3}
+    assert dp.bound.checked == {0, 1, 2}
 
 
 def test_products_in_lower_precision_are_no_false_alarm() -> None:

@@ -141,8 +141,7 @@ class Layer:
 class BoundModel:
     """A model with the paths of its family resolved.
 
-    ``checked`` are the layers that :mod:`depass.models.check` has compared with the family; the number of layers stands for
-    the final norm and the head.
+    ``checked`` are the layers that :mod:`depass.models.check` has compared with the family.
     """
 
     model: Any

@@ -202,16 +202,18 @@ class Capture(ABC):
         self._must_have_ended(layers)
         self.normed = self.pack(output)
         last = len(bound.layers)
-        if self.layers[-1] + 1 == last and self.is_checked(last):
-            self.judge(last, last_differences(bound, self.stream, self.normed, self.end), limit(bound, self.normed))
+        if self.alterations and self.layers[-1] + 1 == last:  # without hooks the scores' sum shows such a difference
+            self.judge(last, last_differences(bound, self.stream, self.normed, self.end), limit(bound.layers[-1], self.stream, self.normed))
 
     def is_checked(self, index: int) -> bool:
-        """Whether this run checks a layer; the number of layers stands for the final norm and the head."""
+        """Whether this run checks a layer."""
         has_numbers = self.bound.device.type != "meta"
         return has_numbers and (bool(self.alterations) or index not in self.bound.checked)
 
     def judge(self, index: int, found: dict[str, float], allowed: float) -> None:
         """Note a layer whose steps differ from the family's, where the model has hooks.
+
+        The number of layers stands for the final norm and the head.
 
         Raises:
             ModelError: the steps differ, and the model has no hooks.
@@ -347,8 +349,7 @@ class LayerCapture:
             return
         if self.index > self.run.layers[0]:
             seen.before = self.run.stream
-        held = (trace.stream, trace.hidden, seen.values, seen.gate)
-        allowed = limit(self.run.bound, *(tensor for tensor in held if tensor is not None))
+        allowed = limit(self.modules, trace.stream, trace.hidden, seen.values, seen.gate)
         self.run.judge(self.index, differences(self.run.bound, self.index, trace, seen, self.run.end), allowed)
 
     def _must_be_whole(self, trace: Trace) -> None:

@@ -57,16 +57,16 @@ class Miss(NamedTuple):
         return f"{text} (relative difference {self.difference:.1e}, limit {self.limit:.0e})"
 
 
-def limit(bound: BoundModel, *seen: Tensor) -> float:
-    """The largest difference that rounding explains, for a model's weights and the dtypes that its pass had.
+def limit(layer: Layer, *seen: Tensor | None) -> float:
+    """The largest difference that rounding explains, for a layer's weights and the dtypes that its pass had.
 
-    No right declaration in ``docs/models.md`` reaches a third of it.
+    No right declaration in ``docs/models.md`` reaches a quarter of it.
     """
-    modules = [part.module for layer in bound.layers for part in layer.projections]
+    modules = [part.module for part in layer.projections]
     if any(weights.rounds_inputs(module) for module in modules):
         return 0.2
-    halves = [tensor for tensor in seen if tensor.dtype in (torch.float16, torch.bfloat16)]  # of an autocast, too
-    if halves or bound.dtype in (torch.float16, torch.bfloat16) or bound.is_quantized or _products_are_rounded():
+    halves = [tensor for tensor in seen if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)]
+    if halves or any(map(weights.is_packed, modules)) or _products_are_rounded():
         return 5e-2
     return 1e-4
 
