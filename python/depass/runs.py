@@ -137,7 +137,8 @@ def _commit() -> str | None:
 def progress(name: str, of: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes the number of items done and shows the progress on standard error.
 
-    On a terminal it shows a bar with the rate and the remaining time; elsewhere it prints a line every 30 seconds.
+    On a terminal it shows a bar with the rate and the remaining time; elsewhere it prints a line every 30 seconds, and one
+    at the end.
     """
     rate = _Rate()
     if not sys.stderr.isatty():
@@ -177,12 +178,16 @@ class _Rate:
 
 
 def _lines(name: str, of: int, rate: _Rate) -> Callable[[int], None]:
-    last = time.monotonic()
+    last, ended = time.monotonic(), False
 
     def update(done: int) -> None:
-        nonlocal last
+        nonlocal last, ended
         said = rate.said(done, of)
-        if said and time.monotonic() - last >= _LINE_SECONDS:
+        if done >= of and not ended:
+            ended, took = True, round(time.monotonic() - rate.began)
+            took_text = f"{took // 3600}:{took // 60 % 60:02}:{took % 60:02}"
+            print(f"{name}: {done:,} of {of:,} in {took_text}", file=sys.stderr, flush=True)
+        elif said and time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
             print(f"{name}: {done:,} of {of:,}, {said}", file=sys.stderr, flush=True)
 

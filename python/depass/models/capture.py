@@ -203,7 +203,11 @@ class Capture(ABC):
         self.normed = self.pack(output)
         last = len(bound.layers)
         if self.alterations and self.layers[-1] + 1 == last:  # without hooks the scores' sum shows such a difference
-            self.judge(last, last_differences(bound, self.stream, self.normed, self.end), limit(bound.layers[-1], self.stream, self.normed))
+            self.judge(
+                last,
+                last_differences(bound, self.stream, self.normed, self.end),
+                limit(bound.layers[-1], self.stream, self.normed),
+            )
 
     def is_checked(self, index: int) -> bool:
         """Whether this run checks a layer."""
