@@ -129,13 +129,18 @@ class _Zero:
         if threading.get_ident() != self.thread:
             return None
         x: Tensor = args[0]
-        off = self.off
-        if len(off) not in (1, len(x)):
+        off, packing = self.off, capture.packing_of_this_thread()
+        prompts = len(x) if packing is None else len(packing.lengths)
+        if len(off) not in (1, prompts):
             raise OptionError(
-                f"masked has {len(off)} rows, but the batch has {len(x)} prompts; give one row per prompt or one for all"
+                f"masked has {len(off)} rows, but the batch has {prompts} prompts; give one row per prompt or one for all"
             )
         wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
-        return (x.masked_fill(wide[:, None] if len(off) > 1 else wide[0], 0), *args[1:])
+        if len(off) == 1:
+            wide = wide[0]
+        else:
+            wide = wide[:, None] if packing is None else packing.by_position(wide)
+        return (x.masked_fill(wide, 0), *args[1:])
 
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:

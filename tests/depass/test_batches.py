@@ -28,6 +28,7 @@ from depass import (
     TargetError,
     TopK,
     engine,
+    masking,
 )
 from depass.engine import batches
 
@@ -274,3 +275,54 @@ def test_threads_take_turns() -> None:
     for found in runs[1:]:
         for one, other in zip(runs[0], found, strict=True):
             same(other, one, 1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_a_batch_runs_on_as_many_tokens_as_it_has(name: str) -> None:
+    """The model sees one row without padding, and its stream is that of each prompt alone."""
+    dp = DePass(models.make(name, torch.float64))
+    prompts = [models.prompt(length, length) for length in (7, 1, 19, 7, 12)]
+    seen: list[torch.Size] = []
+    handle = dp.model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    together = list(dp.attribute_many(prompts, 5))
+    handle.remove()
+    assert seen == [torch.Size([1, sum(map(len, prompts))])]
+    for prompt, found in zip(prompts, together, strict=True):
+        own = dp.model(torch.tensor([prompt])).logits[0, -1, 5]
+        alone = dp.attribute(prompt, 5)
+        cap = getattr(dp.model.config, "final_logit_softcapping", None)
+        own = own if cap is None else cap * torch.atanh(own / cap)
+        torch.testing.assert_close(found.target_logits[0].double(), own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-5, atol=1e-6)
+        assert not found.settings.padded
+
+
+def test_a_model_that_takes_no_positions_runs_padded_and_the_result_says_so() -> None:
+    model, prompts = models.make("llama"), [models.prompt(length) for length in (3, 9, 9)]
+    expected = list(DePass(model).attribute_many(prompts, 5))
+    own = model.model.forward
+
+    def without_positions(input_ids: Any = None, use_cache: Any = None, return_dict: Any = None) -> Any:
+        return own(input_ids=input_ids, use_cache=use_cache, return_dict=return_dict)
+
+    model.model.forward = without_positions
+    found = list(DePass(model).attribute_many(prompts, 5))
+    assert [result.settings.padded for result in found] == [True] * 3
+    assert not next(DePass(model).attribute_many(prompts[1:], 5)).settings.padded  # of one length: nothing is padded
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_by_prompt_reach_prompts_in_one_row() -> None:
+    dp = DePass(models.make("llama"))
+    prompts = [models.prompt(length, length) for length in (4, 9, 6)]
+    off = torch.zeros(3, models.LAYERS, 4, dtype=torch.bool)
+    off[0, 1, 2] = off[2, 0, 0] = off[2, 2, 3] = True
+    with masking.heads(dp, off):
+        together = list(dp.attribute_many(prompts, 5, strict=True))
+    for prompt, mask, found in zip(prompts, off, together, strict=True):
+        with masking.heads(dp, mask[None]):
+            alone = dp.attribute(prompt, 5, strict=True)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-5)
+    with masking.heads(dp, off[:2]), pytest.raises(OptionError, match="masked has 2 rows, but the batch has"):
+        list(dp.attribute_many(prompts, 5))

@@ -17,7 +17,7 @@ from ..inputs import targets
 from ..inputs.prompt import Prompt, encode
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout
-from ..models import capture
+from ..models import capture, packing
 from ..models.bound import BoundModel
 from ..models.health import blame, dtype_name, refuse_dropout
 
@@ -105,7 +105,7 @@ def _must_be_finite(bound: BoundModel, number: float, label: str) -> None:
 
 def _normed(bound: BoundModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The residual stream ``[B, T, D]`` after the final norm."""
-    return capture.normed(bound, input_ids=capture.padded(prompts).to(bound.input_device))
+    return capture.normed(bound, input_ids=packing.padded(prompts).to(bound.input_device))
 
 
 @torch.no_grad()

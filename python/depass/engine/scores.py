@@ -181,4 +181,5 @@ def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]
         stop_layer=options.stop,
         backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
         altered=done.altered,
+        padded=not done.packing.packed and len(set(done.lengths)) > 1,
     )

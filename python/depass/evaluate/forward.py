@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..api import DePass
-from ..models import capture
+from ..models import capture, packing
 
 _TOKENS, _PROMPTS = 4096, 256  # of one pass; each prompt takes a row of vocab_size logits
 
@@ -77,7 +77,7 @@ def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def _stream(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The residual stream ``[B, T, D]`` after the final norm."""
-    return capture.normed(dp.bound, input_ids=capture.padded(prompts).to(dp.bound.input_device))
+    return capture.normed(dp.bound, input_ids=packing.padded(prompts).to(dp.bound.input_device))
 
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:

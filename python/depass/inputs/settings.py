@@ -23,6 +23,7 @@ class Settings:
         method: ``depass``, or the name of a baseline (:mod:`depass.baselines`), whose scores need not add up.
         altered: the layer that computed something else than its weights say, and the hook that did it; None for an
             unaltered model.
+        padded: whether the model ran on padded prompts, because it takes no ``position_ids``; False for a single prompt.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Settings:
     backends: dict[str, str] = field(default_factory=dict)
     method: str = "depass"
     altered: str | None = None
+    padded: bool = False
 
     @property
     def adds_up(self) -> bool:

@@ -13,6 +13,7 @@ from . import weights
 from .alterations import refuse_compiled
 from .bound import BoundModel, Layer, Norm, Projection
 from .families import FAMILIES, LLAMA, Family
+from .packing import takes_positions
 from .positions import switches
 
 _LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
@@ -95,6 +96,7 @@ def resolve(model: Any, family: Family) -> BoundModel:
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
+        takes_positions=takes_positions(backbone),
         configs=tuple(configs.values()),
     )
 

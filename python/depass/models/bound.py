@@ -155,6 +155,7 @@ class BoundModel:
     has_bias: bool
     max_positions: int | None
     switches: tuple[Switch, ...]
+    takes_positions: bool  # whether prompts of different lengths can share a pass without padding
     configs: tuple[Any, ...] = field(repr=False)
     checked: set[int] = field(default_factory=set, repr=False, compare=False)
     stream_to: torch.device | None = None  # the device that layers run on while their weights stay in host memory

@@ -24,6 +24,7 @@ from ..errors import ModelError
 from .alterations import Alteration, alterations, within
 from .bound import BoundModel, Norm
 from .check import Seen, activations, differences, first_miss, last_differences, limit
+from .packing import Packing, first_positions
 from .positions import fresh
 from .streaming import streamed
 from .trace import NORMS, Trace
@@ -38,6 +39,10 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The family's own eager attention; its pattern is captured for the current layer."""
+    packing = _packing.get()
+    if packing is not None:
+        query, key, value = (packing.spread(each) for each in (query, key, value))
+        mask = None if mask is None else packing.mask(mask)
     if mask is None:  # made for an implementation that reads a missing mask as a causal one
         mask = _causal(module, query, key)
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's other eager attention
@@ -48,7 +53,14 @@ def _attention(
         output, pattern = eager(module, query, key, value, mask, **options)
     if module in _at_work:
         _at_work[module].attention(pattern, value)
-    return output, pattern
+    return output if packing is None else packing.gather(output), pattern
+
+
+def _mask(**arguments: Any) -> Tensor | None:
+    """The mask of eager attention; for prompts in one row that of padded prompts."""
+    packing = _packing.get()
+    mask: Tensor | None = eager_mask(**(arguments if packing is None else first_positions(packing, arguments)))
+    return mask
 
 
 def _causal(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
@@ -61,8 +73,9 @@ def _causal(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)  # of this thread's pass over one row
 _captured: ContextVar[frozenset[int]] = ContextVar("captured", default=frozenset())  # this thread's configs, by id
 
 
@@ -80,12 +93,6 @@ def _implementation_of_this_thread(theirs: property) -> property:
 
 
 PretrainedConfig._attn_implementation = _implementation_of_this_thread(PretrainedConfig._attn_implementation)
-
-
-def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Prompts as ids ``[B, T]``, padded on the right, where causal attention ignores the padding."""
-    longest = max(map(len, prompts))
-    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device="cpu")
 
 
 def batches(
@@ -121,6 +128,11 @@ def normed(bound: BoundModel, **inputs: Tensor) -> Tensor:
     return output
 
 
+def packing_of_this_thread() -> Packing | None:
+    """How prompts lie in the row of this thread's pass, or None where they do not lie in one row."""
+    return _packing.get()
+
+
 @contextmanager
 def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
     """Inside the ``with`` block this thread's passes use our attention function, whose outputs equal eager attention's."""
@@ -149,7 +161,8 @@ masked_heads: dict[tuple[nn.Module, int], Tensor] = {}
 class Capture(ABC):
     """One forward pass of a model's backbone over prompts; a subclass implements :meth:`layer`.
 
-    The prompts are padded on the right, where causal attention ignores the padding; ``P`` does not count it.
+    Prompts of different lengths lie in one row, if the model takes positions; otherwise they are padded on the right, where
+    causal attention ignores the padding. ``P`` does not count it.
 
     Args:
         bound: the model.
@@ -172,7 +185,7 @@ class Capture(ABC):
         self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range, with_gate_total: bool = False
     ) -> None:
         self.bound, self.layers, self.with_gate_total = bound, layers, with_gate_total
-        self.ids, self.pack = padded(prompts), _Packer([len(prompt) for prompt in prompts])
+        self.packing = Packing(prompts, bound.takes_positions)
         self.end = len(prompts[0]) - 1  # the position that the check compares
         self.reading: int | None = None  # the layer whose trace is being read
 
@@ -198,9 +211,11 @@ class Capture(ABC):
                 layer.hook(stack)
             if bound.stream_to is not None:
                 stack.enter_context(streamed(bound, bound.stream_to))
-            output = normed(bound, input_ids=self.ids.to(bound.input_device))
+            if self.packing.packed:
+                stack.callback(_packing.reset, _packing.set(self.packing))
+            output = normed(bound, **self.packing.inputs(bound.input_device))
         self._must_have_ended(layers)
-        self.normed = self.pack(output)
+        self.normed = self.packing.flat(output)
         last = len(bound.layers)
         if self.alterations and self.layers[-1] + 1 == last:  # without hooks the scores' sum shows such a difference
             self.judge(
@@ -288,12 +303,12 @@ class LayerCapture:
                 f"a callback (progress= or on_state=) ran {self.run.bound.name} after layer {self.run.reading}; run the "
                 "model after the attribution"
             )
-        self._trace = Trace(self.run.pack(args[0] if args else kwargs["hidden_states"]))
+        self._trace = Trace(self.run.packing.flat(args[0] if args else kwargs["hidden_states"]))
 
     @of_this_thread
     def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the scale of a norm's input."""
-        self.trace.scales[name] = norm.scale(self.run.pack(args[0]), self.run.bound.state_dtype)
+        self.trace.scales[name] = norm.scale(self.run.packing.flat(args[0]), self.run.bound.state_dtype)
 
     def attention(self, pattern: Tensor, values: Tensor) -> None:
         """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
@@ -309,17 +324,17 @@ class LayerCapture:
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the input of the attention's output projection."""
-        self.trace.mixed = self.run.pack(args[0])
+        self.trace.mixed = self.run.packing.flat(args[0])
 
     @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the input of the down projection."""
-        self.trace.hidden = self.run.pack(args[0])
+        self.trace.hidden = self.run.packing.flat(args[0])
 
     @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Capture the pre-activations."""
-        gate = self.modules.gate.select_output(self.run.pack(output))
+        gate = self.modules.gate.select_output(self.run.packing.flat(output))
         if self.run.with_gate_total:
             self.trace.gate_total = gate
         if self.seen is not None:
@@ -329,14 +344,14 @@ class LayerCapture:
     def activation(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the input of an activation function, if it has the width of the pre-activations."""
         if self.seen is not None and args[0].shape[-1] == self.modules.gate.shape[0]:
-            self.seen.activated.append(self.run.pack(args[0]))
+            self.seen.activated.append(self.run.packing.flat(args[0]))
 
     @of_this_thread
     def end(self, _: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         """Capture the residual stream at the layer's output, and pass the trace on."""
         trace, self._trace = self.trace, None
         self._must_be_whole(trace)
-        trace.after = self.run.pack(output[0] if isinstance(output, tuple) else output)
+        trace.after = self.run.packing.flat(output[0] if isinstance(output, tuple) else output)
         self._check(trace)
         self.ended = True
         self.run.stream = trace.after
@@ -367,20 +382,3 @@ class LayerCapture:
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
         if silent:
             raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")
-
-
-class _Packer:
-    """Turns a padded ``[B, T, ...]`` or ``[B·T, ...]`` into a packed ``[P, ...]``."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        longest = max(lengths)
-        self.where = torch.cat([b * longest + torch.arange(n, device="cpu") for b, n in enumerate(lengths)])
-        self._moved: dict[torch.device, Tensor] = {}
-
-    def __call__(self, padded: Tensor) -> Tensor:
-        flat = padded if padded.dim() == 2 else padded.flatten(0, 1)
-        if len(self.where) == len(flat):
-            return flat
-        if flat.device not in self._moved:
-            self._moved[flat.device] = self.where.to(flat.device)
-        return flat.index_select(0, self._moved[flat.device])
