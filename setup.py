@@ -30,8 +30,8 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.absolute()
 BUILD = ROOT / "build" / "csrc"
 LIBRARY, INFO = "depass_kernels._csrc", "depass_kernels._build_info"
-CPP = ["register.cpp", "share_hidden_cpu.cpp", "mix_values_cpu.cpp"]
-CUDA = ["share_hidden.cu", "mix_values.cu"]
+CPP = ["register.cpp", "normed_cpu.cpp", "share_hidden_cpu.cpp", "mix_values_cpu.cpp"]
+CUDA = ["normed.cu", "share_hidden.cu", "mix_values.cu"]
 ARCHITECTURES = ["80", "86", "89", "90"]  # the last one's PTX serves what is newer
 OLDEST_TORCH = (2, 10)  # the oldest version to compile against and to load into; the same as in pyproject.toml
 TORCH_TARGET = f"TORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"

@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import torch  # noqa: E402
 from layouts import LAYOUTS, poisoned, scale, sliced  # noqa: E402
 
-from depass_kernels import backends, mix_values, share_hidden  # noqa: E402
+from depass_kernels import backends, mix_values, normed, share_hidden  # noqa: E402
 
 
 def main(backend: str) -> None:
@@ -33,8 +33,16 @@ def main(backend: str) -> None:
                     calls += 1
             for d in (5, 64):
                 pattern = sliced((layout.prompts, 4, layout.longest, layout.longest), dtype, backend).tril()
-                values, key_scale = sliced((layout.rows, 2 * d), dtype, backend), scale(layout.positions, backend)
-                mix_values(pattern, values, layout, kv_heads=2, key_scale=key_scale, backend=backend)
+                values, query_scale = sliced((layout.rows, 2 * d), dtype, backend), scale(layout.positions, backend)
+                mix_values(pattern, values, layout, kv_heads=2, query_scale=query_scale, backend=backend)
+                calls += 1
+            for columns in (67, 128):
+                state, weight = (
+                    sliced((layout.rows, columns), torch.float32, backend),
+                    torch.ones(columns, device=backend),
+                )
+                out, scales = poisoned(layout.rows, columns, dtype, backend), scale(layout.positions, backend)
+                normed(state, layout, scale=scales, weight=weight, centred=True, out=out, backend=backend)
                 calls += 1
     if backend == "cuda":
         torch.cuda.synchronize()

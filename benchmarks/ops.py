@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, backends, mix_values, residual_update, share_hidden
+from depass_kernels import SourceLayout, backends, mix_values, normed, residual_update, share_hidden
 
 from .machine import Machine, percentile
 from .registry import SHAPES
 
-OURS = ("mix_values", "share_hidden", "taylor", "residual_update")
+OURS = ("normed", "mix_values", "share_hidden", "taylor", "residual_update")
 PRODUCTS = ("mm", "mm_fp32", "addmm_fp32")  # the last two with out_dtype=: the sums are in fp32
 PROJECTIONS = ("value", "output", "gate", "down")
 LIBRARY = ("copy", *(f"{product}_{projection}" for projection in PROJECTIONS for product in PRODUCTS))
@@ -71,7 +71,6 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
     layout = SourceLayout.tokens(n, excluded=0)
     rows, device = layout.rows, machine.device
     torch.manual_seed(0)
-    scale = torch.rand(n, device=device) + 0.5
 
     def random(*shape: int, spread: float = 1.0) -> Tensor:
         return machine.random(*shape, dtype=dtype, scale=spread)
@@ -87,16 +86,20 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (out, *read))
         return Op(work, (out,), lambda: out.fill_(float("nan")), moved, operations)
 
+    if op == "normed":
+        state, weight, out = machine.random(rows, D), random(D), empty(rows, D)
+        options: dict[str, Any] = {"scale": torch.rand(n, device=device) + 0.5, "weight": weight, "out": out}
+        return call(lambda b: normed(state, layout, backend=b, **options), out, 0, state, weight)
     if op == "mix_values":
         pattern = torch.softmax(machine.random(1, H, n, n), dim=-1).tril().to(dtype)
         values, out = random(rows, K * d), empty(rows, H * d)
-        options: dict[str, Any] = {"kv_heads": K, "key_scale": scale, "out": out}
+        options = {"kv_heads": K, "out": out}
         # a query reads, for each key up to its own position, the sources that have started by that key
         useful = 2 * H * d * n * (n + 1) * (n + 2) // 6
         return call(lambda b: mix_values(pattern, values, layout, backend=b, **options), out, useful, pattern, values)
     if op in ("share_hidden", "taylor"):
         gate, hidden, out, total = gates(), random(n, F), empty(rows, F), random(n, F)
-        options = {"gate_scale": scale, "out": out}
+        options = {"out": out}
         read = [gate, hidden]
         if op == "taylor":
             options.update(rule="taylor", gate_total=total)
@@ -108,17 +111,9 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
     if op == "residual_update":
         start = machine.random(rows, D)
         state, operand, weight = start.clone(), random(rows, H * d), random(D, H * d, spread=0.02)
-        cast = empty(rows, D) if dtype != torch.float32 else None
-        written = (state,) if cast is None else (state, cast)
-        moved = sum(t.numel() * t.element_size() for t in (*written, operand, weight)) + state.numel() * 4  # and read
-
-        def clear() -> None:
-            state.copy_(start)
-            if cast is not None:
-                cast.fill_(float("nan"))
-
+        moved = sum(t.numel() * t.element_size() for t in (state, operand, weight)) + state.numel() * 4  # and read
         return Op(
-            lambda b: residual_update(state, operand, weight, cast=cast, backend=b), written, clear, moved,
+            lambda b: residual_update(state, operand, weight, backend=b), (state,), lambda: state.copy_(start), moved,
             2 * rows * D * H * d,
         )  # fmt: skip
     product, _, projection = op.rpartition("_")

@@ -1,9 +1,9 @@
 """Predicts the times of the benchmark cases on GPUs. A later measurement then shows which part of the prediction is wrong.
 
 Counts: the timed method runs on a model that has only shapes (torch's meta device). Each tensor operation counts as one
-kernel that reads its inputs once and writes its outputs once, so the counts follow the code. Four operations differ on a
-GPU and are counted by hand below: ``mix_values``, ``share_hidden``, ``residual_update`` and the product with an fp32
-output.
+kernel that reads its inputs once and writes its outputs once, so the counts follow the code. Five operations differ on a
+GPU and are counted by hand below: ``normed``, ``mix_values``, ``share_hidden``, ``residual_update`` and the product with an
+fp32 output.
 
 Seconds: a kernel takes ``max(operations / rate, bytes / bandwidth, KERNEL_SECONDS)`` on the device, and
 ``LAUNCH_SECONDS`` on the host. Device and host work at the same time, so the prediction is the larger of their sums. The
@@ -14,9 +14,9 @@ Not counted: bytes that a product or ``mix_values`` reads again, the second read
 than 256 sources, padding to whole tiles, and waits of the host for the device.
 
 The decomposition has these parts: ``products`` (the value, output, gate and down products; the bytes of their weights are
-counted as ``weights``), ``fold`` (γ into the weights), ``gather`` and ``scatter`` (rows of the state read and written),
-``casts``, ``mix`` (values in and out; the bytes of the pattern are counted as ``pattern``), ``share`` (gates in, shares
-out) and ``others``. Two more parts are ``model``, the model's own pass with its capture, and ``scoring``.
+counted as ``weights``), ``copies`` (of weights), ``normed`` (rows of the state into operands), ``gather`` and ``scatter``
+(rows of the state read and written), ``casts``, ``mix`` (values in and out; the bytes of the pattern are counted as
+``pattern``), ``share`` (gates in, shares out) and ``others``. Two more parts are ``model``, the model's own pass with its capture, and ``scoring``.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             of_weights = any(map(_of_weights, given))
             kinds = {"gather": _SELECTS, "scatter": _PUTS, "casts": _COPIES}
             kind = next((name for name, ops in kinds.items() if op in ops), "others")
-            self.launched("fold" if of_weights else kind, **{"fold" if of_weights else kind: moved})
+            self.launched("copies" if of_weights else kind, **{"copies" if of_weights else kind: moved})
 
     # Counted by hand, because a GPU does them in another way.
 
@@ -339,9 +339,16 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         layout.to(gate.device)
         self.launched("share", share=sum(_bytes(t) for t in (gate, hidden, gate_total, out) if t is not None))
 
-    def residual_update(
-        self, state: Tensor, operand: Tensor, weight: Tensor, rows: Tensor | None, cast: Tensor | None
+    def normed(
+        self, state: Tensor, layout: SourceLayout, scale: Tensor | None, rows: Tensor | None, out: Tensor, **_: Any
     ) -> None:
+        if scale is not None:
+            layout.position_of_row(state.device)
+        held = 0 if scale is None else 8 * len(out)
+        read = len(out) * state.shape[1] * state.element_size() + (0 if rows is None else _bytes(rows)) + held
+        self.launched("normed", normed=read + _bytes(out))
+
+    def residual_update(self, state: Tensor, operand: Tensor, weight: Tensor, rows: Tensor | None) -> None:
         """:func:`depass_kernels.reference.residual_update`, where the library's product adds to fp32."""
         n, width = len(operand), state.shape[1]
         target = n * width * state.element_size()
@@ -350,8 +357,6 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.launched("scatter", scatter=2 * target + _bytes(rows))
         products = _bytes(operand) + 2 * target
         self.launched("products", 2 * n * width * operand.shape[1], weights=_bytes(weight), products=products)
-        if cast is not None:
-            self.launched("casts", casts=target + _bytes(cast))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

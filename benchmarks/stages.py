@@ -32,7 +32,7 @@ from .registry import METHODS, OURS, Case, random_model
 from .runner import Options, Row, line, run
 
 # The most important first.
-OPS = ("mix_values", "share_hidden", *LIBRARY, "residual_update", "taylor")
+OPS = ("normed", "mix_values", "share_hidden", *LIBRARY, "residual_update", "taylor")
 OP_MODELS = ("llama-2-7b", "llama-3.1-8b", "smollm2-135m")
 MODEL = "llama-2-7b"
 CASES = ("tokens/128", "tokens/10", "tokens/64", "prompts/64", "tokens/256", "heads/16", "tokens/512")
@@ -132,7 +132,9 @@ def ops(stage: Stage) -> list[Item]:
         if op in LIBRARY:
             return (TORCH,)
         wanted = ("triton", compiled)
-        return tuple(name for name in wanted if name != compiled or op in ("mix_values", "share_hidden", "taylor"))
+        return tuple(
+            name for name in wanted if name != compiled or op in ("normed", "mix_values", "share_hidden", "taylor")
+        )
 
     return [
         (f"{op} of {model} on {backend}", partial(measured, op, model, backend))

@@ -93,8 +93,7 @@ struct PatternRows {  // of one step, between global and shared memory: two runs
   }
 };
 
-// One step's values, zeros where the source has no row and behind head_dim. A key's scale goes to its values: times it
-// they are what the model's own values would be, within fp16's range, as the pattern times it need not be.
+// One step's values, zeros where the source has no row and behind head_dim.
 template <typename T, int D>
 struct ValueRows {
   const MixValues& call;
@@ -102,7 +101,7 @@ struct ValueRows {
   bool runs;
   int dim = static_cast<int>(call.head_dim), columns = (dim + 15) / 16 * 16;
 
-  // Begins to copy runs of 8; numbers that lie oddly are copied, and scaled, at once.
+  // Begins to copy runs of 8; numbers that lie oddly are copied at once.
   __device__ void copy(int first, T* values) const {
     const T* from = static_cast<const T*>(call.values.data) + tile.value_column(call);
     if (runs) {
@@ -118,28 +117,11 @@ struct ValueRows {
         const int key = i / D, column = i % D;
         if (column >= columns) continue;
         const int64_t row = column < dim ? tile.row(call, first + key) : -1;
-        T x = row < 0 ? rounded<T>(0.0f) : from[row * call.values.stride + column];
-        if (row >= 0 && call.key_scale) x = rounded<T>(to_float(x) * call.key_scale[tile.position + first + key]);
+        const T x = row < 0 ? rounded<T>(0.0f) : from[row * call.values.stride + column];
         values[key * Shared<D>::values_row + column] = x;
       }
     }
     __pipeline_commit();
-  }
-
-  // What this thread has copied itself, and so may touch before the others' copies are known to be there.
-  __device__ void scale(int first, T* values) const {
-    if (!runs || !call.key_scale) return;
-    for (int i = threadIdx.x; i < kKeys * D / 8; i += kThreads) {
-      const int key = i / (D / 8), column = i % (D / 8) * 8;
-      if (column >= dim || tile.row(call, first + key) < 0) continue;
-      const float scale = call.key_scale[tile.position + first + key];
-      T* at = values + key * Shared<D>::values_row + column;
-      alignas(16) T x[8];
-      *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(at);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[j] = rounded<T>(to_float(x[j]) * scale);
-      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(x);
-    }
   }
 };
 
@@ -173,7 +155,6 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 3 : 2)
   for (int step = 0; step < steps; ++step) {
     const int now = step % 2, first = begin + step * kKeys;
     __pipeline_wait_prior(0);
-    rows.scale(first, values + now * S::values);
     __syncthreads();  // this step's are there, and nobody reads the last step's any more
     if (step + 1 < steps) {
       rows.copy(first + kKeys, values + (1 - now) * S::values);
@@ -254,10 +235,8 @@ __global__ void __launch_bounds__(256) mix_singles(MixValues call) {
     for (int i = 0; i < 4; ++i) {
       const int key = thread % 16, q = thread / 16 + i * 16;
       float x = 0;
-      if (tile.query + q < tile.limit && first + key < tile.limit) {
+      if (tile.query + q < tile.limit && first + key < tile.limit)
         x = load(call.pattern, call.pattern_type, tile.pattern_at(call, tile.query + q, first + key));
-        if (call.key_scale) x *= call.key_scale[tile.position + first + key];
-      }
       pattern[key * kRow32 + q] = x;
     }
 #pragma unroll

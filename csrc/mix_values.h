@@ -20,7 +20,6 @@ struct MixValues {
   const int64_t* row_start;       // [P + 1]
   const int64_t* position_start;  // [S + 1]
   const int64_t* prompt;          // [S]
-  const float* key_scale;         // [P] or nullptr
   const float* query_scale;       // [P] or nullptr
   const MixTile* tiles;           // the longest first
   int64_t tile_count;

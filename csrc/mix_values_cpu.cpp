@@ -1,5 +1,5 @@
 // mix_values on the CPU. A tile is one source at every position where it is active, for one key/value head. Its values
-// are packed once, scaled, and then each query head that reads them multiplies its triangle of the pattern with them, a
+// are packed once, and then each query head that reads them multiplies its triangle of the pattern with them, a
 // block of queries and columns at a time whose sums stay in registers.
 #include "mix_values.h"
 
@@ -37,14 +37,12 @@ struct Source {
 template <typename C, Type type>
 DEPASS_INLINE void pack_values(const Source<C>& s, int64_t kv_head) {
   for (int64_t key = 0; key < s.keys; ++key) {
-    const C scale = s.call.key_scale ? static_cast<C>(s.call.key_scale[s.start + s.first_key + key]) : C(1);
     const int64_t ahead = s.row(std::min(key + kAhead, s.keys - 1));
     for (int64_t block = 0; block < s.blocks; ++block) {
       Vector<C>* to = reinterpret_cast<Vector<C>*>(s.packed + (block * s.keys + key) * s.kColumns);
       const int64_t column = kv_head * s.call.head_dim + block * s.kColumns;
       prefetch<false, 1>(s.call.values, ahead, column);
       load_row<C, type, kVectors>(s.call.values, s.row(key), column, s.columns(block), to);
-      DEPASS_VECTORS to[v] *= scale;
     }
   }
 }

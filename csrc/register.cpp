@@ -11,6 +11,7 @@
 #include <string>
 
 #include "mix_values.h"
+#include "normed.h"
 #include "share_hidden.h"
 
 #ifdef DEPASS_CUDA
@@ -43,8 +44,7 @@ const T* pointer(const Tensor& tensor) {
 const float* scale(const std::optional<Tensor>& tensor) { return tensor ? pointer<float>(*tensor) : nullptr; }
 
 depass::ShareHidden share_call(const Tensor& gate, const Tensor& hidden, const Tensor& row_start,
-                               const Tensor& skipped, const std::optional<Tensor>& gate_scale, int64_t most,
-                               int64_t rule, double temperature, const std::optional<Tensor>& gate_total,
+                               const Tensor& skipped, int64_t most, int64_t rule, double temperature, const std::optional<Tensor>& gate_total,
                                const Tensor& out) {
   depass::ShareHidden call{};
   call.gate = matrix(gate);
@@ -53,7 +53,6 @@ depass::ShareHidden share_call(const Tensor& gate, const Tensor& hidden, const T
   call.out = matrix(out);
   call.row_start = pointer<int64_t>(row_start);
   call.skipped = pointer<int64_t>(skipped);
-  call.gate_scale = scale(gate_scale);
   call.rule = static_cast<depass::Rule>(rule);
   call.temperature = temperature;
   call.positions = skipped.size(0);
@@ -62,10 +61,26 @@ depass::ShareHidden share_call(const Tensor& gate, const Tensor& hidden, const T
   return call;
 }
 
+depass::Normed norm_call(const Tensor& state, const std::optional<Tensor>& position,
+                         const std::optional<Tensor>& scales, const std::optional<Tensor>& weight, bool centred,
+                         const std::optional<Tensor>& rows, const Tensor& out) {
+  depass::Normed call{};
+  call.state = matrix(state);
+  call.out = matrix(out);
+  if (position) call.position = pointer<int64_t>(*position);
+  call.scale = scale(scales);
+  if (weight) call.weight = weight->data_ptr();
+  call.weight_type = weight ? type_of(*weight) : depass::Type::f32;
+  call.centred = centred;
+  if (rows) call.rows = pointer<int64_t>(*rows);
+  call.count = out.size(0);
+  call.columns = out.size(1);
+  return call;
+}
+
 depass::MixValues mix_call(const Tensor& pattern, const Tensor& values, const Tensor& row_start,
                            const Tensor& position_start, const Tensor& prompt, const Tensor& tiles,
-                           const std::optional<Tensor>& key_scale, const std::optional<Tensor>& query_scale,
-                           int64_t kv_heads, const Tensor& out) {
+                           const std::optional<Tensor>& query_scale, int64_t kv_heads, const Tensor& out) {
   depass::MixValues call{};
   call.pattern = pattern.data_ptr();
   call.pattern_type = type_of(pattern);
@@ -77,7 +92,6 @@ depass::MixValues mix_call(const Tensor& pattern, const Tensor& values, const Te
   call.row_start = pointer<int64_t>(row_start);
   call.position_start = pointer<int64_t>(position_start);
   call.prompt = pointer<int64_t>(prompt);
-  call.key_scale = scale(key_scale);
   call.query_scale = scale(query_scale);
   call.tiles = pointer<depass::MixTile>(tiles);
   call.tile_count = tiles.size(0);
@@ -88,21 +102,29 @@ depass::MixValues mix_call(const Tensor& pattern, const Tensor& values, const Te
 }
 
 void share_hidden_cpu(const Tensor& gate, const Tensor& hidden, const Tensor& row_start, const Tensor& skipped,
-                      const std::optional<Tensor>& gate_scale, int64_t most, int64_t rule, double temperature,
-                      const std::optional<Tensor>& gate_total, const Tensor& out) {
+                      int64_t most, int64_t rule, double temperature, const std::optional<Tensor>& gate_total,
+                      const Tensor& out) {
   const depass::ShareHidden call =
-      share_call(gate, hidden, row_start, skipped, gate_scale, most, rule, temperature, gate_total, out);
+      share_call(gate, hidden, row_start, skipped, most, rule, temperature, gate_total, out);
   torch::stable::parallel_for(0, depass::tiles(call), 1, [&](int64_t first, int64_t last) {
     depass::share_hidden_cpu(call, first, last);
   });
 }
 
+void normed_cpu(const Tensor& state, const std::optional<Tensor>& position, const std::optional<Tensor>& scales,
+                const std::optional<Tensor>& weight, bool centred, const std::optional<Tensor>& rows,
+                const Tensor& out) {
+  const depass::Normed call = norm_call(state, position, scales, weight, centred, rows, out);
+  torch::stable::parallel_for(0, call.count, 16, [&](int64_t first, int64_t last) {
+    depass::normed_cpu(call, first, last);
+  });
+}
+
 void mix_values_cpu(const Tensor& pattern, const Tensor& values, const Tensor& row_start,
                     const Tensor& position_start, const Tensor& prompt, const Tensor& tiles,
-                    const std::optional<Tensor>& key_scale, const std::optional<Tensor>& query_scale,
-                    int64_t kv_heads, const Tensor& out) {
-  const depass::MixValues call = mix_call(pattern, values, row_start, position_start, prompt, tiles, key_scale,
-                                          query_scale, kv_heads, out);
+                    const std::optional<Tensor>& query_scale, int64_t kv_heads, const Tensor& out) {
+  const depass::MixValues call =
+      mix_call(pattern, values, row_start, position_start, prompt, tiles, query_scale, kv_heads, out);
   const int64_t pieces = call.tile_count * call.kv_heads;
   std::atomic<int64_t> next{0};  // pieces differ in size, the longest first: whoever is free takes the next
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t, int64_t) {
@@ -129,19 +151,24 @@ void on_device(const Tensor& tensor, const char* op, const Call& call, int (*ker
 }
 
 void share_hidden_cuda(const Tensor& gate, const Tensor& hidden, const Tensor& row_start, const Tensor& skipped,
-                       const std::optional<Tensor>& gate_scale, int64_t most, int64_t rule, double temperature,
-                       const std::optional<Tensor>& gate_total, const Tensor& out) {
+                       int64_t most, int64_t rule, double temperature, const std::optional<Tensor>& gate_total,
+                       const Tensor& out) {
   on_device(gate, "share_hidden",
-            share_call(gate, hidden, row_start, skipped, gate_scale, most, rule, temperature, gate_total, out),
+            share_call(gate, hidden, row_start, skipped, most, rule, temperature, gate_total, out),
             &depass::share_hidden_cuda);
+}
+
+void normed_cuda(const Tensor& state, const std::optional<Tensor>& position, const std::optional<Tensor>& scales,
+                 const std::optional<Tensor>& weight, bool centred, const std::optional<Tensor>& rows,
+                 const Tensor& out) {
+  on_device(state, "normed", norm_call(state, position, scales, weight, centred, rows, out), &depass::normed_cuda);
 }
 
 void mix_values_cuda(const Tensor& pattern, const Tensor& values, const Tensor& row_start,
                      const Tensor& position_start, const Tensor& prompt, const Tensor& tiles,
-                     const std::optional<Tensor>& key_scale, const std::optional<Tensor>& query_scale,
-                     int64_t kv_heads, const Tensor& out) {
+                     const std::optional<Tensor>& query_scale, int64_t kv_heads, const Tensor& out) {
   on_device(values, "mix_values",
-            mix_call(pattern, values, row_start, position_start, prompt, tiles, key_scale, query_scale, kv_heads, out),
+            mix_call(pattern, values, row_start, position_start, prompt, tiles, query_scale, kv_heads, out),
             &depass::mix_values_cuda);
 }
 #endif
@@ -150,20 +177,25 @@ void mix_values_cuda(const Tensor& pattern, const Tensor& values, const Tensor& 
 
 STABLE_TORCH_LIBRARY(depass_kernels, m) {
   m.def(
-      "share_hidden(Tensor gate, Tensor hidden, Tensor row_start, Tensor skipped, Tensor? gate_scale, int most, "
+      "normed(Tensor state, Tensor? position, Tensor? scale, Tensor? weight, bool centred, Tensor? rows, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "share_hidden(Tensor gate, Tensor hidden, Tensor row_start, Tensor skipped, int most, "
       "int rule, float temperature, Tensor? gate_total, Tensor(a!) out) -> ()");
   m.def(
       "mix_values(Tensor pattern, Tensor values, Tensor row_start, Tensor position_start, Tensor prompt, "
-      "Tensor tiles, Tensor? key_scale, Tensor? query_scale, int kv_heads, Tensor(a!) out) -> ()");
+      "Tensor tiles, Tensor? query_scale, int kv_heads, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CPU, m) {
+  m.impl("normed", TORCH_BOX(&normed_cpu));
   m.impl("share_hidden", TORCH_BOX(&share_hidden_cpu));
   m.impl("mix_values", TORCH_BOX(&mix_values_cpu));
 }
 
 #ifdef DEPASS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(depass_kernels, CUDA, m) {
+  m.impl("normed", TORCH_BOX(&normed_cuda));
   m.impl("share_hidden", TORCH_BOX(&share_hidden_cuda));
   m.impl("mix_values", TORCH_BOX(&mix_values_cuda));
 }

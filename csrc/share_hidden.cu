@@ -14,21 +14,16 @@ namespace depass {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr int kKept = 16;      // rows that a thread keeps
+constexpr int kKept = 15;      // rows that a thread keeps
 constexpr int kMostWarps = 16;
 
-// V neighbouring numbers of every row that the thread keeps, times `scale`. All are asked for before any is used.
+// V neighbouring numbers of every row that the thread keeps. All are asked for before any is used.
 template <int V, typename T>
-__device__ void read(const void* gate, int64_t at, int64_t step, int count, float scale, float (&kept)[kKept][V]) {
+__device__ void read(const void* gate, int64_t at, int64_t step, int count, float (&kept)[kKept][V]) {
   const T* from = static_cast<const T*>(gate) + at;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    if (i >= count) continue;
-    float x[V];
-    load_run(from + i * step, x);
-    // Rounded by itself: were it fused with the subtraction that follows, the largest would differ from itself.
-#pragma unroll
-    for (int v = 0; v < V; ++v) kept[i][v] = __fmul_rn(x[v], scale);
+  for (int i = 0; i < kKept; ++i, from += step) {
+    if (i < count) load_run(from, kept[i]);
   }
 }
 
@@ -167,7 +162,6 @@ __global__ void __launch_bounds__(kLanes * kMostWarps) share(ShareHidden call, f
   const int rows = static_cast<int>(call.row_start[t + 1] - begin);
   if (rows == 0) return;
   const int skipped = static_cast<int>(call.skipped[t]);
-  const float scale = call.gate_scale ? call.gate_scale[t] : 1.0f;
   const bool inside = column < call.columns;
   const int warp = threadIdx.y, warps = blockDim.y;
   const int block = kKept * warps;  // rows that the warps keep together; the thread's own are warp, warp + warps, ...
@@ -177,9 +171,9 @@ __global__ void __launch_bounds__(kLanes * kMostWarps) share(ShareHidden call, f
     const int64_t at = (begin + first + warp) * call.gate.stride + column, step = warps * call.gate.stride;
     const int count = inside ? (rows - first - warp + warps - 1) / warps : 0;
     switch (call.gate.type) {
-      case Type::bf16: read<V, __nv_bfloat16>(call.gate.data, at, step, count, scale, kept); break;
-      case Type::f16: read<V, __half>(call.gate.data, at, step, count, scale, kept); break;
-      default: read<V, float>(call.gate.data, at, step, count, scale, kept);
+      case Type::bf16: read<V, __nv_bfloat16>(call.gate.data, at, step, count, kept); break;
+      case Type::f16: read<V, __half>(call.gate.data, at, step, count, kept); break;
+      default: read<V, float>(call.gate.data, at, step, count, kept);
     }
   };
 
@@ -237,11 +231,10 @@ __global__ void __launch_bounds__(kLanes * 8) taylor(ShareHidden call) {
   const int64_t strips = (call.columns + kLanes - 1) / kLanes;
   const int64_t t = call.positions - 1 - blockIdx.x / strips, column = blockIdx.x % strips * kLanes + threadIdx.x;
   if (column >= call.columns) return;
-  const float scale = call.gate_scale ? call.gate_scale[t] : 1.0f;
   const float total = load(call.gate_total.data, call.gate_total.type, t * call.gate_total.stride + column);
   const float hidden = load(call.hidden.data, call.hidden.type, t * call.hidden.stride + column);
   for (int64_t row = call.row_start[t] + threadIdx.y; row < call.row_start[t + 1]; row += blockDim.y) {
-    const float x = load(call.gate.data, call.gate.type, row * call.gate.stride + column) * scale;
+    const float x = load(call.gate.data, call.gate.type, row * call.gate.stride + column);
     store(call.out.data, call.out.type, row * call.out.stride + column, total == 0 ? 0.0f : x / total * hidden);
   }
 }

@@ -13,7 +13,6 @@ struct ShareHidden {
   Matrix out;                 // [R, F], may be gate itself
   const int64_t* row_start;   // [P + 1]
   const int64_t* skipped;     // [P], the source that takes no part, or -1
-  const float* gate_scale;    // [P] or nullptr
   Rule rule;
   double temperature;
   int64_t positions;  // P

@@ -19,19 +19,18 @@ struct Tile {
   const ShareHidden& call;
   int64_t t, column, n;          // its position, its first column, how many columns
   int64_t begin, rows, skipped;  // its first row, how many rows, the one that takes no part
-  Vector<C>* g;                  // [rows, V], scaled pre-activations, then weights
+  Vector<C>* g;                  // [rows, V], pre-activations, then weights
   Vector<C> high[V], low[V], broken[V], sum[V];
 };
 
 #define DEPASS_VECTORS _Pragma("GCC unroll 16") for (int v = 0; v < V; ++v)
 
-// Reads and scales the tile, and finds each column's largest number; for the rules that need them also the smallest,
+// Reads the tile, and finds each column's largest number; for the rules that need them also the smallest,
 // and NaN where there is one. NaN compares as neither: softmax carries it through exp instead.
 template <typename C, Type type, bool softmax>
 DEPASS_INLINE void gather(Tile<C>& tile) {
   constexpr int V = Tile<C>::V;
   const C infinity = std::numeric_limits<C>::infinity();
-  const C scale = tile.call.gate_scale ? static_cast<C>(tile.call.gate_scale[tile.t]) : C(1);
   const Matrix gate = tile.call.gate;
   Vector<C> high[V], low[V], broken[V];
   DEPASS_VECTORS {
@@ -44,7 +43,6 @@ DEPASS_INLINE void gather(Tile<C>& tile) {
     Vector<C> x[V];
     load_row<C, type, V>(gate, tile.begin + m, tile.column, tile.n, x);
     DEPASS_VECTORS {
-      x[v] *= scale;
       tile.g[m * V + v] = x[v];
       high[v] = x[v] > high[v] ? x[v] : high[v];
       if constexpr (!softmax) {
@@ -123,7 +121,6 @@ DEPASS_INLINE void scatter(Tile<C>& tile, const Vector<C>* hidden) {
 template <typename C>
 DEPASS_INLINE void taylor(Tile<C>& tile, const Vector<C>* hidden) {
   constexpr int V = Tile<C>::V;
-  const C scale = tile.call.gate_scale ? static_cast<C>(tile.call.gate_scale[tile.t]) : C(1);
   Vector<C> total[V], x[V];
   by_type(tile.call.gate_total.type, [&](auto type) DEPASS_INLINE_LAMBDA {
     load_row<C, type, V>(tile.call.gate_total, tile.t, tile.column, tile.n, total);
@@ -133,7 +130,7 @@ DEPASS_INLINE void taylor(Tile<C>& tile, const Vector<C>* hidden) {
       load_row<C, type, V>(tile.call.gate, tile.begin + m, tile.column, tile.n, x);
     });
     DEPASS_VECTORS {
-      const Vector<C> share = x[v] * scale / total[v];
+      const Vector<C> share = x[v] / total[v];
       x[v] = (total[v] == 0 ? splat<C>(0) : share) * hidden[v];
     }
     by_type(tile.call.out.type, [&](auto type) DEPASS_INLINE_LAMBDA {

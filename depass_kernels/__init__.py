@@ -8,14 +8,15 @@ from .errors import BackendError, KernelError, LayoutError
 
 if TYPE_CHECKING:
     from .layout import SourceLayout
-    from .ops import mix_values, residual_update, share_hidden
+    from .ops import mix_values, normed, residual_update, share_hidden
 
 __all__ = [
-    "BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "residual_update", "share_hidden",
+    "BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "normed", "residual_update",
+    "share_hidden",
 ]  # fmt: skip
 
 # Loaded on first use: torch takes seconds to import, and depass_kernels.names must not.
-_HOME = {"SourceLayout": "layout", "mix_values": "ops", "residual_update": "ops", "share_hidden": "ops"}
+_HOME = {"SourceLayout": "layout", **dict.fromkeys(("mix_values", "normed", "residual_update", "share_hidden"), "ops")}
 
 
 def __getattr__(name: str) -> object:

@@ -44,6 +44,7 @@ class SourceLayout:
     skipped: Tensor
     _moved: dict[torch.device, SourceLayout] = field(default_factory=dict, repr=False)
     _tiles: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _position_of_row: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         offsets = (self.row_start, self.position_start, self.prompt, self.skipped)
@@ -152,6 +153,13 @@ class SourceLayout:
     def longest(self) -> int:
         """The largest number of positions in one staircase."""
         return int(self.position_start.diff().max())
+
+    def position_of_row(self, device: torch.device) -> Tensor:
+        """``[R]`` int64 on ``device``, the position of each row, computed once and kept."""
+        if device not in self._position_of_row:
+            positions = torch.arange(self.positions, device=self.row_start.device)
+            self._position_of_row[device] = positions.repeat_interleave(self.counts).to(device)
+        return self._position_of_row[device]
 
     def mix_tiles(self, queries: int, sources: int, device: torch.device) -> Tensor:
         """The tiles of the mixing, without those that are zero because no source has started.

@@ -20,20 +20,74 @@ from .names import RULES
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def normed(
+    state: Tensor,
+    layout: SourceLayout,
+    *,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    centred: bool = False,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Normalise rows of the state with the frozen scale of the whole vector (docs/method.md, equation 2; DePass, section 3.1).
+
+    ``out[i] = scale[t(i)] · weight ⊙ x``, where row ``i`` of the layout belongs to position ``t(i)`` and ``x`` is
+    ``state[rows[i]]``, for LayerNorm less its mean. It is the operand of the next product. The norm's bias is not added: it
+    belongs to the bias source.
+
+    Args:
+        state: ``[R', D]``, the state, of any floating dtype.
+        layout: the layout of the ``R`` rows of the result.
+        scale: ``[P]``, the frozen ``1/rms`` or ``1/σ``; by default 1.
+        weight: ``[D]``, the norm's weight ``γ``; by default 1.
+        centred: whether the mean of every row is subtracted (LayerNorm).
+        rows: ``[R]`` int64, the rows of the state that the result has, each at most once; by default all in order.
+        out: ``[R, D]``, an output tensor of any floating dtype; by default a new tensor in the dtype of the state.
+        backend: the backend.
+
+    Returns:
+        The normalised rows ``[R, D]``: ``out`` if given.
+
+    Raises:
+        KernelError: the shapes, dtypes or devices are inconsistent.
+        BackendError: the named backend is unknown or cannot run this call.
+    """
+    _on_cpu(layout)
+    _numbers_of_rows(rows)
+    if rows is not None and len(rows) != layout.rows:
+        raise KernelError(f"rows must have the layout's {layout.rows} numbers, got {len(rows)}")
+    if state.dim() != 2 or state.dtype not in FLOATS or (rows is None and len(state) != layout.rows):
+        raise KernelError(
+            f"state must be floating [{'any' if rows is not None else layout.rows}, D], got {_says(state)}"
+        )
+    if weight is not None and (weight.shape != state.shape[1:] or weight.dtype not in FLOATS):
+        raise KernelError(f"weight must be floating [{state.shape[1]}], got {_says(weight)}")
+    if out is None:
+        out = state.new_empty(layout.rows, state.shape[1])
+    _matrix("out", out, layout.rows, state.shape[1])
+    _scale("scale", scale, layout)
+    _same_device(state=state, scale=scale, weight=weight, rows=rows, out=out)
+    backends.run(
+        "normed", backend, state=state, layout=layout, scale=scale, weight=weight, centred=centred, rows=rows, out=out
+    )
+    return out
+
+
 def mix_values(
     pattern: Tensor,
     values: Tensor,
     layout: SourceLayout,
     *,
     kv_heads: int | None = None,
-    key_scale: Tensor | None = None,
     query_scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Mix every source's values with the frozen attention pattern (docs/method.md, equation 3; DePass, section 3.2).
 
-    ``out[q, m, h] = query_scale[q] · Σ_k pattern[h, q, k] · key_scale[k] · values[k, m, kv(h)]`` over the positions
+    ``out[q, m, h] = query_scale[q] · Σ_k pattern[h, q, k] · values[k, m, kv(h)]`` over the positions
     ``k ≤ q`` where source ``m`` is active. The output projection comes after it. Rows of ``pattern`` need not sum to one,
     but all entries right of its diagonal must be zero.
 
@@ -44,7 +98,6 @@ def mix_values(
         values: ``[R, K·d]``, in the layout's rows.
         layout: the layout of the rows.
         kv_heads: ``K``, the number of key/value heads; by default ``H``. Give it for grouped-query attention (GQA).
-        key_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the attention; by default 1.
         query_scale: ``[P]``, the frozen scale of a norm on the attention's output; by default 1.
         out: ``[R, H·d]``, an output tensor of any floating dtype; by default a new tensor in the dtype of ``values``.
         backend: the backend.
@@ -72,11 +125,10 @@ def mix_values(
     if out is None:
         out = values.new_empty(layout.rows, width)
     _matrix("out", out, layout.rows, width)
-    _scale("key_scale", key_scale, layout)
     _scale("query_scale", query_scale, layout)
-    _same_device(pattern=pattern, values=values, key_scale=key_scale, query_scale=query_scale, out=out)
+    _same_device(pattern=pattern, values=values, query_scale=query_scale, out=out)
     backends.run(
-        "mix_values", backend, pattern=pattern, values=values, layout=layout, kv_heads=kv_heads, key_scale=key_scale,
+        "mix_values", backend, pattern=pattern, values=values, layout=layout, kv_heads=kv_heads,
         query_scale=query_scale, out=out,
     )  # fmt: skip
     return out
@@ -87,7 +139,6 @@ def share_hidden(
     hidden: Tensor,
     layout: SourceLayout,
     *,
-    gate_scale: Tensor | None = None,
     rule: str = "softmax",
     temperature: float = 0.1,
     gate_total: Tensor | None = None,
@@ -97,7 +148,7 @@ def share_hidden(
     """Share each neuron's output among the sources of a position (docs/method.md, equation 4; DePass, section 3.3).
 
     ``out[t, m] = α[t, m] · hidden[t]``. The down projection comes after it. The shares ``α`` follow from
-    ``g = gate_scale[t] · gate[t, m]`` by ``rule``:
+    ``g = gate[t, m]`` by ``rule``:
 
     - ``softmax``: ``softmax_m(g / temperature)``, the paper's rule;
     - ``max``: 1 for the largest ``g``, the first of equal ones; 0 for the others;
@@ -111,7 +162,6 @@ def share_hidden(
         gate: ``[R, F]``, the pre-activations, of any floating dtype.
         hidden: ``[P, F]``, the input of the model's down projection, one row per position.
         layout: the layout of the rows.
-        gate_scale: ``[P]``, the frozen ``1/rms`` or ``1/σ`` of the norm before the MLP; by default 1.
         rule: the rule, one of :data:`depass_kernels.names.RULES`.
         temperature: the temperature ``τ`` of ``softmax``, positive, in units of the pre-activation.
         gate_total: ``[P, F]``, the model's own pre-activation; required by ``taylor``, not allowed with other rules.
@@ -140,11 +190,10 @@ def share_hidden(
     if out is None:
         out = torch.empty_like(gate)
     _matrix("out", out, layout.rows, gate.shape[1])
-    _scale("gate_scale", gate_scale, layout)
-    _same_device(gate=gate, hidden=hidden, gate_scale=gate_scale, gate_total=gate_total, out=out)
+    _same_device(gate=gate, hidden=hidden, gate_total=gate_total, out=out)
     backends.run(
-        "share_hidden", backend, gate=gate, hidden=hidden, layout=layout, gate_scale=gate_scale, rule=rule,
-        temperature=temperature, gate_total=gate_total, out=out,
+        "share_hidden", backend, gate=gate, hidden=hidden, layout=layout, rule=rule, temperature=temperature,
+        gate_total=gate_total, out=out,
     )  # fmt: skip
     return out
 
@@ -155,7 +204,6 @@ def residual_update(
     weight: Tensor,
     *,
     rows: Tensor | None = None,
-    cast: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Add a projection's output to the state in place: ``state[rows] += operand · weightᵀ`` (DePass, sections 3.2 and 3.3).
@@ -165,7 +213,6 @@ def residual_update(
         operand: ``[n, E]``, the input of the projection, in the model's dtype.
         weight: ``[D, E]``, the weight of the projection, in the dtype of ``operand``.
         rows: ``[n]`` int64, the rows of the state to update, each at most once; by default all ``R`` in order.
-        cast: ``[n, D]`` of any floating dtype; if given, it receives the updated rows, as the operand of the next GEMM.
         backend: the backend.
 
     Returns:
@@ -177,18 +224,20 @@ def residual_update(
     """
     if state.dim() != 2 or state.dtype not in (torch.float32, torch.float64):
         raise KernelError(f"state must be fp32 or fp64 [R, D], got {_says(state)}")
-    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
-        raise KernelError(f"rows must be an int64 vector, got {_says(rows)}")
+    _numbers_of_rows(rows)
     n = len(state if rows is None else rows)
     _matrix("operand", operand, n, None)
     _matrix("weight", weight, state.shape[1], operand.shape[1])
     if weight.dtype != operand.dtype:
         raise KernelError(f"operand and weight must have the same dtype, got {_says(operand)} and {_says(weight)}")
-    if cast is not None:
-        _matrix("cast", cast, n, state.shape[1])
-    _same_device(state=state, operand=operand, weight=weight, rows=rows, cast=cast)
-    backends.run("residual_update", backend, state=state, operand=operand, weight=weight, rows=rows, cast=cast)
+    _same_device(state=state, operand=operand, weight=weight, rows=rows)
+    backends.run("residual_update", backend, state=state, operand=operand, weight=weight, rows=rows)
     return state
+
+
+def _numbers_of_rows(rows: Tensor | None) -> None:
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise KernelError(f"rows must be an int64 vector, got {_says(rows)}")
 
 
 def _on_cpu(layout: SourceLayout) -> None:

@@ -15,16 +15,34 @@ from torch import Tensor
 from .layout import SourceLayout
 
 
+def normed(
+    state: Tensor,  # [R', D]
+    layout: SourceLayout,
+    scale: Tensor | None,  # [P]
+    weight: Tensor | None,  # [D]
+    centred: bool,
+    rows: Tensor | None,  # [R]
+    out: Tensor,  # [R, D]
+) -> None:
+    """``out[i] = scale[t(i)] · weight ⊙ x``, ``x = state[rows[i]]``, less its mean if ``centred`` (DePass, section 3.1)."""
+    dtype = _computing_dtype(state)
+    x = (state if rows is None else state.index_select(0, rows)).to(dtype)
+    if centred:
+        x = x - x.mean(1, keepdim=True)
+    if scale is not None:
+        x = x * scale.to(dtype).index_select(0, layout.position_of_row(state.device))[:, None]
+    out.copy_(x if weight is None else x * weight.to(dtype))
+
+
 def mix_values(
     pattern: Tensor,  # [B, H, N, W]
     values: Tensor,  # [R, K·d]
     layout: SourceLayout,
     kv_heads: int,
-    key_scale: Tensor | None,  # [P]
     query_scale: Tensor | None,  # [P]
     out: Tensor,  # [R, H·d]
 ) -> None:
-    """``out[q, m] = query_scale[q] · Σ_k pattern[q, k] · key_scale[k] · values[k, m]`` per head (DePass, section 3.2)."""
+    """``out[q, m] = query_scale[q] · Σ_k pattern[q, k] · values[k, m]`` per head (DePass, section 3.2)."""
     dtype = _computing_dtype(pattern, values)
     heads = pattern.shape[1]
     head_dim = values.shape[1] // kv_heads
@@ -37,8 +55,6 @@ def mix_values(
         if sources == 0:
             continue
         weight = pattern[prompt, :, empty : end - begin, empty : end - begin].to(dtype)  # [H, n, n]
-        if key_scale is not None:
-            weight = weight * key_scale[begin + empty : end].to(dtype)
         if query_scale is not None:
             weight = weight * query_scale[begin + empty : end, None].to(dtype)
         weight = weight.reshape(kv_heads, -1, n)  # [K, G·n, n]: G query heads share the values of a key/value head
@@ -55,7 +71,6 @@ def share_hidden(
     gate: Tensor,  # [R, F]
     hidden: Tensor,  # [P, F]
     layout: SourceLayout,
-    gate_scale: Tensor | None,  # [P]
     rule: str,
     temperature: float,
     gate_total: Tensor | None,  # [P, F]
@@ -69,8 +84,6 @@ def share_hidden(
             continue
         block = slice(rows[t], rows[t + 1])
         g = gate[block].to(dtype)  # [M, F]
-        if gate_scale is not None:
-            g = g * gate_scale[t].to(dtype)
         if rule == "taylor":
             assert gate_total is not None
             share = taylor(g, gate_total[t].to(dtype))
@@ -86,9 +99,8 @@ def residual_update(
     operand: Tensor,  # [n, E]
     weight: Tensor,  # [D, E]
     rows: Tensor | None,  # [n]
-    cast: Tensor | None,  # [n, D]
 ) -> None:
-    """``state[rows] += operand · weightᵀ``; ``cast`` receives the updated rows (DePass, sections 3.2 and 3.3)."""
+    """``state[rows] += operand · weightᵀ`` (DePass, sections 3.2 and 3.3)."""
     target = state if rows is None else state.index_select(0, rows)
     if target.dtype == operand.dtype:
         target.addmm_(operand, weight.T)
@@ -98,8 +110,6 @@ def residual_update(
         target += matmul(operand, weight)
     if rows is not None:
         state.index_copy_(0, rows, target)
-    if cast is not None:
-        cast.copy_(target)
 
 
 def matmul(operand: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import SourceLayout
 from ..names import RULES
+from .common import columns_apart
 
 LIBRARY = Path(__file__).parents[1] / "_csrc.so"
 
@@ -25,7 +26,7 @@ def csrc_missing() -> str | None:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"csrc cannot be loaded: {error}"
-    for op in ("mix_values", "share_hidden"):  # they write to `out` and return nothing
+    for op in ("normed", "mix_values", "share_hidden"):  # they write to `out` and return nothing
         torch.library.register_fake(f"depass_kernels::{op}", lambda *_: None)
     return None
 
@@ -40,27 +41,46 @@ def not_fp32(**scales: Tensor | None) -> str | None:
     return None
 
 
-def mix_values(
-    pattern: Tensor, values: Tensor, layout: SourceLayout, kv_heads: int, key_scale: Tensor | None,
-    query_scale: Tensor | None, out: Tensor,
+def cannot_norm(
+    state: Tensor, scale: Tensor | None, weight: Tensor | None, rows: Tensor | None, out: Tensor
+) -> str | None:
+    """The reason why the kernels cannot take these arguments of ``normed``, or None."""
+    if weight is not None and not weight.is_contiguous():
+        return f"weight must be contiguous, got stride {weight.stride(0)}"
+    if rows is not None and not rows.is_contiguous():
+        return f"rows must be contiguous, got stride {rows.stride(0)}"
+    return columns_apart(state=state, out=out) or not_fp32(scale=scale)
+
+
+def normed(
+    state: Tensor, layout: SourceLayout, scale: Tensor | None, weight: Tensor | None, centred: bool,
+    rows: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
+    """:func:`depass_kernels.normed` with checked arguments."""
+    position = None if scale is None else layout.position_of_row(state.device)
+    torch.ops.depass_kernels.normed(state, position, scale, weight, centred, rows, out)
+
+
+def mix_values(
+    pattern: Tensor, values: Tensor, layout: SourceLayout, kv_heads: int, query_scale: Tensor | None, out: Tensor
+) -> None:
     """:func:`depass_kernels.mix_values` with checked arguments."""
     queries = 64 if values.is_cuda else layout.longest  # csrc/mix_values.h
     tiles = layout.mix_tiles(queries, 1, values.device)
     offsets = layout.to(values.device)
     torch.ops.depass_kernels.mix_values(
-        pattern, values, offsets.row_start, offsets.position_start, offsets.prompt, tiles, key_scale, query_scale,
-        kv_heads, out,
+        pattern, values, offsets.row_start, offsets.position_start, offsets.prompt, tiles, query_scale, kv_heads,
+        out,
     )  # fmt: skip
 
 
 def share_hidden(
-    gate: Tensor, hidden: Tensor, layout: SourceLayout, gate_scale: Tensor | None, rule: str, temperature: float,
-    gate_total: Tensor | None, out: Tensor,
+    gate: Tensor, hidden: Tensor, layout: SourceLayout, rule: str, temperature: float, gate_total: Tensor | None,
+    out: Tensor,
 ) -> None:  # fmt: skip
     """:func:`depass_kernels.share_hidden` with checked arguments."""
     offsets = layout.to(gate.device)
     torch.ops.depass_kernels.share_hidden(
-        gate, hidden, offsets.row_start, offsets.skipped, gate_scale, layout.most, RULES.index(rule), temperature,
-        gate_total, out,
+        gate, hidden, offsets.row_start, offsets.skipped, layout.most, RULES.index(rule), temperature, gate_total,
+        out,
     )  # fmt: skip

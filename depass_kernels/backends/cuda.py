@@ -22,29 +22,34 @@ def _missing() -> str | None:
 
 
 def _refuses_mix(
-    pattern: Tensor, values: Tensor, kv_heads: int, key_scale: Tensor | None, query_scale: Tensor | None, out: Tensor,
-    **_: object,
-) -> str | None:  # fmt: skip
+    pattern: Tensor, values: Tensor, kv_heads: int, query_scale: Tensor | None, out: Tensor, **_: object
+) -> str | None:
     return (
         head_too_large(values, kv_heads, 256)
         or not_for_gpu(pattern, values, out)
         or columns_apart(pattern=pattern, values=values, out=out)
-        or csrc.not_fp32(key_scale=key_scale, query_scale=query_scale)
+        or csrc.not_fp32(query_scale=query_scale)
     )
 
 
-def _refuses_share(
-    gate: Tensor, hidden: Tensor, gate_scale: Tensor | None, gate_total: Tensor | None, out: Tensor, **_: object
+def _refuses_share(gate: Tensor, hidden: Tensor, gate_total: Tensor | None, out: Tensor, **_: object) -> str | None:
+    return not_for_gpu(gate, hidden, gate_total, out) or columns_apart(
+        gate=gate, hidden=hidden, gate_total=gate_total, out=out
+    )
+
+
+def _refuses_normed(
+    state: Tensor, scale: Tensor | None, weight: Tensor | None, rows: Tensor | None, out: Tensor, **_: object
 ) -> str | None:
-    return (
-        not_for_gpu(gate, hidden, gate_total, out)
-        or columns_apart(gate=gate, hidden=hidden, gate_total=gate_total, out=out)
-        or csrc.not_fp32(gate_scale=gate_scale)
-    )
+    return not_for_gpu(state, weight, out) or csrc.cannot_norm(state, scale, weight, rows, out)
 
 
 CUDA = Backend(
     "cuda",
     _missing,
-    {"mix_values": Op(csrc.mix_values, _refuses_mix), "share_hidden": Op(csrc.share_hidden, _refuses_share)},
+    {
+        "normed": Op(csrc.normed, _refuses_normed),
+        "mix_values": Op(csrc.mix_values, _refuses_mix),
+        "share_hidden": Op(csrc.share_hidden, _refuses_share),
+    },
 )

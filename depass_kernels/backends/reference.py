@@ -14,6 +14,7 @@ REFERENCE = Backend(
     "reference",
     lambda: None,
     {
+        "normed": Op(reference.normed, _never),
         "mix_values": Op(reference.mix_values, _never),
         "share_hidden": Op(reference.share_hidden, _never),
         "residual_update": Op(reference.residual_update, _never),

@@ -48,12 +48,15 @@ def _refuses_share(gate: Tensor, hidden: Tensor, gate_total: Tensor | None, out:
     )
 
 
-def _refuses_update(state: Tensor, operand: Tensor, weight: Tensor, cast: Tensor | None, **_: object) -> str | None:
+def _refuses_normed(state: Tensor, weight: Tensor | None, out: Tensor, **_: object) -> str | None:
+    given = [tensor for tensor in (state, weight, out) if tensor is not None]
+    return _cannot_take(*given) or columns_apart(state=state, out=out)
+
+
+def _refuses_update(state: Tensor, operand: Tensor, weight: Tensor, **_: object) -> str | None:
     if state.dtype != torch.float32:
         return f"it needs an fp32 state, got {str(state.dtype).removeprefix('torch.')}"
-    return _cannot_take(state, operand, weight, cast) or columns_apart(
-        state=state, operand=operand, weight=weight, cast=cast
-    )
+    return _cannot_take(state, operand, weight) or columns_apart(state=state, operand=operand, weight=weight)
 
 
 def _launch(kernel: str, **arguments: Any) -> None:
@@ -71,6 +74,7 @@ TRITON = Backend(
     "triton",
     _missing,
     {
+        "normed": Op(partial(_launch, "normed"), _refuses_normed),
         "mix_values": Op(partial(_launch, "mix_values"), _refuses_mix),
         "share_hidden": Op(_share_hidden, _refuses_share),
         "residual_update": Op(partial(_launch, "residual_update"), _refuses_update, on_request=True),

@@ -22,7 +22,6 @@ def launch(
     values: torch.Tensor,  # [R, K·d]
     layout: SourceLayout,
     kv_heads: int,
-    key_scale: torch.Tensor | None,  # [P]
     query_scale: torch.Tensor | None,  # [P]
     out: torch.Tensor,  # [R, H·d]
 ) -> Launch:
@@ -39,7 +38,7 @@ def launch(
     return Launch(
         _mix_values,
         len(tiles) * heads,
-        (pattern, values, out, key_scale, query_scale, tiles, offsets.row_start, offsets.position_start, offsets.prompt,
+        (pattern, values, out, query_scale, tiles, offsets.row_start, offsets.position_start, offsets.prompt,
          heads, pattern.shape[3], pattern.stride(0), pattern.stride(1), pattern.stride(2), values.stride(0), out.stride(0)),
         {
             # the interpreter computes on bf16's bits as if they were integers
@@ -53,7 +52,7 @@ def launch(
 
 @triton.jit
 def _mix_values(
-    pattern, values, out, key_scale, query_scale, tiles, row_start, position_start, prompt, heads, width,
+    pattern, values, out, query_scale, tiles, row_start, position_start, prompt, heads, width,
     prompt_stride, head_stride, query_stride, values_stride, out_stride,
     DOT: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SOURCES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -82,12 +81,6 @@ def _mix_values(
         value_row = row[:, None] + m[None, :]
         active = (value_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
         value = tl.load(values + value_row * values_stride + e[None, :], mask=active, other=0).to(DOT)
-        if key_scale is not None:
-            scale = tl.load(key_scale + position + k, mask=k < length, other=0).to(ACC)
-            if values.dtype.element_ty == tl.float16:  # a pattern times 1/rms leaves fp16's range, values then do not
-                value = (value.to(ACC) * scale[:, None]).to(DOT)
-            else:
-                weight = (weight.to(ACC) * scale[None, :]).to(DOT)
         mixed = tl.dot(weight, value, mixed, input_precision="tf32x3", out_dtype=ACC)
     if query_scale is not None:
         scale = tl.load(query_scale + position + q, mask=q < length, other=0)

@@ -1,7 +1,7 @@
 """residual_update: a projection's GEMM that adds its result to the state, ``state[rows] += operand · weightᵀ``.
 
-The sums stay in registers until they are added to the fp32 state. The operand of the next GEMM is written at the same
-time, in its own dtype. A library GEMM needs separate passes to gather, scatter and cast the rows.
+The sums stay in registers until they are added to the fp32 state. A library GEMM needs separate passes to gather and
+scatter the rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ def launch(
     operand: torch.Tensor,  # [n, E]
     weight: torch.Tensor,  # [D, E]
     rows: torch.Tensor | None,  # [n]
-    cast: torch.Tensor | None,  # [n, D]
 ) -> Launch:
     """The launch of :func:`depass_kernels.residual_update` with checked arguments."""
     n, inner = operand.shape
@@ -29,8 +28,7 @@ def launch(
     return Launch(
         _residual_update,
         triton.cdiv(n, block_n) * triton.cdiv(len(weight), block_d),
-        (state, operand, weight, rows, cast, n, len(weight), inner, state.stride(0), operand.stride(0),
-         weight.stride(0), 0 if cast is None else cast.stride(0)),
+        (state, operand, weight, rows, n, len(weight), inner, state.stride(0), operand.stride(0), weight.stride(0)),
         {
             "DOT": tl.float32 if INTERPRETED else TYPES[operand.dtype], "BLOCK_N": block_n, "BLOCK_D": block_d,
             "BLOCK_E": power_of_two(inner, 16, 64 if narrow else 16), "GROUP": GROUP, "num_warps": 8,
@@ -41,7 +39,7 @@ def launch(
 
 @triton.jit
 def _residual_update(
-    state, operand, weight, rows, cast, n, columns, inner, state_stride, operand_stride, weight_stride, cast_stride,
+    state, operand, weight, rows, n, columns, inner, state_stride, operand_stride, weight_stride,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles, column_tiles = tl.cdiv(n, BLOCK_N), tl.cdiv(columns, BLOCK_D)
@@ -66,5 +64,3 @@ def _residual_update(
     place = state + row[:, None] * state_stride + d[None, :]
     total += tl.load(place, mask=inside, other=0)
     tl.store(place, total, mask=inside)
-    if cast is not None:
-        tl.store(cast + i[:, None] * cast_stride + d[None, :], total.to(cast.dtype.element_ty), mask=inside)

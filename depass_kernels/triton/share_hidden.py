@@ -24,7 +24,6 @@ def launch(
     gate: torch.Tensor,  # [R, F]
     hidden: torch.Tensor,  # [P, F]
     layout: SourceLayout,
-    gate_scale: torch.Tensor | None,  # [P]
     rule: str,
     temperature: float,
     out: torch.Tensor,  # [R, F]
@@ -40,7 +39,7 @@ def launch(
     return Launch(
         _share_hidden,
         layout.positions * triton.cdiv(columns, block),
-        (gate, hidden, out, gate_scale, offsets.row_start, offsets.skipped, columns, gate.stride(0), hidden.stride(0),
+        (gate, hidden, out, offsets.row_start, offsets.skipped, columns, gate.stride(0), hidden.stride(0),
          out.stride(0), min(1 / temperature, 3e38)),
         {
             "RULE": rule, "ACC": accumulator, "SOURCES": sources, "FEW": max(16, sources // 4),
@@ -52,7 +51,7 @@ def launch(
 
 @triton.jit
 def _share_hidden(
-    gate, hidden, out, gate_scale, row_start, skipped, columns, gate_stride, hidden_stride, out_stride,
+    gate, hidden, out, row_start, skipped, columns, gate_stride, hidden_stride, out_stride,
     per_temperature: tl.float64, RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr, FEW: tl.constexpr,
     ONLINE: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -65,31 +64,28 @@ def _share_hidden(
     count = (tl.load(row_start + t + 1) - begin).to(tl.int32)
     skip = tl.load(skipped + t).to(tl.int32)
     h = tl.load(hidden + t * hidden_stride + f, mask=f < columns, other=0).to(ACC)
-    scale = tl.full((), 1, ACC)
-    if gate_scale is not None:
-        scale = tl.load(gate_scale + t).to(ACC)
     gate += begin * gate_stride
     out += begin * out_stride
     if count <= FEW:
-        _share_tile(gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+        _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
                     RULE, ACC, FEW)  # fmt: skip
     elif count <= SOURCES:
-        _share_tile(gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+        _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
                     RULE, ACC, SOURCES)  # fmt: skip
     elif ONLINE:
-        _share_online(gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+        _share_online(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
                       RULE, ACC, SOURCES, BLOCK_F)  # fmt: skip
 
 
 @triton.jit
 def _share_tile(
-    gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+    gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
     RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, SOURCES)
     inside = (m < count)[:, None] & (f < columns)[None, :]
     part = ((m < count) & (m != skip))[:, None]
-    x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+    x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC)
     high, low, total, broken = _measure(x, part, m, per_temperature, RULE)
     weight = _weight(x, m, high, low, total, per_temperature, RULE)
     shared = tl.where(part, weight * _per_weight(h, total, broken, RULE)[None, :], 0)
@@ -98,7 +94,7 @@ def _share_tile(
 
 @triton.jit
 def _share_online(
-    gate, out, f, h, scale, count, skip, columns, gate_stride, out_stride, per_temperature,
+    gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
     RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     high = tl.full((BLOCK_F,), float("-inf"), ACC)
@@ -110,7 +106,7 @@ def _share_online(
         m = first + tl.arange(0, SOURCES)
         inside = (m < count)[:, None] & (f < columns)[None, :]
         part = ((m < count) & (m != skip))[:, None]
-        x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+        x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC)
         high2, low2, total2, broken2 = _measure(x, part, m, per_temperature, RULE)
         more = tl.sum(part.to(ACC))
         high, low, total = _join(high, low, total, seen, high2, low2, total2, more, per_temperature, RULE)
@@ -121,7 +117,7 @@ def _share_online(
         m = first + tl.arange(0, SOURCES)
         inside = (m < count)[:, None] & (f < columns)[None, :]
         part = ((m < count) & (m != skip))[:, None]
-        x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+        x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC)
         shared = tl.where(part, _weight(x, m, high, low, total, per_temperature, RULE) * unit, 0)
         tl.store(out + m.to(tl.int64)[:, None] * out_stride + f[None, :], shared.to(out.dtype.element_ty), mask=inside)
 

@@ -14,7 +14,6 @@ def launch(
     gate: torch.Tensor,  # [R, F]
     hidden: torch.Tensor,  # [P, F]
     layout: SourceLayout,
-    gate_scale: torch.Tensor | None,  # [P]
     gate_total: torch.Tensor,  # [P, F]
     out: torch.Tensor,  # [R, F]
 ) -> Launch:
@@ -25,7 +24,7 @@ def launch(
     return Launch(
         _taylor,
         layout.positions * triton.cdiv(columns, block),
-        (gate, hidden, gate_total, out, gate_scale, offsets.row_start, columns, gate.stride(0), hidden.stride(0),
+        (gate, hidden, gate_total, out, offsets.row_start, columns, gate.stride(0), hidden.stride(0),
          gate_total.stride(0), out.stride(0)),
         {"ACC": computing_type(gate, hidden), "SOURCES": power_of_two(layout.most, 1, 16), "BLOCK_F": block},
     )  # fmt: skip
@@ -33,7 +32,7 @@ def launch(
 
 @triton.jit
 def _taylor(
-    gate, hidden, gate_total, out, gate_scale, row_start, columns, gate_stride, hidden_stride, total_stride, out_stride,
+    gate, hidden, gate_total, out, row_start, columns, gate_stride, hidden_stride, total_stride, out_stride,
     ACC: tl.constexpr, SOURCES: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(columns, BLOCK_F)
@@ -44,14 +43,11 @@ def _taylor(
     count = (tl.load(row_start + t + 1) - begin).to(tl.int32)
     h = tl.load(hidden + t * hidden_stride + f, mask=f < columns, other=0).to(ACC)
     total = tl.load(gate_total + t * total_stride + f, mask=f < columns, other=1).to(ACC)
-    scale = tl.full((), 1, ACC)
-    if gate_scale is not None:
-        scale = tl.load(gate_scale + t).to(ACC)
     divisor = tl.where(total == 0, 1, total)[None, :]
     for first in range(0, count, SOURCES):
         m = first + tl.arange(0, SOURCES)
         row = (begin + m)[:, None]
         inside = (m < count)[:, None] & (f < columns)[None, :]
-        x = tl.load(gate + row * gate_stride + f[None, :], mask=inside, other=0).to(ACC) * scale
+        x = tl.load(gate + row * gate_stride + f[None, :], mask=inside, other=0).to(ACC)
         part = tl.where(total[None, :] == 0, 0, x / divisor) * h[None, :]
         tl.store(out + row * out_stride + f[None, :], part.to(out.dtype.element_ty), mask=inside)

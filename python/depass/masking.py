@@ -136,11 +136,8 @@ class _Zero:
                 f"masked has {len(off)} rows, but the batch has {prompts} prompts; give one row per prompt or one for all"
             )
         wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
-        if len(off) == 1:
-            wide = wide[0]
-        else:
-            wide = wide[:, None] if packing is None else packing.by_position(wide)
-        return (x.masked_fill(wide, 0), *args[1:])
+        by_prompt = wide[:, None] if packing is None else packing.by_position(wide)
+        return (x.masked_fill(wide[0] if len(off) == 1 else by_prompt, 0), *args[1:])
 
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:

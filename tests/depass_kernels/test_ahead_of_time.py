@@ -26,7 +26,7 @@ if torch.cuda.is_available():
 
 from ahead_of_time import SHARED_LIMIT, compile_for
 
-from depass_kernels.triton import mix_values, residual_update, share_hidden, taylor
+from depass_kernels.triton import mix_values, normed, residual_update, share_hidden, taylor
 
 RULES = ("softmax", "max", "relu", "linear")
 LAYOUTS = {
@@ -46,10 +46,9 @@ def empty(*shape: int, dtype: torch.dtype = FULL) -> torch.Tensor:
 def share(name: str, rule: str, dtype: torch.dtype) -> Any:
     layout, hidden = LAYOUTS[name], empty(LAYOUTS[name].positions, 1536, dtype=dtype)
     out = empty(layout.rows, 1536, dtype=dtype)
-    scale = empty(layout.positions)
     if rule == "taylor":
-        return taylor.launch(empty(layout.rows, 1536), hidden, layout, scale, hidden, out)
-    return share_hidden.launch(empty(layout.rows, 1536), hidden, layout, scale, rule, 0.1, out)
+        return taylor.launch(empty(layout.rows, 1536), hidden, layout, hidden, out)
+    return share_hidden.launch(empty(layout.rows, 1536), hidden, layout, rule, 0.1, out)
 
 
 def mix(name: str, head_dim: int, dtype: torch.dtype) -> Any:
@@ -59,8 +58,7 @@ def mix(name: str, head_dim: int, dtype: torch.dtype) -> Any:
         empty(layout.rows, kv_heads * head_dim, dtype=dtype),
         empty(layout.rows, heads * head_dim, dtype=dtype),
     )
-    scale = empty(layout.positions)
-    return mix_values.launch(pattern, values, layout, kv_heads, scale, scale, out)
+    return mix_values.launch(pattern, values, layout, kv_heads, empty(layout.positions), out)
 
 
 def mix_prompt(n: int, dtype: torch.dtype) -> Any:
@@ -68,13 +66,22 @@ def mix_prompt(n: int, dtype: torch.dtype) -> Any:
     layout = SourceLayout.tokens(n)
     pattern = with_rows_in_runs(empty(1, 32, n, n, dtype=dtype), 16)
     values, out = empty(layout.rows, 8 * 128, dtype=dtype), empty(layout.rows, 32 * 128, dtype=dtype)
-    return mix_values.launch(pattern, values, layout, 8, empty(n), None, out)
+    return mix_values.launch(pattern, values, layout, 8, None, out)
 
 
 def update(scattered: bool, dtype: torch.dtype) -> Any:
-    rows, cast = torch.arange(4096) if scattered else None, empty(4096, 2048, dtype=dtype)
+    rows = torch.arange(4096) if scattered else None
     return residual_update.launch(
-        empty(4096, 2048), empty(4096, 4096, dtype=dtype), empty(2048, 4096, dtype=dtype), rows, cast
+        empty(4096, 2048), empty(4096, 4096, dtype=dtype), empty(2048, 4096, dtype=dtype), rows
+    )
+
+
+def norm(columns: int, some_rows: bool, centred: bool, dtype: torch.dtype) -> Any:
+    layout = SourceLayout.tokens(64)
+    rows = torch.arange(layout.rows) if some_rows else None
+    out = empty(layout.rows, columns, dtype=dtype)
+    return normed.launch(
+        empty(layout.rows, columns), layout, empty(64), empty(columns, dtype=dtype), centred, rows, out
     )
 
 
@@ -93,7 +100,13 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 f"residual_update {'some rows' if scattered else 'all rows'} {short}",
                 partial(update, scattered, dtype),
             )
-    for head_dim in (64, 128, 256):  # fp16 scales the values instead of the pattern
+    for columns in (576, 4096, 16384):
+        for some, centred in ((False, False), (True, True)):
+            yield (
+                f"normed {columns}{' some rows' * some}{' centred' * centred}",
+                partial(norm, columns, some, centred, HALF),
+            )
+    for head_dim in (64, 128, 256):
         yield f"mix_values {head_dim} tokens 96 float16", partial(mix, "tokens 96", head_dim, torch.float16)
 
 
@@ -118,6 +131,9 @@ def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: 
     assert usage.stack == 0
     if name.startswith(("mix_values", "residual_update")):  # fp32 too, as three tf32 products
         assert usage.count("HMMA") + usage.count("HGMMA") > 0
+    if name.startswith("normed"):
+        assert re.findall(r"LDG\.E[.\w]*\.128", usage.sass)  # the state, 16 bytes an access
+        assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)
     if name.startswith("share_hidden"):
         assert "LDG.E.128" in usage.sass or "LDG.E.EF.128" in usage.sass  # 16 bytes an access
 

@@ -16,14 +16,18 @@ import depass_kernels
 from depass_kernels import BackendError, KernelError, SourceLayout, backends, mix_values, names, reference, share_hidden
 
 SHARE: dict[str, Any] = {
-    "gate": torch.zeros(3, 4), "hidden": torch.zeros(2, 4), "layout": SourceLayout.tokens(2), "gate_scale": None,
+    "gate": torch.zeros(3, 4), "hidden": torch.zeros(2, 4), "layout": SourceLayout.tokens(2),
     "rule": "softmax", "temperature": 0.1, "gate_total": None, "out": torch.zeros(3, 4),
 }  # fmt: skip
 MIX: dict[str, Any] = {
     "pattern": torch.eye(2).expand(1, 2, 2, 2).contiguous(), "values": torch.ones(3, 4),
-    "layout": SourceLayout.tokens(2), "kv_heads": 2, "key_scale": None, "query_scale": None, "out": torch.zeros(3, 4),
+    "layout": SourceLayout.tokens(2), "kv_heads": 2, "query_scale": None, "out": torch.zeros(3, 4),
 }  # fmt: skip
-CALLS = {"share_hidden": SHARE, "mix_values": MIX}
+NORMED: dict[str, Any] = {
+    "state": torch.ones(3, 4), "layout": SourceLayout.tokens(2), "scale": torch.ones(2), "weight": torch.ones(4),
+    "centred": False, "rows": None, "out": torch.zeros(3, 4),
+}  # fmt: skip
+CALLS = {"normed": NORMED, "share_hidden": SHARE, "mix_values": MIX}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -50,7 +54,7 @@ def test_the_environment_names_a_default_for_the_ops_that_it_has(monkeypatch: py
     if backends.csrc_missing() is None:
         monkeypatch.setenv("DEPASS_BACKEND", "cpu")
         update = {"state": torch.zeros(1, 1), "operand": torch.zeros(1, 1), "weight": torch.zeros(1, 1)}
-        assert backends.choose("residual_update", "auto", {**update, "rows": None, "cast": None}).name == "reference"
+        assert backends.choose("residual_update", "auto", {**update, "rows": None}).name == "reference"
     monkeypatch.setenv("DEPASS_BACKEND", "nonsense")
     with pytest.raises(BackendError, match="unknown backend 'nonsense'"):
         backends.choose("share_hidden", "auto", SHARE)
@@ -114,13 +118,19 @@ def test_torch_accepts_the_registered_op(op: str, device: str) -> None:
     if op == "share_hidden":
         arguments: tuple[Any, ...] = (
             torch.randn(5, 8, device=device), torch.randn(2, 8, device=device), offsets.row_start, offsets.skipped,
-            torch.ones(2, device=device), layout.most, 0, 0.1, None, torch.empty(5, 8, device=device),
+            layout.most, 0, 0.1, None, torch.empty(5, 8, device=device),
+        )  # fmt: skip
+    elif op == "normed":
+        position, scales = layout.position_of_row(torch.device(device)), torch.ones(2, device=device)
+        arguments = (
+            torch.randn(5, 8, device=device), position, scales, torch.ones(8, device=device), True, None,
+            torch.empty(5, 8, device=device),
         )  # fmt: skip
     else:
         tiles = layout.mix_tiles(64, 1, torch.device(device))
         arguments = (
             torch.rand(1, 2, 2, 2, device=device).tril(), torch.randn(5, 8, device=device), offsets.row_start,
-            offsets.position_start, offsets.prompt, tiles, None, None, 2, torch.empty(5, 8, device=device),
+            offsets.position_start, offsets.prompt, tiles, None, 2, torch.empty(5, 8, device=device),
         )  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.depass_kernels, op).default, arguments)
 

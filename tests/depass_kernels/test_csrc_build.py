@@ -77,7 +77,6 @@ def share_call(
         "gate": sliced((layout.rows, columns), gate, "cpu", scale=0.3),
         "hidden": sliced((layout.positions, columns), hidden, "cpu", seed=2),
         "layout": layout,
-        "gate_scale": scale(layout.positions, "cpu"),
         "rule": rule,
         "temperature": 0.1,
         "gate_total": total if rule == "taylor" else None,
@@ -85,7 +84,7 @@ def share_call(
 
 
 def check_share(emulated: Emulated, call: dict[str, Any], out: Tensor, tiny: float = 16 * EPS32) -> None:
-    """``tiny`` times the hidden values: gate · scale is rounded, which a temperature of 0.1 makes ten times as much."""
+    """Off by ``tiny`` times the hidden values: a temperature of 0.1 makes a rounding of the gate ten times as much."""
     truth, eager = torch.zeros(out.shape, dtype=torch.float64), torch.zeros(out.shape, dtype=out.dtype)
     reference.share_hidden(**doubled(call), out=truth)
     reference.share_hidden(**call, out=eager)
@@ -163,7 +162,7 @@ def test_shares_of_extreme_gates(emulated: Emulated, magnitude: float, tau: floa
     layout = SourceLayout.concat([SourceLayout.tokens(20, excluded=0), SourceLayout.dense(300, 1)])
     call = share_call(layout, columns, rule, torch.float32)
     gate = magnitude * sliced((layout.rows, columns), torch.float32, "cpu")
-    call |= {"gate": gate, "temperature": tau, "gate_scale": None, "hidden": torch.ones(layout.positions, columns)}
+    call |= {"gate": gate, "temperature": tau, "hidden": torch.ones(layout.positions, columns)}
     check_share(emulated, call, poisoned(layout.rows, columns, torch.float32, "cpu"), 4 * EPS32)
 
 
@@ -180,7 +179,7 @@ def test_infinities_and_nan_go_where_the_reference_has_them(emulated: Emulated, 
     )
     gate = three.repeat(copies, 1)
     layout = SourceLayout.dense(3 * copies, 1)
-    call = share_call(layout, 8, rule, torch.float32) | {"gate": gate, "gate_scale": None, "hidden": torch.ones(1, 8)}
+    call = share_call(layout, 8, rule, torch.float32) | {"gate": gate, "hidden": torch.ones(1, 8)}
     out, eager = torch.zeros(gate.shape), torch.zeros(gate.shape)
     emulated.share_hidden(**call, out=out)
     reference.share_hidden(**call, out=eager)
@@ -221,13 +220,12 @@ def mix_call(
         "values": sliced((layout.rows, kv_heads * dim), values or pattern, "cpu", seed=2),
         "layout": layout,
         "kv_heads": kv_heads,
-        "key_scale": scale(layout.positions, "cpu"),
         "query_scale": scale(layout.positions, "cpu", seed=3),
     }
 
 
 def check_mix(emulated: Emulated, call: dict[str, Any], out: torch.dtype) -> None:
-    """A scaled value is rounded to its type, so each product is off by up to an eps of it; the sum is fp32 and in order."""
+    """Each product is off by up to an eps of it; the sum is fp32 and in order."""
     values = call["values"]
     shape = (values.shape[0], values.shape[1] // call["kv_heads"] * call["pattern"].shape[1])
     truth, products = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
@@ -263,15 +261,15 @@ def test_mixing_agrees_on_every_head_dim(emulated: Emulated, dim: int, dtype: to
     check_mix(emulated, call | {"pattern": larger[..., :70]}, dtype)
 
 
-@pytest.mark.parametrize("scales", ["none", "key", "query"])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("out", DTYPES, ids=lambda dtype: f"to-{dtype}")
 @pytest.mark.parametrize("values", DTYPES, ids=lambda dtype: f"values-{dtype}")
 @pytest.mark.parametrize("pattern", DTYPES, ids=str)
 def test_mixing_agrees_in_every_mix_of_types(
-    emulated: Emulated, pattern: torch.dtype, values: torch.dtype, out: torch.dtype, scales: str
+    emulated: Emulated, pattern: torch.dtype, values: torch.dtype, out: torch.dtype, scaled: bool
 ) -> None:
     call = mix_call(LAYOUTS["spans"], "mha", 24, pattern, values)
-    check_mix(emulated, call | {f"{s}_scale": None for s in ("key", "query") if s != scales}, out)
+    check_mix(emulated, call if scaled else call | {"query_scale": None}, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -286,11 +284,34 @@ def test_mixing_agrees_on_many_sources(emulated: Emulated) -> None:
     check_mix(emulated, mix_call(SourceLayout.dense(700, 2), "one", 8, torch.bfloat16), torch.bfloat16)
 
 
-def test_fp16_values_are_scaled_before_they_are_small(emulated: Emulated) -> None:
-    """1/rms may be 1e-4 where the residual stream is large: times the pattern it would vanish in fp16."""
-    call = mix_call(LAYOUTS["spans"], "mha", 16, torch.float16)
-    call["values"].mul_(1e3)
-    check_mix(emulated, call | {"key_scale": 1e-4 * call["key_scale"]}, torch.float32)
+NORMED = {  # what is given, of scale, weight, centred and rows
+    "all": (True, True, True, True), "no rows": (True, True, True, False), "rms": (True, True, False, False),
+    "plain": (False, False, False, False), "gathered": (False, False, False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", NORMED)
+@pytest.mark.parametrize("out", DTYPES[:1] + DTYPES[2:], ids=lambda dtype: f"to-{dtype}")
+@pytest.mark.parametrize("state", DTYPES[:1] + DTYPES[2:], ids=str)
+@pytest.mark.parametrize("columns", [1, 40, 1024, 1027])
+def test_norming_agrees(emulated: Emulated, columns: int, state: torch.dtype, out: torch.dtype, given: str) -> None:
+    scaled, weighted, centred, some = NORMED[given]
+    layout = LAYOUTS["several"]
+    held = 2 * layout.rows + 1 if some else layout.rows
+    rows = torch.randperm(held, generator=torch.Generator().manual_seed(2))[: layout.rows] if some else None
+    for x in (sliced((held, columns), state, "cpu"), runs(held, columns, state)):
+        call = {
+            "state": x, "layout": layout, "scale": scale(layout.positions, "cpu") if scaled else None,
+            "weight": sliced((columns,), torch.bfloat16, "cpu", seed=3).contiguous() if weighted else None,
+            "centred": centred, "rows": rows,
+        }  # fmt: skip
+        truth = torch.zeros(layout.rows, columns, dtype=torch.float64)
+        eager = torch.zeros(layout.rows, columns, dtype=out)
+        reference.normed(**doubled(call), out=truth)
+        reference.normed(**call, out=eager)
+        for result in (poisoned(*truth.shape, out, "cpu"), runs(layout.rows, columns, out)):
+            emulated.normed(**call, out=result)
+            judge(result, truth, eager, (torch.finfo(out).eps + 8 * EPS32) * (truth.abs() + x.double().abs().mean()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -363,7 +384,7 @@ def test_every_kernel_is_there_for_every_architecture(built: dict[str, Any], ker
 
 
 def test_no_kernel_spills_and_every_block_fits(kernels: list[dict[str, str]]) -> None:
-    threads = {"5share": 512, "taylor": 256, "mix_halves": 128, "mix_singles": 256}
+    threads = {"norm_rows": 128, "5share": 512, "taylor": 256, "mix_halves": 128, "mix_singles": 256}
     for kernel in kernels:
         assert kernel["STACK"] == "0", kernel
         assert kernel["LOCAL"] == "0", kernel
@@ -374,7 +395,7 @@ def test_no_kernel_spills_and_every_block_fits(kernels: list[dict[str, str]]) ->
 
 
 def test_the_library_serves_cpu_and_cuda(built: dict[str, Any]) -> None:
-    for op in ("share_hidden", "mix_values"):
+    for op in ("normed", "share_hidden", "mix_values"):
         for device in ("CPU", "CUDA"):
             has = torch._C._dispatch_has_kernel_for_dispatch_key(f"depass_kernels::{op}", device)
             assert has == (device == "CPU" or built["cuda_missing"] is None)

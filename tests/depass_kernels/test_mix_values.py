@@ -18,9 +18,7 @@ HEADS = {"mha": (2, 2, 8), "gqa": (4, 2, 5), "one": (1, 1, 1)}  # H, K, d
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def truth(
-    pattern: Tensor, values: Tensor, layout: SourceLayout, kv: int, key: Tensor, query: Tensor
-) -> tuple[Tensor, Tensor]:
+def truth(pattern: Tensor, values: Tensor, layout: SourceLayout, kv: int, query: Tensor) -> tuple[Tensor, Tensor]:
     """The sums, and the sums of the products' absolute values, in fp64: one source and head at a time."""
     heads, dim = pattern.shape[1], values.shape[1] // kv
     rows: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
@@ -32,7 +30,7 @@ def truth(
         prompt = int(layout.prompt[staircase])
         for h in range(heads):
             kv_head = h * kv // heads
-            weight = pattern[prompt, h].double()[t][:, t] * key.double()[position] * query.double()[position][:, None]
+            weight = pattern[prompt, h].double()[t][:, t] * query.double()[position][:, None]
             value = values.double()[row, kv_head * dim : (kv_head + 1) * dim]
             out[0, row, h * dim : (h + 1) * dim] = weight @ value
             out[1, row, h * dim : (h + 1) * dim] = weight.abs() @ value.abs()
@@ -48,21 +46,22 @@ def inputs(layout: SourceLayout, heads: tuple[int, int, int], dtype: torch.dtype
         "values": sliced((layout.rows, k * d), dtype, device, seed=2),
         "layout": layout,
         "kv_heads": k,
-        "key_scale": scale(layout.positions, device),
         "query_scale": scale(layout.positions, device, seed=3),
     }
 
 
 def check(call: dict[str, Any], out: Tensor) -> None:
     expected, magnitude = truth(
-        call["pattern"].cpu(), call["values"].cpu(), call["layout"], call["kv_heads"], call["key_scale"].cpu(),
+        call["pattern"].cpu(), call["values"].cpu(), call["layout"], call["kv_heads"],
         call["query_scale"].cpu(),
     )  # fmt: skip
     eager = mix_values(**call, out=torch.empty_like(out), backend="reference")
     dtype = call["values"].dtype
-    # twice eager's error, and one rounding of each product: the scaled pattern is rounded to the operand's dtype
+    # twice eager's error, and one rounding of each product
     wide = 1e-6 if dtype != torch.float64 else 1e-14
-    tiny = (torch.finfo(dtype).eps + wide) * magnitude + 1e-30
+    tiny = (torch.finfo(dtype).eps + wide) * magnitude + torch.finfo(out.dtype).smallest_normal * torch.finfo(
+        out.dtype
+    ).eps
     off = (eager.cpu().double() - expected).abs()
     assert ((out.cpu().double() - expected).abs() <= 2 * off + tiny).all()
     assert (off <= tiny).all()  # eager itself
@@ -94,17 +93,6 @@ def test_takes_any_head_dim(head_dim: int, backend: str, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         call = inputs(LAYOUTS["tokens17-bias-excluded"], (2, 1, head_dim), dtype, device)
         check(call, mix_values(**call, backend=backend))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_scale_that_a_massive_activation_leaves_small_costs_no_precision(
-    dtype: torch.dtype, backend: str, device: str
-) -> None:
-    call = inputs(LAYOUTS["tokens17"], (2, 1, 16), dtype, device)
-    call["values"] *= 2.0**13
-    call["key_scale"] *= 2.0**-26
-    out = poisoned(LAYOUTS["tokens17"].rows, 32, torch.float32, device)
-    check(call, mix_values(**call, out=out, backend=backend))
 
 
 @pytest.mark.parametrize("pattern_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -192,7 +180,7 @@ def test_agrees_on_random_layouts(
         ({"pattern": torch.zeros(1, 2, 5, 4)}, r"W >= N, got float32 \[1, 2, 5, 4\]"),
         ({"pattern": torch.zeros(1, 2, 3, 3)}, ">=4"),
         ({"kv_heads": 3}, "kv_heads=3"),
-        ({"key_scale": torch.ones(3)}, r"key_scale must be floating \[4\]"),
+        ({"query_scale": torch.ones(3)}, r"query_scale must be floating \[4\]"),
         ({"out": torch.zeros(10, 15)}, r"out must be floating \[10, 16\]"),
         ({"query_scale": torch.ones(4, device="meta")}, "one device"),
     ],

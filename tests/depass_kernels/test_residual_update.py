@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import poisoned, sliced
+from layouts import sliced
 from torch import Tensor
 
 from depass_kernels import BackendError, KernelError, residual_update
@@ -18,7 +18,7 @@ SIZES = [(1, 1, 1), (16, 32, 64), (130, 150, 70), (7, 300, 33), (200, 64, 129)] 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scattered", [False, True], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_adds_the_product_and_leaves_the_next_operand(
+def test_adds_the_product(
     size: tuple[int, int, int], scattered: bool, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     n, width, inner = size
@@ -26,14 +26,13 @@ def test_adds_the_product_and_leaves_the_next_operand(
     rows = torch.randperm(2 * n + 1, generator=torch.Generator().manual_seed(5))[:n].to(device) if scattered else None
     state = state if scattered else state[:n]
     operand, weight = sliced((n, inner), dtype, device, seed=1), sliced((width, inner), dtype, device, seed=2)
-    cast = poisoned(n, width, dtype, device)
     before, index = state.double(), torch.arange(n, device=device) if rows is None else rows
     product = operand.double() @ weight.double().T
     expected = before.clone()
     expected[index] += product
     eager = state.clone()
     residual_update(eager, operand, weight, rows=rows, backend="reference")
-    assert residual_update(state, operand, weight, rows=rows, cast=cast, backend=backend) is state
+    assert residual_update(state, operand, weight, rows=rows, backend=backend) is state
     magnitude = torch.zeros_like(before)
     magnitude[index] = operand.double().abs() @ weight.double().abs().T + before[index].abs()
     # eager's own error, or fp32's on a sum of this many terms in another order
@@ -42,8 +41,6 @@ def test_adds_the_product_and_leaves_the_next_operand(
     assert ((state.double() - expected).abs() <= 2 * off + tiny).all()
     # eager itself: a CPU's library leaves the product in the operand's dtype before it is added
     assert (off <= magnitude * torch.finfo(dtype).eps + tiny).all()
-    # Triton's interpreter cuts bf16 off where everything else rounds it
-    assert ((cast.double() - state[index].double()).abs() <= torch.finfo(dtype).eps * state[index].abs()).all()
     untouched = torch.ones(len(state), dtype=torch.bool, device=device)
     untouched[index] = False
     assert torch.equal(state[untouched].double(), before[untouched])
@@ -65,7 +62,6 @@ def test_nan_stays_in_its_row(backend: str, device: str) -> None:
         ({"weight": torch.zeros(7, 5)}, r"weight must be floating \[8, 5\]"),
         ({"weight": torch.zeros(8, 5, dtype=torch.bfloat16)}, "must have the same dtype"),
         ({"rows": torch.zeros(4)}, "rows must be an int64 vector, got float32"),
-        ({"cast": torch.zeros(4, 5)}, r"cast must be floating \[4, 8\]"),
         ({"weight": torch.zeros(8, 5, device="meta")}, "one device"),
     ],
 )

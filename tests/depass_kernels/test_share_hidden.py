@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import EXAMPLES, LARGE, LAYOUTS, cells, far_into, poisoned, scale, sliced
+from layouts import EXAMPLES, LARGE, LAYOUTS, cells, far_into, poisoned, sliced
 from torch import Tensor
 
 from depass_kernels import BackendError, KernelError, SourceLayout, backends, share_hidden
@@ -19,9 +19,7 @@ RULES = ("softmax", "max", "relu", "linear", "taylor")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def truth(
-    gate: Tensor, hidden: Tensor, layout: SourceLayout, scaled: Tensor, rule: str, tau: float, total: Tensor
-) -> Tensor:
+def truth(gate: Tensor, hidden: Tensor, layout: SourceLayout, rule: str, tau: float, total: Tensor) -> Tensor:
     """α ⊙ h, one number at a time."""
     out = torch.zeros(gate.shape, dtype=torch.float64)
     rows: dict[int, list[tuple[int, int]]] = {}
@@ -30,7 +28,7 @@ def truth(
     for position, here in rows.items():
         part = [(m, row) for m, row in here if m != int(layout.skipped[position])]
         for f in range(gate.shape[1]):
-            g = {row: float(gate[row, f]) * float(scaled[position]) for _, row in here}
+            g = {row: float(gate[row, f]) for _, row in here}
             if rule == "taylor":
                 whole = float(total[position, f])
                 weight = {row: value / whole if whole else 0.0 for row, value in g.items()}
@@ -61,7 +59,6 @@ def arguments(layout: SourceLayout, columns: int, dtype: torch.dtype, device: st
         "gate": sliced((layout.rows, columns), dtype, device, scale=0.3),
         "hidden": sliced((layout.positions, columns), dtype, device, seed=2),
         "layout": layout,
-        "gate_scale": scale(layout.positions, device),
         "rule": rule,
         "gate_total": total if rule == "taylor" else None,
     }
@@ -70,7 +67,7 @@ def arguments(layout: SourceLayout, columns: int, dtype: torch.dtype, device: st
 def check(call: dict[str, Any], out: Tensor) -> None:
     gate, hidden = call["gate"].cpu().double(), call["hidden"].cpu().double()
     total = hidden if call["gate_total"] is None else call["gate_total"].cpu().double()
-    expected = truth(gate, hidden, call["layout"], call["gate_scale"].cpu().double(), call["rule"], 0.1, total)
+    expected = truth(gate, hidden, call["layout"], call["rule"], 0.1, total)
     eager = share_hidden(**call, out=torch.empty_like(out), backend="reference").cpu().double()
     error = (out.cpu().double() - expected).abs()
     # twice eager's own error, a rounding of the result, and of exponents of up to some tens
@@ -214,7 +211,6 @@ def test_agrees_on_random_layouts(
         ({"temperature": math.nan}, "got nan"),
         ({"rule": "taylor"}, "rule='taylor' needs gate_total, and no other rule takes it"),
         ({"gate_total": torch.zeros(4, 4)}, "rule='taylor' needs gate_total, and no other rule takes it"),
-        ({"gate_scale": torch.zeros(5)}, r"gate_scale must be floating \[4\]"),
         ({"out": torch.zeros(10, 3)}, r"out must be floating \[10, 4\]"),
         ({"backend": "metal"}, "unknown backend 'metal'; choose one of: auto, cpu, triton, cuda, reference"),
     ],

@@ -23,12 +23,13 @@ class Norm:
     module: Any  # its attributes depend on the family
     kind: str
 
-    def gamma(self, dtype: torch.dtype) -> Tensor:  # [D]
-        """The weight ``γ`` that multiplies the normalised vector, ``[D]``."""
+    def gamma(self, dtype: torch.dtype | None = None) -> Tensor:  # [D]
+        """The weight ``γ`` that multiplies the normalised vector, ``[D]``; without a dtype in one that holds it exactly."""
         weight = weights.dense(self.module)
         assert weight is not None
-        weight = weight.to(dtype)
-        return weight + 1 if self.kind == "rms_plus_one" else weight
+        if self.kind == "rms_plus_one":
+            return weight.to(dtype or torch.promote_types(weight.dtype, torch.float32)) + 1
+        return weight if dtype is None else weight.to(dtype)
 
     def beta(self) -> Tensor | None:  # [D]
         """The bias ``β`` ``[D]``, which belongs to the bias source, or None."""

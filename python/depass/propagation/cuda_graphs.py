@@ -122,8 +122,6 @@ class RecordedPropagation(Propagation):
             super().join(joining, trace)
             return
         joining[0][0].fill(self.state.zero_(), trace)
-        if self._operand is not None:
-            self._operand.copy_(self.state)
 
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
         """See :meth:`Propagation.attention`; replays the layer's recording if there is one. All rows are kept."""

@@ -9,7 +9,7 @@ import torch
 
 from ..device_memory import free_memory
 from ..models import weights
-from ..models.bound import BoundModel
+from ..models.bound import BoundModel, Layer, Norm, Projection
 from ..models.streaming import arriving_bytes
 from .blocks import rows_at_once, workspace
 from .propagate import KEYS
@@ -22,8 +22,8 @@ class Needs:
     Attributes:
         state_bytes: the decomposed state ``[R, D]``.
         pass_bytes: the peak of the model's own pass over the prompts: patterns and hidden vectors of one layer.
-        buffer_bytes: blocks of values and gates, a weight while it is folded, and the copies of a layer's offloaded or
-            quantised weights.
+        buffer_bytes: blocks of normed rows, values and gates, and the copies of a layer's weights that are offloaded,
+            quantised, of another dtype than the products, or multiplied by the weight of a norm on the output.
     """
 
     state_bytes: int
@@ -49,7 +49,7 @@ def needs(
     attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
     blocks = max(min(rows, attention) * (product * (values + heads + width) + number * width),
                  min(rows, mlp) * (neurons * (product + number) + width * product))  # fmt: skip
-    folded = max(neurons, values) * width * (number + product)
+    folded = _copied_weights(bound, layer, device)
     folded += max(sum(weights.lent_bytes(p.module, bound.dtype) for p in layer.projections) for layer in bound.layers)
     padded = len(lengths) * max(lengths)
     patterns = bound.num_heads * padded * max(lengths)
@@ -64,6 +64,22 @@ def needs(
         pass_bytes=scores + activations,
         buffer_bytes=max(0, kept + blocks + folded - scores) + with_rows,
     )
+
+
+def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> int:
+    """The bytes of the copies of a layer's weights in its attention or its MLP, whichever has more."""
+    dtype = bound.product_dtype_on(device)
+    number = bound.state_dtype.itemsize
+
+    def copied(projection: Projection, post_norm: Norm | None = None) -> int:
+        size = projection.shape.numel()
+        if post_norm is not None:
+            return size * (number + dtype.itemsize)
+        sliced = projection.rows == "last_of_head"  # not a view
+        return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
+
+    attention = copied(layer.value) + copied(layer.output, layer.attention_post_norm)
+    return max(attention, copied(layer.gate) + copied(layer.down, layer.mlp_post_norm))
 
 
 def room(bound: BoundModel) -> int:

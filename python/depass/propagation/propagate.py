@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, backends, mix_values, residual_update, share_hidden
+from depass_kernels import SourceLayout, backends, mix_values, normed, residual_update, share_hidden
 from depass_kernels.reference import matmul
 
 from ..models.bound import BoundModel, Layer, Norm, Projection, into_stream
@@ -66,7 +66,6 @@ class Propagation:
         self._memory = torch.empty(0, device="cpu")  # [rows, D]
         self._positions: list[Tensor] = []  # by staircase, the positions of its prompt that it has
         self._where: Tensor | None = None  # [P], the position in a trace of each position; None: the same
-        self._operand: Tensor | None = None  # [R, D], the state in the GEMMs' dtype, where one block holds all rows
         self._source_blocks: list[_SourceBlock] = []
         self._position_blocks: list[_PositionBlock] = []
         self._beside_mlp: tuple[_Attention, list[_SourceBlock], list[Tensor]] | None = (
@@ -98,26 +97,15 @@ class Propagation:
             self._positions.append(torch.arange(parts.layout.positions, device="cpu"))
         joined = layouts[0] if len(layouts) == 1 and prompts == [0] else SourceLayout.concat(layouts, prompts)
         self._lay_out(joined, end)
-        self._operand = self._room_for_operand()
-        if self._operand is not None:
-            self._operand.copy_(self.state)
 
     def _lay_out(self, layout: SourceLayout, rows: int) -> None:
         """Make the first ``rows`` rows of the memory the state."""
-        self.layout, self.state, self._operand = layout, self._memory[:rows], None
+        self.layout, self.state = layout, self._memory[:rows]
         prompts = zip(layout.prompt.tolist(), self._positions, strict=True)
         where = torch.cat([self.prompt_start[prompt] + positions for prompt, positions in prompts])
         same = len(where) == self.prompt_start[-1] and bool((where == torch.arange(len(where), device="cpu")).all())
         self._where = None if same else where.to(self.state.device)
         self._source_blocks, self._position_blocks = [], []
-
-    def _room_for_operand(self) -> Tensor | None:
-        """Memory for the state in the dtype of the GEMMs; every update also writes it, so no separate cast is needed."""
-        one_block = len(self._blocks_of_sources()) == 1 and len(self._blocks_of_positions()) == 1
-        whole = one_block and self._position_blocks[0].neurons == self._widest.gate.shape[0]
-        if not whole or self.bound.product_dtype == self.state.dtype or self.bound.parallel:
-            return None
-        return torch.empty_like(self.state, dtype=self.bound.product_dtype)
 
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
         """Propagate the state through the attention of layer ``index``, in place (docs/method.md, equation 3).
@@ -190,7 +178,6 @@ class Propagation:
         if device != self.state.device:
             self._memory, began = self._memory.to(device), len(self.state)
             self.state = self._memory[:began]
-            self._operand = None if self._operand is None else self._operand.to(device)
             self._where = None if self._where is None else self._where.to(device)
 
     def rows_at(self, staircase: int, position: int) -> Tensor:
@@ -209,8 +196,8 @@ class Propagation:
         scale = self.at(trace.scales.get("mlp_norm"))  # [P]
         post = trace.scales.get("mlp_post_norm")
         hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # of all prompts
-        gate_weight = _folded_input(layer.gate, layer.mlp_norm, dtype)  # [F, D]
-        down_weight = _folded_output(layer.down, layer.mlp_post_norm, dtype)  # [D, F]
+        gate_weight = layer.gate.weight.to(dtype)  # [F, D]
+        down_weight = _into_stream(layer.down, layer.mlp_post_norm, dtype)  # [D, F]
         constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
 
         neurons = len(gate_weight)
@@ -218,22 +205,18 @@ class Propagation:
             positions = slice(block.first, block.last)
             in_trace = positions if self._where is None else self._where[positions]
             rows = state[block.begin : block.end]
-            operand = self._operand
-            if (
-                operand is None
-            ):  # with blocks of neurons, later blocks must read the state before the first one's update
-                operand = rows.to(dtype, copy=block.neurons < neurons)
             block_scale = None if scale is None else scale[positions]
+            # with blocks of neurons, later blocks read what the state was before the first one's update
+            operand = self.normed(layer.mlp_norm, block_scale, block.layout, None, rows)
             for f in range(0, neurons, block.neurons):
                 n = slice(f, min(f + block.neurons, neurons))
                 gate = matmul(operand, gate_weight[n])  # [rows, n]
                 if constant is not None:
-                    _add_constant(gate, constant[n], block.layout, block_scale)
+                    _add_constant(gate, constant[n], block.layout)
                 shared = share_hidden(
                     gate,
                     hidden[in_trace, n],
                     block.layout,
-                    gate_scale=block_scale,
                     rule=self.sharing.rule,
                     temperature=self.sharing.temperature,
                     gate_total=None if trace.gate_total is None else trace.gate_total[in_trace, n],
@@ -243,11 +226,31 @@ class Propagation:
                 self._add(shared, down_weight[:, n], state=rows)
         self._add_bias(layer.down, layer.mlp_post_norm, self.at(post))
 
+    def normed(
+        self,
+        norm: Norm | None,
+        scale: Tensor | None,
+        layout: SourceLayout,
+        rows: Tensor | None,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """Rows of the state through a norm, ``[R', D]`` in the dtype of the products, for the positions of ``layout``."""
+        state = self.state if state is None else state
+        backend = backends.named_for("normed", self.sharing.backend)
+        return normed(
+            state,
+            layout,
+            scale=scale,
+            weight=None if norm is None else norm.gamma().to(state.device),
+            centred=norm is not None and norm.kind == "layer",
+            rows=rows,
+            out=state.new_empty(layout.rows, state.shape[1], dtype=self.bound.product_dtype),
+            backend=backend,
+        )
+
     def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
         backend = backends.named_for("residual_update", self.sharing.backend)
-        # an update of some rows is followed by narrowing the state, which drops its copy
-        cast = self._operand if rows is None else None
-        residual_update(state, operand, weight, rows=rows, cast=cast, backend=backend)
+        residual_update(state, operand, weight, rows=rows, backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Add a sublayer's output bias to the bias source, through the norm on the output if there is one."""
@@ -261,8 +264,6 @@ class Propagation:
         assert self.layout is not None
         rows = _bias_rows(self.layout, self.state)
         self.state[rows] += bias
-        if self._operand is not None:
-            self._operand[rows] = self.state[rows].to(self._operand.dtype)
 
     def _blocks_of_sources(self) -> list[_SourceBlock]:
         assert self.layout is not None
@@ -295,22 +296,21 @@ class _Attention:
         assert trace.pattern is not None
         self.propagation, self.layer = propagation, layer
         self.pattern = with_rows_in_runs(trace.pattern, KEYS.get(trace.pattern.device.type, 1))
-        self.key_scale = propagation.at(trace.scales.get("attention_norm"))
+        self.scale = propagation.at(trace.scales.get("attention_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
         dtype = propagation.bound.product_dtype
-        self.value_weight = _folded_input(layer.value, layer.attention_norm, dtype)  # [K·d, D]
-        self.output_weight = _folded_output(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
+        self.value_weight = layer.value.weight.to(dtype)  # [K·d, D]
+        self.output_weight = _into_stream(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
         self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
-        state = self.propagation.state
-        rows = block.rows_on(state.device)
-        operand = state if rows is None else state.index_select(0, rows)
-        if self.propagation._operand is not None:
-            operand = self.propagation._operand
-        values = operand.to(self.value_weight.dtype) @ self.value_weight.T
+        propagation = self.propagation
+        rows = propagation.normed(
+            self.layer.attention_norm, self.scale, block.layout, block.rows_on(propagation.state.device)
+        )
+        values = rows @ self.value_weight.T
         if self.constant is not None and block.has_bias_source:
-            _add_constant(values, self.constant, block.layout, self.key_scale)
+            _add_constant(values, self.constant, block.layout)
         return values
 
     def mix(self, block: _SourceBlock, values: Tensor, kept: _Kept | None, narrowed: bool = False) -> None:
@@ -324,7 +324,6 @@ class _Attention:
             values,
             block.layout,
             kv_heads=values.shape[1] // (self.output_weight.shape[1] // heads),
-            key_scale=self.key_scale,
             query_scale=self.query_scale,
             backend=self.propagation.sharing.backend,
         )  # [R_block, H·d]
@@ -339,16 +338,11 @@ class _Attention:
         self.propagation._add_bias(layer.output, layer.attention_post_norm, scale)
 
 
-def _folded_input(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection's weight with the norm on its input folded in: ``γ``, and for LayerNorm the centring."""
-    weight = projection.weight
-    return (weight if norm is None else norm.fold(weight.to(_at_least_fp32(dtype)))).to(dtype)
-
-
-def _folded_output(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection's weight with the ``γ`` of the norm on its output folded in."""
-    weight = into_stream(projection.weight, norm, dtype if norm is None else _at_least_fp32(dtype))
-    return weight.to(dtype).contiguous()  # GPT-2 stores its projections transposed
+def _into_stream(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection's weight; with the ``γ`` of the norm on its output folded in, where there is one."""
+    if norm is None:
+        return projection.weight.to(dtype)
+    return into_stream(projection.weight, norm, _at_least_fp32(dtype)).to(dtype)
 
 
 def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
@@ -360,10 +354,9 @@ def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> 
     return sum(parts[1:], start=parts[0]) if parts else None
 
 
-def _add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout, scale: Tensor | None) -> None:
-    """Add a constant to the bias source's rows, divided by the frozen scale that the kernel will multiply it by."""
-    added = constant[None] if scale is None else constant / scale[:, None]
-    rows[_bias_rows(layout, rows)] += added.to(rows.dtype)
+def _add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout) -> None:
+    """Add a constant to the bias source's rows."""
+    rows[_bias_rows(layout, rows)] += constant.to(rows.dtype)
 
 
 def _bias_rows(layout: SourceLayout, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 
 #include "cuda_runtime.h"
 #include "mix_values.h"
+#include "normed.h"
 #include "share_hidden.h"
 
 constexpr size_t kMostShared = 101376;  // of a block on sm_86 and sm_89, the least of the cards that we build for
@@ -151,4 +152,5 @@ void wait_for_all_but(size_t last) {
 }  // namespace emulation
 
 extern "C" int share_hidden(const depass::ShareHidden* call) { return depass::share_hidden_cuda(*call, nullptr); }
+extern "C" int normed(const depass::Normed* call) { return depass::normed_cuda(*call, nullptr); }
 extern "C" int mix_values(const depass::MixValues* call) { return depass::mix_values_cuda(*call, nullptr); }
