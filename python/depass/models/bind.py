@@ -49,7 +49,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     if not empty:
         _refuse_absent(model, name)
     _refuse_config(config, family, name)
-    refuse_compiled(model, list(model.get_submodule(family.backbone).modules()))
+    refuse_compiled(model, family)
     blocks = _blocks(model, family)
     if len(set(map(id, blocks))) < len(blocks):
         raise ModelError(f"{name} uses one module for several layers; DePass needs a separate module for each layer")
@@ -95,6 +95,7 @@ def resolve(model: Any, family: Family) -> BoundModel:
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
+        forwards={type(module): type(module).forward for module in (*backbone.modules(), head)},
         configs=tuple(configs.values()),
     )
 

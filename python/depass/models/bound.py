@@ -156,6 +156,7 @@ class BoundModel:
     max_positions: int | None
     switches: tuple[Switch, ...]
     configs: tuple[Any, ...] = field(repr=False)
+    forwards: dict[type, Any] = field(repr=False)  # of the modules' classes, when DePass was made
     checked: set[int] = field(default_factory=set, repr=False, compare=False)
     stream_to: torch.device | None = None  # the device that layers run on while their weights stay in host memory
 
