@@ -16,7 +16,8 @@ than 256 sources, padding to whole tiles, and waits of the host for the device.
 The decomposition has these parts: ``products`` (the value, output, gate and down products; the bytes of their weights are
 counted as ``weights``), ``copies`` (of weights), ``normed`` (rows of the state into operands), ``gather`` and ``scatter``
 (rows of the state read and written), ``casts``, ``mix`` (values in and out; the bytes of the pattern are counted as
-``pattern``), ``share`` (gates in, shares out) and ``others``. Two more parts are ``model``, the model's own pass with its capture, and ``scoring``.
+``pattern``), ``share`` (gates in, shares out) and ``others``. Two more parts are ``model``, the model's own pass with its
+capture, and ``scoring``.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def normed(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalise rows of the state with the frozen scale of the whole vector (docs/method.md, equation 2; DePass, section 3.1).
+    """Normalise rows of the state with the whole vector's frozen scale (docs/method.md, equation 2; DePass, section 3.1).
 
     ``out[i] = scale[t(i)] · weight ⊙ x``, where row ``i`` of the layout belongs to position ``t(i)`` and ``x`` is
     ``state[rows[i]]``, for LayerNorm less its mean. It is the operand of the next product. The norm's bias is not added: it

@@ -92,6 +92,94 @@ def test_a_hook_that_changes_the_model_is_named(case: str, dtype: torch.dtype) -
     assert dp.bound.checked >= {0, 1, 2}
 
 
+def test_a_change_at_one_position_or_of_one_prompt_is_named_for_that_prompt() -> None:
+    dp = DePass(models.make("llama"))
+
+    def at_2(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, 2] *= 3
+        return output
+
+    for path in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp"):  # one conserves, one does not
+        with hooked(dp.model, path, "forward", at_2), pytest.warns(ConservationWarning, match=r"\(.*at_2\)"):
+            dp.attribute(IDS, 5)
+    prompts = [models.prompt(9, 1), models.prompt(9, 2), models.prompt(9, 3)]
+
+    def of_the_second(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[1] *= 3
+        return output
+
+    with hooked(dp.model, "model.layers.1.mlp", "forward", of_the_second), pytest.warns(ConservationWarning) as caught:
+        found = list(dp.attribute_many(prompts, 5))
+    assert [result.settings.altered is None for result in found] == [True, False, True]
+    assert len(caught) == 1
+
+
+def test_the_cause_is_named_before_bystanders() -> None:
+    dp = DePass(models.make("llama"))
+
+    def looks(module: nn.Module, *_: Any) -> None:
+        pass
+
+    def on_all(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2 if module is dp.model.model.layers[1].mlp else None
+
+    with hooked(dp.model, "model.layers.1.mlp.act_fn", "forward", looks):
+        handle = nn.modules.module.register_module_forward_hook(on_all)
+        with pytest.warns(
+            ConservationWarning, match=r"may come from this: a global forward hook of torch \(.*on_all\)"
+        ):
+            dp.attribute(IDS, 5)
+        handle.remove()
+        with hooked(dp.model, "lm_head", "forward", scale):
+            for options in ({}, {"stop_layer": 2}):
+                with pytest.warns(
+                    ConservationWarning, match=r"may come from this: lm_head has a forward hook \(scale\)"
+                ):
+                    dp.attribute(IDS, 5, **options)
+
+
+def test_a_class_patched_later_is_named() -> None:
+    dp = DePass(models.make("llama"))
+    dp.attribute(IDS, 5)
+    kind = type(dp.model.model.layers[0].mlp)
+    own = kind.forward
+
+    def louder(self: Any, x: Tensor) -> Tensor:
+        return own(self, x) * 2  # type: ignore[no-any-return]
+
+    kind.forward = louder
+    try:
+        with pytest.warns(ConservationWarning, match=rf"this: {kind.__name__} has another forward \(louder\)"):
+            dp.attribute(IDS, 5)
+    finally:
+        kind.forward = own
+    dp.attribute(IDS, 5, strict=True)
+
+
+def test_alterations_of_a_model_that_accelerate_hooks_are_seen() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = models.make("llama")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    dp = DePass(model)
+    dp.attribute(IDS, 5, strict=True)
+    gate = model.model.layers[1].mlp.gate_proj
+    own = gate.forward
+    gate.forward = lambda x: own(x) * 1.5
+    with pytest.warns(ConservationWarning, match="model.layers.1.mlp.gate_proj has another forward"):
+        dp.attribute(IDS, 5)
+
+    class Louder(accelerate.hooks.ModelHook):  # type: ignore[misc,name-defined]
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return output * 2
+
+    model = models.make("llama")
+    accelerate.hooks.add_hook_to_module(model.model.layers[1].mlp, Louder())
+    with pytest.warns(ConservationWarning, match="model.layers.1.mlp has another forward"):
+        DePass(model).attribute(IDS, 5)
+
+
 def test_what_made_a_result_wrong_is_saved_with_it(tmp_path: Any) -> None:
     dp = DePass(models.make("llama"))
     with hooked(dp.model, "model.layers.1", "forward", steer), pytest.warns(ConservationWarning):
@@ -169,6 +257,11 @@ def test_modules_put_in_later_are_refused() -> None:
             dp.attribute(IDS, 5)
         setattr(parent, name, base)
         dp.attribute(IDS, 5, strict=True)
+    norm = dp.model.model.norm
+    dp.model.model.norm = type(norm)(32)
+    with pytest.raises(ModelError, match=r"the final norm of .* was replaced after DePass was made"):
+        dp.attribute(IDS, 5)
+    dp.model.model.norm = norm
     dp.model.model.layers = dp.model.model.layers[:2]
     with pytest.raises(ModelError, match="has 2 layers, and had 3 when DePass was made"):
         dp.attribute(IDS, 5)
@@ -245,6 +338,15 @@ def test_compiled_modules_are_refused_with_the_line_that_undoes_it() -> None:
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
     with pytest.raises(ModelError, match=r"use the module inside of it: model.layers.1._orig_mod"):
         DePass(model)
+    model = models.make("llama")
+    for harmless in (model.model.layers[0].mlp.up_proj, model.model.embed_tokens, model.lm_head):
+        harmless.compile(backend="eager")
+    DePass(model).attribute(IDS, 5, strict=True)
+    model.model.layers[1].mlp.forward = torch.compile(model.model.layers[1].mlp.forward, backend="eager")
+    with torch.no_grad():
+        model(torch.tensor([IDS]))  # compiled before there are hooks
+    with pytest.raises(ModelError, match=r"did not run, which DePass needs; model.layers.1.mlp has another forward"):
+        DePass(model).attribute(IDS, 5)
     model = models.make("llama")
     model.compile(backend="eager")  # the whole model, which DePass does not call
     DePass(model).attribute(IDS, 5, strict=True)

@@ -31,6 +31,7 @@ from depass import (
     masking,
 )
 from depass.engine import batches
+from depass.models.packing import Packing
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")
 
@@ -326,3 +327,20 @@ def test_masks_by_prompt_reach_prompts_in_one_row() -> None:
         torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-5)
     with masking.heads(dp, off[:2]), pytest.raises(OptionError, match="masked has 2 rows, but the batch has"):
         list(dp.attribute_many(prompts, 5))
+
+
+def test_the_mask_of_a_row_becomes_that_of_padded_prompts() -> None:
+    """Families that make their own mask make it for the whole row."""
+    packing = Packing([[5, 6], [5, 6, 7], [5]], in_one_row=True)
+    lowest = torch.finfo(torch.float32).min
+    row = torch.full((1, 1, 6, 6), lowest).triu(1)
+    found = packing.mask(row)
+    assert found.shape == (3, 1, 3, 3)
+    for prompt, length in enumerate(packing.lengths):
+        for query in range(length):
+            assert (found[prompt, 0, query] == 0).tolist() == [key <= query for key in range(3)]
+    assert found.isfinite().all()
+    assert packing.mask(row[..., :3, :3]) is not None
+    x = torch.arange(6.0).view(1, 1, 6, 1)
+    assert packing.spread(x)[:, 0, :, 0].tolist() == [[0, 1, 1], [2, 3, 4], [5, 5, 5]]
+    assert torch.equal(packing.gather(packing.spread(x).transpose(1, 2)), x.transpose(1, 2))

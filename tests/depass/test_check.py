@@ -12,7 +12,7 @@ import transformers as tf
 from check_table import differences
 from torch import Tensor, nn
 
-from depass import DePass, Family, Heads, ModelError
+from depass import DePass, Family, Heads, ModelError, NonFiniteError
 from depass.models.bind import bind
 from depass.models.check import STEPS
 
@@ -195,3 +195,45 @@ def test_weights_of_zero_and_numbers_that_are_not_finite_are_not_judged() -> Non
     model.model.layers[1].self_attn.v_proj.weight.data.zero_()
     model.model.layers[2].mlp.down_proj.weight.data.zero_()
     DePass(model).attribute(models.prompt(9), 5, strict=True)
+
+
+@pytest.mark.parametrize("size", [1000.0, 8000.0])
+def test_an_activation_that_a_late_layer_takes_back_is_no_false_alarm(size: float) -> None:
+    """The stream rounds at the size that it had: after layer 2 what is left of it is small."""
+    for seed in range(6):
+        model = models.make("llama-biased", seed=seed)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, :2] = size
+            model.model.layers[2].mlp.down_proj.bias[:2] = -size
+            for layer in model.model.layers:
+                layer.input_layernorm.weight[:2] = layer.post_attention_layernorm.weight[:2] = 1e-3
+        for dtype in (torch.bfloat16, torch.float32):
+            DePass(model.to(dtype)).attribute(models.prompt(1), 5)
+
+
+def test_a_run_whose_numbers_are_not_finite_checks_nothing() -> None:
+    model, ids = models.make("llama"), models.prompt(9)
+    dp = DePass(model, family=Family(mlp_norm="input_layernorm"))
+    right = model.model.embed_tokens.weight.data.clone()
+    model.model.embed_tokens.weight.data.fill_(float("inf"))
+    with pytest.raises(NonFiniteError):
+        dp.attribute(ids, 5)
+    assert dp.bound.checked == set()
+    model.model.embed_tokens.weight.data.copy_(right)
+    with pytest.raises(ModelError, match="correct the family"):
+        dp.attribute(ids, 5)
+
+
+def test_an_activation_called_by_keyword_is_seen() -> None:
+    model = models.make("llama")
+    own = type(model.model.layers[0].mlp)
+
+    class ByKeyword(own):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(input=self.gate_proj(x)) * self.up_proj(x))
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = ByKeyword
+    DePass(model).attribute(models.prompt(9), 5, strict=True)
+    with pytest.raises(ModelError, match="activation function"):
+        DePass(model, family=Family(gate="mlp.up_proj")).attribute(models.prompt(9), 5)

@@ -70,6 +70,8 @@ def test_what_cannot_be_generated_is_named() -> None:
         ({"max_new_tokens": 0}, OptionError, "max_new_tokens must be a positive integer, got 0"),
         ({"max_new_tokens": 315}, OptionError, "has 320 positions"),
         ({"num_return_sequences": 2}, OptionError, r"generate\(num_return_sequences=...\)"),
+        ({"position_ids": torch.arange(6)[None]}, OptionError, r"generate\(position_ids=...\)"),
+        ({"generation_config": {"do_sample": False}}, OptionError, r"pass its entries as arguments: \*\*config"),
         ({"no_such_option": 2}, OptionError, "generate rejected these options.*no_such_option"),
         ({"sources": Heads(1)}, OptionError, "does not support Heads as sources; use .* or call attribute"),
         ({"sources": Spans([(0, 9)])}, SourceError, "outside the prompt, which has 6 tokens"),

@@ -67,6 +67,8 @@ def test_what_a_tokenizer_returns_for_one_text_is_a_prompt(dp: DePass) -> None:
         np.array([tokenizer(text).input_ids]),
         torch.tensor(tokenizer(text).input_ids, dtype=torch.int32)[None],
         tuple(tokenizer(text).input_ids),
+        [np.array(tokenizer(text).input_ids)],
+        [torch.tensor(tokenizer(text).input_ids)],
     ]
     for prompt in given:
         found = dp.attribute(prompt, 5)
@@ -133,6 +135,15 @@ def test_a_second_end_is_warned_about(letters: DePass) -> None:
     )
     with pytest.warns(PromptWarning, match=r"ends with '<eos>', and the tokenizer adds another"):
         DePass(letters.model, tokenizer).attribute("hi<eos>", 7)
+    dp = DePass(letters.model, with_bos(tokens.byte_level()))  # it adds nothing at the end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dp.attribute("hi<eos><eos>", 7)
+        dp.attribute("hi<bos><bos>", 7)
+    with pytest.warns(PromptWarning) as caught:
+        dp.attribute("<bos>", 7)
+    assert len(caught) == 1
+    assert "begins with '<bos>'" in str(caught[0].message)
 
 
 def test_messages_take_what_templates_take(letters: DePass) -> None:

@@ -94,6 +94,23 @@ def test_a_dynamic_encoding_does_not_remember_and_is_left_as_it_was(name: str) -
         assert torch.equal(torch.as_tensor(after[key]), torch.as_tensor(value)), key
 
 
+def test_generation_with_a_dynamic_encoding_does_not_remember() -> None:
+    dp = DePass(dynamic())
+    first = dp.generate(models.prompt(20), max_new_tokens=6, do_sample=False, eos_token_id=None).ids
+    with torch.no_grad():
+        dp.model(torch.tensor([models.prompt(60)]))
+    again = dp.generate(models.prompt(20), max_new_tokens=6, do_sample=False, eos_token_id=None).ids
+    assert again == first
+    assert first[0] == dp.attribute(models.prompt(20)).targets[0].token_ids[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_model_keeps_its_own_frequencies(dtype: torch.dtype) -> None:
+    model, ids = dynamic().to(dtype), models.prompt(10)
+    own = model(torch.tensor([ids])).logits[0, -1, 5]
+    torch.testing.assert_close(DePass(model).attribute(ids, 5).target_logits[0].to(own), own)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_generation_across_the_switch_says_so(kind: str) -> None:
     dp = DePass(MAKERS[kind]())

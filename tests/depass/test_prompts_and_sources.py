@@ -124,6 +124,7 @@ ONE_PROMPT = "expected one prompt"
         ([[1, 2], [3, 0]], f"{ONE_PROMPT}, got a batch with 2 rows"),
         (["one", "two"], f"{ONE_PROMPT}, got a batch with 2 rows"),
         (["one"], f"{ONE_PROMPT}, got a batch with 1 rows"),
+        ({"input_ids": 5}, "expected a string, chat messages or token ids, got dict"),
         ({"text": "one", "label": 1}, f"{ONE_PROMPT}, got a mapping with text, label"),
         (
             {"input_ids": torch.zeros(2, 3), "attention_mask": torch.ones(2, 3)},

@@ -40,10 +40,10 @@ class Differences(Capture):
     def layer(self, *_: Any) -> None:
         pass
 
-    def judge(self, index: int, found: dict[str, float], allowed: float) -> None:
+    def judge(self, index: int, found: dict[str, torch.Tensor], allowed: float) -> None:
         self.allowed = max(self.allowed, allowed)
         for step, difference in found.items():
-            self.found[step] = max(self.found.get(step, 0.0), difference)
+            self.found[step] = max(self.found.get(step, 0.0), float(difference.max()))
 
 
 def differences(bound: BoundModel) -> tuple[dict[str, float], float]:

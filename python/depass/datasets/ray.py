@@ -7,14 +7,18 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from .. import arguments
-from ..errors import OptionError, WorkerError, first_line
+from ..errors import DePassError, OptionError, WorkerError, first_line
 from .local import attributed, batch_tokens
 from .options import DatasetOptions
 from .rows import Row
 from .shards import Engine, Finished, Shard, Work
+
+if TYPE_CHECKING:
+    from ..api import DePass
 
 _INSTALL = "--engine ray needs Ray: pip install 'depass-kernels[ray]'"
 
@@ -72,27 +76,46 @@ def _finished(options: DatasetOptions, shards: Iterator[Shard]) -> Work:
             pool.push(actor.remote(options))
             started += 1
         if not pool.has_free():
-            yield pool.get_next_unordered()
+            yield _checked(*pool.get_next_unordered())
         pool.submit(lambda worker, shard: worker.make.remote(*shard), (first, _described(rows)))
     while pool.has_next():
-        yield pool.get_next_unordered()
+        yield _checked(*pool.get_next_unordered())
+
+
+def _checked(first: int, content: bytes | DePassError) -> Finished:
+    if isinstance(content, DePassError):
+        raise content
+    return first, content
 
 
 class Worker:
     """An actor with a model, which makes one shard after another."""
 
     def __init__(self, options: DatasetOptions) -> None:
+        self.options = options
+
+    @cached_property
+    def dp(self) -> DePass:
+        """The model, loaded with the first shard: a worker that dies meanwhile has died on its shard."""
+        options = self.options
+        return arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
+
+    @cached_property
+    def tokens(self) -> int:
+        """The most tokens of one pass."""
+        options = self.options
+        processes = 1 if options.device == "cuda" else options.workers  # at most so many share this machine's memory
+        return options.batch_tokens or batch_tokens(self.dp, processes)
+
+    def make(self, first: int, described: str) -> tuple[int, bytes | DePassError]:
+        """Make a shard's Parquet file from the text of :func:`_described`, or return the error that stops the run."""
         from ..sources.spans import named  # needs torch
 
-        self.dp = arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
-        self.sources = named(options.sources, options.language)
-        processes = 1 if options.device == "cuda" else options.workers  # at most so many share this machine's memory
-        self.tokens = options.batch_tokens or batch_tokens(self.dp, processes)
-
-    def make(self, first: int, described: str) -> Finished:
-        """Make a shard's Parquet file from the text of :func:`_described`."""
         rows = [Row(**row) for row in json.loads(described)]
-        return first, attributed(self.dp, rows, self.sources, self.tokens)
+        try:
+            return first, attributed(self.dp, rows, named(self.options.sources, self.options.language), self.tokens)
+        except DePassError as error:
+            return first, error
 
 
 def _described(rows: list[Row]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,17 @@ from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Token, check
 from ..models.bound import BoundModel
 from ..models.health import refuse_dropout
+from ..models.positions import fresh
 from ..results.generation import Generation
 from ..sources.spans import Sentences, Spans, token_ranges, unit_ranges
 from .passes import Engine
 from .request import Case, Options, Progress, decompose, decomposed_layers
 from .scores import attribute
 
-_OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate", "num_return_sequences")
+_OURS = (
+    "input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "return_dict_in_generate",
+    "num_return_sequences",
+)  # fmt: skip
 
 
 def generate(
@@ -77,14 +81,15 @@ def generated_ids(
     sampling = _completed(bound, tokenizer, sampling)
     ids = torch.tensor([prompt.ids], device=bound.input_device)
     try:
-        sequences = bound.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=False,
-            num_return_sequences=1,  # the model's own generation config may ask for more, padded to the longest
-            **sampling,
-        )
+        with fresh(bound.backbone, bound.switches):
+            sequences = bound.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=False,
+                num_return_sequences=1,  # the model's own generation config may ask for more, padded to the longest
+                **sampling,
+            )
     except Exception as error:  # transformers' and the model's own code may raise anything
         from ..device_memory import asked_bytes
 
@@ -108,12 +113,16 @@ def _completed(bound: BoundModel, tokenizer: Any, sampling: dict[str, Any]) -> d
         OptionError: an option, given or in the model's generation config, changes the prompt.
     """
     config = sampling.get("generation_config") or bound.model.generation_config
+    if isinstance(config, Mapping):
+        raise OptionError(
+            "generation_config must be transformers' GenerationConfig, got a dict; pass its entries as arguments: **config"
+        )
     chosen = {name: sampling.get(name, getattr(config, name, None)) for name in ("token_healing", "stop_strings")}
     if chosen["token_healing"]:
         raise OptionError("token_healing changes the last token of the prompt; pass token_healing=False")
     if chosen["stop_strings"] and tokenizer is not None:
         sampling = {"tokenizer": tokenizer, **sampling}
-    if config.pad_token_id is None:  # nothing is padded, but generate warns without one
+    if getattr(config, "pad_token_id", None) is None:  # nothing is padded, but generate warns without one
         sampling = {"pad_token_id": 0, **sampling}
     return sampling
 

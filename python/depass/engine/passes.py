@@ -133,6 +133,7 @@ class Pass(Capture):
         if self.options.stop < len(self.bound.layers):
             norm = self.bound.final_norm.module
             self.normed = norm(self.stream[None].to(device_of(norm)))[0]
+            self.check_the_end()
         with without_autocast(self.stream.device):
             self.state(self.options.stop, self.stream)
 

@@ -86,7 +86,7 @@ def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]
         target_logits=own.float(),
         conservation_error=conservation_error(rows, own).float(),
         prompt=case.prompt,
-        settings=settings(done, case.parts.layer, case.parts.excluded, done.propagation.served),
+        settings=settings(done, case.parts.layer, case.parts.excluded, done.propagation.served, index),
     )
 
 
@@ -168,8 +168,8 @@ def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
     warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
 
 
-def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]) -> Settings:
-    """The settings of a pass, as its results record them."""
+def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]], prompt: int = 0) -> Settings:
+    """The settings of a pass, as the result of one of its prompts records them."""
     options = done.options
     return Settings(
         model=done.engine.name,
@@ -180,6 +180,6 @@ def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]
         start_layer=start,
         stop_layer=options.stop,
         backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
-        altered=done.altered,
+        altered=done.altered.get(prompt),
         padded=not done.packing.packed and len(set(done.lengths)) > 1,
     )

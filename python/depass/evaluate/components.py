@@ -20,6 +20,7 @@ from ..arguments import argument
 from ..errors import DePassError, NonFiniteError
 from ..masking import Kind
 from ..models.health import blame
+from ..models.positions import fresh
 from . import data, summary
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 
@@ -266,7 +267,7 @@ def generated(dp: DePass, part: Kind, ids: Sequence[int], masks: Tensor, count: 
     device = bound.input_device
     for some in torch.split(masks, max(1, _TOKENS // len(ids))):
         inputs, cache, new = torch.tensor([ids], device=device).expand(len(some), -1), None, []
-        with mask(dp, some):
+        with mask(dp, some), fresh(bound.backbone, bound.switches):
             for _ in range(count):
                 out = bound.backbone(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
                 cache = out.past_key_values

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line
 from ..models.bound import BoundModel
 
@@ -187,7 +185,7 @@ def _ids(prompt: Any) -> list[int]:
         rows, masks = _listed(prompt["input_ids"]), _listed(prompt.get("attention_mask"))
         if _is_batch(rows) and len(rows) > 1:
             raise PromptError(f"expected one prompt, got a batch with {len(rows)} rows; {_rows_of(prompt)}")
-        mask = masks[0] if masks and _is_batch(masks) else masks
+        mask = _listed(masks[0]) if _is_batch(masks) else masks
     else:
         rows = _listed(prompt)
     if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
@@ -199,7 +197,7 @@ def _ids(prompt: Any) -> list[int]:
             "padding"
         )
     values = _listed(rows[0]) if _is_batch(rows) else rows
-    if mask is not None and len(mask) == len(values):
+    if isinstance(mask, Sequence) and len(mask) == len(values):
         values = [value for value, kept in zip(values, mask, strict=True) if kept]
     ids = []
     for value in values:
@@ -216,11 +214,12 @@ def _listed(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _is_batch(values: Sequence[Any]) -> bool:
+def _is_batch(values: Any) -> bool:
     """Whether the first of some values is a row, and not a number."""
-    return (
-        bool(values) and isinstance(values[0], (list, tuple, str, torch.Tensor)) and bool(getattr(values[0], "ndim", 1))
-    )
+    if not isinstance(values, Sequence) or not values:
+        return False
+    first = values[0]
+    return isinstance(first, (list, tuple, str)) or (hasattr(first, "tolist") and getattr(first, "ndim", 0) > 0)
 
 
 def _rows_of(encoding: Any) -> str:
@@ -284,13 +283,20 @@ def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
 def _warn_of_two(text: str, ids: list[int], tokenizer: Any) -> None:
     """Warn where the text has the special token that the tokenizer adds: a chat rendered as text, most often."""
     marked = set(tokenizer.all_special_ids)
-    for first, second, where in ((ids[:1], ids[1:2], "begins"), (ids[-1:], ids[-2:-1], "ends")):
-        if len(ids) > 1 and first == second and first[0] in marked:
-            if len(tokenizer.encode(text, add_special_tokens=False)) == len(ids):
-                continue  # both are the text's own
+    twice = {where for where, (first, second) in {"begins": ids[:2], "ends": ids[-2:]}.items()
+             if first == second and first in marked} if len(ids) > 1 else set()  # fmt: skip
+    if not twice:
+        return
+    own = list(tokenizer.encode(text, add_special_tokens=False))
+    in_front = ids[len(ids) - len(own) :] == own
+    added = {"begins": len(own) < len(ids) and (in_front or ids[1 : len(own) + 1] == own),
+             "ends": len(own) < len(ids) and not in_front}  # fmt: skip
+    for where in sorted(twice):
+        if added[where]:
+            token = tokenizer.decode(ids[:1] if where == "begins" else ids[-1:])
             warnings.warn(
-                f"the prompt {where} with {tokenizer.decode(first)!r}, and the tokenizer adds another; to have one, pass "
-                "chat messages, or the ids tokenizer(prompt, add_special_tokens=False)['input_ids']",
+                f"the prompt {where} with {token!r}, and the tokenizer adds another; to have one, pass chat messages, or "
+                "the ids tokenizer(prompt, add_special_tokens=False)['input_ids']",
                 PromptWarning, stacklevel=2,
             )  # fmt: skip
 

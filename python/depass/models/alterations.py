@@ -10,6 +10,8 @@ from torch.nn.modules import module as torch_module
 
 from ..errors import ModelError
 from .bound import BoundModel, Layer
+from .families import Family
+from .trace import NORMS
 
 _OBSERVERS = ("depass.", "transformers.")  # packages whose hooks read a module's output and do not change it
 
@@ -32,20 +34,39 @@ def alterations(bound: BoundModel) -> list[Alteration]:
     """
     found = [Alteration("", f"a global {kind} of torch ({_name(hook)}) is set") for kind, hook in _global_hooks()]
     modules = [*bound.backbone.modules(), bound.head]
+    for kind in {type(module) for module in modules} & bound.forwards.keys():
+        if kind.forward is not bound.forwards[kind]:
+            found.append(Alteration("", f"{kind.__name__} has another forward ({_name(kind.forward)})"))
     changed = {id(module): what for module in modules for what in _changes(module)}
     if changed:
         paths = {id(module): path for path, module in bound.model.named_modules()}
         found += [Alteration(paths.get(key, "a module"), what) for key, what in changed.items()]
     _refuse_replaced(bound)
-    refuse_compiled(bound.model, modules)
+    refuse_compiled(bound.model, bound.family)
     return found
 
 
 def within(found: list[Alteration], bound: BoundModel, module: nn.Module) -> list[Alteration]:
-    """Those of the alterations that are on ``module`` or inside of it; all of them where none is."""
+    """Those of the alterations that are on ``module`` or inside of it, or on all modules."""
     path = next((path for path, each in bound.model.named_modules() if each is module), None)
-    inside = [each for each in found if path and f"{each.path}.".startswith(f"{path}.")]
-    return inside or found
+    return [each for each in found if not each.path or f"{each.path}.".startswith(f"{path}.")]
+
+
+def likely(found: list[Alteration], bound: BoundModel, index: int | None) -> str:
+    """The alterations that can have changed a layer or, without an index, the final norm or the head; in words."""
+    if index is not None:
+        near = within(found, bound, bound.layers[index].module)
+    else:
+        ends = [bound.backbone.get_submodule(bound.family.final_norm), bound.head]
+        near = [each for module in ends for each in within(found, bound, module)]
+        near += [each for each in found if each.path == bound.family.backbone]
+    return said_of(list(dict.fromkeys(near)) or found)
+
+
+def said_of(found: list[Alteration]) -> str:
+    """Alterations in words, at most three of them."""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return " and ".join(map(str, found[:3])) + more
 
 
 def _changes(module: nn.Module) -> Iterator[str]:
@@ -53,8 +74,20 @@ def _changes(module: nn.Module) -> Iterator[str]:
         for hook in hooks.values():
             if not str(getattr(hook, "__module__", "")).startswith(_OBSERVERS):
                 yield f"a {kind} ({_name(hook)})"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate moves weights and inputs only
+    if "forward" in vars(module) and not _is_accelerates(module):
         yield f"another forward ({_name(vars(module)['forward'])})"
+
+
+def _is_accelerates(module: Any) -> bool:
+    """Whether a module's forward is wrapped by accelerate alone, whose hooks move weights and inputs only."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = [hook, *getattr(hook, "hooks", ())]
+    wrapper, own = getattr(vars(module)["forward"], "func", None), getattr(module, "_old_forward", None)
+    return (
+        all(type(each).__module__ == "accelerate.hooks" for each in hooks)
+        and getattr(wrapper, "__module__", None) == "accelerate.hooks"
+        and getattr(own, "__func__", None) is type(module).forward
+    )
 
 
 def _global_hooks() -> Iterator[tuple[str, Any]]:
@@ -80,6 +113,8 @@ def _refuse_replaced(bound: BoundModel) -> None:
             f"{bound.name} has {len(blocks)} layers, and had {len(bound.layers)} when DePass was made; make a new "
             "DePass(model)"
         )
+    if bound.backbone.get_submodule(bound.family.final_norm) is not bound.final_norm.module:
+        raise ModelError(f"the final norm of {bound.name} was replaced after DePass was made; make a new DePass(model)")
     for index, (block, layer) in enumerate(zip(blocks, bound.layers, strict=True)):
         for path, module in _held(bound, layer):
             try:
@@ -104,20 +139,37 @@ def _held(bound: BoundModel, layer: Layer) -> Iterator[tuple[str, Any]]:
     yield family.attention, layer.attention
     for part in ("value", "output", "gate", "down"):
         yield getattr(family, part), getattr(layer, part).module
-    for part in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
+    for part in NORMS:
         path = getattr(family, part)
         if path is not None:
             yield path, getattr(layer, part).module
 
 
-def refuse_compiled(model: Any, modules: list[nn.Module]) -> None:
-    """Raise a ModelError where one of the modules is compiled, so that it runs past hooks."""
-    for module in modules:
-        wrapped = "_orig_mod" in module._modules
-        if wrapped or module._compiled_call_impl is not None:
-            path = next((path for path, each in model.named_modules() if each is module), "a module")
+def refuse_compiled(model: Any, family: Family) -> None:
+    """Raise a ModelError where a module that DePass hooks, or one around it, is compiled and runs past the hooks."""
+    backbone = model.get_submodule(family.backbone)
+    compiled = {
+        id(module): "_orig_mod" in module._modules
+        for module in backbone.modules()
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    }
+    if not compiled:
+        return
+    hooked = {
+        id(module) for block in backbone.get_submodule(family.layers) for module in (block, *_hooked(block, family))
+    }
+    for path, module in model.named_modules():
+        if id(module) in compiled and any(id(each) in hooked for each in module.modules()):
+            wrapped = compiled[id(module)]
             undo = f"{path}._orig_mod" if wrapped else f"model.get_submodule({path!r})._compiled_call_impl = None"
             raise ModelError(
                 f"{path} of {type(model).__name__} is compiled and runs past the hooks that DePass needs; "
                 f"{'use the module inside of it' if wrapped else 'undo it'}: {undo}"
             )
+
+
+def _hooked(block: Any, family: Family) -> Iterator[nn.Module]:
+    for part in ("attention", "output", "gate", "down", *NORMS):
+        path = getattr(family, part)
+        if path is not None:
+            yield block.get_submodule(path)

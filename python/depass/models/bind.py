@@ -50,7 +50,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     if not empty:
         _refuse_absent(model, name)
     _refuse_config(config, family, name)
-    refuse_compiled(model, list(model.get_submodule(family.backbone).modules()))
+    refuse_compiled(model, family)
     blocks = _blocks(model, family)
     if len(set(map(id, blocks))) < len(blocks):
         raise ModelError(f"{name} uses one module for several layers; DePass needs a separate module for each layer")
@@ -97,6 +97,7 @@ def resolve(model: Any, family: Family) -> BoundModel:
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
         takes_positions=takes_positions(backbone),
+        forwards={type(module): type(module).forward for module in (*backbone.modules(), head)},
         configs=tuple(configs.values()),
     )
 

@@ -158,6 +158,7 @@ class BoundModel:
     switches: tuple[Switch, ...]
     takes_positions: bool  # whether prompts of different lengths can share a pass without padding
     configs: tuple[Any, ...] = field(repr=False)
+    forwards: dict[type, Any] = field(repr=False)  # of the modules' classes, when DePass was made
     checked: set[int] = field(default_factory=set, repr=False, compare=False)
     stream_to: torch.device | None = None  # the device that layers run on while their weights stay in host memory
 

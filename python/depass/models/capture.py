@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
-from .alterations import Alteration, alterations, within
+from .alterations import Alteration, alterations, likely, said_of, within
 from .bound import BoundModel, Norm
-from .check import Seen, activations, differences, first_miss, last_differences, limit
+from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
 from .packing import Packing, first_positions
 from .positions import fresh
 from .streaming import streamed
@@ -173,12 +173,12 @@ class Capture(ABC):
     Attributes:
         stream: after :meth:`run`, the residual stream ``[P, D]`` at the output of the last of ``layers``.
         normed: after :meth:`run`, the backbone's output ``[P, D]`` after its final norm.
-        altered: what makes the model compute something else than its weights say, or None.
+        altered: by prompt, what makes the model compute something else than its weights say.
     """
 
     stream: Tensor
     normed: Tensor
-    altered: str | None
+    altered: dict[int, str]
     alterations: list[Alteration]
 
     def __init__(
@@ -186,7 +186,7 @@ class Capture(ABC):
     ) -> None:
         self.bound, self.layers, self.with_gate_total = bound, layers, with_gate_total
         self.packing = Packing(prompts, bound.takes_positions)
-        self.end = len(prompts[0]) - 1  # the position that the check compares
+        self.lengths = self.packing.lengths
         self.reading: int | None = None  # the layer whose trace is being read
 
     @abstractmethod
@@ -204,7 +204,7 @@ class Capture(ABC):
         with running, ExitStack() as stack:  # attributions of several threads take turns
             if _at_work:
                 raise ModelError("an attribution is already running in this thread; start the next one after it ends")
-            self.altered, self.alterations = None, alterations(bound)
+            self.altered, self.alterations = {}, alterations(bound)
             stack.enter_context(eager_with_patterns(bound))
             layers = [LayerCapture(self, index, self.is_checked(index)) for index in self.layers]
             for layer in layers:
@@ -216,42 +216,62 @@ class Capture(ABC):
             output = normed(bound, **self.packing.inputs(bound.input_device))
         self._must_have_ended(layers)
         self.normed = self.packing.flat(output)
-        last = len(bound.layers)
-        if self.alterations and self.layers[-1] + 1 == last:  # without hooks the scores' sum shows such a difference
-            self.judge(
-                last,
-                last_differences(bound, self.stream, self.normed, self.end),
-                limit(bound.layers[-1], self.stream, self.normed),
+        if self.layers[-1] + 1 == len(bound.layers):
+            self.check_the_end()
+
+    def check_the_end(self) -> None:
+        """Compare the final norm and the head where there are hooks; elsewhere the scores' sum shows a difference."""
+        if self.alterations:
+            at, bound = self.checked_positions(), self.bound
+            found = last_differences(
+                bound, self.stream[at.to(self.stream.device)], self.normed[at.to(self.normed.device)]
             )
+            self.judge(len(bound.layers), found, limit(bound.layers[-1], self.stream, self.normed))
+
+    def checked_positions(self) -> Tensor:
+        """The positions that the check compares: the first prompt's last or, where there are hooks, all."""
+        if self.alterations:
+            return torch.arange(sum(self.lengths), device="cpu")
+        return torch.tensor([self.lengths[0] - 1], device="cpu")
 
     def is_checked(self, index: int) -> bool:
         """Whether this run checks a layer."""
         has_numbers = self.bound.device.type != "meta"
         return has_numbers and (bool(self.alterations) or index not in self.bound.checked)
 
-    def judge(self, index: int, found: dict[str, float], allowed: float) -> None:
-        """Note a layer whose steps differ from the family's, where the model has hooks.
+    def judge(self, index: int, found: dict[str, Tensor], allowed: float) -> None:
+        """Note the prompts at which a layer's steps differ from the family's, where the model has hooks.
 
         The number of layers stands for the final norm and the head.
 
         Raises:
             ModelError: the steps differ, and the model has no hooks.
         """
-        bound, miss = self.bound, first_miss(found, allowed)
-        if miss is None:
+        bound, inside = self.bound, index < len(self.bound.layers)
+        of_prompts = [found]
+        if self.alterations:
+            of_prompts = [dict(zip(found, each, strict=True)) for each in
+                          zip(*(torch.split(steps, self.lengths) for steps in found.values()), strict=True)]  # fmt: skip
+        for prompt, steps in enumerate(of_prompts):
+            miss = first_miss({step: float(each.max()) for step, each in steps.items()}, allowed)
+            if miss is None:
+                continue
+            said = f"{f'layer {index}' if inside else 'the model'}: {miss.said(bound)}"
+            if not self.alterations:
+                raise ModelError(f"{bound.name} is not what its depass.Family says; {said}; correct the family")
+            if prompt not in self.altered:
+                cause = likely(self.alterations, bound, index if inside else None)
+                self.altered[prompt] = f"{said}, which may come from this: {cause}"
+        if not self.altered and all(bool(steps.isfinite().all()) for steps in found.values()):
             bound.checked.add(index)
-            return
-        inside = index < len(bound.layers)
-        said = f"{f'layer {index}' if inside else 'the model'}: {miss.said(bound)}"
-        if not self.alterations:
-            raise ModelError(f"{bound.name} is not what its depass.Family says; {said}; correct the family")
-        if self.altered is None:
-            causes = within(self.alterations, bound, bound.layers[index].module) if inside else self.alterations
-            self.altered = f"{said}; {' and '.join(map(str, causes[:3]))}"
 
     def _must_have_ended(self, layers: Sequence[LayerCapture]) -> None:
         silent = [layer.index for layer in layers if not layer.ended]
         if silent:
+            if self.alterations:
+                raise ModelError(
+                    f"{self.bound.name} did not run layer {silent[0]} past DePass's hooks; {said_of(self.alterations)}"
+                )
             count = getattr(self.bound.model.config.get_text_config(), "num_hidden_layers", None)
             raise ModelError(
                 f"{self.bound.name} did not run layer {silent[0]}: it holds {len(self.bound.layers)} layers, and its config "
@@ -285,7 +305,10 @@ class LayerCapture:
         if self.run.with_gate_total or self.seen is not None:
             hooks.append(modules.gate.module.register_forward_hook(self.gate))
         if self.seen is not None:
-            hooks += [each.register_forward_pre_hook(self.activation) for each in activations(modules.module)]
+            hooks += [
+                each.register_forward_pre_hook(self.activation, with_kwargs=True)
+                for each in activations(modules.module)
+            ]
         for hook in hooks:
             stack.callback(hook.remove)
 
@@ -319,7 +342,8 @@ class LayerCapture:
             pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
         self._trace.pattern = pattern
         if self.seen is not None:
-            self.seen.values = values
+            self.seen.values = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
+            self.seen.mixed = self.run.packing.of_padded(mixed(pattern, values))
 
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -341,10 +365,11 @@ class LayerCapture:
             self.seen.gate = gate
 
     @of_this_thread
-    def activation(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def activation(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """Capture the input of an activation function, if it has the width of the pre-activations."""
-        if self.seen is not None and args[0].shape[-1] == self.modules.gate.shape[0]:
-            self.seen.activated.append(self.run.packing.flat(args[0]))
+        given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        if self.seen is not None and given is not None and given.shape[-1] == self.modules.gate.shape[0]:
+            self.seen.activated.append(self.run.packing.flat(given))
 
     @of_this_thread
     def end(self, _: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -368,17 +393,21 @@ class LayerCapture:
             return
         if self.index > self.run.layers[0]:
             seen.before = self.run.stream
+        at = self.run.checked_positions()
         allowed = limit(self.modules, trace.stream, trace.hidden, seen.values, seen.gate)
-        self.run.judge(self.index, differences(self.run.bound, self.index, trace, seen, self.run.end), allowed)
+        self.run.judge(self.index, differences(self.run.bound, self.index, trace, seen, at), allowed)
 
     def _must_be_whole(self, trace: Trace) -> None:
         name, index = self.run.bound.name, self.index
+        found = self.run.alterations
+        why = f"; {said_of(likely_here)}" if (likely_here := within(found, self.run.bound, self.modules.module)) else ""
         if trace.pattern is None:
             raise ModelError(
-                f"{name}: the attention of layer {index} does not call transformers' AttentionInterface, which DePass needs"
+                f"{name}: the attention of layer {index} does not call transformers' AttentionInterface, which DePass "
+                f"needs{why}"
             )
         if trace.hidden is None:
-            raise ModelError(f"{name}: the down projection of layer {index} did not run, which DePass needs")
+            raise ModelError(f"{name}: the down projection of layer {index} did not run, which DePass needs{why}")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
         if silent:
             raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")

@@ -1,13 +1,14 @@
 """The check that conservation cannot make: whether a model computes what its family says.
 
 Any shares add up, so a family that misreads what an MLP reads conserves and gives other scores. At one position of a
-captured pass, this check computes each step of a layer from the model's own input of that step and the declared weights,
-and compares it with what the model computed. A step's difference is relative: ``|declared - own| / |own|``.
+captured pass, or at all of them where the model has hooks, this check computes each step of a layer from the model's own
+input of that step and the declared weights, and compares it with what the model computed. A position's difference is the
+norm of the two vectors' difference, relative to the largest vector that the step adds or computes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class Seen:
     """What the check reads besides the trace, at all positions."""
 
     before: Tensor | None = None  # [P, D], the stream after the layer before
-    values: Tensor | None = None  # [B, K, T, d], which the attention function gets
+    values: Tensor | None = None  # [P, K·d], which the attention function gets
+    mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
     gate: Tensor | None = None  # [P, F]
     activated: list[Tensor] = field(default_factory=list)  # [P, F], which the MLP's activation functions get
 
@@ -79,43 +81,49 @@ def _products_are_rounded() -> bool:
         return True
 
 
-def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, position: int) -> dict[str, float]:
-    """The difference of each step of a layer, by step.
+def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positions: Tensor) -> dict[str, Tensor]:
+    """The difference of each step of a layer, by step: fp64 ``[n]`` on the CPU.
 
     Args:
         bound: the model.
         index: the layer.
-        trace: its trace, of a pass whose first prompt ends at ``position``.
+        trace: its trace.
         seen: what the check reads besides.
-        position: the position that is compared.
+        positions: ``[n]`` int64, the positions of the pass that are compared.
     """
     layer = bound.layers[index]
     with torch.no_grad(), torch.autocast(layer.device.type, enabled=False):
-        steps = _Steps(bound, layer, trace, position)
-        found = {} if seen.before is None else {"input": _difference(seen.before[position], trace.stream[position])}
-        assert trace.pattern is not None
-        assert trace.mixed is not None
+        at = positions.to(layer.device)
+        steps = _Steps(bound, layer, trace, at)
+        found = (
+            {} if seen.before is None else {"input": _difference(seen.before.to(layer.device)[at], steps.trace.stream)}
+        )
         if seen.values is not None:
-            found["values"] = _difference(steps.values(), seen.values[0, :, position].flatten())
-            found["mix"] = _difference(_mixed(trace.pattern[0, :, position], seen.values[0]), trace.mixed[position])
+            found["values"] = _difference(steps.values(), seen.values.to(layer.device)[at])
+        if seen.mixed is not None:
+            assert steps.trace.mixed is not None
+            found["mix"] = _difference(seen.mixed.to(layer.device)[at], steps.trace.mixed)
         middle = steps.middle()
         if seen.gate is not None:
-            found["gate"] = _difference(steps.gate(middle), seen.gate[position])
-            if seen.activated and not any(torch.equal(each[position], seen.gate[position]) for each in seen.activated):
-                found["activation"] = min(_difference(seen.gate[position], each[position]) for each in seen.activated)
-        assert trace.after is not None
-        found["stream"] = _difference(steps.after(middle), trace.after[position])
+            gate = seen.gate.to(layer.device)[at]
+            found["gate"] = _difference(steps.gate(middle), gate)
+            given = [each.to(layer.device)[at] for each in seen.activated]
+            if given and not any(torch.equal(each, gate) for each in given):
+                found["activation"] = torch.stack([_difference(gate, each) for each in given]).amin(0)
+        assert steps.trace.after is not None
+        found["stream"] = _difference(steps.after(middle), steps.trace.after, steps.stream, middle)
     return found
 
 
-def last_differences(bound: BoundModel, stream: Tensor, normed: Tensor, position: int) -> dict[str, float]:
-    """The differences of the final norm and of the head at one position of ``[P, D]``."""
+def last_differences(bound: BoundModel, stream: Tensor, normed: Tensor) -> dict[str, Tensor]:
+    """The differences of the final norm and of the head, by step, at the positions of ``[n, D]``."""
     device = weights.device_of(bound.head)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        own = normed[position].to(device)
-        x = stream[position].to(device, bound.state_dtype)
-        found = {"norm": _difference(_normed(bound.final_norm, x, bound.final_norm.scale(x, x.dtype)), own)}
-        found["head"] = _difference(_projected(bound.unembedding, own), bound.logits(own[None])[0])
+        own = normed.to(device)
+        x = stream.to(device, bound.state_dtype)
+        scale = bound.final_norm.scale(x, x.dtype)[:, None]
+        found = {"norm": _difference(_normed(bound.final_norm, x, scale), own)}
+        found["head"] = _difference(_projected(bound.unembedding, own), bound.logits(own))
     return found
 
 
@@ -134,31 +142,31 @@ def activations(module: nn.Module) -> list[nn.Module]:
 
 
 class _Steps:
-    """The steps of a layer at one position, each from the model's own input of the step."""
+    """The steps of a layer at ``n`` positions, each from the model's own input of the step."""
 
-    def __init__(self, bound: BoundModel, layer: Layer, trace: Trace, position: int) -> None:
+    def __init__(self, bound: BoundModel, layer: Layer, trace: Trace, at: Tensor) -> None:
         self.layer, self.parallel, self.dtype = layer, bound.parallel, bound.state_dtype
-        self.trace = trace.of(position, position + 1).map(lambda tensor: tensor[0].to(layer.device))
+        self.trace = replace(trace, pattern=None).map(lambda tensor: tensor.to(at.device).index_select(0, at))
         self.stream = self.trace.stream.to(self.dtype)
 
-    def values(self) -> Tensor:  # [K·d]
+    def values(self) -> Tensor:  # [n, K·d]
         return _projected(self.layer.value, self._normed("attention_norm", self.stream))
 
-    def middle(self) -> Tensor:  # [D], the stream between attention and MLP
+    def middle(self) -> Tensor:  # [n, D], the stream between attention and MLP
         assert self.trace.mixed is not None
         return self.stream + self._normed("attention_post_norm", _projected(self.layer.output, self.trace.mixed))
 
-    def gate(self, middle: Tensor) -> Tensor:  # [F]
+    def gate(self, middle: Tensor) -> Tensor:  # [n, F]
         return _projected(self.layer.gate, self._normed("mlp_norm", self.stream if self.parallel else middle))
 
-    def after(self, middle: Tensor) -> Tensor:  # [D]
+    def after(self, middle: Tensor) -> Tensor:  # [n, D]
         assert self.trace.hidden is not None
         return middle + self._normed("mlp_post_norm", _projected(self.layer.down, self.trace.hidden))
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         norm: Norm | None = getattr(self.layer, name)
         x = x.to(self.dtype)
-        return x if norm is None else _normed(norm, x, self.trace.scales[name])
+        return x if norm is None else _normed(norm, x, self.trace.scales[name][:, None])
 
 
 def _normed(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:
@@ -173,15 +181,19 @@ def _projected(projection: Projection, x: Tensor) -> Tensor:
     return functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight))
 
 
-def _mixed(pattern: Tensor, values: Tensor) -> Tensor:
-    """A row of the pattern ``[H, T]`` times the values ``[K, T, d]``: ``[H·d]``."""
-    groups = pattern.to(values).reshape(len(values), -1, pattern.shape[1])  # [K, H / K, T]
-    return (groups @ values).flatten()
+def mixed(pattern: Tensor, values: Tensor) -> Tensor:
+    """The pattern ``[B, H, T, T]`` times the values ``[B, K, T, d]``: ``[B, T, H·d]``."""
+    prompts, kv_heads = values.shape[:2]
+    groups = pattern.to(values).reshape(prompts, kv_heads, -1, *pattern.shape[2:])  # [B, K, H / K, T, T]
+    by_head: Tensor = (groups @ values[:, :, None]).flatten(1, 2)
+    return by_head.transpose(1, 2).flatten(2)
 
 
-def _difference(declared: Tensor, own: Tensor) -> float:
-    declared, own = declared.to("cpu", torch.float64), own.to("cpu", torch.float64)
+def _difference(declared: Tensor, own: Tensor, *added: Tensor) -> Tensor:
+    """The differences ``[n]`` of vectors ``[n, ...]``; ``added`` are vectors whose sum ``own`` is, and which round too."""
     if declared.shape != own.shape:
-        return 1.0
-    size = own.norm()
-    return float((declared - own).norm() / size) if size > 0 else float(declared.norm() > 0)
+        return torch.ones(len(own), dtype=torch.float64, device="cpu")
+    declared, own = declared.to("cpu", torch.float64), own.to("cpu", torch.float64)
+    sizes = [vector.to("cpu", torch.float64).norm(dim=-1) for vector in (own, *added)]
+    size, missed = torch.stack(sizes).amax(0), (declared - own).norm(dim=-1)
+    return torch.where(size == 0, (missed > 0).double(), missed / size)

@@ -70,12 +70,16 @@ class Packing:
 
     def spread(self, tensor: Tensor) -> Tensor:
         """``[B, H, T, d]`` of a tensor ``[1, H, P, d]``, whose prompts end with copies of their last row."""
-        rows = tensor[0].index_select(1, self._index("_spread", tensor.device))
-        return rows.unflatten(1, (len(self.lengths), self.longest)).transpose(0, 1)
+        rows = tensor[0].index_select(1, self._index("_spread", tensor.device))  # [H, B·T, d]
+        return rows.view(len(rows), len(self.lengths), self.longest, -1).transpose(0, 1)
+
+    def of_padded(self, tensor: Tensor) -> Tensor:
+        """``[P, ...]`` of a tensor ``[B, T, ...]`` of padded prompts."""
+        return self._picked(tensor.flatten(0, 1))
 
     def gather(self, output: Tensor) -> Tensor:
         """``[1, P, H, d]`` of the attention's output ``[B, T, H, d]``."""
-        return self._picked(output.flatten(0, 1))[None]
+        return self.of_padded(output)[None]
 
     def mask(self, mask: Tensor) -> Tensor:
         """The masks ``[1 or B, 1, T, T]`` of the padded prompts, from that of the row or of its first ``T`` positions."""
@@ -84,7 +88,8 @@ class Packing:
         begins = [0]
         for length in self.lengths:
             begins.append(begins[-1] + length)
-        masks = mask.new_full((len(self.lengths), *mask.shape[1:-2], self.longest, self.longest), 0)
+        hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+        masks = mask.new_full((len(self.lengths), *mask.shape[1:-2], self.longest, self.longest), hidden)
         for index, (begin, length) in enumerate(zip(begins, self.lengths, strict=False)):
             rows = slice(begin, begin + length)
             masks[index, ..., :length, :length] = mask[0, ..., rows, rows]

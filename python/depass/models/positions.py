@@ -84,4 +84,5 @@ def _forget(module: Any) -> None:
         if name.endswith("max_seq_len_cached"):
             setattr(module, name, module.original_max_seq_len)
         elif name.endswith("original_inv_freq"):
-            setattr(module, name.replace("original_", ""), getattr(module, name).clone())
+            now = name.replace("original_", "")
+            setattr(module, now, getattr(module, name).to(getattr(module, now), copy=True))
