@@ -341,7 +341,7 @@ def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
 
 def test_a_backend_that_cannot_serve_is_refused_with_its_reason(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(OptionError, match=r"'cuda' cannot run this mix_values: (torch sees no CUDA|csrc was)"):
+        with pytest.raises(OptionError, match=r"'cuda' cannot run this normed: (torch sees no CUDA|csrc was)"):
             DePass(dp.model, backend="cuda").attribute([5, 6])
     monkeypatch.setenv("DEPASS_BACKEND", "metal")
     with pytest.raises(OptionError, match="unknown backend 'metal'"):
@@ -350,7 +350,9 @@ def test_a_backend_that_cannot_serve_is_refused_with_its_reason(dp: DePass, monk
 
 def test_a_result_says_which_backends_made_it(dp: DePass) -> None:
     forced = DePass(dp.model, backend="reference").attribute([5, 6, 7])
-    assert forced.settings.backends == dict.fromkeys(("mix_values", "residual_update", "share_hidden"), "reference")
+    assert forced.settings.backends == dict.fromkeys(
+        ("mix_values", "normed", "residual_update", "share_hidden"), "reference"
+    )
     chosen = dp.attribute([5, 6, 7])
     assert chosen.settings.backends["residual_update"] == "reference"  # the library's own GEMM
     assert torch.allclose(chosen.scores, forced.scores, rtol=1e-4, atol=1e-5)

@@ -38,7 +38,7 @@ class Plan:
         weights_bytes: the model's weights, those that are on its devices at once.
         state_bytes: the decomposed state ``[R, D]``.
         pass_bytes: the peak of the model's own pass over the prompt: patterns and hidden vectors of one layer.
-        buffer_bytes: blocks of values and gates, a weight while it is folded, and the copies of a layer's offloaded or
+        buffer_bytes: blocks of normed rows, values and gates, and the copies of a layer's offloaded or
             quantised weights.
         source_block_rows: the rows of an attention block.
         position_block_rows: the rows of an MLP block.
