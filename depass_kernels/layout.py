@@ -164,12 +164,13 @@ class SourceLayout:
     def mix_tiles(self, queries: int, sources: int, device: torch.device) -> Tensor:
         """The tiles of the mixing, without those that are zero because no source has started.
 
-        A tile is ``queries`` query positions by ``sources`` sources of one staircase. Its first key is the position at
-        which its first source starts.
+        A tile is ``queries`` query positions by ``sources`` sources of one staircase. A source has a row at every position
+        from its start on, so the tile's first key is the start of its first source.
 
         Returns:
-            ``[T, 4]`` int32 on ``device``, computed once and kept: staircase, first source, first query and first key, the
-            last three counted from the staircase's beginning. The tiles with the most work come first.
+            ``[T, 3 + sources]`` int32 on ``device``, computed once and kept: staircase, first source, first query, and the
+            start of each source, all but the first counted from the staircase's beginning. A source that does not exist
+            starts behind the last position. The tiles with the most work come first.
         """
         key = (queries, sources, device)
         if key not in self._tiles:
@@ -181,15 +182,19 @@ class SourceLayout:
         for staircase in range(self.staircases):
             count = counts[position_start[staircase] : position_start[staircase + 1]]  # [N]
             source = torch.arange(0, int(count.max()), sources, device="cpu")
-            start = torch.searchsorted(count, source, right=True)  # the first position with more sources than that
+            every = source[:, None] + torch.arange(sources, device="cpu")
+            starts = torch.searchsorted(count, every, right=True)  # the first position with more sources than that
+            start = starts[:, 0]
             query = torch.arange(0, len(count), queries, device="cpu")
             number = torch.arange(len(source), device="cpu")
             s, q = (index.flatten() for index in torch.meshgrid(number, query, indexing="ij"))
             last = (q + queries).clamp(max=len(count))
-            tile = torch.stack([torch.full_like(q, staircase), source[s], q, start[s], last - start[s]], dim=1)
+            tile = torch.cat(
+                [torch.stack([last - start[s], torch.full_like(q, staircase), source[s], q], 1), starts[s]], 1
+            )
             kept.append(tile[last > start[s]])
         tiles = torch.cat(kept)
-        return tiles[tiles[:, 4].argsort(descending=True, stable=True), :4].to(torch.int32)
+        return tiles[tiles[:, 0].argsort(descending=True, stable=True), 1:].to(torch.int32)
 
     def to(self, device: torch.device | str) -> SourceLayout:
         """The same layout with its offsets on ``device``; the copy is made once and kept."""

@@ -31,7 +31,7 @@ def launch(
     operand = torch.promote_types(pattern.dtype, values.dtype)
     narrow = operand in (torch.bfloat16, torch.float16)
     sources = max(1, min(128 // block_d, power_of_two(layout.most, 1, 8)))
-    queries = power_of_two(layout.longest, 16, 64)
+    queries = power_of_two(layout.longest, 16, 128 if narrow and block_d * sources == 128 else 64)
     tiles = layout.mix_tiles(queries, sources, values.device)
     offsets = layout.to(values.device)
     accumulator = computing_type(pattern, values)
@@ -45,7 +45,7 @@ def launch(
             "DOT": accumulator if INTERPRETED else TYPES[operand], "ACC": accumulator, "GROUP": heads // kv_heads,
             "HEAD_DIM": head_dim, "BLOCK_D": block_d, "SOURCES": sources, "QUERIES": queries,
             "KEYS": power_of_two(layout.longest, 16, 64 if narrow else 16),
-            "num_warps": 8 if block_d * sources > 128 or not narrow else 4, "num_stages": 3 if narrow else 2,
+            "num_warps": 8 if block_d * sources > 128 or queries > 64 or not narrow else 4, "num_stages": 3 if narrow else 2,
         },
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def _mix_values(
     SOURCES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
-    tile = tiles + tl.program_id(0) // heads * 4
+    tile = tiles + tl.program_id(0) // heads * (3 + SOURCES)
     staircase = tl.load(tile)
     position = tl.load(position_start + staircase)
     length = (tl.load(position_start + staircase + 1) - position).to(tl.int32)
@@ -66,6 +66,7 @@ def _mix_values(
 
     column = tl.arange(0, SOURCES * BLOCK_D)  # source by source, each padded to BLOCK_D
     m = tl.load(tile + 1) + column // BLOCK_D
+    start = tl.load(tile + 3 + column // BLOCK_D)  # a source has a row at every position from its start on
     e = column % BLOCK_D
     q = tl.load(tile + 2) + tl.arange(0, QUERIES)
     pattern += tl.load(prompt + staircase) * prompt_stride + head.to(tl.int64) * head_stride
@@ -76,18 +77,14 @@ def _mix_values(
         # the zeros right of the diagonal are read too: a mask of k <= q would split the runs of keys into single numbers
         seen = (k < width)[None, :] & (q < length)[:, None]
         weight = tl.load(pattern + q.to(tl.int64)[:, None] * query_stride + k[None, :], mask=seen, other=0).to(DOT)
-        row = tl.load(row_start + k, mask=k < length, other=0)
-        stop = tl.load(row_start + k + 1, mask=k < length, other=0)
-        value_row = row[:, None] + m[None, :]
-        active = (value_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
+        value_row = tl.load(row_start + k, mask=k < length, other=0)[:, None] + m[None, :]
+        active = (k[:, None] >= start[None, :]) & (k < length)[:, None] & (e < HEAD_DIM)[None, :]
         value = tl.load(values + value_row * values_stride + e[None, :], mask=active, other=0).to(DOT)
         mixed = tl.dot(weight, value, mixed, input_precision="tf32x3", out_dtype=ACC)
     if query_scale is not None:
         scale = tl.load(query_scale + position + q, mask=q < length, other=0)
         mixed *= scale.to(ACC)[:, None]
-    row = tl.load(row_start + q, mask=q < length, other=0)
-    stop = tl.load(row_start + q + 1, mask=q < length, other=0)
-    out_row = row[:, None] + m[None, :]
-    active = (out_row < stop[:, None]) & (e < HEAD_DIM)[None, :]
+    out_row = tl.load(row_start + q, mask=q < length, other=0)[:, None] + m[None, :]
+    active = (q[:, None] >= start[None, :]) & (q < length)[:, None] & (e < HEAD_DIM)[None, :]
     target = out + out_row * out_stride + head * HEAD_DIM + e[None, :]
     tl.store(target, mixed.to(out.dtype.element_ty), mask=active)

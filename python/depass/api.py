@@ -224,16 +224,17 @@ class DePass:
     ) -> Iterator[Attribution | DePassError]:
         """Attribute many prompts, several in one forward pass; each result equals that of a separate run up to rounding.
 
-        Prompts are taken from the iterable as needed, and results come in the same order. Prompts are padded on the right
-        for the model's own pass, whatever side the tokenizer pads on.
+        Prompts are taken from the iterable as needed, and results come in the same order. The model runs on one row
+        of all tokens of a pass, without padding; one that takes no ``position_ids`` runs on padded prompts, and
+        ``settings.padded`` says so.
 
         Args:
             prompts: an iterable of prompts, each as for :meth:`attribute`.
             target: the target of every prompt, as for :meth:`attribute`.
             targets: an iterable with one target per prompt, instead of ``target``.
             sources: as for :meth:`attribute`.
-            batch_tokens: the most tokens in one pass, padding included; a longer prompt runs alone. With tokens as
-                sources, a prompt of ``N`` tokens has about ``N / 2`` rows of state per token.
+            batch_tokens: the most tokens in one pass, counted as if padded, as its attention patterns are; a longer prompt
+                runs alone. With tokens as sources, a prompt of ``N`` tokens has about ``N / 2`` rows of state per token.
             errors: ``"raise"`` raises at the first prompt that cannot be attributed, with its index, after the results of
                 all prompts before it. ``"return"`` yields the error in place of the result and continues.
             start_layer: see :meth:`attribute`.

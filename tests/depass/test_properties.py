@@ -112,10 +112,11 @@ def test_the_pieces_of_mixing_cover_every_row_once_and_all_of_its_keys(
     stairs: Stairs, queries: int, sources: int
 ) -> None:
     covered: list[tuple[int, int, int]] = []
-    for index, source, query, key in laid_out(stairs).mix_tiles(queries, sources, torch.device("cpu")).tolist():
+    for index, source, query, *begins in laid_out(stairs).mix_tiles(queries, sources, torch.device("cpu")).tolist():
         starts, positions, _ = stairs[index]
+        assert begins[len(starts) - source :] == [positions] * (source + sources - len(starts))
         for m in range(source, min(source + sources, len(starts))):
-            assert key <= starts[m]
+            assert begins[m - source] == starts[m]
             covered += [(index, t, m) for t in range(query, min(query + queries, positions)) if t >= starts[m]]
     assert sorted(covered) == sorted((index, t, m) for index, t, _, m in cells(stairs))
 

@@ -145,5 +145,6 @@ def test_the_pattern_is_read_in_runs_of_keys(n: int, capability: int, tmp_path: 
     usage = compile_for(mix_prompt(n, HALF), capability, tmp_path)
     assert usage.stack == 0
     assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)
-    # of the pattern [64, 64] and of the values [64, 128], each by 128 threads
-    assert len(re.findall(r"LDGSTS\.E[.\w]*\.128", usage.sass)) >= 4 + 8
+    # of the pattern [128, 64] and of the values [64, 128], each by 256 threads
+    assert len(re.findall(r"LDGSTS\.E[.\w]*\.128", usage.sass)) >= 4 + 4
+    assert usage.registers <= 255
