@@ -56,7 +56,7 @@ def _refuses_normed(state: Tensor, weight: Tensor | None, out: Tensor, **_: obje
 def _refuses_update(state: Tensor, operand: Tensor, weight: Tensor, **_: object) -> str | None:
     if state.dtype != torch.float32:
         return f"it needs an fp32 state, got {str(state.dtype).removeprefix('torch.')}"
-    return _cannot_take(state, operand, weight) or columns_apart(state=state, operand=operand, weight=weight)
+    return _cannot_take(state, operand, weight) or columns_apart(state=state, operand=operand)
 
 
 def _launch(kernel: str, **arguments: Any) -> None:

@@ -28,7 +28,8 @@ def launch(
     return Launch(
         _residual_update,
         triton.cdiv(n, block_n) * triton.cdiv(len(weight), block_d),
-        (state, operand, weight, rows, n, len(weight), inner, state.stride(0), operand.stride(0), weight.stride(0)),
+        (state, operand, weight, rows, n, len(weight), inner, state.stride(0), operand.stride(0),
+         weight.stride(0), weight.stride(1)),
         {
             "DOT": tl.float32 if INTERPRETED else TYPES[operand.dtype], "BLOCK_N": block_n, "BLOCK_D": block_d,
             "BLOCK_E": power_of_two(inner, 16, 64 if narrow else 16), "GROUP": GROUP, "num_warps": 8,
@@ -40,6 +41,7 @@ def launch(
 @triton.jit
 def _residual_update(
     state, operand, weight, rows, n, columns, inner, state_stride, operand_stride, weight_stride,
+    weight_inner_stride,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles, column_tiles = tl.cdiv(n, BLOCK_N), tl.cdiv(columns, BLOCK_D)
@@ -50,12 +52,14 @@ def _residual_update(
     d = (within // tall * BLOCK_D).to(tl.int64) + tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     operand += i[:, None] * operand_stride + e[None, :]
-    weight += d[None, :] * weight_stride + e[:, None]
+    weight += d[None, :] * weight_stride + e[:, None] * weight_inner_stride  # GPT-2 stores its weights transposed
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for first in range(0, inner, BLOCK_E):
         inside = first + e < inner
         a = tl.load(operand + first, mask=(i < n)[:, None] & inside[None, :], other=0).to(DOT)
-        b = tl.load(weight + first, mask=(d < columns)[None, :] & inside[:, None], other=0).to(DOT)
+        b = tl.load(weight + first * weight_inner_stride, mask=(d < columns)[None, :] & inside[:, None], other=0).to(
+            DOT
+        )
         total = tl.dot(a, b, total, input_precision="tf32x3")
     inside = (i < n)[:, None] & (d < columns)[None, :]
     row = i

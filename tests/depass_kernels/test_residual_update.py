@@ -46,6 +46,14 @@ def test_adds_the_product(
     assert torch.equal(state[untouched].double(), before[untouched])
 
 
+def test_takes_a_transposed_weight(backend: str, device: str) -> None:
+    state, operand = torch.zeros(20, 33, device=device), sliced((20, 40), torch.float32, device)
+    weight = sliced((40, 33), torch.float32, device, seed=2).T
+    residual_update(state, operand, weight, backend=backend)
+    expected = operand.double() @ weight.double().T
+    assert ((state.double() - expected).abs() <= 1e-4).all()
+
+
 def test_nan_stays_in_its_row(backend: str, device: str) -> None:
     state, operand = torch.zeros(3, 20, device=device), torch.ones(3, 20, device=device)
     operand[1, 4] = float("nan")
