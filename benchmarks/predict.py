@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depass.files import write_atomically
 from depass.models.bind import bind
 from depass.propagation import propagate
-from depass.propagation.blocks import WORKSPACE_BYTES
+from depass.propagation.blocks import TRAITS
 from depass_kernels import SourceLayout, backends
 
 from .machine import ROOT
@@ -166,8 +166,7 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
         stack.enter_context(mock.patch("depass.propagation.needs.free_memory", return_value=1 << 60))
         # the meta device has no autocast to leave
         stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))
-        for by_device in (WORKSPACE_BYTES, propagate.KEYS):
-            stack.enter_context(mock.patch.dict(by_device, {"meta": by_device["cuda"]}))
+        stack.enter_context(mock.patch.dict(TRAITS, {"meta": TRAITS["cuda"]}))
         work = METHODS[case.question][OURS](model, case, "auto")
         counting = _Counting(model)
         stack.enter_context(mock.patch.object(backends, "run", counting.run_op))

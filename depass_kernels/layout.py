@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from .errors import LayoutError
+
+KEPT_ROWS = 1 << 16  # layouts of at most so many rows are built once and kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,25 +66,8 @@ class SourceLayout:
             LayoutError: the starts are unsorted or out of range, no source starts at position 0, or ``excluded`` is out
                 of range.
         """
-        if positions < 1:
-            raise LayoutError(f"a layout needs at least one position, got positions={positions}")
-        if not starts:
-            raise LayoutError("a layout needs at least one source, got starts=[]")
-        start = torch.as_tensor(starts, dtype=torch.int64, device="cpu")
-        if bool((start[1:] < start[:-1]).any()):
-            raise LayoutError(f"starts must be sorted, got {list(starts)}; sort the sources by their first position")
-        if int(start[0]) != 0:
-            raise LayoutError(f"a source must start at position 0, but the first start is {int(start[0])}")
-        if int(start[-1]) >= positions:
-            raise LayoutError(f"start {int(start[-1])} is out of range: the positions are 0 to {positions - 1}")
-        where = torch.arange(positions, device="cpu")
-        counts = torch.searchsorted(start, where, right=True)  # [N]
-        skipped = torch.full((positions,), -1, dtype=torch.int64, device="cpu")
-        if excluded is not None:
-            if not 0 <= excluded < len(start):
-                raise LayoutError(f"excluded={excluded} is out of range: the sources are 0 to {len(start) - 1}")
-            skipped[(where > start[excluded]) & (counts > 1)] = excluded
-        return SourceLayout(_cumulative(counts), _int64([0, positions]), _int64([0]), skipped)
+        build = _of_starts if positions * len(starts) <= KEPT_ROWS else _of_starts.__wrapped__
+        return build(tuple(starts), positions, excluded)
 
     @staticmethod
     def tokens(positions: int, always: int = 0, excluded: int | None = None) -> SourceLayout:
@@ -108,16 +93,9 @@ class SourceLayout:
         """
         if not layouts:
             raise LayoutError("concat needs at least one layout, got layouts=[]")
-        counts = torch.cat([layout.counts for layout in layouts])
-        lengths = torch.cat([layout.position_start.diff() for layout in layouts])
-        if prompt is None:
-            prompt = range(len(lengths))
-        elif len(prompt) != len(lengths):
-            raise LayoutError(
-                f"prompt must have one entry per staircase: got {len(prompt)} for {len(lengths)} staircases"
-            )
-        skipped = torch.cat([layout.skipped for layout in layouts])
-        return SourceLayout(_cumulative(counts), _cumulative(lengths), _int64(list(prompt)), skipped)
+        prompts = None if prompt is None else tuple(prompt)
+        build = _joined if sum(layout.rows for layout in layouts) <= KEPT_ROWS else _joined.__wrapped__
+        return build(tuple(layouts), prompts)
 
     @cached_property
     def rows(self) -> int:
@@ -271,6 +249,41 @@ class SourceLayout:
             if last == self.positions or starts[last + 1] - starts[first] > max_rows:
                 yield first, last
                 first = last
+
+
+@lru_cache(maxsize=128)  # prompts of one shape share a layout, and with it the copies on their device
+def _of_starts(starts: tuple[int, ...], positions: int, excluded: int | None) -> SourceLayout:
+    if positions < 1:
+        raise LayoutError(f"a layout needs at least one position, got positions={positions}")
+    if not starts:
+        raise LayoutError("a layout needs at least one source, got starts=[]")
+    start = torch.as_tensor(starts, dtype=torch.int64, device="cpu")
+    if bool((start[1:] < start[:-1]).any()):
+        raise LayoutError(f"starts must be sorted, got {list(starts)}; sort the sources by their first position")
+    if int(start[0]) != 0:
+        raise LayoutError(f"a source must start at position 0, but the first start is {int(start[0])}")
+    if int(start[-1]) >= positions:
+        raise LayoutError(f"start {int(start[-1])} is out of range: the positions are 0 to {positions - 1}")
+    where = torch.arange(positions, device="cpu")
+    counts = torch.searchsorted(start, where, right=True)  # [N]
+    skipped = torch.full((positions,), -1, dtype=torch.int64, device="cpu")
+    if excluded is not None:
+        if not 0 <= excluded < len(start):
+            raise LayoutError(f"excluded={excluded} is out of range: the sources are 0 to {len(start) - 1}")
+        skipped[(where > start[excluded]) & (counts > 1)] = excluded
+    return SourceLayout(_cumulative(counts), _int64([0, positions]), _int64([0]), skipped)
+
+
+@lru_cache(maxsize=128)
+def _joined(layouts: tuple[SourceLayout, ...], prompt: tuple[int, ...] | None) -> SourceLayout:
+    counts = torch.cat([layout.counts for layout in layouts])
+    lengths = torch.cat([layout.position_start.diff() for layout in layouts])
+    if prompt is None:
+        prompt = tuple(range(len(lengths)))
+    elif len(prompt) != len(lengths):
+        raise LayoutError(f"prompt must have one entry per staircase: got {len(prompt)} for {len(lengths)} staircases")
+    skipped = torch.cat([layout.skipped for layout in layouts])
+    return SourceLayout(_cumulative(counts), _cumulative(lengths), _int64(list(prompt)), skipped)
 
 
 def _int64(numbers: list[int]) -> Tensor:

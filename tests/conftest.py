@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from depass import DePass, ModelError
 from depass.models import smollm2
-from depass.propagation import propagate
+from depass.propagation.blocks import TRAITS
 from depass_kernels import backends
 
 
@@ -101,7 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def patterns_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns get the longer rows here that they have on a GPU."""
-    monkeypatch.setitem(propagate.KEYS, "cpu", propagate.KEYS["cuda"])
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], keys=TRAITS["cuda"].keys))
 
 
 @pytest.fixture(scope="session")

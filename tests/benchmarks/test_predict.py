@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks import predict
 from benchmarks.__main__ import main
 from benchmarks.predict import CARDS, KERNEL_SECONDS, LAUNCH_SECONDS, Kernel, count
 from benchmarks.registry import Case, count_rows, floor_operations, random_model
-from depass.propagation.blocks import WORKSPACE_BYTES
+from depass.propagation.blocks import TRAITS
 
 Row = dict[str, Any]
 # what torch and transformers launch of their own differs between their versions
@@ -81,7 +82,7 @@ def test_smaller_blocks_change_the_prediction(monkeypatch: pytest.MonkeyPatch) -
         return sum(times for kernel, times in count(case, 3).items() if kernel.part == "products")
 
     before = products()
-    monkeypatch.setitem(WORKSPACE_BYTES, "cuda", 1 << 16)
+    monkeypatch.setitem(TRAITS, "cuda", replace(TRAITS["cuda"], workspace=1 << 16))
     assert products() > before
 
 

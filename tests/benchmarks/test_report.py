@@ -31,6 +31,7 @@ def case_row(method: str, size: int, seconds: float, **more: Any) -> Row:
         "what": "case", "case": f"tokens/llama-2-7b/bfloat16/{size}", "question": "tokens", "model": "llama-2-7b",
         "dtype": "bfloat16", "size": str(size), "method": method, "status": "ok", "runs": 3, "seconds_p20": 0.9 * seconds,
         "seconds_p50": seconds, "seconds_p80": 1.1 * seconds, "floor_seconds": 0.1, "share_of_floor": 0.5,
+        "plain_forward_seconds": 0.05,
         "beyond_plain_bytes": 3_000_000, **WHERE,
     }  # fmt: skip
     return {**row, **more}

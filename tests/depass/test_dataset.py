@@ -31,6 +31,7 @@ from depass.datasets.ray import Worker, _described, _described_row
 from depass.datasets.rows import Columns, Row, open_data
 from depass.engine import plan
 from depass.propagation import needs as memory
+from depass.propagation.blocks import blocks_of
 
 arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed, and data sets need it")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -543,7 +544,8 @@ def test_a_pass_takes_half_of_what_memory_is_free(dp: DePass, monkeypatch: pytes
 
     def taken(count: int) -> int:
         done, _ = plan.rows_and_sources(dp.bound, count, "token")
-        return memory.needs(dp.bound, done, [count], None, torch.device("cpu")).total_bytes
+        cpu = torch.device("cpu")
+        return memory.needs(dp.bound, done, [count], blocks_of(dp.bound, None, cpu), cpu).total_bytes
 
     for free, tokens_of_pass in ((taken(1024) * 2, 1024), (taken(1024) * 2 - 1, 512), (taken(128) * 2, 128), (1, 1)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
@@ -736,7 +738,9 @@ def test_a_worker_that_gets_pickled_options_makes_the_shard_that_this_process_ma
 def test_processes_that_share_memory_share_it_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dp = DePass.from_pretrained(model)
     rows, _ = plan.rows_and_sources(dp.bound, 1024, "token")
-    needed = memory.needs(dp.bound, rows, [1024], None, dp.bound.device).total_bytes
+    needed = memory.needs(
+        dp.bound, rows, [1024], blocks_of(dp.bound, None, dp.bound.device), dp.bound.device
+    ).total_bytes
     monkeypatch.setattr(memory, "room", lambda bound: 2 * needed)
     assert batch_tokens(dp) == 1024
     assert batch_tokens(dp, 8) < 1024

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from depass.models.bind import bind
 from depass.models.loading import empty_model
 from depass.propagation import needs as memory
 from depass.propagation import propagate
-from depass.propagation.blocks import neurons_at_once
+from depass.propagation.blocks import TRAITS, neurons_at_once
 
 MEASURED = """
 import sys, torch
@@ -244,3 +245,25 @@ def test_sources_that_there_are_not() -> None:
         dp.plan(5, sources=[1], measure=False)
     with pytest.raises(OptionError, match="sources must be at least one span, got 0"):
         dp.plan(5, sources=0, measure=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox"])
+def test_the_attention_takes_one_block_where_the_device_gains_and_the_budget_allows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dp, ids = DePass(models.make(name)), models.prompt(40)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], workspace=1 << 14))
+    expected, several = dp.attribute(ids, 5), dp.plan(40, measure=False)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], one_block=True))
+    one = dp.plan(40, measure=False)
+    assert several.source_block_rows < several.rows == one.source_block_rows == one.rows
+    assert several.total_bytes < one.total_bytes
+    assert dp.plan(40, budget_bytes=one.total_bytes - 1, measure=False).total_bytes == several.total_bytes
+    torch.testing.assert_close(dp.attribute(ids, 5).scores, expected.scores, rtol=1e-5, atol=1e-6)
+    blocks: list[int] = []
+    mixed = propagate.mix_values
+    monkeypatch.setattr(
+        propagate, "mix_values", lambda p, v, layout, **kw: (blocks.append(layout.rows), mixed(p, v, layout, **kw))[1]
+    )
+    dp.attribute(ids, 5)
+    assert blocks == [one.rows] * models.LAYERS

@@ -26,6 +26,7 @@ from depass import (
     Token,
     TopK,
 )
+from depass.propagation.blocks import blocks_of
 from depass.propagation.needs import needs
 from depass.sources.decompose import COMPONENT_BYTES
 
@@ -83,7 +84,7 @@ def test_groups_of_layers_change_nothing(name: str, kind: Any, device: str) -> N
     dp, ids = DePass(models.make(name, torch.float64, device), workspace_bytes=1 << 16), models.prompt(LENGTH)
     whole = dp.sweep(kind, ids, TARGETS)
     runs: list[tuple[int, int]] = []
-    needed = needs(dp.bound, 60 + 2 * LENGTH, [LENGTH], 1 << 16, dp.bound.device)
+    needed = needs(dp.bound, 60 + 2 * LENGTH, [LENGTH], blocks_of(dp.bound, 1 << 16, dp.bound.device), dp.bound.device)
     budget = needed.state_bytes + needed.buffer_bytes + COMPONENT_BYTES
     tight = dp.sweep(kind, ids, TARGETS, memory_bytes=budget, progress=lambda *now: runs.append(now))
     assert len(runs) > models.LAYERS  # several passes

@@ -79,11 +79,10 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
     for some in capture.batches(bound, [len(case.prompt.ids) for case in cases], BATCH_TOKENS):
         normed = _normed(bound, [cases[i].prompt.ids for i in some])  # [B, T, D]
         for row, i in zip(normed, some, strict=True):
-            readouts: list[Readout] = []
-            for target in cases[i].targets:
-                vector = row[target.position]
-                logits = bound.logits(vector[None])[0].to(bound.state_dtype)
-                readouts += targets.fill(target, vector.to(logits), logits, bound, dp.tokenizer)
+            vectors = row[[target.position for target in cases[i].targets]]
+            logits = bound.logits(vectors).to(bound.state_dtype)
+            filled = targets.fill(cases[i].targets, vectors.to(logits), logits, bound, dp.tokenizer)
+            readouts = [readout for of_target in filled for readout in of_target]
             for readout in readouts:
                 _must_be_finite(bound, readout.logit, f"the model's own logit of {readout.target.label!r}")
             done[i] = _Case(cases[i].prompt, cases[i].targets, readouts)

@@ -38,14 +38,16 @@ def batch_tokens(dp: DePass, processes: int = 1) -> int:
     ``processes`` that share the memory divide that half equally.
     """
     from ..engine.plan import rows_and_sources
+    from ..propagation.blocks import blocks_of
     from ..propagation.needs import needs, room
 
     bound, tokens = dp.bound, _MOST_TOKENS
+    blocks = blocks_of(bound, dp.engine.workspace_bytes, bound.device)
     free = room(bound)
 
     def taken(count: int) -> int:
         rows, _ = rows_and_sources(bound, count, "token")
-        return needs(bound, rows, [count], dp.engine.workspace_bytes, bound.device).total_bytes
+        return needs(bound, rows, [count], blocks, bound.device).total_bytes
 
     while tokens > 1 and taken(tokens) > free // (2 * processes):
         tokens //= 2

@@ -20,9 +20,9 @@ from ..models.capture import Capture
 from ..models.health import dtype_name, refuse_dropout
 from ..models.trace import Trace
 from ..models.weights import device_of
-from ..propagation.blocks import workspace
+from ..propagation.blocks import traits
 from ..propagation.cuda_graphs import Recordings
-from ..propagation.needs import Needs, needs, room
+from ..propagation.needs import fitting, room
 from ..propagation.propagate import Propagation
 from ..sources.source import Decomposition, Moment
 from .request import Defaults, Options, Progress
@@ -99,7 +99,7 @@ class Pass(Capture):
             MemoryLimitError: there is too little memory.
         """
         refuse_dropout(self.bound)
-        blocks = workspace(self.engine.workspace_bytes, self.bound.device)
+        blocks = self.engine.workspace_bytes or traits(self.bound.device).workspace
         fewer = max(1, blocks // 8)
         try:
             return self._once(self.engine.workspace_bytes, self.recordings)
@@ -138,14 +138,16 @@ class Pass(Capture):
             self.state(self.options.stop, self.stream)
 
     def _propagation(self, workspace_bytes: int | None, recordings: Recordings | None) -> Propagation:
+        available = room(self.bound)
+        blocks, needed = fitting(self.bound, self._rows, self.lengths, workspace_bytes, self.bound.device, available)
         parts = self.joining[0][0]
         if recordings is not None and len(self.joining) == 1 and parts.moment == "start":
-            recorded = recordings.lend(parts.layout, self.options.sharing, workspace_bytes)
+            recorded = recordings.lend(parts.layout, self.options.sharing, blocks)
             if recorded is not None:
                 return recorded
-        if self._needs(workspace_bytes).total_bytes > room(self.bound):
+        if needed.total_bytes > available:
             raise MemoryLimitError(self._needed())
-        return Propagation(self.bound, self.options.sharing, workspace_bytes, self.lengths, self._rows)
+        return Propagation(self.bound, self.options.sharing, blocks, self.lengths, self._rows)
 
     def layer(self, index: int, trace: Trace) -> None:
         """Propagate the state through a layer; decompositions join before it, after its attention, or after its MLP."""
@@ -172,16 +174,16 @@ class Pass(Capture):
     def _rows(self) -> int:
         return sum(parts.layout.rows for parts, _ in self.joining)
 
-    def _needs(self, workspace_bytes: int | None) -> Needs:
-        return needs(self.bound, self._rows, self.lengths, workspace_bytes, self.bound.device)
-
     def _needed(self) -> str:
         """The memory that the run needs and the memory available, for an error message."""
-        needed = self._needs(self.engine.workspace_bytes)
+        available = room(self.bound)
+        _, needed = fitting(
+            self.bound, self._rows, self.lengths, self.engine.workspace_bytes, self.bound.device, available
+        )
         return (
             f"{self._rows:,} rows for {sum(self.lengths):,} tokens need {shown(needed.total_bytes)} besides the model's "
             f"weights (state {shown(needed.state_bytes)}, the model's pass {shown(needed.pass_bytes)}, buffers "
-            f"{shown(needed.buffer_bytes)}), {shown(max(0, room(self.bound)))} are available; use fewer or longer "
+            f"{shown(needed.buffer_bytes)}), {shown(max(0, available))} are available; use fewer or longer "
             "spans, or fewer tokens or components; `depass plan` shows what fits"
         )
 

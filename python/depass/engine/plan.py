@@ -17,8 +17,7 @@ from ..errors import OptionError
 from ..models.bound import BoundModel
 from ..models.streaming import weight_bytes
 from ..models.weights import numbers
-from ..propagation.blocks import rows_at_once, workspace
-from ..propagation.needs import needs
+from ..propagation.needs import fitting
 
 SOURCES = ("token", "heads", "neurons")
 _MARGIN = 1.15  # measured: the time end to end, relative to that of the matrix products
@@ -183,12 +182,12 @@ def _sized(
 ) -> Plan:
     rows, count = rows_and_sources(bound, positions, sources)
     layer = bound.layers[0]
-    attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
     value, output, gate, down = (2 * part.shape.numel() for part in layer.projections)
     others = rows * (len(bound.layers) - 1) + count  # of the last layer only the last position's rows
     operations = rows * len(bound.layers) * value + others * (output + gate + down)
     forward = 2 * positions * numbers(bound.backbone)
-    needed = needs(bound, rows, [positions], workspace_bytes, device)
+    weights = weight_bytes(bound)
+    blocks, needed = fitting(bound, rows, [positions], workspace_bytes, device, budget - weights)
     return Plan(
         model=bound.name,
         device=str(device),
@@ -196,12 +195,12 @@ def _sized(
         positions=positions,
         sources=count,
         rows=rows,
-        weights_bytes=weight_bytes(bound),
+        weights_bytes=weights,
         state_bytes=needed.state_bytes,
         pass_bytes=needed.pass_bytes,
         buffer_bytes=needed.buffer_bytes,
-        source_block_rows=min(rows, attention),
-        position_block_rows=min(rows, mlp),
+        source_block_rows=min(rows, blocks.attention),
+        position_block_rows=min(rows, blocks.mlp),
         operations=operations,
         seconds=None if rate is None else _MARGIN * (operations + forward) / rate,
         budget_bytes=budget,

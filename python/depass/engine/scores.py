@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +32,10 @@ def attribute(
     with capture.running:  # also while weights are read: another thread's pass may have moved them
         done = _ProbedPass(engine, cases, options, progress)
         done.run()
-        logits = logits_of(done, [case.asked for case in cases])
-        results = [_result(done, i, case, logits) for i, case in enumerate(cases)]
+        readouts = readouts_of(done, [case.asked for case in cases])
+        scored = scores_of(done, [[each for some in of_case for each in some] for of_case in readouts],
+                           [len(case.parts.sources) for case in cases])  # fmt: skip
+        results = [_result(done, i, case, readouts[i], scored[i]) for i, case in enumerate(cases)]
     if engine.recordings is not None:
         engine.recordings.give_back(done.propagation)
     return results
@@ -59,21 +63,21 @@ class _ProbedPass(Pass):
                     self.probes[i, j] = (rows @ w).cpu(), float(own @ w)
 
 
-def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]) -> Attribution | DePassError:
-    first, sources = done.propagation.prompt_start[index], len(case.parts.sources)
-    scored: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
-    for j, asked in enumerate(case.asked):
+def _result(
+    done: _ProbedPass, index: int, case: Case, readouts: Sequence[Sequence[Readout]], scored: Tensor
+) -> Attribution | DePassError:
+    found: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
+    rows_of_readouts = iter(scored)
+    for j, (asked, of_target) in enumerate(zip(case.asked, readouts, strict=True)):
         if asked.layer is not None:
             target = Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept)
             scores, logit = done.probes[index, j]
-            scored.append((target, _padded(scores, sources), logit))
-            continue
-        for readout in readouts_of(done, asked, first + asked.position, logits):
-            scored.append((readout.target, score(done, index, index, readout, sources), readout.logit))
-    rows = torch.stack([row for _, row, _ in scored])
-    own = torch.tensor([logit for _, _, logit in scored], dtype=torch.float64, device="cpu")
+            found.append((target, _padded(scores, len(case.parts.sources)), logit))
+        found += [(readout.target, next(rows_of_readouts), readout.logit) for readout in of_target]
+    rows = torch.stack([row for _, row, _ in found])
+    own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
     try:
-        for target, _, logit in scored:
+        for target, _, logit in found:
             must_be_finite(target, logit, done.bound)
     except NonFiniteError as error:
         return error
@@ -82,7 +86,7 @@ def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]
     return Attribution(
         scores=rows.float(),
         sources=case.parts.sources,
-        targets=tuple(target for target, _, _ in scored),
+        targets=tuple(target for target, _, _ in found),
         target_logits=own.float(),
         conservation_error=conservation_error(rows, own).float(),
         prompt=case.prompt,
@@ -90,39 +94,97 @@ def _result(done: _ProbedPass, index: int, case: Case, logits: dict[int, Tensor]
     )
 
 
-def logits_of(done: Pass, asked: Sequence[Sequence[Asked]]) -> dict[int, Tensor]:
-    """The head's output ``[V]`` by position of the packed prompts, for every position that a target needs."""
+def readouts_of(done: Pass, asked: Sequence[Sequence[Asked]]) -> list[list[list[Readout]]]:
+    """The directions and the model's own logits by prompt and target; a probe has none. The head runs once.
+
+    Args:
+        done: the pass, after :meth:`Pass.run`.
+        asked: the targets of each prompt.
+    """
     starts = done.propagation.prompt_start
-    wanted = sorted(
-        {
-            starts[i] + target.position
-            for i, of_prompt in enumerate(asked)
-            for target in of_prompt
-            if target.layer is None
-        }
-    )
-    return dict(zip(wanted, done.bound.logits(done.normed[wanted]), strict=True)) if wanted else {}
+    flat = [(starts[i] + each.position, each) for i, of_prompt in enumerate(asked) for each in of_prompt
+            if each.layer is None]  # fmt: skip
+    filled: Iterator[list[Readout]] = iter(())
+    if flat:
+        positions = sorted({position for position, _ in flat})
+        vectors, row_of = done.normed[positions], {position: row for row, position in enumerate(positions)}
+        logits, rows = done.bound.logits(vectors).to(done.bound.state_dtype), [row_of[position] for position, _ in flat]
+        filled = iter(
+            targets.fill(
+                [each for _, each in flat], vectors.to(logits)[rows], logits[rows], done.bound, done.engine.tokenizer
+            )
+        )
+    return [[next(filled) if each.layer is None else [] for each in of_prompt] for of_prompt in asked]
 
 
-def readouts_of(done: Pass, asked: Asked, position: int, logits: dict[int, Tensor]) -> list[Readout]:
-    """The directions and logits of a target at a position of the packed prompts."""
-    at = logits[position].to(done.bound.state_dtype)
-    return targets.fill(asked, done.normed[position].to(at), at, done.bound, done.engine.tokenizer)
+def scores_of(done: Pass, readouts: Sequence[Sequence[Readout]], sources: Sequence[int]) -> list[Tensor]:
+    """``score[m] = w · x̂_final[m, t]`` of every decomposition of a pass (docs/method.md, equation 6).
+
+    Args:
+        done: the pass, after :meth:`Pass.run`.
+        readouts: the readouts of each prompt.
+        sources: the number of sources of each decomposition, in the order in which they joined.
+
+    Returns:
+        Of each decomposition ``[readouts, sources]`` on the CPU, in the state's dtype; copied from the device together.
+    """
+    prompts = [prompt for _, prompt in done.joining]
+    scores = [torch.zeros(len(readouts[prompt]), count, dtype=done.bound.state_dtype, device="cpu")
+              for prompt, count in zip(prompts, sources, strict=True)]  # fmt: skip
+    groups = [_Group(prompt, position, tuple(numbers))
+              for prompt, of_prompt in enumerate(readouts)
+              for position, numbers in _by_position(of_prompt).items()]  # fmt: skip
+    if not groups:
+        return scores
+    w, constant = _through_the_norm(done, readouts, groups)
+    firsts = [0, *itertools.accumulate(len(group.numbers) for group in groups)]
+    products = [constant]
+    into: list[tuple[int, _Group, int]] = []  # of each product: its decomposition, group and sources
+    with without_autocast(w.device):
+        for staircase, prompt in enumerate(prompts):
+            for group, first in zip(groups, firsts, strict=False):
+                if group.prompt == prompt:
+                    rows = done.propagation.rows_at(staircase, group.position)  # [sources there, D]
+                    products.append((w[first : first + len(group.numbers)] @ rows.T).flatten())
+                    into.append((staircase, group, len(rows)))
+        copied = torch.split(torch.cat(products).cpu(), [len(product) for product in products])
+    constants = dict(zip(groups, torch.split(copied[0], [len(group.numbers) for group in groups]), strict=True))
+    for (staircase, group, count), product in zip(into, copied[1:], strict=True):
+        scores[staircase][list(group.numbers), :count] = product.view(-1, count)
+        if done.bound.has_bias:
+            scores[staircase][list(group.numbers), 0] += constants[group]
+    return scores
 
 
-def score(done: Pass, staircase: int, prompt: int, readout: Readout, sources: int) -> Tensor:
-    """``score[m] = w · x̂_final[m, t]`` ``[sources]`` on the CPU, in the state's dtype (docs/method.md, equation 6)."""
-    norm, position = done.bound.final_norm, readout.target.position
-    rows = done.propagation.rows_at(staircase, position)
-    w = readout.w.to(rows.device)
-    folded = norm.fold(w[None].to(device_of(norm.module)))[0].to(rows.device)  # [D]
-    scale = norm.scale(done.stream[done.propagation.prompt_start[prompt] + position], rows.dtype).to(rows.device)
-    with without_autocast(rows.device):
-        scores = (rows @ folded * scale).cpu()
-    if done.bound.has_bias:
-        beta = norm.beta()
-        scores[0] += readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
-    return _padded(scores, sources)
+class _Group(NamedTuple):
+    """The readouts of a prompt at one position."""
+
+    prompt: int
+    position: int
+    numbers: tuple[int, ...]  # among the prompt's
+
+
+def _by_position(readouts: Sequence[Readout]) -> dict[int, list[int]]:
+    numbers: dict[int, list[int]] = {}
+    for number, readout in enumerate(readouts):
+        numbers.setdefault(readout.target.position, []).append(number)
+    return numbers
+
+
+def _through_the_norm(
+    done: Pass, readouts: Sequence[Sequence[Readout]], groups: Sequence[_Group]
+) -> tuple[Tensor, Tensor]:
+    """The directions ``[T, D]`` before the final norm, its scale included, and the constants ``[T]`` of the bias source."""
+    norm, starts, device = done.bound.final_norm, done.propagation.prompt_start, done.propagation.state.device
+    flat = [readouts[group.prompt][number] for group in groups for number in group.numbers]
+    positions = [starts[group.prompt] + group.position for group in groups for _ in group.numbers]
+    w = torch.stack([readout.w for readout in flat]).to(device_of(norm.module))
+    scale = norm.scale(done.stream[positions], w.dtype)
+    constant = torch.tensor([readout.constant for readout in flat], dtype=w.dtype, device=w.device)
+    beta = norm.beta()
+    if beta is not None:
+        constant = constant + w @ beta.to(w)
+    return norm.fold(w).to(device) * scale.to(device)[:, None], constant.to(device)
 
 
 def _padded(scores: Tensor, sources: int) -> Tensor:

@@ -15,13 +15,14 @@ from ..inputs.targets import Asked, Readout
 from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import blame
+from ..propagation.blocks import blocks_of
 from ..propagation.needs import needs
 from ..results.sweep import Sweep
 from ..sources.decompose import COMPONENT_BYTES
 from ..sources.source import Decomposition
 from .passes import Engine, Pass
 from .request import Options, Progress
-from .scores import conservation_error, logits_of, must_be_finite, readouts_of, score, settings
+from .scores import conservation_error, must_be_finite, readouts_of, scores_of, settings
 
 
 def grouped(
@@ -37,8 +38,10 @@ def grouped(
         OptionError: a single layer does not fit.
     """
 
+    blocks = blocks_of(bound, workspace_bytes, bound.device)
+
     def taken(rows: int) -> int:
-        needed = needs(bound, rows, [positions], workspace_bytes, bound.device)
+        needed = needs(bound, rows, [positions], blocks, bound.device)
         return needed.state_bytes + needed.buffer_bytes + COMPONENT_BYTES
 
     group: list[Sequence[Decomposition]] = []
@@ -91,14 +94,11 @@ def sweep(
             done.run()
             began += options.stop - flat[0].layer
             if not readouts:
-                logits = logits_of(done, [asked])
-                readouts = [
-                    readout for target in asked for readout in readouts_of(done, target, target.position, logits)
-                ]
+                (by_target,) = readouts_of(done, [asked])
+                readouts = [readout for of_target in by_target for readout in of_target]
                 for readout in readouts:
                     must_be_finite(readout.target, readout.logit, engine.bound)
-            for index, parts in enumerate(flat):
-                rows.append(torch.stack([score(done, index, 0, readout, len(parts.sources)) for readout in readouts]))
+            rows += scores_of(done, [readouts], [len(parts.sources) for parts in flat])
         for op, names in done.propagation.served.items():
             served.setdefault(op, set()).update(names)
         how = settings(done, groups[0][0][0].layer, False, served)

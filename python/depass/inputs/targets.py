@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -237,26 +238,51 @@ class Readout(NamedTuple):
     logit: float  # the model's own, before any soft-capping of the head
 
 
-def fill(asked: Asked, vector: Tensor, logits: Tensor, bound: BoundModel, tokenizer: Any) -> list[Readout]:
-    """The direction and the model's own logit of a target other than a probe; a top-k target gives ``k`` of them.
+def fill(
+    asked: Sequence[Asked], vectors: Tensor, logits: Tensor, bound: BoundModel, tokenizer: Any
+) -> list[list[Readout]]:
+    """The directions and the model's own logits of targets other than probes; a top-k target has ``k`` of them.
 
     Args:
-        asked: a checked target.
-        vector: ``[D]``, the residual stream after the final norm at the target's position, in the state's dtype.
-        logits: ``[V]``, the head's output at the position, in the state's dtype.
+        asked: ``n`` checked targets.
+        vectors: ``[n, D]``, the residual stream after the final norm at each target's position, in the state's dtype.
+        logits: ``[n, V]``, the head's output at each target's position, in the state's dtype.
         bound: the model.
         tokenizer: the tokenizer for labels; may be None.
+
+    Returns:
+        The readouts of each target.
     """
-    if asked.w is not None:
-        w = asked.w.to(vector)
-        return [Readout(Target(asked.label, asked.kind, asked.position), w, 0.0, float(w @ vector))]
-    readouts, rows, bias = [], bound.unembedding.weight, bound.unembedding.bias
-    for ids in [asked.ids] if asked.ids is not None else [(int(i),) for i in logits.topk(asked.k).indices]:
-        w, logit = rows[ids[0]].to(vector), float(logits[ids[0]])
-        constant = 0.0 if bias is None else float(bias[ids[0]])
-        if asked.kind == "contrast":
-            w, logit = w - rows[ids[1]].to(vector), logit - float(logits[ids[1]])
-            constant -= 0.0 if bias is None else float(bias[ids[1]])
-        label = " - ".join(shown(tokenizer, token) for token in ids)
-        readouts.append(Readout(Target(label, asked.kind, asked.position, ids), w.detach(), constant, logit))
+    ids, unembedding = _ids(asked, logits), bound.unembedding
+    flat = [(row, token) for row, of_row in enumerate(ids) for its in of_row for token in its]
+    rows, tokens = [row for row, _ in flat], [token for _, token in flat]
+    directions = unembedding.weight[tokens].detach().to(vectors)  # [tokens, D]
+    own = logits[rows, tokens]
+    bias = torch.zeros_like(own) if unembedding.bias is None else unembedding.bias[tokens].to(own)
+    numbers = iter(zip(directions, *torch.stack([bias, own]).tolist(), strict=True))  # one copy to the host
+    readouts: list[list[Readout]] = []
+    for each, of_row, vector in zip(asked, ids, vectors, strict=True):
+        readouts.append([])
+        for its in of_row:
+            label = " - ".join(shown(tokenizer, token) for token in its) or each.label
+            target = Target(label, each.kind, each.position, its)
+            if each.w is not None:
+                w, constant, logit = each.w.to(vector), 0.0, float(each.w.to(vector) @ vector)
+            else:
+                w, constant, logit = next(numbers)
+            if each.kind == "contrast":
+                other, its_constant, its_logit = next(numbers)
+                w, constant, logit = w - other, constant - its_constant, logit - its_logit
+            readouts[-1].append(Readout(target, w, constant, logit))
     return readouts
+
+
+def _ids(asked: Sequence[Asked], logits: Tensor) -> list[list[tuple[int, ...]]]:
+    """The token ids of every readout of each target: one, the two of a contrast, or none of a direction."""
+    tops = [row for row, each in enumerate(asked) if each.ids is None]
+    best: list[list[int]] = []
+    if tops:  # of all rows at once: reading the ids makes the host wait for the device
+        best = logits[tops].topk(max(asked[row].k for row in tops)).indices.tolist()
+    top = dict(zip(tops, best, strict=True))
+    return [[(token,) for token in top[row][: each.k]] if each.ids is None else [each.ids]
+            for row, each in enumerate(asked)]  # fmt: skip

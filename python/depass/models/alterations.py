@@ -48,6 +48,8 @@ def alterations(bound: BoundModel) -> list[Alteration]:
 
 def within(found: list[Alteration], bound: BoundModel, module: nn.Module) -> list[Alteration]:
     """Those of the alterations that are on ``module`` or inside of it, or on all modules."""
+    if not found:  # as at almost every layer; naming the module walks through the model
+        return []
     path = next((path for path, each in bound.model.named_modules() if each is module), None)
     return [each for each in found if not each.path or f"{each.path}.".startswith(f"{path}.")]
 

@@ -37,11 +37,11 @@ class Norm:
 
     def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The frozen scale ``r`` ``[...]``: ``1/rms`` or ``1/σ`` of vectors ``[..., D]`` (docs/method.md, equation 2)."""
-        x = x.to(dtype)
-        if self.kind == "layer":
-            x = x - x.mean(-1, keepdim=True)
         epsilon: float = self.module.eps if hasattr(self.module, "eps") else self.module.variance_epsilon
-        return torch.rsqrt(x.square().mean(-1) + epsilon)
+        if self.kind == "layer":
+            return torch.rsqrt(x.to(dtype).var(-1, correction=0) + epsilon)
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+        return torch.rsqrt(norm * norm / x.shape[-1] + epsilon)
 
     def of_parts(self, parts: Tensor, scale: Tensor) -> Tensor:
         """Normalise parts ``[..., D]`` with the frozen ``scale`` ``[..., 1]`` of the whole vector; ``β`` is not added."""

@@ -24,6 +24,7 @@ from ..errors import OptionError
 from ..models.bound import BoundModel, Layer
 from ..models.trace import Trace
 from ..sources.source import Decomposition
+from .blocks import Blocks
 from .propagate import Propagation
 from .sharing import MLPSharing
 
@@ -105,13 +106,13 @@ class RecordedPropagation(Propagation):
         self,
         bound: BoundModel,
         sharing: MLPSharing,
-        workspace_bytes: int | None,
+        blocks: Blocks,
         layout: SourceLayout,
         key: Any,
         record: Record,
         pool: Any,
     ) -> None:
-        super().__init__(bound, sharing, workspace_bytes, [layout.positions], layout.rows)
+        super().__init__(bound, sharing, blocks, [layout.positions], layout.rows)
         self.key = key
         self._record, self._pool = record, pool
         self._recordings: dict[int, _Recording] = {}
@@ -165,9 +166,7 @@ class Recordings:
         self._idle: OrderedDict[Any, RecordedPropagation | None] = OrderedDict()  # None: occurred once, or is lent
         self._lock = threading.Lock()
 
-    def lend(
-        self, layout: SourceLayout, sharing: MLPSharing, workspace_bytes: int | None
-    ) -> RecordedPropagation | None:
+    def lend(self, layout: SourceLayout, sharing: MLPSharing, blocks: Blocks) -> RecordedPropagation | None:
         """A recorded propagation for one decomposition at the start of a layer; None for a large or a new layout."""
         weight = self.bound.layers[0].down.module.weight
         if layout.rows > ROWS or (self._record is record_cuda_graph and weight.device.type != "cuda"):
@@ -184,7 +183,7 @@ class Recordings:
         if not came_before:
             return None
         pool = torch.cuda.graph_pool_handle() if self._record is record_cuda_graph else None
-        return RecordedPropagation(self.bound, sharing, workspace_bytes, layout, key, self._record, pool)
+        return RecordedPropagation(self.bound, sharing, blocks, layout, key, self._record, pool)
 
     def give_back(self, propagation: Propagation) -> None:
         """Keep a lent propagation for the next prompt of its layout; its state must not be read afterwards."""

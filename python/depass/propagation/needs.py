@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,8 +11,7 @@ from ..device_memory import free_memory
 from ..models import weights
 from ..models.bound import BoundModel, Layer, Norm, Projection
 from ..models.streaming import arriving_bytes
-from .blocks import rows_at_once, workspace
-from .propagate import KEYS
+from .blocks import Blocks, RowBytes, blocks_of, traits
 
 
 @dataclass(frozen=True)
@@ -36,34 +35,49 @@ class Needs:
         return self.state_bytes + self.pass_bytes + self.buffer_bytes
 
 
-def needs(
-    bound: BoundModel, rows: int, lengths: Sequence[int], workspace_bytes: int | None, device: torch.device
-) -> Needs:
-    """The bytes that a state of ``rows`` rows needs, for prompts of these lengths.
+def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, device: torch.device) -> Needs:
+    """The bytes that a state of ``rows`` rows needs, for prompts of these lengths, if it moves in these blocks.
 
     They follow from shapes; no weight is read.
     """
-    layer = bound.widest_layer
-    (neurons, width), values, heads = layer.gate.shape, layer.value.shape[0], layer.output.shape[1]
+    layer, row = bound.widest_layer, RowBytes.of(bound, device)
+    (neurons, width), values = layer.gate.shape, layer.value.shape[0]
     number, product, own = (d.itemsize for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
-    attention, mlp = rows_at_once(bound, layer, workspace(workspace_bytes, device))
-    blocks = max(min(rows, attention) * (product * (values + heads + width) + number * width),
-                 min(rows, mlp) * (neurons * (product + number) + width * product))  # fmt: skip
+    attention = min(rows, blocks.attention)
+    scattered = min(attention, blocks.run) * width * number * (attention < rows)
+    buffers = max(attention * row.attention + min(attention, blocks.run) * row.run + scattered,
+                  min(rows, blocks.mlp) * row.mlp)  # fmt: skip
     folded = _copied_weights(bound, layer, device)
     folded += max(sum(weights.lent_bytes(p.module, bound.dtype) for p in layer.projections) for layer in bound.layers)
     padded = len(lengths) * max(lengths)
     patterns = bound.num_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
     activations = padded * (4 * neurons + 8 * width) * own
-    kept = patterns * own * (2 if device.type in KEYS else 1)  # on CUDA a second copy with padded rows
+    kept = patterns * own * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
     if bound.parallel:
         with_rows += rows * values * product
     return Needs(
         state_bytes=rows * width * number,
         pass_bytes=scores + activations,
-        buffer_bytes=max(0, kept + blocks + folded - scores) + with_rows,
+        buffer_bytes=max(0, kept + buffers + folded - scores) + with_rows,
     )
+
+
+def fitting(
+    bound: BoundModel, rows: int, lengths: Sequence[int], workspace_bytes: int | None, device: torch.device, budget: int
+) -> tuple[Blocks, Needs]:
+    """The blocks for a state, and what it needs with them; more than ``budget`` bytes if it does not fit.
+
+    Where the device gains by it, ``workspace_bytes`` is not given and the budget allows, the attention takes one block.
+    """
+    blocks = blocks_of(bound, workspace_bytes, device)
+    if workspace_bytes is None and traits(device).one_block:
+        one = replace(blocks, attention=rows)
+        needed = needs(bound, rows, lengths, one, device)
+        if needed.total_bytes <= budget:
+            return one, needed
+    return blocks, needs(bound, rows, lengths, blocks, device)
 
 
 def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> int:

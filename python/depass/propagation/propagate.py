@@ -21,10 +21,8 @@ from depass_kernels.reference import matmul
 from ..models.bound import BoundModel, Layer, Norm, Projection, into_stream
 from ..models.trace import Trace
 from ..sources.source import Decomposition
-from .blocks import _Kept, _PositionBlock, _SourceBlock, neurons_at_once, rows_at_once, workspace
+from .blocks import Blocks, Cut, _Kept, _SourceBlock, cut, neurons_at_once, traits
 from .sharing import MLPSharing
-
-KEYS = {"cuda": 16}  # by device: the pattern's rows are padded to a multiple of it
 
 
 def with_rows_in_runs(pattern: Tensor, run: int) -> Tensor:
@@ -49,25 +47,24 @@ class Propagation:
     Args:
         bound: the model.
         sharing: the rule that shares MLP outputs among the sources.
-        workspace_bytes: the size of a block's buffers; it changes results only by rounding.
+        blocks: how many rows the steps of a layer take at once; it changes results only by rounding.
         lengths: the prompts' numbers of tokens; their positions follow one another in every trace.
         rows: the number of rows of all decompositions together.
     """
 
+    _cut: Cut  # of the layout
+
     def __init__(
-        self, bound: BoundModel, sharing: MLPSharing, workspace_bytes: int | None, lengths: Sequence[int], rows: int
+        self, bound: BoundModel, sharing: MLPSharing, blocks: Blocks, lengths: Sequence[int], rows: int
     ) -> None:
-        self.bound, self.sharing, self.workspace_bytes = bound, sharing, workspace_bytes
+        self.bound, self.sharing, self.blocks = bound, sharing, blocks
         self.layout: SourceLayout | None = None
         self.state = torch.empty(0, device="cpu")  # [R, D], of the decompositions that have joined
         self.served: dict[str, set[str]] = {}  # by op, the backends used
-        self._widest = bound.widest_layer
         self._rows, self.prompt_start = rows, [0, *itertools.accumulate(lengths)]
         self._memory = torch.empty(0, device="cpu")  # [rows, D]
         self._positions: list[Tensor] = []  # by staircase, the positions of its prompt that it has
         self._where: Tensor | None = None  # [P], the position in a trace of each position; None: the same
-        self._source_blocks: list[_SourceBlock] = []
-        self._position_blocks: list[_PositionBlock] = []
         self._beside_mlp: tuple[_Attention, list[_SourceBlock], list[Tensor]] | None = (
             None  # values that wait for the MLP
         )
@@ -105,7 +102,7 @@ class Propagation:
         where = torch.cat([self.prompt_start[prompt] + positions for prompt, positions in prompts])
         same = len(where) == self.prompt_start[-1] and bool((where == torch.arange(len(where), device="cpu")).all())
         self._where = None if same else where.to(self.state.device)
-        self._source_blocks, self._position_blocks = [], []
+        self._cut = cut(layout, self.blocks)
 
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
         """Propagate the state through the attention of layer ``index``, in place (docs/method.md, equation 3).
@@ -126,11 +123,11 @@ class Propagation:
             self._to(layer.device)  # a model may be spread over several devices
             attention = _Attention(self, layer, trace)
             if self.bound.parallel:
-                values = [attention.values(block) for block in self._blocks_of_sources()]
-                self._beside_mlp = attention, self._blocks_of_sources(), values
+                values = [attention.values(block) for block in self._cut.of_sources]
+                self._beside_mlp = attention, self._cut.of_sources, values
                 return
             kept = self._kept(read)
-            for block in self._blocks_of_sources():
+            for block in self._cut.of_sources:
                 attention.mix(block, attention.values(block), kept)
             self._narrow(kept)
             attention.add_bias(trace)
@@ -201,15 +198,16 @@ class Propagation:
         constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
 
         neurons = len(gate_weight)
-        for block in self._blocks_of_positions():
+        for block in self._cut.of_positions:
+            at_once = neurons_at_once(neurons, self.blocks.gates // (block.end - block.begin))
             positions = slice(block.first, block.last)
             in_trace = positions if self._where is None else self._where[positions]
             rows = state[block.begin : block.end]
             block_scale = None if scale is None else scale[positions]
             # with blocks of neurons, later blocks read what the state was before the first one's update
-            operand = self.normed(layer.mlp_norm, block_scale, block.layout, None, rows)
-            for f in range(0, neurons, block.neurons):
-                n = slice(f, min(f + block.neurons, neurons))
+            operand = self.normed(layer.mlp_norm, block_scale, block.layout, rows)
+            for f in range(0, neurons, at_once):
+                n = slice(f, min(f + at_once, neurons))
                 gate = matmul(operand, gate_weight[n])  # [rows, n]
                 if constant is not None:
                     _add_constant(gate, constant[n], block.layout)
@@ -231,11 +229,10 @@ class Propagation:
         norm: Norm | None,
         scale: Tensor | None,
         layout: SourceLayout,
-        rows: Tensor | None,
-        state: Tensor | None = None,
+        state: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Rows of the state through a norm, ``[R', D]`` in the dtype of the products, for the positions of ``layout``."""
-        state = self.state if state is None else state
+        """Rows of a state through a norm, ``[R', D]`` in the dtype of the products, for the positions of ``layout``."""
         backend = backends.named_for("normed", self.sharing.backend)
         return normed(
             state,
@@ -249,8 +246,12 @@ class Propagation:
         )
 
     def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
+        """Add a projection's output to rows of the state, a run of rows at a time: what waits to be added takes memory."""
         backend = backends.named_for("residual_update", self.sharing.backend)
-        residual_update(state, operand, weight, rows=rows, backend=backend)
+        for begin in range(0, len(operand), self.blocks.run):
+            run = slice(begin, begin + self.blocks.run)
+            added = (state[run], None) if rows is None else (state, rows[run])
+            residual_update(added[0], operand[run], weight, rows=added[1], backend=backend)
 
     def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
         """Add a sublayer's output bias to the bias source, through the norm on the output if there is one."""
@@ -265,29 +266,6 @@ class Propagation:
         rows = _bias_rows(self.layout, self.state)
         self.state[rows] += bias
 
-    def _blocks_of_sources(self) -> list[_SourceBlock]:
-        assert self.layout is not None
-        if not self._source_blocks:
-            at_once, _ = rows_at_once(self.bound, self._widest, workspace(self.workspace_bytes, self.state.device))
-            blocks = list(self.layout.source_blocks(at_once))
-            for first, last in blocks:
-                part, rows = self.layout.slice_sources(first, last)
-                self._source_blocks.append(_SourceBlock(part, rows if len(blocks) > 1 else None, first == 0))
-        return self._source_blocks
-
-    def _blocks_of_positions(self) -> list[_PositionBlock]:
-        assert self.layout is not None
-        if not self._position_blocks:
-            neurons, allowed = self._widest.gate.shape[0], workspace(self.workspace_bytes, self.state.device)
-            _, at_once = rows_at_once(self.bound, self._widest, allowed)
-            gates = allowed // (2 * self.state.element_size())  # numbers
-            for first, last in self.layout.position_blocks(at_once):
-                begin, end = int(self.layout.row_start[first]), int(self.layout.row_start[last])
-                block_neurons = neurons_at_once(neurons, gates // (end - begin))
-                part = self.layout.slice_positions(first, last)
-                self._position_blocks.append(_PositionBlock(part, first, last, begin, end, block_neurons))
-        return self._position_blocks
-
 
 class _Attention:
     """One layer's attention on blocks of sources."""
@@ -295,7 +273,7 @@ class _Attention:
     def __init__(self, propagation: Propagation, layer: Layer, trace: Trace) -> None:
         assert trace.pattern is not None
         self.propagation, self.layer = propagation, layer
-        self.pattern = with_rows_in_runs(trace.pattern, KEYS.get(trace.pattern.device.type, 1))
+        self.pattern = with_rows_in_runs(trace.pattern, traits(trace.pattern.device).keys)
         self.scale = propagation.at(trace.scales.get("attention_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
         dtype = propagation.bound.product_dtype
@@ -304,11 +282,16 @@ class _Attention:
         self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
-        propagation = self.propagation
-        rows = propagation.normed(
-            self.layer.attention_norm, self.scale, block.layout, block.rows_on(propagation.state.device)
-        )
-        values = rows @ self.value_weight.T
+        propagation, rows = self.propagation, block.rows_on(self.propagation.state.device)
+        values = self.value_weight.new_empty(block.layout.rows, len(self.value_weight))
+        for run in block.runs:
+            held = slice(run.begin, run.end)
+            state = propagation.state[held] if rows is None else propagation.state
+            scale = None if self.scale is None else self.scale[run.first : run.last]
+            normed = propagation.normed(
+                self.layer.attention_norm, scale, run.layout, state, None if rows is None else rows[held]
+            )
+            torch.mm(normed, self.value_weight.T, out=values[held])
         if self.constant is not None and block.has_bias_source:
             _add_constant(values, self.constant, block.layout)
         return values
