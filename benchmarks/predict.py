@@ -248,7 +248,8 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        given, device = [*_tensors(args), *_tensors(options.values())], options.get("device")
+        read = {name: value for name, value in options.items() if name != "out"}
+        given, device = [*_tensors(args), *_tensors(read.values())], options.get("device")
         if not any(tensor.is_meta for tensor in given) and (device is None or torch.device(device).type != "meta"):
             return func(*args, **options)
         op = func.overloadpacket

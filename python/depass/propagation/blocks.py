@@ -93,10 +93,10 @@ class RowBytes:
 
 
 def blocks_of(bound: BoundModel, workspace_bytes: int | None, device: torch.device) -> Blocks:
-    """The blocks whose buffers take ``workspace_bytes``, or the device's default, in the attention and in the MLP."""
+    """The blocks whose buffers take ``workspace_bytes``, or the device's default: an attention's, an MLP's, four runs'."""
     row, allowed = RowBytes.of(bound, device), workspace_bytes or traits(device).workspace
     return Blocks(
-        attention=max(1, 3 * allowed // 4 // row.attention),
+        attention=max(1, allowed // row.attention),
         run=max(RUN, allowed // 4 // row.run),
         mlp=max(1, allowed // row.mlp),
         gates=max(1, allowed // row.gate),
