@@ -43,6 +43,7 @@ from depass.models.bind import bind
 from depass.propagation import propagate
 from depass.propagation.blocks import TRAITS
 from depass_kernels import SourceLayout, backends
+from depass_kernels.layout import forget_kept_layouts
 
 from .machine import ROOT
 from .registry import METHODS, OURS, SHAPES, Case, count_rows, floor_operations, floor_shapes, per_row, random_model
@@ -154,6 +155,7 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
 
     All layers between the first and the last do the same work, unless sources join there. Then only one of them runs.
     """
+    forget_kept_layouts()  # the first prompt of a shape copies its layout to the device
     D, F, H, K, d, _, vocabulary = SHAPES[case.model]
     shape = D, F, H, K, d, layers if case.question == "heads" else min(3, layers), vocabulary
     with mock.patch.dict(SHAPES, {case.model: shape}):

@@ -286,6 +286,12 @@ def _joined(layouts: tuple[SourceLayout, ...], prompt: tuple[int, ...] | None) -
     return SourceLayout(_cumulative(counts), _cumulative(lengths), _int64(list(prompt)), skipped)
 
 
+def forget_kept_layouts() -> None:
+    """Drop the layouts that are kept by shape, and with them their copies on devices."""
+    _of_starts.cache_clear()
+    _joined.cache_clear()
+
+
 def _int64(numbers: list[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the caller's default device is
 

@@ -26,6 +26,7 @@ from depass import (
     SourceError,
     Spans,
     TargetError,
+    Token,
     TopK,
     engine,
     masking,
@@ -344,3 +345,24 @@ def test_the_mask_of_a_row_becomes_that_of_padded_prompts() -> None:
     x = torch.arange(6.0).view(1, 1, 6, 1)
     assert packing.spread(x)[:, 0, :, 0].tolist() == [[0, 1, 1], [2, 3, 4], [5, 5, 5]]
     assert torch.equal(packing.gather(packing.spread(x).transpose(1, 2)), x.transpose(1, 2))
+
+
+def test_the_scores_of_a_pass_are_copied_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many prompts and targets there are, the host waits for the device a few times per pass."""
+    dp = DePass(models.make("gpt2", torch.float64, device))  # with a bias in the final norm
+    prompts = [models.prompt(length, seed) for seed, length in enumerate((5, 9, 7))]
+    target = [TopK(3), 5, Contrast(7, 9, position=2), Token(4, position=2), TopK(2, position=1)]
+    expected = [dp.attribute(ids, target) for ids in prompts]
+    copies: list[int] = []
+    real = torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        copies.append(tensor.numel())
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    found = list(dp.attribute_many(prompts, target, batch_tokens=1000))
+    assert len(copies) == 1
+    for one, other in zip(found, expected, strict=True):
+        same(one, other, 1e-6)
+        assert one.targets == other.targets

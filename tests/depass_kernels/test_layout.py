@@ -10,6 +10,7 @@ import torch
 from layouts import LAYOUTS, cells
 
 from depass_kernels import LayoutError, SourceLayout
+from depass_kernels.layout import KEPT_ROWS, forget_kept_layouts
 
 
 def test_tokens_store_half_of_the_square() -> None:
@@ -118,3 +119,19 @@ def test_to_a_device_is_the_same_layout(device: str) -> None:
 def test_what_is_no_staircase_is_refused(make: Callable[[], SourceLayout], says: str) -> None:
     with pytest.raises(LayoutError, match=says):
         make()
+
+
+def test_prompts_of_one_shape_share_a_layout_and_its_copies() -> None:
+    forget_kept_layouts()
+    first = SourceLayout.tokens(7, always=1, excluded=1)
+    assert SourceLayout.tokens(7, always=1, excluded=1) is first
+    assert SourceLayout.tokens(7, always=1) is not first
+    assert SourceLayout.tokens(8, always=1, excluded=1) is not first
+    together = SourceLayout.concat([first, SourceLayout.tokens(3)])
+    assert SourceLayout.concat([first, SourceLayout.tokens(3)]) is together
+    assert SourceLayout.concat([first, SourceLayout.tokens(3)], [0, 0]) is not together
+    assert first.position_of_row(torch.device("cpu")) is first.position_of_row(torch.device("cpu"))
+    forget_kept_layouts()
+    assert SourceLayout.tokens(7, always=1, excluded=1) is not first
+    large = KEPT_ROWS // 300 + 1
+    assert SourceLayout.dense(300, large) is not SourceLayout.dense(300, large)  # its memory is given back
