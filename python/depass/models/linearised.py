@@ -204,7 +204,10 @@ def _only(x: Tensor, weight: float) -> Tensor:
     """``x`` with ``weight`` times its gradient."""
     if weight == 0:
         return x.detach()
-    return x if weight == 1 or not x.requires_grad else _Scaled.apply(x, weight)  # type: ignore[no-untyped-call, no-any-return]
+    if weight == 1 or not x.requires_grad:
+        return x
+    scaled: Tensor = _Scaled.apply(x, weight)  # type: ignore[no-untyped-call]
+    return scaled
 
 
 def _carried(path_weights: PathWeights, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,7 +325,8 @@ def _reaches(x: Tensor, node: Any) -> bool:
     once its pre-activation is detached, even where its activation function has parameters."""
     if not x.requires_grad or node is None:
         return False
-    waiting, seen = [get_gradient_edge(x).node], set()
+    waiting: list[Any] = [get_gradient_edge(x).node]
+    seen: set[Any] = set()
     while waiting:
         current = waiting.pop()
         if current is node:
