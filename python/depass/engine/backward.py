@@ -234,7 +234,8 @@ class Backward:
         self.bound, self.prompts, self.asked, self.path_weights = bound, prompts, asked, path_weights
         self.start, self.stop = start, len(bound.layers) if stop is None else stop
         self.recompute, self.at_once, self.tokenizer = recompute, at_once, tokenizer
-        self.packing = Packing(prompts, bound.takes_positions)
+        with torch.inference_mode(False):  # autograd keeps its indices
+            self.packing = Packing(prompts, bound.takes_positions)
         self.lengths = self.packing.lengths
         self.altered: dict[int, str] = {}
         self.reading: int | None = None  # the layer whose gradients are being read
