@@ -361,6 +361,7 @@ class Backward:
                 gradient[at], behind[at] = found.leaf.to(dtype), before
                 del found
             self._arrive(segment.index, segment.leaf, gradient, behind, seeds)
+            segment.drop()
 
     def _arrive(self, layer: int, x: Tensor, gradient: Tensor, behind: Tensor, seeds: Sequence[_Seed]) -> None:
         """Start the targets of a layer's input, and hand the stream there on."""
@@ -472,6 +473,7 @@ class _Segment:
         self.middle: GradientEdge | None = None
         self.biased: list[tuple[str, GradientEdge, Tensor]] = []
         self.early = 0
+        self.ran: set[str] = set()
         self.paths = {module: path for path, module in self.modules.module.named_modules()}
 
     def hook(self, stack: ExitStack) -> None:
@@ -502,7 +504,7 @@ class _Segment:
                 f"a callback ran {self.run.bound.name} while gradients of layer {self.run.reading} were read; run the model "
                 "after the attribution"
             )
-        x = (args[0] if args else kwargs["hidden_states"]).detach()
+        x = (args[0] if args else kwargs["hidden_states"]).detach().to(self.modules.device)
         self.leaf = x.requires_grad_() if self.has_graph else x
         args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
         self.call = (args, kwargs) if self.run.recompute else None
@@ -512,13 +514,19 @@ class _Segment:
     @of_this_thread
     def at_mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
         """Keep the input of the attention's output projection."""
-        self.mixed = self._in_graph(args[0])
+        self.ran.add("output projection")
+        if not torch.is_grad_enabled():
+            return None
+        self.mixed = _in_graph(args[0])
         return (self.mixed, *args[1:])
 
     @of_this_thread
     def at_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
         """Keep the input of the down projection."""
-        self.hidden = self._in_graph(args[0])
+        self.ran.add("down projection")
+        if not torch.is_grad_enabled():
+            return None
+        self.hidden = _in_graph(args[0])
         return (self.hidden, *args[1:])
 
     @of_this_thread
@@ -548,12 +556,19 @@ class _Segment:
 
     def must_have_run(self) -> None:
         """Raise a ModelError where a part of the layer did not run."""
-        parts = {"leaf": "layer", "mixed": "output projection of layer", "hidden": "down projection of layer"}
-        for name, said in parts.items():
-            if not hasattr(self, name):
+        for part in ("output projection", "down projection"):
+            if part not in self.ran:
                 raise ModelError(
-                    f"{self.run.bound.name} did not run the {said} {self.index}; correct its depass.Family"
+                    f"{self.run.bound.name} did not run the {part} of layer {self.index}, which DePass needs; correct the "
+                    "model's depass.Family"
                 )
+
+    def drop(self) -> None:
+        """Free the layer's tensors; its hooks hold the segment until the pass ends."""
+        for name in ("leaf", "output", "mixed", "hidden"):
+            self.__dict__.pop(name, None)
+        self.call, self.middle = None, None
+        self.biased.clear()
 
     def run_again(self) -> None:
         """Run the layer again from its stored input, now with a graph."""
@@ -578,9 +593,10 @@ class _Segment:
         middle = None if self.middle is None else found[end]
         return _Found(found[0], found[1], found[2], middle, list(found[3:end]))
 
-    def _in_graph(self, x: Tensor) -> Tensor:
-        """``x``, or a leaf in its place where no path leads to it."""
-        return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+def _in_graph(x: Tensor) -> Tensor:
+    """``x``, or a leaf in its place where no path leads to it."""
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
 @dataclass(frozen=True)

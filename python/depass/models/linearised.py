@@ -321,15 +321,16 @@ class _MLP:
 
 
 def _reaches(x: Tensor, node: Any) -> bool:
-    """Whether ``x`` was computed from the output of a node of autograd's graph. An ungated MLP's hidden vector was not,
-    once its pre-activation is detached, even where its activation function has parameters."""
-    if not x.requires_grad or node is None:
-        return False
-    waiting: list[Any] = [get_gradient_edge(x).node]
+    """Whether ``x`` was computed from the output of a node of autograd's graph, or from another leaf than a parameter.
+
+    An ungated MLP's hidden vector was not, once its pre-activation is detached, even where its activation has parameters.
+    """
+    waiting: list[Any] = [get_gradient_edge(x).node] if x.requires_grad else []
     seen: set[Any] = set()
     while waiting:
         current = waiting.pop()
-        if current is node:
+        leaf = getattr(current, "variable", None)
+        if (current is not None and current is node) or (leaf is not None and not isinstance(leaf, nn.Parameter)):
             return True
         if current is not None and current not in seen:
             seen.add(current)
