@@ -512,7 +512,7 @@ def test_position_encodings_that_depend_on_the_length(kind: str, recompute: bool
     used = make()
     with torch.no_grad():
         used(torch.tensor([models.prompt(30)]))  # a dynamic encoding remembers this
-    for length in (7, 20):
+    for length in (20, 7):
         ids = models.prompt(length)
         one = scored(used, ids, "half", recompute=recompute)
         with torch.no_grad():
@@ -578,6 +578,57 @@ def test_a_callers_autocast_touches_the_models_pass_alone() -> None:
     assert not torch.equal(one.tokens, expected.tokens)
     close(one.tokens[:, 0], expected.tokens[:, 0], 5e-2)
     equal(again, one)
+
+
+def test_scores_are_products_in_the_states_dtype() -> None:
+    """Whatever a caller's autocast is."""
+    bound, ids, called = bind(models.make("llama-biased")), models.prompt(LENGTH), list[int]()
+
+    class Read(Backward):
+        def stream(self, gradient: StreamGradient) -> None:
+            close(gradient.scores(), (gradient.gradient.double() * gradient.x).sum(-1).float(), 1e-6)
+
+        def layer(self, gradients: LayerGradients) -> None:
+            of_mixed, of_hidden = gradients.of_mixed.double(), gradients.of_hidden.double()
+            heads = (of_mixed * gradients.mixed).unflatten(-1, (4, -1)).sum(-1)
+            close(gradients.heads(), heads.float(), 1e-6)
+            close(gradients.neurons()[:, 0], (of_hidden * gradients.hidden).sum(1).float(), 1e-6)
+            called.append(gradients.layer)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        Read(bound, [ids], [asked(bound, ids, [5, 7])], RULES["half"]).run()
+    assert called == [2, 1, 0]
+
+
+def test_targets_are_left_out_behind_their_probe() -> None:
+    bound, ids = bind(models.make("llama")), models.prompt(LENGTH)
+    target, seen = [Direction(torch.ones(32), layer=1), 5, Direction(torch.ones(32), layer=0)], dict[str, Any]()
+
+    class Read(Backward):
+        def stream(self, gradient: StreamGradient) -> None:
+            seen[f"stream {gradient.layer}"] = gradient.targets
+
+        def layer(self, gradients: LayerGradients) -> None:
+            seen[f"layer {gradients.layer}"] = gradients.targets
+
+    Read(bound, [ids], [asked(bound, ids, target)], RULES["half"]).run()
+    assert seen == {
+        "stream 3": [1], "layer 2": [1], "stream 2": [1], "layer 1": [1], "stream 1": [0, 1], "layer 0": [0, 1],
+        "stream 0": [0, 1, 2],
+    }  # fmt: skip
+
+
+def test_layers_that_are_not_gone_through_build_no_graph() -> None:
+    model, ids, graphs = models.make("llama"), models.prompt(LENGTH), list[bool]()
+    bound = bind(model)
+    handles = [
+        layer.self_attn.q_proj.register_forward_hook(lambda _, args, output: graphs.append(output.requires_grad))
+        for layer in model.model.layers
+    ]
+    Backward(bound, [ids], [asked(bound, ids)], RULES["steer"], start=1, stop=2).run()
+    for handle in handles:
+        handle.remove()
+    assert graphs[-models.LAYERS :] == [False, True, False]  # after the check's
 
 
 # --- the model is left alone ------------------------------------------------------------------------------------------

@@ -261,9 +261,10 @@ class Backward:
         """
         bound = self.bound
         refuse(bound)
-        with capture.running, torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        with capture.running, ExitStack() as stack:
             self._check()
             stack.enter_context(linearised(bound, self.path_weights))
+            stack.enter_context(torch.no_grad())  # segments switch their layers' graphs on
             stack.enter_context(capture.in_one_row(self.packing))
             stack.enter_context(fresh(bound.backbone, bound.switches))
             segments = [_Segment(self, index) for index in range(self.start, self.stop)]
@@ -282,7 +283,8 @@ class Backward:
         layers, altered = range(self.start, self.stop), bool(alterations(self.bound))
         if altered or not self.bound.checked.issuperset(layers):
             check = _Check(self.bound, self.prompts if altered else self.prompts[:1], layers)
-            check.run()
+            with torch.no_grad():
+                check.run()
             self.altered = check.altered
 
     def _seeds(self, segments: Sequence[_Segment], output: Tensor) -> list[_Seed]:

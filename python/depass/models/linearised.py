@@ -96,6 +96,7 @@ RULES = {
 def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[None]:
     """Inside the ``with`` block this thread's passes compute what they always do; gradients flow as the weights say.
 
+    Gradients are on inside, also in a caller's ``torch.inference_mode()`` or ``torch.no_grad()``.
     Other threads' passes stay as they are. The parameters' ``requires_grad`` flags are left alone, because other threads
     may train the model meanwhile; take gradients with ``torch.autograd.grad``, which writes no ``.grad``.
 
@@ -104,7 +105,7 @@ def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[None]:
             this thread.
     """
     refuse(bound)
-    with running, torch.inference_mode(False), ExitStack() as stack:  # attributions of several threads take turns
+    with running, torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:  # threads take turns
         refuse_nested()
         stack.enter_context(eager_with_patterns(bound, partial(_carried, path_weights)))
         for norm in _norms(bound):
