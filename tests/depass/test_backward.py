@@ -180,9 +180,9 @@ def test_taylor_is_the_forward_engines_in_fp32(name: str) -> None:
     model, ids = models.make(name), models.prompt(LENGTH)
     one, dp = scored(model, ids, "taylor", TARGETS), DePass(model)
     bias, _, tokens = split(*forward_scores(dp, ids, TARGETS))
-    size = 1e-5 * float(tokens.abs().sum(-1).max())  # taylor's quotients are as large as a gate is near zero
-    close(one.tokens[:, 0] / size, tokens / size, 1.0)
-    close(one.biases[:, 0] / size, bias / size, 1.0)
+    limit = 1e-5 * tokens.abs().sum(-1).max()  # taylor's quotients are as large as a gate is near zero
+    assert (one.tokens[:, 0] - tokens).abs().max() <= limit
+    assert (one.biases[:, 0] - bias).abs().max() <= limit
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "gpt2", "gpt-neox", "gemma2"])
@@ -774,7 +774,7 @@ def test_offloaded_weights_are_refused() -> None:
 def test_quantised_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.make("llama")
     monkeypatch.setattr(BoundModel, "is_quantized", True)
-    refused(model, "LlamaForCausalLM has quantised weights, through whose kernels no gradient is defined")
+    refused(model, "LlamaForCausalLM has quantised weights, .*; load the unquantised weights")
 
 
 def test_streamed_weights_are_refused() -> None:

@@ -96,9 +96,9 @@ RULES = {
 def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[None]:
     """Inside the ``with`` block this thread's passes compute what they always do; gradients flow as the weights say.
 
-    Gradients are on inside, also in a caller's ``torch.inference_mode()`` or ``torch.no_grad()``.
-    Other threads' passes stay as they are. The parameters' ``requires_grad`` flags are left alone, because other threads
-    may train the model meanwhile; take gradients with ``torch.autograd.grad``, which writes no ``.grad``.
+    Gradients are on inside, also in a caller's ``torch.inference_mode()`` or ``torch.no_grad()``. Other threads' passes
+    stay as they are. The parameters' ``requires_grad`` flags are left alone, because other threads may train the model
+    meanwhile; take gradients with ``torch.autograd.grad``, which writes no ``.grad``.
 
     Raises:
         ModelError: the model's gradients cannot be taken (see :func:`refuse`), or an attribution is already running in
@@ -144,7 +144,8 @@ def refuse(bound: BoundModel) -> None:
             )
     if bound.is_quantized or weights.is_packed(bound.head):
         raise ModelError(
-            f"{name} has quantised weights, through whose kernels no gradient is defined; load the unquantised weights"
+            f"{name} has quantised weights, which the backward pass of linear rules does not support; load the unquantised "
+            "weights"
         )
     if bound.stream_to is not None:
         raise ModelError(
