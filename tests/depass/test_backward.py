@@ -28,6 +28,8 @@ from depass import (
     Modules,
     Neurons,
     OptionError,
+    Spans,
+    Subspace,
     Token,
     TopK,
     masking,
@@ -245,6 +247,32 @@ def test_positions_of_components(name: str, exact: Any) -> None:
     specs |= {"attn": Modules(1, "attn", chosen), "mlp": Modules(1, "mlp", chosen)}  # type: ignore[dict-item]
     for parts, spec in specs.items():
         close(found[parts], split(*forward_scores(dp, ids, TARGETS, spec))[2], 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "gemma2", "gpt-neox"])
+def test_any_part_of_the_stream_scores_its_product_with_the_gradient(name: str, exact: Any) -> None:
+    """Subspaces, parts of one's own and spans are the forward engine's."""
+    model, ids = exact(models.make(name, torch.float64)), models.prompt(LENGTH)
+    bound, dp, generator = bind(model), DePass(model), torch.Generator().manual_seed(1)
+    basis, part = (torch.randn(shape, generator=generator).double() for shape in [(3, 32), (1, LENGTH, 32)])
+    span = torch.linalg.qr(basis.T).Q
+    found: dict[str, Tensor] = {}
+
+    class Read(Backward):
+        def stream(self, gradient: StreamGradient) -> None:
+            if gradient.layer == 1:
+                x, G = gradient.x, gradient.gradient
+                found["subspace"] = (G * (x @ span @ span.T)).sum((1, 2))[:, None]
+                found["part"] = (G * part[0]).sum((1, 2))[:, None]
+                by_token = gradient.scores()
+                found["spans"] = torch.stack([by_token[:, 1:3].sum(1), by_token[:, 4:9].sum(1)], 1)
+
+    Read(bound, [ids], [asked(bound, ids, TARGETS)], RULES["taylor"]).run()
+    spans = Spans([(1, 3), (4, 9)])
+    for name_of, sources, start in [
+        ("subspace", Subspace(1, basis=basis), 0), ("part", Subspace(1, parts=part), 0), ("spans", spans, 1),
+    ]:  # fmt: skip
+        close(found[name_of], split(*forward_scores(dp, ids, TARGETS, sources, start_layer=start))[2], 1e-9)
 
 
 # --- half and up: a slow loop is the oracle ---------------------------------------------------------------------------
