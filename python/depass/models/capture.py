@@ -32,14 +32,17 @@ from .trace import NORMS, Trace
 ATTENTION = "depass"
 _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pass runs
 running = threading.RLock()  # held during a pass
-Hook = TypeVar("Hook", bound=Callable[..., None])
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+Carry = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values, all unchanged
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The family's own eager attention; its pattern is captured for the current layer."""
-    packing = _packing.get()
+    packing, carry = _packing.get(), _carry.get()
+    if carry is not None:
+        query, key, value = carry(query, key, value)
     if packing is not None:
         query, key, value = (packing.spread(each) for each in (query, key, value))
         mask = None if mask is None else packing.mask(mask)
@@ -76,6 +79,7 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)  # of this thread's pass over one row
+_carry: ContextVar[Carry | None] = ContextVar("carry", default=None)  # how gradients of this thread's pass flow
 _captured: ContextVar[frozenset[int]] = ContextVar("captured", default=frozenset())  # this thread's configs, by id
 
 
@@ -134,22 +138,44 @@ def packing_of_this_thread() -> Packing | None:
 
 
 @contextmanager
-def eager_with_patterns(bound: BoundModel) -> Iterator[None]:
-    """Inside the ``with`` block this thread's passes use our attention function, whose outputs equal eager attention's."""
+def eager_with_patterns(bound: BoundModel, carry: Carry | None = None) -> Iterator[None]:
+    """Inside the ``with`` block this thread's passes use our attention function, whose outputs equal eager attention's.
+
+    Args:
+        bound: the model.
+        carry: a function that gives queries, keys and values other gradients; their values stay as they are.
+    """
     token = _captured.set(_captured.get() | {id(config) for config in bound.configs})
+    before = _carry.set(carry)
     try:
         yield
     finally:
+        _carry.reset(before)
         _captured.reset(token)
+
+
+@contextmanager
+def in_one_row(packing: Packing) -> Iterator[None]:
+    """Inside the ``with`` block this thread's passes are over the row of ``packing``, if its prompts lie in one."""
+    token = _packing.set(packing if packing.packed else None)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def refuse_nested() -> None:
+    """Raise a ModelError where an attribution is already running in this thread."""
+    if _at_work or _carry.get() is not None:
+        raise ModelError("an attribution is already running in this thread; start the next one after it ends")
 
 
 def of_this_thread(hook: Hook) -> Hook:
     """A hook that ignores calls from other threads than the one that created its owner."""
 
     @wraps(hook)
-    def guarded(self: Any, *args: Any) -> None:  # torch may drop the keyword arguments while the hook is removed
-        if threading.get_ident() == self.thread:
-            hook(self, *args)
+    def guarded(self: Any, *args: Any) -> Any:  # torch may drop the keyword arguments while the hook is removed
+        return hook(self, *args) if threading.get_ident() == self.thread else None
 
     return guarded  # type: ignore[return-value]
 
@@ -202,8 +228,7 @@ class Capture(ABC):
         """
         bound = self.bound
         with running, ExitStack() as stack:  # attributions of several threads take turns
-            if _at_work:
-                raise ModelError("an attribution is already running in this thread; start the next one after it ends")
+            refuse_nested()
             self.altered, self.alterations = {}, alterations(bound)
             stack.enter_context(eager_with_patterns(bound))
             layers = [LayerCapture(self, index, self.is_checked(index)) for index in self.layers]
@@ -211,8 +236,7 @@ class Capture(ABC):
                 layer.hook(stack)
             if bound.stream_to is not None:
                 stack.enter_context(streamed(bound, bound.stream_to))
-            if self.packing.packed:
-                stack.callback(_packing.reset, _packing.set(self.packing))
+            stack.enter_context(in_one_row(self.packing))
             output = normed(bound, **self.packing.inputs(bound.input_device))
         self._must_have_ended(layers)
         self.normed = self.packing.flat(output)

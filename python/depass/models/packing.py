@@ -68,6 +68,10 @@ class Packing:
         flat = tensor if tensor.dim() == 2 else tensor.flatten(0, 1)
         return flat if self.packed else self._picked(flat)
 
+    def row_of(self, prompt: int, position: int) -> int:
+        """The index of a prompt's position in ``[B·T, ...]`` or ``[P, ...]`` of the model's tensors."""
+        return position + (sum(self.lengths[:prompt]) if self.packed else prompt * self.longest)
+
     def spread(self, tensor: Tensor) -> Tensor:
         """``[B, H, T, d]`` of a tensor ``[1, H, P, d]``, whose prompts end with copies of their last row."""
         rows = tensor[0].index_select(1, self._index("_spread", tensor.device))  # [H, B·T, d]
