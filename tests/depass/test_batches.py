@@ -357,7 +357,8 @@ def test_the_scores_of_a_pass_are_copied_together(device: str, monkeypatch: pyte
     real = torch.Tensor.cpu
 
     def counted(tensor: torch.Tensor) -> torch.Tensor:
-        copies.append(tensor.numel())
+        if tensor.is_floating_point():  # the layouts' offsets are on the CPU already
+            copies.append(tensor.numel())
         return real(tensor)
 
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
