@@ -87,13 +87,14 @@ def forward_scores(
     with torch.no_grad():
         done = scores._ProbedPass(dp.engine, [case], chosen, None)
         done.run()
-        logits, rows = scores.logits_of(done, [case.asked]), []
-        for j, one in enumerate(case.asked):
+        (readouts,) = scores.readouts_in(done, [case.asked])
+        flat = [readout for of_target in readouts for readout in of_target]
+        (of_readouts,) = scores.scores_of(done, [flat], [len(case.parts.sources)])
+        remaining, rows = iter(of_readouts), []
+        for j, (one, of_target) in enumerate(zip(case.asked, readouts, strict=True)):
             if one.layer is not None:
                 rows.append(scores._padded(done.probes[0, j][0], len(case.parts.sources)))
-                continue
-            for readout in scores.readouts_of(done, one, one.position, logits):
-                rows.append(scores.score(done, 0, 0, readout, len(case.parts.sources)))
+            rows += [next(remaining) for _ in of_target]
     return torch.stack(rows), [source.kind for source in case.parts.sources]
 
 

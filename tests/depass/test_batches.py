@@ -95,7 +95,7 @@ def ids_of(given: Any) -> tuple[int, ...]:
 @pytest.mark.parametrize("error", [IndexError("out of range"), RuntimeError("odd"), KeyError("x"), TargetError("none")])
 @pytest.mark.parametrize(
     "step",
-    ["request.encode", "request.decompose", "scores.readouts_of", "scores.scores_of",
+    ["request.encode", "request.decompose", "scores.readouts_in", "scores.scores_of",
      "scores.conservation_error", "scores.settings", "batches.judge"],
 )  # fmt: skip
 def test_whatever_one_prompt_raises_is_its_own_result(

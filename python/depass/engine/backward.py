@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import ModelError
-from ..inputs import targets
 from ..inputs.targets import Asked, Readout, Target
 from ..models import capture
 from ..models.alterations import alterations
@@ -34,6 +33,7 @@ from ..models.positions import fresh
 from ..models.trace import Trace
 from ..models.weights import dense, device_of
 from .passes import without_autocast
+from .scores import readouts_of
 
 BATCH_NUMBERS = 1 << 24  # numbers in the gradients of one layer that are computed at a time, for several targets
 Parts = Literal["heads", "attn", "neurons", "mlp"]
@@ -297,37 +297,26 @@ class Backward:
             norm = bound.final_norm.module
             normed = norm(last[None].to(device_of(norm)))[0]
         begins = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
-        logits = self._logits(normed, begins)
+        filled = readouts_of(self.asked, normed, begins, bound, self.tokenizer)
         self.readouts, seeds = [], []
         for b, (of_prompt, begin) in enumerate(zip(self.asked, begins, strict=True)):
             self.readouts.append([])
-            for asked in of_prompt:
+            for asked, of_target in zip(of_prompt, filled[b], strict=True):
                 at = begin + asked.position
-                for readout in self._readouts_of(asked, segments, normed, at, logits):
+                for readout in of_target or [self._probe(asked, segments, at)]:
                     seeds.append(self._seed(readout, b, last[at]))
                     self.readouts[-1].append(readout)
         return seeds
 
-    def _logits(self, normed: Tensor, begins: Sequence[int]) -> dict[int, Tensor]:
-        """The head's output ``[V]`` by position, for every position that a target needs."""
-        pairs = [(begin, each) for begin, of_prompt in zip(begins, self.asked, strict=True) for each in of_prompt]
-        wanted = sorted({begin + asked.position for begin, asked in pairs if asked.layer is None})
-        return dict(zip(wanted, self.bound.logits(normed[wanted]), strict=True)) if wanted else {}
-
-    def _readouts_of(
-        self, asked: Asked, segments: Sequence[_Segment], normed: Tensor, at: int, logits: dict[int, Tensor]
-    ) -> list[Readout]:
-        dtype = self.bound.state_dtype
-        if asked.layer is None:
-            own = logits[at].to(dtype)
-            return targets.fill(asked, normed[at].to(own), own, self.bound, self.tokenizer)
+    def _probe(self, asked: Asked, segments: Sequence[_Segment], at: int) -> Readout:
         assert asked.w is not None
+        assert asked.layer is not None
         index = asked.layer - self.start
         x = segments[index].leaf if index < len(segments) else segments[-1].output
-        x = self.packing.flat(x.detach())[at].to(dtype)
+        x = self.packing.flat(x.detach())[at].to(self.bound.state_dtype)
         w = asked.w.to(x)
         target = Target(asked.label, asked.kind, asked.position, layer=asked.layer, intercept=asked.intercept)
-        return [Readout(target, w, 0.0, float(w @ x))]
+        return Readout(target, w, 0.0, float(w @ x))
 
     def _seed(self, readout: Readout, prompt: int, x: Tensor) -> _Seed:
         """The start of a target, for the stream ``x`` ``[D]`` that the final norm reads at its position."""

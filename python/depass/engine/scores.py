@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def attribute(
     with capture.running:  # also while weights are read: another thread's pass may have moved them
         done = _ProbedPass(engine, cases, options, progress)
         done.run()
-        readouts = readouts_of(done, [case.asked for case in cases])
+        readouts = readouts_in(done, [case.asked for case in cases])
         scored = scores_of(done, [[each for some in of_case for each in some] for of_case in readouts],
                            [len(case.parts.sources) for case in cases])  # fmt: skip
         results = [_result(done, i, case, readouts[i], scored[i]) for i, case in enumerate(cases)]
@@ -94,27 +94,33 @@ def _result(
     )
 
 
-def readouts_of(done: Pass, asked: Sequence[Sequence[Asked]]) -> list[list[list[Readout]]]:
+def readouts_of(
+    asked: Sequence[Sequence[Asked]], normed: Tensor, starts: Sequence[int], bound: BoundModel, tokenizer: Any
+) -> list[list[list[Readout]]]:
     """The directions and the model's own logits by prompt and target; a probe has none. The head runs once.
 
     Args:
-        done: the pass, after :meth:`Pass.run`.
         asked: the targets of each prompt.
+        normed: ``[P, D]``, the residual stream of all prompts after the final norm.
+        starts: each prompt's first position in it.
+        bound: the model.
+        tokenizer: the tokenizer for labels; may be None.
     """
-    starts = done.propagation.prompt_start
     flat = [(starts[i] + each.position, each) for i, of_prompt in enumerate(asked) for each in of_prompt
             if each.layer is None]  # fmt: skip
     filled: Iterator[list[Readout]] = iter(())
     if flat:
         positions = sorted({position for position, _ in flat})
-        vectors, row_of = done.normed[positions], {position: row for row, position in enumerate(positions)}
-        logits, rows = done.bound.logits(vectors).to(done.bound.state_dtype), [row_of[position] for position, _ in flat]
-        filled = iter(
-            targets.fill(
-                [each for _, each in flat], vectors.to(logits)[rows], logits[rows], done.bound, done.engine.tokenizer
-            )
-        )
+        vectors, row_of = normed[positions], {position: row for row, position in enumerate(positions)}
+        logits, rows = bound.logits(vectors).to(bound.state_dtype), [row_of[position] for position, _ in flat]
+        own = vectors.to(logits)[rows]
+        filled = iter(targets.fill([each for _, each in flat], own, logits[rows], bound, tokenizer))
     return [[next(filled) if each.layer is None else [] for each in of_prompt] for of_prompt in asked]
+
+
+def readouts_in(done: Pass, asked: Sequence[Sequence[Asked]]) -> list[list[list[Readout]]]:
+    """:func:`readouts_of` a pass, after :meth:`Pass.run`."""
+    return readouts_of(asked, done.normed, done.propagation.prompt_start, done.bound, done.engine.tokenizer)
 
 
 def scores_of(done: Pass, readouts: Sequence[Sequence[Readout]], sources: Sequence[int]) -> list[Tensor]:

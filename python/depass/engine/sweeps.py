@@ -22,7 +22,7 @@ from ..sources.decompose import COMPONENT_BYTES
 from ..sources.source import Decomposition
 from .passes import Engine, Pass
 from .request import Options, Progress
-from .scores import conservation_error, must_be_finite, readouts_of, scores_of, settings
+from .scores import conservation_error, must_be_finite, readouts_in, scores_of, settings
 
 
 def grouped(
@@ -94,7 +94,7 @@ def sweep(
             done.run()
             began += options.stop - flat[0].layer
             if not readouts:
-                (by_target,) = readouts_of(done, [asked])
+                (by_target,) = readouts_in(done, [asked])
                 readouts = [readout for of_target in by_target for readout in of_target]
                 for readout in readouts:
                     must_be_finite(readout.target, readout.logit, engine.bound)
