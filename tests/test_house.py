@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"depass": ROOT / "python" / "depass", "depass_kernels": ROOT / "depass_kernels"}
-GROUND = ("errors", "checks", "files", "runs", "device_memory", "names")
+GROUND = ("errors", "checks", "files", "rules", "runs", "device_memory", "names")
 # a room may import from itself and from what stands above it here; rooms of one line know nothing of each other
 FLOORS = (
     GROUND, ("models",), ("inputs",), ("sources",), ("propagation", "views"), ("results",), ("engine",), ("api",),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .checks import integer, integers
+from .engine import linear, request, scores, sweeps
 from .engine import plan as plans
-from .engine import request, scores, sweeps
+from .engine.attribute import attribute
 from .engine.batches import Many, with_targets
 from .engine.generate import generate
 from .engine.passes import Engine
@@ -33,6 +34,7 @@ from .results.attribution import Attribution
 from .results.generation import Generation
 from .results.states import States
 from .results.sweep import Sweep
+from .rules import FORWARD
 from .sources.decompose import COMPONENTS, check_kind, decompose_components
 
 
@@ -42,14 +44,17 @@ class DePass:
     Args:
         model: a causal language model of HuggingFace transformers; it is not modified.
         tokenizer: its tokenizer, or None if all prompts and targets are token ids.
-        mlp_rule: the rule that shares an MLP neuron's output among the sources (docs/method.md, equation 4):
-            ``softmax`` (the paper's, equation 5), ``max``, ``relu``, ``linear`` or ``taylor``.
+        rule: the rule that shares an MLP neuron's output among the sources (docs/method.md, equation 4):
+            ``softmax`` (the paper's, equation 5), ``max``, ``relu``, ``linear``, or a linear rule, ``taylor``, ``half`` or
+            ``up``, which needs one backward pass whatever the number of sources.
         temperature: the temperature ``τ`` of the softmax rule, in units of the pre-activation.
         exclude_bos: whether the first token is excluded from the MLPs of later positions. ``"auto"`` excludes it if it is
             the tokenizer's BOS token.
         backend: the backend of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``. There is no
             silent fallback: a backend that cannot run here raises. ``depass backends`` lists what can run on this
             machine, and ``settings.backends`` of a result the backends used.
+        engine: ``"auto"``: linear rules (``taylor``, ``half``, ``up``) take one backward pass, other rules a decomposed
+            state; ``settings.engine`` of a result says which. ``"forward"``: ``taylor`` takes a decomposed state, too.
         workspace_bytes: the size of the block buffers; the default depends on the device. It changes results only by
             rounding.
         cuda_graphs: whether to record the layers of short prompts as CUDA graphs and replay them for later prompts with
@@ -68,10 +73,11 @@ class DePass:
         model: Any,
         tokenizer: Any = None,
         *,
-        mlp_rule: str = "softmax",
+        rule: str = "softmax",
         temperature: float = 0.1,
         exclude_bos: bool | Literal["auto"] = "auto",
         backend: str = "auto",
+        engine: Literal["auto", "forward"] = "auto",
         workspace_bytes: int | None = None,
         cuda_graphs: bool = False,
         stream_to: str | torch.device | None = None,
@@ -84,7 +90,7 @@ class DePass:
             raise OptionError(f"tokenizer must be a transformers tokenizer or None, got {type(tokenizer).__name__}")
         if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:
             raise OptionError(f"workspace_bytes must be positive, got {workspace_bytes}")
-        defaults = Defaults(mlp_rule, temperature, exclude_bos, backend)
+        defaults = Defaults(rule, temperature, exclude_bos, backend, engine)
         devices = {parameter.device for parameter in model.parameters()}
         if cuda_graphs:
             refuse_graphs(devices, bound.is_quantized)
@@ -157,7 +163,7 @@ class DePass:
         sources: Any = "token",
         start_layer: int = 0,
         stop_layer: int | None = None,
-        mlp_rule: str | None = None,
+        rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -179,7 +185,7 @@ class DePass:
             start_layer: the layer whose input is decomposed, from 0.
             stop_layer: one past the last layer that runs; by default all layers run. With fewer, the scores are read from
                 the residual stream there through the final norm and the head (a logit lens).
-            mlp_rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``.
+            rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``.
             temperature: the temperature of the softmax rule.
             exclude_bos: see :class:`DePass`.
             chat_template_kwargs: keyword arguments of the tokenizer's chat template, for chat messages: ``tools``,
@@ -196,10 +202,10 @@ class DePass:
             ConservationError: with ``strict``, the scores do not add up.
             MemoryLimitError: the device has too little memory.
         """
-        options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
         prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, target, sources, options)
-        (result,) = scores.attribute(self.engine, [case], options, callable_or_none("progress", progress))
+        (result,) = attribute(self.engine, [case], options, callable_or_none("progress", progress))
         if isinstance(result, DePassError):
             raise result
         scores.judge(result, strict, self.bound.tolerance)
@@ -216,7 +222,7 @@ class DePass:
         errors: Literal["raise", "return"] = "raise",
         start_layer: int = 0,
         stop_layer: int | None = None,
-        mlp_rule: str | None = None,
+        rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -239,7 +245,7 @@ class DePass:
                 all prompts before it. ``"return"`` yields the error in place of the result and continues.
             start_layer: see :meth:`attribute`.
             stop_layer: see :meth:`attribute`.
-            mlp_rule: see :meth:`attribute`.
+            rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
             chat_template_kwargs: see :meth:`attribute`; they hold for every prompt.
@@ -252,7 +258,7 @@ class DePass:
             OptionError: an option has an invalid value (raised at once), or there are no prompts.
             DePassError: with ``errors="raise"``, the error of :meth:`attribute`, with the prompt's index from 0.
         """
-        options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
         check_kind(sources)
         if integer("batch_tokens", batch_tokens, OptionError) < 1:
             raise OptionError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
@@ -284,7 +290,7 @@ class DePass:
         ids: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
         memory_bytes: int | None = None,
-        mlp_rule: str | None = None,
+        rule: str | None = None,
         temperature: float | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
@@ -303,7 +309,7 @@ class DePass:
             memory_bytes: the bytes that the decomposed states and their buffers may take besides the model; by default
                 half of the available memory. Layers that do not fit together run in groups, one pass per group; this
                 changes results only by rounding.
-            mlp_rule: replaces the constructor's rule for this call; so does ``temperature``.
+            rule: replaces the constructor's rule for this call; so does ``temperature``.
             temperature: the temperature of the softmax rule.
             chat_template_kwargs: see :meth:`attribute`.
             strict: see :meth:`attribute`; it holds for every layer.
@@ -319,7 +325,7 @@ class DePass:
             ConservationError: with ``strict``, the scores of a layer do not add up.
         """
         bound = self.bound
-        options = self._options(0, None, mlp_rule, temperature, False)
+        options = self._options(0, None, rule, temperature, False)
         if not isinstance(kind, str) or kind not in ("heads", "neurons", "modules"):
             raise OptionError(f"unknown kind of sweep {kind!r}; choose one of: 'heads', 'neurons', 'modules'")
         if kind == "modules" and ids is not None:
@@ -338,11 +344,15 @@ class DePass:
             for layer in wanted
         ]
         parts.sort(key=lambda of_layer: of_layer[0].layer)
+        report = callable_or_none("progress", progress)
         if memory_bytes is not None and integer("memory_bytes", memory_bytes, OptionError) < 1:
             raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
+        if options.linear:
+            result = linear.sweep(self.engine, encoded, parts, targets, options, kind, report)
+            scores.judge(result, strict, bound.tolerance)
+            return result
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
         groups = list(sweeps.grouped(parts, len(encoded.ids), budget, bound, self.engine.workspace_bytes))
-        report = callable_or_none("progress", progress)
         result = sweeps.sweep(self.engine, encoded, groups, targets, options, kind, report)
         scores.judge(result, strict, bound.tolerance)
         return result
@@ -354,7 +364,7 @@ class DePass:
         *,
         max_new_tokens: int = 20,
         sources: Any = "token",
-        mlp_rule: str | None = None,
+        rule: str | None = None,
         temperature_of_shares: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -369,7 +379,7 @@ class DePass:
             max_new_tokens: the most tokens to generate; the model may stop earlier.
             sources: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or :class:`Spans` of the prompt. Every
                 generated token is a separate source for the later ones.
-            mlp_rule: replaces the constructor's rule for this call; so do ``temperature_of_shares`` and ``exclude_bos``.
+            rule: replaces the constructor's rule for this call; so do ``temperature_of_shares`` and ``exclude_bos``.
             temperature_of_shares: the temperature of the softmax rule; ``temperature`` is the sampling temperature.
             exclude_bos: see :class:`DePass`.
             chat_template_kwargs: see :meth:`attribute`.
@@ -385,7 +395,7 @@ class DePass:
             PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
             NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
         """
-        options = self._options(0, None, mlp_rule, temperature_of_shares, exclude_bos)
+        options = self._options(0, None, rule, temperature_of_shares, exclude_bos)
         if isinstance(sources, COMPONENTS):
             raise OptionError(
                 f"generate() does not support {type(sources).__name__} as sources; use 'token', 'word', 'sentence' or "
@@ -429,7 +439,7 @@ class DePass:
         sources: Any = "token",
         start_layer: int = 0,
         stop_layer: int | None = None,
-        mlp_rule: str | None = None,
+        rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -444,7 +454,7 @@ class DePass:
             sources: see :meth:`attribute`.
             start_layer: see :meth:`attribute`.
             stop_layer: see :meth:`attribute`.
-            mlp_rule: see :meth:`attribute`.
+            rule: see :meth:`attribute`.
             temperature: see :meth:`attribute`.
             exclude_bos: see :meth:`attribute`.
             chat_template_kwargs: see :meth:`attribute`.
@@ -458,7 +468,10 @@ class DePass:
             PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
             NonFiniteError: a state is not finite.
         """
-        options = self._options(start_layer, stop_layer, mlp_rule, temperature, exclude_bos)
+        rule = self.engine.defaults.rule if rule is None else rule
+        if rule not in FORWARD:
+            raise OptionError(f"rule={rule!r} has no decomposed states; choose one of: {', '.join(FORWARD)}")
+        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
         prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, None, sources, options)
         decomposed = decomposed_layers(case.parts, options.stop)

@@ -80,8 +80,8 @@ def test_padding_has_no_attribution_and_changes_none(pad: str) -> None:
 
 def test_options_are_depasss() -> None:
     own = dp()
-    made = adapter.DePassAttribution(own, start_layer=1, mlp_rule="linear").attribute(torch.tensor(IDS), target=5)
-    assert made[0].equal(own.attribute(IDS[0], 5, start_layer=1, mlp_rule="linear").scores[0, -7:])
+    made = adapter.DePassAttribution(own, start_layer=1, rule="linear").attribute(torch.tensor(IDS), target=5)
+    assert made[0].equal(own.attribute(IDS[0], 5, start_layer=1, rule="linear").scores[0, -7:])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -71,9 +71,9 @@ def test_tokens_are_depasss_and_add_up_to_the_logits(name: str) -> None:
 
 def test_options_are_depasss() -> None:
     model = loaded("llama")
-    (found,) = attributed(model, start_layer=1, mlp_rule="linear", exclude_bos=True).sequence_attributions
+    (found,) = attributed(model, start_layer=1, rule="linear", exclude_bos=True).sequence_attributions
     dp, ids, _, targets = own(model)
-    res = dp.attribute(ids[:-1], targets, start_layer=1, mlp_rule="linear", exclude_bos=True)
+    res = dp.attribute(ids[:-1], targets, start_layer=1, rule="linear", exclude_bos=True)
     assert found.target_attributions[:-1, -1].equal(res.scores[-1])
 
 
@@ -107,10 +107,10 @@ def test_heads_and_their_rest_add_up_to_the_logits(name: str) -> None:
 def test_heads_at_a_position_are_depasss_where_sources_do_not_compete(name: str) -> None:
     # the taylor rule is linear: a source's score does not depend on which others stand beside it
     model = loaded(name)
-    (found,) = attributed(model, outputs="heads", mlp_rule="taylor").sequence_attributions
+    (found,) = attributed(model, outputs="heads", rule="taylor").sequence_attributions
     dp, ids, _, targets = own(model)
     for position in (0, len(ids) - 2):
-        res = dp.attribute(ids[:-1], targets[-1], sources=Heads(1, positions=[position]), mlp_rule="taylor")
+        res = dp.attribute(ids[:-1], targets[-1], sources=Heads(1, positions=[position]), rule="taylor")
         torch.testing.assert_close(
             found.target_attributions[position, -1, 1], res.scores[0, -HEADS:], rtol=1e-4, atol=1e-5
         )
@@ -196,8 +196,8 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         attributed(
             model, attributed_fn="contrast_logits_diff", contrast_targets="the cat cat.", contrast_force_inputs=True
         )
-    with pytest.raises(OptionError, match="unknown mlp_rule 'mean'"):
-        attributed(model, mlp_rule="mean")
+    with pytest.raises(OptionError, match="unknown rule 'mean'"):
+        attributed(model, rule="mean")
     model.model.config.model_type = "unknown"
     with pytest.raises(ModelError, match="unknown model family 'unknown'"):
         inseq.load_model(model.model, "depass", tokenizer=tokens.make())

@@ -68,9 +68,9 @@ def test_words_are_sums_of_tokens() -> None:
 
 
 def test_options_are_depasss() -> None:
-    explainer, found, res = explained("llama", start_layer=1, mlp_rule="taylor")
+    explainer, found, res = explained("llama", start_layer=1, rule="taylor")
     again = explainer.dp.attribute(list(res.prompt.ids), [Token(res.targets[0].token_ids[0], res.targets[0].position)],
-                                   start_layer=1, mlp_rule="taylor")  # fmt: skip
+                                   start_layer=1, rule="taylor")  # fmt: skip
     before = res.targets[0].position + 1
     assert found.attributions[0, :before].equal(again.scores[0, :before])
 

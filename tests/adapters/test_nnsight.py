@@ -76,8 +76,8 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         from_nnsight(model)
     with pytest.raises(ModelError, match="expected a HuggingFace causal language model, got Linear"):
         from_nnsight(nnsight.NNsight(torch.nn.Linear(2, 2)))
-    with pytest.raises(OptionError, match="unknown mlp_rule"):
-        from_nnsight(outer, mlp_rule="mean")
+    with pytest.raises(OptionError, match="unknown rule"):
+        from_nnsight(outer, rule="mean")
     with outer.edit(inplace=True):
         outer.model.layers[1].mlp.output = outer.model.layers[1].mlp.output * 0
     with pytest.raises(ModelError, match=r"the nnsight model has edits \("):

@@ -99,8 +99,8 @@ def test_what_cannot_be_done_is_refused_by_name(booted: Any) -> None:
     model, bridge = booted("llama")
     with pytest.raises(ModelError, match="expected a TransformerBridge, got LlamaForCausalLM"):
         from_bridge(model)
-    with pytest.raises(OptionError, match="unknown mlp_rule"):
-        from_bridge(bridge, mlp_rule="mean")
+    with pytest.raises(OptionError, match="unknown rule"):
+        from_bridge(bridge, rule="mean")
     bridge.add_hook("blocks.1.mlp.hook_out", lambda tensor, hook: tensor * 0)
     with pytest.raises(ModelError, match=r"the bridge has hooks \(blocks.1.mlp.hook_out, "):
         from_bridge(bridge)

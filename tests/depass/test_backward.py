@@ -82,7 +82,7 @@ def forward_scores(
     dp: DePass, ids: list[int], target: Any, sources: Any = "token", **options: Any
 ) -> tuple[Tensor, list[str]]:
     """The forward engine's scores ``[T, M]`` in the state's dtype, for the taylor rule, and the sources' kinds."""
-    chosen = request.options(dp.engine.defaults, dp.bound, **{"mlp_rule": "taylor", "exclude_bos": False, **options})
+    chosen = request.options(dp.engine.defaults, dp.bound, **{"rule": "taylor", "exclude_bos": False, **options})
     case = request.case(dp.bound, None, ids, target, sources, chosen)
     with torch.no_grad():
         done = scores._ProbedPass(dp.engine, [case], chosen, None)

@@ -62,7 +62,7 @@ def test_two_hundred_mixes_of_lengths(device: str) -> None:
 @pytest.mark.parametrize("rule", ["softmax", "linear", "taylor"])
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_every_family(name: str, rule: str, device: str) -> None:
-    dp = DePass(models.make(name, torch.float64, device), mlp_rule=rule)
+    dp = DePass(models.make(name, torch.float64, device), rule=rule)
     prompts = [models.prompt(length, length) for length in (4, 17, 1, 9)]
     for ids, got in zip(prompts, dp.attribute_many(prompts, 5, exclude_bos=True), strict=True):
         same(got, dp.attribute(ids, 5, exclude_bos=True), 1e-6)
@@ -200,7 +200,7 @@ def test_options_that_no_prompt_could_have_are_refused_at_once() -> None:
         ([[3]], {"batch_tokens": 0}, "batch_tokens must be a positive integer, got 0"),
         ([[3]], {"errors": "skip"}, "errors must be 'raise' or 'return', got 'skip'"),
         ([[3]], {"target": 5, "targets": [5]}, "not both"),
-        ([[3]], {"mlp_rule": "no"}, "unknown mlp_rule 'no'"),
+        ([[3]], {"rule": "no"}, "unknown rule 'no'"),
         ([[3]], {"targets": "ab"}, "targets must be an iterable of targets, got str"),
         ([[3]], {"targets": 5}, "targets must be an iterable of targets, got int"),
     ]

@@ -62,7 +62,7 @@ def test_parallel_models_without_a_flag_can_be_declared(name: str, family: Famil
     assert max(worst(model, family).values()) < 1 / 4
     if dtype in (torch.float32, torch.float64):
         for rule in ("softmax", "taylor"):  # taylor divides by the pre-activations, so it shows a wrong reading
-            DePass(model, family=family, mlp_rule=rule).attribute(models.prompt(9), 5, strict=True)
+            DePass(model, family=family, rule=rule).attribute(models.prompt(9), 5, strict=True)
 
 
 def with_clamped_values(model: Any) -> None:

@@ -62,7 +62,7 @@ def test_it_shows_saves_and_draws(folder: str, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("attribute", "the cat", "-m", folder, "--json", "--dtype", "float64", "--mlp-rule", "max") == 0
+    assert run("attribute", "the cat", "-m", folder, "--json", "--dtype", "float64", "--rule", "max") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["settings"]["dtype"] == "float64"
     assert printed["settings"]["rule"] == "max"
@@ -81,7 +81,7 @@ def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[
         (["attribute", ""], 2, "the prompt is empty"),
         (["attribute", "bad \udcff"], 2, "bytes that are not UTF-8"),
         (["attribute", "x", "--temperature", "0"], 2, "temperature must be a positive number"),
-        (["attribute", "x", "--mlp-rule", "mean"], 2, "invalid choice: 'mean'"),
+        (["attribute", "x", "--rule", "mean"], 2, "invalid choice: 'mean'"),
         (["attribute", "x", "--device", "toaster"], 2, "there is no such device"),
         (["attribute", "x", "--device", "cuda:99"], 2, "CUDA devices here"),
         (["attribute", "x", "-m", "/no/such/folder"], 1, "the model path '/no/such/folder' is not a directory"),

@@ -197,7 +197,7 @@ def test_subspaces_agree_with_the_definition(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", models.CONFIGS)
 @pytest.mark.parametrize("rule", ["max", "relu", "linear", "taylor"])
 def test_every_rule_conserves(name: str, rule: str, device: str) -> None:
-    dp, ids = DePass(models.make(name, torch.float64, device), mlp_rule=rule), models.prompt(9)
+    dp, ids = DePass(models.make(name, torch.float64, device), rule=rule), models.prompt(9)
     for spec in ("heads", "three neurons", "attn", "basis"):
         states = dp.states(ids, sources=SPECS[spec](dp, ids))
         for layer, stream in states.residual.items():

@@ -113,11 +113,11 @@ def test_a_row_is_its_own_attribution(model: str, dp: DePass, tmp_path: Path) ->
         ("the cat sat", " cat"), ("the cat", 9), (CHAT, None), ([5, 6, 7, 8], None), ("b" * 40, "the"), ("x", "."),
     ]  # fmt: skip
     data = written(tmp_path / "data.jsonl", [{"prompt": prompt, "target": target} for prompt, target in asked])
-    assert run(data, model, tmp_path / "out", "--mlp-rule", "linear") == 0
+    assert run(data, model, tmp_path / "out", "--rule", "linear") == 0
     found = rows(tmp_path / "out")
     assert [row["id"] for row in found] == [str(i) for i in range(len(asked))]
     for row, (prompt, target) in zip(found, asked, strict=True):
-        alone = dp.attribute(prompt, target, mlp_rule="linear")
+        alone = dp.attribute(prompt, target, rule="linear")
         assert (row["status"], row["error"]) == ("ok", None)
         assert row["tokens"] == list(alone.prompt.tokens)
         assert row["target"] == alone.targets[0].label
@@ -360,9 +360,9 @@ def test_another_run_in_the_folder_must_be_the_same(
     copy.write_bytes(data.read_bytes())
     assert run(copy, model, out) == 0
     before, said = shards(out), (out / "run.json").read_bytes()
-    assert run(copy, model, out, "--mlp-rule", "max") == 2
+    assert run(copy, model, out, "--rule", "max") == 2
     assert (
-        "mlp_rule 'softmax', but this run has 'max'; use the same options, or choose another --out"
+        "rule 'softmax', but this run has 'max'; use the same options, or choose another --out"
         in capsys.readouterr().err
     )
     copy.write_bytes(data.read_bytes() + b'{"prompt": "one more"}\n')
@@ -723,13 +723,13 @@ def test_a_prompt_that_is_nested_too_deep_for_ray_is_a_row_with_its_error() -> N
 
 def test_a_worker_that_gets_pickled_options_makes_the_shard_that_this_process_makes(model: str, dp: DePass) -> None:
     options = DatasetOptions(
-        data="none", out="none", model=model, sources="word", mlp_rule="linear", workers=3, batch_tokens=64
+        data="none", out="none", model=model, sources="word", rule="linear", workers=3, batch_tokens=64
     )
     sent = pickle.loads(pickle.dumps(options))
     assert sent == options
     rows = [Row("a", "the cat sat"), Row("b", [5, 6, 7], 9), Row("c", broken="no prompt")]
     first, made = Worker(sent).make(8, _described(rows))
-    linear = DePass.from_pretrained(model, mlp_rule="linear")
+    linear = DePass.from_pretrained(model, rule="linear")
     assert first == 8
     assert made == attributed(linear, rows, "word", 64)
     assert made != attributed(dp, rows, "word", 64)

@@ -199,7 +199,7 @@ def test_the_command_writes_every_setting_by_the_name_that_begun_runs_have(
         "dtype": "float32", "quantization": "4bit", "backend": "auto", "data": source, "seed": 2, "limit": None,
         "methods": "random", "keep_wrong": True, "retokenize": False,
         "data_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
-        "model": dp.name, "mlp_rule": "softmax", "temperature": 0.1, "exclude_bos": "auto",
+        "model": dp.name, "rule": "softmax", "temperature": 0.1, "exclude_bos": "auto",
     }  # fmt: skip
     options = tokens.TokensOptions(data=source, seed=2, methods="random", keep_wrong=True)
     run(TASKS["tokens"], dp, options, out, quantization="4bit")
@@ -546,7 +546,7 @@ def test_every_rule_is_measured_and_adds_up(tmp_path: Path) -> None:
         made = data.pair(dp, data.prompts(source, 0, None)[int(name)])
         for variant in (rules.Variant("relu", None, True), rules.Variant("softmax", 3.0, False)):
             found = dp.attribute(
-                list(made.ids), made.answer[0], mlp_rule=variant.rule, temperature=variant.temperature,
+                list(made.ids), made.answer[0], rule=variant.rule, temperature=variant.temperature,
                 exclude_bos=variant.excluded,
             )  # fmt: skip
             gone = int(found.scores[0, :-1].argmax())

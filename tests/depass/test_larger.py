@@ -85,7 +85,7 @@ def test_offloaded_results_are_the_same(name: str, offloaded: Any) -> None:
     assert len(before) > len(list(spread.model.parameters())) / 2
     for work in (
         lambda dp: dp.attribute(ids, [5, 7]).scores,
-        lambda dp: dp.attribute(ids, 5, mlp_rule="taylor").scores,
+        lambda dp: dp.attribute(ids, 5, rule="taylor").scores,
         lambda dp: dp.attribute(ids, 5, stop_layer=2).scores,
         lambda dp: dp.attribute(ids, 5, sources=Neurons(1, ids=[0, 3])).scores,
         lambda dp: dp.attribute(ids, 5, sources=Modules(2, "mlp")).scores,

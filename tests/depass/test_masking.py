@@ -113,8 +113,8 @@ def test_an_attribution_under_a_mask_is_that_of_the_model_without_the_weights(
     projection = layer.output if kind == "heads" else layer.down
     d = projection.weight.shape[1] // 4 if kind == "heads" else 1
     projection.weight.data[:, [*range(d), *range(3 * d, 4 * d)]] = 0
-    dp, ids = DePass(masked, mlp_rule=rule), IDS[0].tolist()
-    expected = DePass(removed, mlp_rule=rule)
+    dp, ids = DePass(masked, rule=rule), IDS[0].tolist()
+    expected = DePass(removed, rule=rule)
     context = getattr(masking, kind)
     with context(dp, {1: [0, 3]}):
         got, sweep = dp.attribute(ids, [5, 17]), dp.sweep("heads", ids, 5)

@@ -37,7 +37,7 @@ def check(
     oracle = Oracle(name, its, ids, starts, owner, bias)
     excluded = (1 if bias else 0) if exclude else None
     expected = oracle.run(rule, tau, excluded)
-    states = DePass(its, mlp_rule=rule, temperature=tau).states(ids, sources=sources, exclude_bos=exclude)
+    states = DePass(its, rule=rule, temperature=tau).states(ids, sources=sources, exclude_bos=exclude)
     assert (states.sources[0].kind == "bias") == bias
     for layer in range(models.LAYERS + 1):
         truth = torch.stack([torch.stack(row) for row in expected[layer]])

@@ -307,7 +307,7 @@ def test_a_direction_must_have_the_models_width(dp: DePass) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mlp_rule": "mean"}, "unknown mlp_rule 'mean'; choose one of: softmax, max, relu, linear, taylor"),
+        ({"rule": "mean"}, "unknown rule 'mean'; choose one of: softmax, max, relu, linear, taylor"),
         ({"temperature": 0}, "temperature must be a positive number, got 0"),
         ({"temperature": "hot"}, "got 'hot'"),
         ({"exclude_bos": "yes"}, "exclude_bos must be 'auto', True or False, got 'yes'"),
@@ -324,7 +324,7 @@ def test_options_that_are_none_are_refused(dp: DePass, options: dict[str, Any], 
 
 def test_constructor_options_are_checked_at_once(dp: DePass) -> None:
     for options in (
-        {"mlp_rule": "mean"},
+        {"rule": "mean"},
         {"temperature": -1},
         {"exclude_bos": 3},
         {"backend": "metal"},

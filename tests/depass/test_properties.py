@@ -217,7 +217,7 @@ def test_states_of_random_shapes_are_the_slow_loops(data: st.DataObject) -> None
     oracle = Oracle(name, its, ids, [*always, *(begin for begin, _ in sorted(ranges))], owner, name in BIASED)
     expected = oracle.run(rule, tau, len(always) if exclude else None)
 
-    dp = DePass(its, mlp_rule=rule, temperature=tau, workspace_bytes=workspace)
+    dp = DePass(its, rule=rule, temperature=tau, workspace_bytes=workspace)
     states = dp.states(ids, sources=Spans(ranges), exclude_bos=exclude)
     for layer, rows in enumerate(expected):
         truth = torch.stack([torch.stack(row) for row in rows])
@@ -234,7 +234,7 @@ def test_parts_of_random_shapes_add_up_alone_and_together(data: st.DataObject) -
         st.lists(st.lists(st.integers(3, models.VOCABULARY - 1), min_size=1, max_size=24), min_size=1, max_size=4)
     )
     dp = DePass(
-        its, mlp_rule=data.draw(st.sampled_from(RULES[:-1])), workspace_bytes=data.draw(st.sampled_from([None, 999]))
+        its, rule=data.draw(st.sampled_from(RULES[:-1])), workspace_bytes=data.draw(st.sampled_from([None, 999]))
     )
     sources = data.draw(st.sampled_from(["token", Heads(0), Spans([(0, 1)])]))
     asked = [TopK(1), data.draw(st.integers(0, models.VOCABULARY - 1))]
@@ -305,7 +305,7 @@ def everything(backend: str) -> list[Tensor]:
         for dtype in (torch.float32, torch.bfloat16):
             dp, ids = DePass(models.make(name, dtype), backend=backend), models.prompt(33)
             found += [dp.attribute(ids, [TopK(3), 5]).scores, dp.attribute(ids, 5, sources=Spans([(2, 9)])).scores]
-            found += [dp.attribute(ids, 5, mlp_rule=rule).scores for rule in RULES]
+            found += [dp.attribute(ids, 5, rule=rule).scores for rule in RULES]
             found += [dp.sweep("heads", ids, 5).scores, dp.attribute(ids, 5, sources=Heads(1)).scores]
             found += [one.scores for one in dp.attribute_many([ids, ids[:7], ids[3:]], 5)]  # type: ignore[union-attr]
             found.append(dp.generate(ids, max_new_tokens=3).attribution.scores)

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from depass import DePass
 
-SOFTMAX = {"mlp_rule": "softmax", "temperature": 0.1, "exclude_bos": True}
+SOFTMAX = {"rule": "softmax", "temperature": 0.1, "exclude_bos": True}
 CALLS: dict[str, dict[str, Any]] = {
     "token.softmax.ignore1": SOFTMAX,
     "token.softmax.ignore0": {**SOFTMAX, "exclude_bos": False},
     "token.softmax.temp07": {**SOFTMAX, "temperature": 0.7},
-    "token.max.ignore1": {**SOFTMAX, "mlp_rule": "max"},
-    "token.max.ignore0": {**SOFTMAX, "mlp_rule": "max", "exclude_bos": False},
-    "token.taylor.ignore1": {**SOFTMAX, "mlp_rule": "taylor"},
-    "token.taylor.ignore0": {**SOFTMAX, "mlp_rule": "taylor", "exclude_bos": False},
+    "token.max.ignore1": {**SOFTMAX, "rule": "max"},
+    "token.max.ignore0": {**SOFTMAX, "rule": "max", "exclude_bos": False},
+    "token.taylor.ignore1": {**SOFTMAX, "rule": "taylor"},
+    "token.taylor.ignore0": {**SOFTMAX, "rule": "taylor", "exclude_bos": False},
     "token.from1": {**SOFTMAX, "start_layer": 1},
     "token.0to2": {**SOFTMAX, "stop_layer": 2},
 }

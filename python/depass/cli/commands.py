@@ -28,7 +28,7 @@ def _attribute(options: argparse.Namespace) -> None:
 
     gc.disable()  # collecting takes a fifth of the start-up time, and the process is short
     targets = [_target(text) for text in options.target] if options.target else None
-    dp = load_model(read_options(ModelOptions, options), mlp_rule=options.mlp_rule, temperature=options.temperature)
+    dp = load_model(read_options(ModelOptions, options), rule=options.rule, temperature=options.temperature)
     from ..sources.spans import named  # needs torch
 
     sources = named(options.sources, options.language)

@@ -128,7 +128,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "--target", action="append", metavar="TARGET",
         help="the token to explain: text (' Europe'), id:1910 or top:5; may be repeated (default: the model's next token)",
     )  # fmt: skip
-    add_options(attribute, DatasetOptions, ("sources", "language", "mlp_rule", "temperature"))
+    add_options(attribute, DatasetOptions, ("sources", "language", "rule", "temperature"))
     add("--save-path", metavar="FILE", help="save the result as safetensors (Attribution.load reads it)")
     add("--viz-path", metavar="FILE.html", help="write a standalone HTML page")
     add("--json", action="store_true", help="print the result as JSON instead of coloured text")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..errors import OptionError
 
-OPTIONS = ("start_layer", "stop_layer", "mlp_rule", "temperature", "exclude_bos", "strict")
+OPTIONS = ("start_layer", "stop_layer", "rule", "temperature", "exclude_bos", "strict")
 
 
 def check_options(of: str, given: Iterable[str]) -> None:

@@ -44,7 +44,7 @@ class DePassAttribution(CaptumAttribution):
 
     Args:
         dp: the model.
-        options: options of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
+        options: options of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``rule``, ``temperature``,
             ``exclude_bos``, ``strict``.
 
     Raises:

@@ -68,7 +68,7 @@ class _Method(InseqAttribution):
         additional_forward_args: Any,
         outputs: Literal["tokens", "layers", "heads"] = "tokens",
         start_layer: int = 0,
-        mlp_rule: str | None = None,
+        rule: str | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
     ) -> Any:
@@ -81,7 +81,7 @@ class _Method(InseqAttribution):
             outputs: ``"tokens"``: ``[B, N, N]``. ``"layers"``: ``[B, N, N, L]``, the tokens' states that enter each layer
                 as sources. ``"heads"``: ``[B, N, N, L, H]``, each head's output at each position as a source.
             start_layer: see :meth:`DePass.attribute`.
-            mlp_rule: see :meth:`DePass.attribute`.
+            rule: see :meth:`DePass.attribute`.
             temperature: see :meth:`DePass.attribute`.
             exclude_bos: see :meth:`DePass.attribute`.
 
@@ -96,7 +96,7 @@ class _Method(InseqAttribution):
             raise OptionError(f"exclude_bos={exclude_bos!r}: outputs='heads' has no tokens to exclude; leave it out")
         ids, last, attributed_fn, mask, _, names, *values = additional_forward_args
         explained = _Explained(self.forward_func, attributed_fn, dict(zip(names, values, strict=True)), len(ids))
-        options = {"mlp_rule": mlp_rule, "temperature": temperature}
+        options = {"rule": rule, "temperature": temperature}
         padded = ids.shape[1]
         tables, self.rest = [], []
         for own, kept, following in zip(ids, mask.bool(), last.flatten().tolist(), strict=True):

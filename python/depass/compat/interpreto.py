@@ -42,7 +42,7 @@ class DePassExplainer(GenerationAttributionExplainer):
         granularity_aggregation_strategy: how token scores are combined into words or sentences. The default is the sum,
             because scores and logits add up.
         inference_mode: must be ``InferenceModes.LOGITS``, because DePass scores add up to logits.
-        options: options of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``mlp_rule``, ``temperature``,
+        options: options of :meth:`DePass.attribute`: ``start_layer``, ``stop_layer``, ``rule``, ``temperature``,
             ``exclude_bos``, ``strict``.
 
     Attributes:

@@ -327,7 +327,7 @@ class _Exact:
     """The exact decomposition by :class:`depass.DePass`: its parts add up."""
 
     def __init__(self, model: Any, rule: str, temperature: float, exclude_first: bool) -> None:
-        self.dp = DePass(model, None, mlp_rule=rule, temperature=temperature, exclude_bos=False)
+        self.dp = DePass(model, None, rule=rule, temperature=temperature, exclude_bos=False)
         self.exclude_first, self.bound = exclude_first, self.dp.bound
         self.depth = len(self.bound.layers)
 

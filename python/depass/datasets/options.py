@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from depass_kernels.names import RULES
-
 from ..arguments import ModelOptions, argument
+from ..rules import RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class DatasetOptions(ModelOptions):
         split: the split of a Hugging Face data set; None: ``train``.
         sources: ``token``, ``word`` or ``sentence``.
         language: the language of sentences, as its code.
-        mlp_rule: how each neuron's output is shared among the sources, one of :data:`depass_kernels.names.RULES`.
+        rule: how each neuron's output is shared among the sources, one of :data:`depass.rules.RULES`.
         temperature: temperature of the softmax rule.
         shard_rows: rows per output file.
         batch_tokens: tokens per pass; None: 1024, or fewer where memory is short.
@@ -69,7 +68,7 @@ class DatasetOptions(ModelOptions):
     language: str = field(
         default="en", metadata=argument("language of --sources sentence, as its code (default: en)", metavar="CODE")
     )
-    mlp_rule: str = field(
+    rule: str = field(
         default="softmax",
         metadata=argument("how each neuron's output is shared among the sources (default: softmax)", choices=RULES),
     )

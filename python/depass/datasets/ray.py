@@ -98,7 +98,7 @@ class Worker:
     def dp(self) -> DePass:
         """The model, loaded with the first shard: a worker that dies meanwhile has died on its shard."""
         options = self.options
-        return arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature)
+        return arguments.load_model(options, rule=options.rule, temperature=options.temperature)
 
     @cached_property
     def tokens(self) -> int:

@@ -23,7 +23,7 @@ SETTINGS = (
     "quantization",
     "sources",
     "language",
-    "mlp_rule",
+    "rule",
     "temperature",
     "backend",
     "subset",
@@ -105,4 +105,4 @@ def _engine(options: DatasetOptions) -> Engine:
         return on_ray(options)
     if options.ray_address is not None or options.workers != 1:
         raise OptionError("--workers and --ray-address need --engine ray; add it, or leave them out")
-    return local(arguments.load_model(options, mlp_rule=options.mlp_rule, temperature=options.temperature), options)
+    return local(arguments.load_model(options, rule=options.rule, temperature=options.temperature), options)

@@ -12,9 +12,10 @@ import torch
 from ..errors import DePassError, OptionError
 from ..models.bound import BoundModel
 from ..results.attribution import Attribution
+from .attribute import attribute
 from .passes import Engine
 from .request import Case, Options, case
-from .scores import attribute, judge
+from .scores import judge
 
 
 @dataclass

@@ -17,9 +17,9 @@ from ..models.health import refuse_dropout
 from ..models.positions import fresh
 from ..results.generation import Generation
 from ..sources.spans import Sentences, Spans, token_ranges, unit_ranges
+from .attribute import attribute
 from .passes import Engine
 from .request import Case, Options, Progress, decompose, decomposed_layers
-from .scores import attribute
 
 _OURS = (
     "input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "return_dict_in_generate",

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from depass_kernels.names import NAMES, RULES
+from depass_kernels.names import NAMES
 
 from ..checks import integer
-from ..errors import OptionError
+from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Asked, check
 from ..models.bound import BoundModel
+from ..models.linearised import refuse
 from ..propagation.sharing import MLPSharing
+from ..rules import FORWARD, LINEAR, RULES
 from ..sources.components import Heads, Modules, Neurons
 from ..sources.decompose import COMPONENTS, check_kind, decompose_components
 from ..sources.source import Decomposition
@@ -36,9 +38,12 @@ class Defaults:
     temperature: float = 0.1
     exclude_bos: Exclude = "auto"
     backend: str = "auto"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         self.sharing(None, None)
+        if self.engine not in ("auto", "forward"):
+            raise OptionError(f"engine must be 'auto' or 'forward', got {self.engine!r}")
         _check_exclude(self.exclude_bos)
 
     def sharing(self, rule: str | None, temperature: float | None) -> MLPSharing:
@@ -50,7 +55,7 @@ class Defaults:
         rule = self.rule if rule is None else rule
         temperature = self.temperature if temperature is None else temperature
         if rule not in RULES:
-            raise OptionError(f"unknown mlp_rule {rule!r}; choose one of: {', '.join(RULES)}")
+            raise OptionError(f"unknown rule {rule!r}; choose one of: {', '.join(RULES)}")
         number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
         if not number or not 0 < temperature <= sys.float_info.max:
             raise OptionError(f"temperature must be a positive number, got {temperature!r}")
@@ -68,12 +73,14 @@ class Options:
         stop: one past the last layer.
         sharing: the rule that shares MLP outputs among the sources.
         exclude: whether the first token is excluded from the MLPs of later positions.
+        linear: whether a backward pass of the linearised model scores the sources, and not a decomposed state.
     """
 
     start: int
     stop: int
     sharing: MLPSharing
     exclude: Exclude
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def options(
     bound: BoundModel,
     start_layer: int = 0,
     stop_layer: int | None = None,
-    mlp_rule: str | None = None,
+    rule: str | None = None,
     temperature: float | None = None,
     exclude_bos: Exclude | None = None,
 ) -> Options:
@@ -108,7 +115,39 @@ def options(
             f"of {bound.name}"
         )
     exclude = _check_exclude(defaults.exclude_bos if exclude_bos is None else exclude_bos)
-    return Options(start, stop, defaults.sharing(mlp_rule, temperature), exclude)
+    sharing = defaults.sharing(rule, temperature)
+    linear = _is_linear(sharing.rule, defaults.engine, bound)
+    if linear and exclude is True:
+        raise OptionError(
+            f"exclude_bos=True has no effect under rule={sharing.rule!r}, where sources do not compete for a neuron; leave "
+            "it out"
+        )
+    return Options(start, stop, sharing, False if linear else exclude, linear)
+
+
+def _is_linear(rule: str, engine: str, bound: BoundModel) -> bool:
+    """Whether a backward pass serves the rule; ``taylor`` stays with the forward engine where the model takes no gradients.
+
+    Raises:
+        OptionError: the forward engine was asked for, which does not have the rule.
+        ModelError: the rule needs the backward engine, and the model takes no gradients.
+    """
+    if rule not in LINEAR:
+        return False
+    has_both = rule in FORWARD
+    if engine == "forward":
+        if not has_both:
+            raise OptionError(
+                f"engine='forward' does not have rule={rule!r}; leave engine out, or choose one of: {', '.join(FORWARD)}"
+            )
+        return False
+    try:
+        refuse(bound)
+    except ModelError:
+        if not has_both:
+            raise
+        return False
+    return True
 
 
 def case(bound: BoundModel, tokenizer: Any, prompt: Any, target: Any, sources: Any, chosen: Options) -> Case:

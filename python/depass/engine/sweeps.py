@@ -106,10 +106,10 @@ def sweep(
     if not all(bool(row.isfinite().all()) for row in rows):
         raise NonFiniteError(f"the scores are not finite; {blame(engine.bound)}")
     layers = [layer for group in groups for layer in group]
-    return _stacked(rows, layers, readouts, kind, prompt, how)
+    return stacked(rows, layers, readouts, kind, prompt, how)
 
 
-def _stacked(
+def stacked(
     rows: list[Tensor],  # [targets, sources], of each decomposition
     layers: Sequence[Sequence[Decomposition]],
     readouts: Sequence[Readout],
@@ -117,6 +117,7 @@ def _stacked(
     prompt: Prompt,
     how: Settings,
 ) -> Sweep:
+    """A sweep's result, from the scores of each decomposition."""
     parts = [part for layer in layers for part in layer]
     always = [len([s for s in part.sources if s.kind in ("bias", "rest")]) for part in parts]
     per_layer = len(layers[0])

@@ -77,7 +77,7 @@ class Rules(Task[RulesOptions]):
         """Each prompt's curves for each variant."""
         scorers = {
             variant.name: partial(
-                depass, mlp_rule=variant.rule, temperature=variant.temperature, exclude_bos=variant.excluded
+                depass, rule=variant.rule, temperature=variant.temperature, exclude_bos=variant.excluded
             )
             for variant in VARIANTS
         }

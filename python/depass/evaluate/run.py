@@ -125,7 +125,7 @@ def _settings(
         "backend": defaults.backend,
         **task_options,
         "model": dp.name,
-        "mlp_rule": defaults.rule,
+        "rule": defaults.rule,
         "temperature": defaults.temperature,
         "exclude_bos": defaults.exclude_bos,
     }

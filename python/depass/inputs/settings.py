@@ -23,6 +23,7 @@ class Settings:
         method: ``depass``, or the name of a baseline (:mod:`depass.baselines`), whose scores need not add up.
         altered: the layer that computed something else than its weights say, and the hook that did it; None for an
             unaltered model.
+        engine: ``forward`` for a decomposed state, ``backward`` for a linear rule's backward pass, ``none`` for a baseline.
         padded: whether the model ran on padded prompts, because it takes no ``position_ids``; False for a single prompt.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     method: str = "depass"
     altered: str | None = None
     padded: bool = False
+    engine: str = "forward"
 
     @property
     def adds_up(self) -> bool:

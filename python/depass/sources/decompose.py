@@ -67,7 +67,7 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
         else:
             _must_vanish(missing, parts.whole(trace), spec, bound)
 
-    return Decomposition(sources, layout, False, layer, parts.moment, fill)
+    return Decomposition(sources, layout, False, layer, parts.moment, fill, spec)
 
 
 _MAKERS: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {

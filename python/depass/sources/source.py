@@ -52,6 +52,7 @@ class Decomposition:
         excluded: whether the first token is excluded from the MLPs of later positions.
         layer: the layer at which the residual stream is decomposed.
         moment: the point in that layer: before it, between attention and MLP, or after it.
+        spec: the component spec that it was laid out from, with its layer counted from 0; None for sources of the prompt.
         fill: a function that takes the state's rows ``[R, D]``, which are zero, and the prompt's trace of that layer. It
             writes the initial vectors of every source, so that ``Σ_m X[m, t] = x[t]`` (docs/method.md, equation 1).
     """
@@ -62,6 +63,7 @@ class Decomposition:
     layer: int
     moment: Moment
     fill: Callable[[Tensor, Trace], None]
+    spec: Any = None
 
 
 def check_labels(labels: Any, count: int, of: str) -> Sequence[str] | None:

@@ -1,0 +1,274 @@
+"""Linear rules: sources of any kind, and sweeps over all layers, scored by one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..device_memory import shown
+from ..errors import DePassError, MemoryLimitError, NonFiniteError
+from ..inputs.prompt import Prompt
+from ..inputs.settings import Settings
+from ..inputs.targets import Asked
+from ..models import capture
+from ..models.bound import BoundModel
+from ..models.health import blame, dtype_name
+from ..models.linearised import RULES
+from ..models.trace import Trace
+from ..propagation.needs import room
+from ..results.attribution import Attribution
+from ..results.sweep import Sweep
+from ..sources.components import Heads, Neurons
+from ..sources.source import Decomposition
+from .backward import Backward, LayerGradients, Parts, StreamGradient
+from .passes import Engine
+from .request import Case, Options, Progress
+from .scores import conservation_error, must_be_finite
+from .sweeps import stacked
+
+
+def attribute(
+    engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None
+) -> list[Attribution | DePassError]:
+    """Attribute cases in one pass there and back; returns an error in place of the result of a case that fails."""
+    parts = [[case.parts] for case in cases]
+    with capture.running:
+        done = _SourcesPass(
+            engine, [case.prompt for case in cases], [case.asked for case in cases], parts, options, progress
+        )
+        done.run()
+    return [_result(done, i, case) for i, case in enumerate(cases)]
+
+
+def sweep(
+    engine: Engine,
+    prompt: Prompt,
+    layers: Sequence[Sequence[Decomposition]],
+    asked: Sequence[Asked],
+    options: Options,
+    kind: Literal["heads", "neurons", "modules"],
+    progress: Progress | None = None,
+) -> Sweep:
+    """Score the components of all layers in one pass; a layer has one decomposition, or for modules two."""
+    flat = [parts for layer in layers for parts in layer]
+    with capture.running:
+        done = _SourcesPass(engine, [prompt], [asked], [flat], options, progress)
+        done.run()
+    readouts, rows = done.readouts[0], done.scores[0]
+    for readout in readouts:
+        must_be_finite(readout.target, readout.logit, engine.bound)
+    if not all(bool(row.isfinite().all()) for row in rows):
+        raise NonFiniteError(f"the scores are not finite; {blame(engine.bound)}")
+    return stacked(rows, layers, readouts, kind, prompt, done.settings(flat[0].layer, 0))
+
+
+class _SourcesPass(Backward):
+    """A pass that scores the sources of decompositions.
+
+    Args:
+        engine: the model and its settings.
+        prompts: the prompts.
+        asked: the targets of each prompt.
+        parts: the decompositions of each prompt, at least one.
+        options: the options of the pass.
+        progress: a function that is called after each layer with the number of layers done and their total.
+
+    Attributes:
+        scores: by prompt and decomposition, ``[targets, sources]`` on the CPU in the state's dtype.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        asked: Sequence[Sequence[Asked]],
+        parts: Sequence[Sequence[Decomposition]],
+        options: Options,
+        progress: Progress | None,
+    ) -> None:
+        start = min(each.layer for of_prompt in parts for each in of_prompt)
+        ids = [prompt.ids for prompt in prompts]
+        recompute = _must_recompute(engine.bound, [len(each) for each in ids], options.stop - start)
+        super().__init__(
+            engine.bound, ids, asked, RULES[options.sharing.rule], start, options.stop, recompute,
+            tokenizer=engine.tokenizer,
+        )  # fmt: skip
+        self.engine, self.parts, self.options, self.progress = engine, parts, options, progress
+        self.begins = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
+        self._scores: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def scores(self) -> list[list[Tensor]]:
+        """By prompt and decomposition, ``[targets, sources]``; a probe before a decomposition is refused earlier."""
+        return [[self._of(i, j) for j in range(len(of_prompt))] for i, of_prompt in enumerate(self.parts)]
+
+    def settings(self, start: int, prompt: int) -> Settings:
+        """The settings of the pass, as the result of one of its prompts records them."""
+        return Settings(
+            model=self.engine.name,
+            dtype=dtype_name(self.bound.dtype),
+            rule=self.options.sharing.rule,
+            temperature=self.options.sharing.temperature,
+            exclude_bos=False,
+            start_layer=start,
+            stop_layer=self.stop,
+            altered=self.altered.get(prompt),
+            padded=not self.packing.packed and len(set(self.lengths)) > 1,
+            engine="backward",
+        )
+
+    def stream(self, gradient: StreamGradient) -> None:
+        """Score the decompositions of the stream at this layer's input."""
+        per_position = None
+        for i, of_prompt in enumerate(self.parts):
+            for j, parts in enumerate(of_prompt):
+                if (parts.layer, parts.moment) != (gradient.layer, "start"):
+                    continue
+                own = slice(self.begins[i], self.begins[i] + self.lengths[i])
+                if parts.spec is None:
+                    per_position = gradient.scores() if per_position is None else per_position
+                    scores = _of_spans(parts, per_position[:, own])
+                else:
+                    scores = _of_rows(parts, gradient.gradient[:, own], gradient.x[own], self.bound.state_dtype)
+                if self.bound.has_bias:
+                    scores[:, 0] += gradient.behind[:, i]
+                self._put(i, j, gradient.targets, scores)
+
+    def layer(self, gradients: LayerGradients) -> None:
+        """Score the decompositions into this layer's components."""
+        components = _Components(gradients)
+        for i, of_prompt in enumerate(self.parts):
+            for j, parts in enumerate(of_prompt):
+                if parts.layer == gradients.layer and parts.moment != "start":
+                    self._put(i, j, gradients.targets, components.scores(parts, i))
+        if self.progress is not None and gradients.targets[0] == 0:
+            self.progress(self.stop - gradients.layer, self.stop - self.start)
+
+    def _of(self, prompt: int, number: int) -> Tensor:
+        sources = len(self.parts[prompt][number].sources)
+        empty = torch.zeros(len(self.readouts[prompt]), sources, dtype=self.bound.state_dtype, device="cpu")
+        return self._scores.setdefault((prompt, number), empty)
+
+    def _put(self, prompt: int, number: int, some: Sequence[int], scores: Tensor) -> None:
+        """Keep the scores of the targets that the prompt has."""
+        into = self._of(prompt, number)
+        own = [(row, target) for row, target in enumerate(some) if target < len(into)]
+        into[[target for _, target in own]] = scores.cpu()[[row for row, _ in own]]
+
+
+def _result(done: _SourcesPass, index: int, case: Case) -> Attribution | DePassError:
+    (rows,), readouts = done.scores[index], done.readouts[index]
+    logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu")
+    try:
+        for readout in readouts:
+            must_be_finite(readout.target, readout.logit, done.bound)
+    except NonFiniteError as error:
+        return error
+    if not bool(rows.isfinite().all()):
+        return NonFiniteError(f"the scores are not finite; {blame(done.bound)}")
+    return Attribution(
+        scores=rows.float(),
+        sources=case.parts.sources,
+        targets=tuple(readout.target for readout in readouts),
+        target_logits=logits.float(),
+        conservation_error=conservation_error(rows, logits).float(),
+        prompt=case.prompt,
+        settings=done.settings(case.parts.layer, index),
+    )
+
+
+def _of_spans(parts: Decomposition, per_position: Tensor) -> Tensor:
+    """Scores ``[T, M]`` of sources of the prompt: sums of the scores ``[T, N]`` of their tokens."""
+    rest = next((i for i, source in enumerate(parts.sources) if source.kind == "rest"), 0)
+    owner = torch.full((per_position.shape[1],), rest, device="cpu")
+    for index, source in enumerate(parts.sources):
+        if source.start is not None:
+            owner[source.start : source.end] = index
+    scores = per_position.new_zeros(len(per_position), len(parts.sources))
+    return scores.index_add(1, owner.to(scores.device), per_position)
+
+
+def _of_rows(parts: Decomposition, gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores ``[T, M]`` of parts of the stream ``x`` ``[N, D]``: their vectors times its gradients ``[T, N, D]``."""
+    rows = torch.zeros(parts.layout.rows, x.shape[1], dtype=dtype, device=x.device)
+    parts.fill(rows, Trace(x))
+    position = parts.layout.position_of_row(x.device)
+    source = torch.arange(len(rows), device=x.device) - parts.layout.to(x.device).row_start[position]
+    per_row = torch.stack([(of_target[position].to(dtype) * rows).sum(-1) for of_target in gradient])
+    return per_row.new_zeros(len(gradient), len(parts.sources)).index_add(1, source, per_row)
+
+
+class _Named(NamedTuple):
+    """The scores of a layer's components, for all prompts of the pass."""
+
+    every: Tensor  # [T, B], of all components at all positions
+    rest: Tensor  # [T, B], of what is no component
+    bias: Tensor  # [T, B]
+
+
+class _Components:
+    """The components of one layer, each kind computed when it is first asked for."""
+
+    def __init__(self, gradients: LayerGradients) -> None:
+        self.gradients = gradients
+        self._kept: dict[Parts, tuple[_Named, Tensor]] = {}
+
+    def scores(self, parts: Decomposition, prompt: int) -> Tensor:
+        """``[T, M]`` of a prompt's decomposition into components; the others, and other positions, are in the rest."""
+        spec, gradients = parts.spec, self.gradients
+        kind: Parts = "heads" if isinstance(spec, Heads) else "neurons" if isinstance(spec, Neurons) else spec.module
+        if kind not in self._kept:
+            self._kept[kind] = self._all(kind)
+        (every, rest, bias), by_position = self._kept[kind]
+        begin, length = sum(gradients.lengths[:prompt]), gradients.lengths[prompt]
+        positions = list(range(length)) if spec.positions is None else sorted(int(p) % length for p in spec.positions)
+        where = torch.tensor(positions, device=by_position.device) + begin
+        if kind == "neurons":
+            counts = torch.zeros(sum(gradients.lengths), dtype=torch.bool, device=by_position.device)
+            counts[where] = True
+            named = gradients.neurons(counts)[:, prompt]  # [T, F]
+        else:
+            named = by_position[:, where].sum(1)  # [T, H], or [T, 1] of a module
+        ids = [source.index or 0 for source in parts.sources if source.kind not in ("bias", "rest")]
+        named = named[:, ids]
+        columns = [(rest + every)[:, prompt, None] - named.sum(1, keepdim=True), named]
+        if gradients.bound.has_bias:
+            columns.insert(0, bias[:, prompt, None])
+        return torch.cat(columns, 1)
+
+    def _all(self, kind: Parts) -> tuple[_Named, Tensor]:
+        gradients, of_prompts = self.gradients, self.gradients.of_prompts
+        by_position: Tensor = gradients.after.behind
+        if kind == "neurons":
+            every = gradients.neurons().sum(-1)
+        else:
+            of_kind: dict[str, Callable[[], Any]] = {
+                "heads": gradients.heads, "attn": lambda: gradients.attention()[..., None],
+                "mlp": lambda: gradients.mlp()[..., None],
+            }  # fmt: skip
+            by_position = of_kind[kind]()
+            every = of_prompts(by_position.sum(-1))
+        return _Named(every, of_prompts(gradients.rest(kind)), gradients.bias(kind)), by_position
+
+
+def _must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int) -> bool:
+    """Whether the activations of all layers do not fit into half of the available memory.
+
+    Raises:
+        MemoryLimitError: those of one layer do not fit.
+    """
+    number, state, layer = bound.dtype.itemsize, bound.state_dtype.itemsize, bound.widest_layer
+    tokens, pairs = sum(lengths), len(lengths) * max(lengths) ** 2
+    neurons, width = layer.gate.shape
+    one = tokens * (neurons * (5 * number + state) + width * (12 * number + 2 * state))
+    one += 4 * bound.num_heads * pairs * number
+    inputs, available = tokens * width * number * layers, room(bound)
+    if 2 * one + inputs > available:
+        raise MemoryLimitError(
+            f"{tokens:,} tokens need {shown(2 * one + inputs)} besides the model's weights under a linear rule, "
+            f"{shown(max(0, available))} are available; use fewer tokens"
+        )
+    return one * layers > available // 2

@@ -1,0 +1,187 @@
+"""Linear rules behind the public calls: the same results as other rules give, from one backward pass."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import models
+import pytest
+import torch
+from linear_oracle import LinearOracle
+
+from depass import (
+    Attribution,
+    Contrast,
+    Custom,
+    DePass,
+    Direction,
+    Heads,
+    MemoryLimitError,
+    ModelError,
+    Modules,
+    Neurons,
+    OptionError,
+    Spans,
+    Subspace,
+    TopK,
+)
+from depass.cli.main import main
+from depass.engine import linear
+from depass.models.linearised import RULES
+from depass.rules import LINEAR
+
+TARGETS = [TopK(2), Contrast(3, 4, position=5), Direction(torch.linspace(-1, 1, 32)), 7]
+SOURCES: list[Any] = [
+    "token", Spans([(1, 3), (4, 9)]), Heads(1), Heads(1, ids=[2], positions=[0, 4]), Neurons(1, ids=[0, 7, 3]),
+    Neurons(2, positions=[8]), Modules(0, "attn"), Modules(2, "mlp", positions=[1, 2]), Subspace(1, torch.eye(32)[:3]),
+]  # fmt: skip
+
+
+def close(got: Any, expected: Any, limit: float) -> None:
+    assert (got.sources, got.targets, got.prompt) == (expected.sources, expected.targets, expected.prompt)
+    size = float(expected.scores.abs().sum(1).max())
+    torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=limit * size)
+    torch.testing.assert_close(got.target_logits, expected.target_logits, rtol=0, atol=limit * size)
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_taylor_is_the_same_from_both_engines(name: str) -> None:
+    model, ids = models.make(name), models.prompt(9)
+    back, ahead = DePass(model, rule="taylor"), DePass(model, rule="taylor", engine="forward")
+    for sources in SOURCES:
+        got, expected = (dp.attribute(ids, TARGETS, sources=sources, strict=True) for dp in (back, ahead))
+        assert (got.settings.engine, expected.settings.engine) == ("backward", "forward")
+        close(got, expected, 2e-5)
+    probe = Direction(torch.linspace(1, 2, 32), layer=2, intercept=3.0)
+    close(back.attribute(ids, [probe, 5]), ahead.attribute(ids, [probe, 5]), 2e-5)
+    options: dict[str, Any] = {"start_layer": 1, "stop_layer": 2}
+    close(back.attribute(ids, TARGETS, **options), ahead.attribute(ids, TARGETS, **options), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt-neox", "olmo2"])
+@pytest.mark.parametrize("kind", ["heads", "neurons", "modules"])
+def test_a_sweep_is_the_same_from_both_engines(name: str, kind: Any) -> None:
+    model, ids = models.make(name), models.prompt(9)
+    back, ahead = DePass(model, rule="taylor"), DePass(model, rule="taylor", engine="forward")
+    for options in ({}, {"layers": [2, 0], "positions": [1, 8]}, {} if kind == "modules" else {"ids": [3, 1]}):
+        got, expected = (dp.sweep(kind, ids, [5, TopK(2)], strict=True, **options) for dp in (back, ahead))
+        assert (got.layers, got.columns, got.targets) == (expected.layers, expected.columns, expected.targets)
+        size = float(expected.scores.abs().sum(-1).max() + expected.rest.abs().max())
+        for field in ("scores", "rest", "bias"):
+            torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=0, atol=3e-5 * size)
+        assert got.settings.engine == "backward"
+
+
+@pytest.mark.parametrize("rule", ["half", "up"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+def test_tokens_equal_a_loop_that_takes_no_gradients(name: str, rule: str) -> None:
+    model, ids = models.make(name, torch.float64), models.prompt(7)
+    res = DePass(model, rule=rule).attribute(ids, 5, strict=True)
+    bias = res.sources[0].kind == "bias"
+    oracle = LinearOracle(name, model, ids, [0] * (7 + bias), [t + bias for t in range(7)], bias)
+    states = oracle.weigh(RULES[rule].gate, RULES[rule].up).run("", 0.0, None)
+    expected = oracle.scores(states[-1], 6, 5)
+    torch.testing.assert_close(res.scores[0].double(), expected, rtol=0, atol=1e-5 * float(expected.abs().sum()))
+
+
+@pytest.mark.parametrize("rule", LINEAR)
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_every_kind_of_source_adds_up(name: str, rule: str) -> None:
+    dp, ids = DePass(models.make(name), rule=rule), models.prompt(9)
+    for sources in SOURCES:
+        res = dp.attribute(ids, TARGETS, sources=sources, strict=True)
+        assert float(res.conservation_error.max()) < 1e-5
+    for kind in ("heads", "neurons", "modules"):
+        assert float(dp.sweep(kind, ids, [5, 6], strict=True).conservation_error.max()) < 1e-5
+
+
+def test_spans_are_sums_of_their_tokens() -> None:
+    dp, ids = DePass(models.make("llama-biased"), rule="half"), models.prompt(9)
+    tokens, spans = dp.attribute(ids, 5), dp.attribute(ids, 5, sources=Spans([(1, 3), (4, 9)]))
+    bias, of_token = tokens.scores[0, 0], tokens.scores[0, 1:]
+    expected = torch.stack([bias, of_token[0] + of_token[3], of_token[1:3].sum(), of_token[4:].sum()])
+    torch.testing.assert_close(spans.scores[0], expected, rtol=1e-5, atol=1e-6)
+    assert [source.kind for source in spans.sources] == ["bias", "rest", "span", "span"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+def test_a_batch_equals_its_prompts_alone(name: str) -> None:
+    dp = DePass(models.make(name), rule="half")
+    prompts = [models.prompt(length, seed) for seed, length in enumerate((5, 9, 1, 7))]
+    targets = [[5], [TopK(3), 7], [Contrast(3, 4)], [6, 7]]
+    found = list(dp.attribute_many(prompts, targets=targets, batch_tokens=1000, strict=True))
+    for got, ids, target in zip(found, prompts, targets, strict=True):
+        close(got, dp.attribute(ids, target), 1e-5)
+    heads = list(dp.attribute_many(prompts, 5, sources=Heads(1), batch_tokens=1000))
+    for got, ids in zip(heads, prompts, strict=True):
+        close(got, dp.attribute(ids, 5, sources=Heads(1)), 1e-5)
+
+
+def test_layers_are_run_again_where_activations_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    dp, ids = DePass(models.make("llama"), rule="half"), models.prompt(40)
+    expected, lengths = dp.attribute(ids, 5), [40]
+    fits = next(n for n in range(0, 1 << 24, 4096) if not raises(monkeypatch, dp, lengths, n))
+    monkeypatch.setattr(linear, "room", lambda bound: fits)
+    assert linear._must_recompute(dp.bound, lengths, 3)
+    close(dp.attribute(ids, 5), expected, 1e-6)
+    monkeypatch.setattr(linear, "room", lambda bound: 1000)
+    with pytest.raises(MemoryLimitError, match=r"40 tokens need .* under a linear rule, 0.0 MB are available"):
+        dp.attribute(ids, 5)
+
+
+def raises(monkeypatch: pytest.MonkeyPatch, dp: DePass, lengths: list[int], room: int) -> bool:
+    monkeypatch.setattr(linear, "room", lambda bound: room)
+    try:
+        linear._must_recompute(dp.bound, lengths, 3)
+    except MemoryLimitError:
+        return True
+    return False
+
+
+def test_what_linear_rules_refuse() -> None:
+    model, ids = models.make("llama"), models.prompt(5)
+    with pytest.raises(OptionError, match=r"exclude_bos=True has no effect under rule='half'"):
+        DePass(model, rule="half").attribute(ids, exclude_bos=True)
+    with pytest.raises(OptionError, match="engine='forward' does not have rule='up'"):
+        DePass(model, engine="forward").attribute(ids, rule="up")
+    with pytest.raises(OptionError, match="engine must be 'auto' or 'forward', got 'backward'"):
+        DePass(model, engine="backward")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"rule='half' has no decomposed states; choose one of: softmax"):
+        DePass(model, rule="half").states(ids)
+    with torch.inference_mode():
+        made = models.make("llama")
+    with pytest.raises(ModelError, match=r"were made in torch.inference_mode\(\)"):
+        DePass(made).attribute(ids, 5, rule="half")
+    fell_back = DePass(made).attribute(ids, 5, rule="taylor")
+    assert fell_back.settings.engine == "forward"
+
+
+def test_generated_tokens_progress_and_saved_results(tmp_path: Any) -> None:
+    dp, ids = DePass(models.make("llama"), rule="half"), models.prompt(5)
+    done: list[tuple[int, int]] = []
+    made = dp.generate(ids, max_new_tokens=3, progress=lambda *at: done.append(at))
+    assert done == [(layer + 1, models.LAYERS) for layer in range(models.LAYERS)]
+    assert made.attribution.settings.engine == "backward"
+    made.attribution.save(tmp_path / "a.safetensors")
+    again = Attribution.load(tmp_path / "a.safetensors")
+    assert (again.settings, again.sources) == (made.attribution.settings, made.attribution.sources)
+    with torch.inference_mode():
+        close(dp.attribute(ids, 5), dp.attribute(ids, 5), 0)
+
+
+def test_parts_of_ones_own() -> None:
+    dp, ids = DePass(models.make("gpt2"), rule="up"), models.prompt(6)
+    stream = dp.states(ids, 1, rule="taylor").residual[1]
+    halves = Custom(torch.stack([0.25 * stream, 0.75 * stream]), layer=1)
+    scores = dp.attribute(ids, 5, sources=halves, strict=True).scores[0, -2:]
+    torch.testing.assert_close(3 * scores[0], scores[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_takes_them(capsys: pytest.CaptureFixture[str], smollm2_folder: Any) -> None:
+    assert (
+        main(["attribute", "Catalonia belongs to the continent of", "--target", " Europe", "--rule", "half", "--json"])
+        == 0
+    )
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["settings"]["rule"], printed["settings"]["engine"]) == ("half", "backward")
