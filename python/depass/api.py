@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .checks import integer, integers
-from .engine import linear, request, scores, sweeps
+from .engine import attribute, request, scores
 from .engine import plan as plans
-from .engine.attribute import attribute
 from .engine.batches import Many, with_targets
 from .engine.generate import generate
 from .engine.passes import Engine
@@ -205,7 +204,7 @@ class DePass:
         options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
         prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, target, sources, options)
-        (result,) = attribute(self.engine, [case], options, callable_or_none("progress", progress))
+        (result,) = attribute.attribute(self.engine, [case], options, callable_or_none("progress", progress))
         if isinstance(result, DePassError):
             raise result
         scores.judge(result, strict, self.bound.tolerance)
@@ -347,13 +346,8 @@ class DePass:
         report = callable_or_none("progress", progress)
         if memory_bytes is not None and integer("memory_bytes", memory_bytes, OptionError) < 1:
             raise OptionError(f"memory_bytes must be a positive integer, got {memory_bytes!r}")
-        if options.linear:
-            result = linear.sweep(self.engine, encoded, parts, targets, options, kind, report)
-            scores.judge(result, strict, bound.tolerance)
-            return result
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
-        groups = list(sweeps.grouped(parts, len(encoded.ids), budget, bound, self.engine.workspace_bytes))
-        result = sweeps.sweep(self.engine, encoded, groups, targets, options, kind, report)
+        result = attribute.sweep(self.engine, encoded, parts, targets, options, kind, budget, report)
         scores.judge(result, strict, bound.tolerance)
         return result
 
@@ -471,7 +465,8 @@ class DePass:
         rule = self.engine.defaults.rule if rule is None else rule
         if rule not in FORWARD:
             raise OptionError(f"rule={rule!r} has no decomposed states; choose one of: {', '.join(FORWARD)}")
-        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
+        forward = replace(self.engine.defaults, engine="forward")
+        options = request.options(forward, self.bound, start_layer, stop_layer, rule, temperature, exclude_bos)
         prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, None, sources, options)
         decomposed = decomposed_layers(case.parts, options.stop)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -249,7 +250,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     """The scores ``[N, targets, L, H]`` of each head's output at each position; and logits, remainders and biases."""
     bound, prompt = dp.bound, encode(list(ids), dp.tokenizer, dp.bound)
     checked_targets = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
-    chosen = request.options(dp.engine.defaults, bound, exclude_bos=False, **options)
+    chosen = request.options(replace(dp.engine.defaults, engine="forward"), bound, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
     groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.engine.workspace_bytes))
     result = sweep(dp.engine, prompt, groups, checked_targets, chosen, "heads")

@@ -8,7 +8,7 @@ part by itself, and the task measures how the parts cluster.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,9 @@ def final_parts(dp: DePass, prompts: Sequence[Prompt], specs: Sequence[Sequence[
         for i, (prompt, of_prompt) in enumerate(zip(prompts, specs, strict=True))
         for spec in of_prompt
     ]
-    done = Pass(dp.engine, prompts, joining, options(dp.engine.defaults, bound, exclude_bos=False))
+    done = Pass(
+        dp.engine, prompts, joining, options(replace(dp.engine.defaults, engine="forward"), bound, exclude_bos=False)
+    )
     done.run()
     by_prompt = []
     for i, prompt in enumerate(prompts):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..api import DePass
 from ..arguments import argument
+from ..rules import LINEAR
 from . import data
 from .data import HELP
 from .summary import COLOURS, Mean, area, mean, new_figure, save, table
@@ -19,12 +20,12 @@ from .task import Item, Row, Task, TaskOptions
 from .tokens import CURVES, KEEP_WRONG, RETOKENIZE, SHARES, curves, depass, explained, relative
 
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-OTHERS = ("max", "relu", "linear", "taylor")
+OTHERS = ("max", "relu", "linear", *LINEAR)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule, its temperature (None: it has none), and whether the first token is excluded (never with taylor)."""
+    """A rule, its temperature (None: it has none), and whether the first token is excluded (never with a linear rule)."""
 
     rule: str
     temperature: float | None
@@ -43,7 +44,7 @@ VARIANTS = (
         Variant(rule, None, excluded)
         for rule in OTHERS
         for excluded in (False, True)
-        if (rule, excluded) != ("taylor", True)
+        if not (excluded and rule in LINEAR)
     ),
 )
 
