@@ -70,7 +70,10 @@ class DatasetOptions(ModelOptions):
     )
     rule: str = field(
         default="softmax",
-        metadata=argument("the rule that shares MLP outputs; taylor, half and up take one backward pass (default: softmax)", choices=RULES),
+        metadata=argument(
+            "the rule that shares MLP outputs; taylor, half and up take one backward pass (default: softmax)",
+            choices=RULES,
+        ),
     )
     temperature: float = field(default=0.1, metadata=argument("temperature of the softmax rule (default: 0.1)"))
     shard_rows: int = field(
