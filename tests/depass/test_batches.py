@@ -62,7 +62,7 @@ def test_two_hundred_mixes_of_lengths(device: str) -> None:
 @pytest.mark.parametrize("rule", ["softmax", "linear", "taylor"])
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_every_family(name: str, rule: str, device: str) -> None:
-    dp = DePass(models.make(name, torch.float64, device), rule=rule)
+    dp = DePass(models.make(name, torch.float64, device), rule=rule, engine="forward")
     prompts = [models.prompt(length, length) for length in (4, 17, 1, 9)]
     for ids, got in zip(prompts, dp.attribute_many(prompts, 5, exclude_bos=True), strict=True):
         same(got, dp.attribute(ids, 5, exclude_bos=True), 1e-6)
@@ -367,3 +367,16 @@ def test_the_scores_of_a_pass_are_copied_together(device: str, monkeypatch: pyte
     for one, other in zip(found, expected, strict=True):
         same(one, other, 1e-6)
         assert one.targets == other.targets
+
+
+def test_a_top_token_does_not_depend_on_other_targets_where_logits_tie(device: str) -> None:
+    model = models.make("llama", torch.bfloat16, device)
+    with torch.no_grad():
+        model.lm_head.weight[10:60] = model.lm_head.weight[10]  # fifty logits are equal
+        model.lm_head.weight[10:60] *= 4
+    dp = DePass(model)
+    prompts = [models.prompt(5, seed) for seed in range(6)]
+    targets = [TopK(1), TopK(3), None, TopK(7), TopK(40), TopK(1)]
+    found = list(dp.attribute_many(prompts, targets=targets, batch_tokens=1000))
+    for res, ids, target in zip(found, prompts, targets, strict=True):
+        assert res.targets == dp.attribute(ids, target).targets

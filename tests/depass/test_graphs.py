@@ -35,7 +35,7 @@ def prompts(length: int, count: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "gemma2", "gpt2", "gpt-neox", "qwen2", "olmo2"])
 def test_recorded_steps_give_what_steps_give(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(name)
-    plain, graphed = DePass(model, rule=rule), recorded(model, rule=rule)
+    plain, graphed = DePass(model, rule=rule, engine="forward"), recorded(model, rule=rule, engine="forward")
     replays = []
     replay = tape.Recorded.replay
     monkeypatch.setattr(tape.Recorded, "replay", lambda recorded: replays.append(1) or replay(recorded))

@@ -12,12 +12,14 @@ from linear_oracle import LinearOracle
 
 from depass import (
     Attribution,
+    ConservationWarning,
     Contrast,
     Custom,
     DePass,
     Direction,
     Heads,
     MemoryLimitError,
+    MemoryLimitWarning,
     ModelError,
     Modules,
     Neurons,
@@ -27,7 +29,7 @@ from depass import (
     TopK,
 )
 from depass.cli.main import main
-from depass.engine import linear
+from depass.engine import backward, linear
 from depass.models.linearised import RULES
 from depass.rules import LINEAR
 
@@ -123,17 +125,19 @@ def test_layers_are_run_again_where_activations_do_not_fit(monkeypatch: pytest.M
     expected, lengths = dp.attribute(ids, 5), [40]
     fits = next(n for n in range(0, 1 << 24, 4096) if not raises(monkeypatch, dp, lengths, n))
     monkeypatch.setattr(linear, "room", lambda bound: fits)
-    assert linear._must_recompute(dp.bound, lengths, 3)
+    assert linear._must_recompute(dp.bound, lengths, 3, 1)
     close(dp.attribute(ids, 5), expected, 1e-6)
     monkeypatch.setattr(linear, "room", lambda bound: 1000)
-    with pytest.raises(MemoryLimitError, match=r"40 tokens need .* under a linear rule, 0.0 MB are available"):
+    with pytest.raises(
+        MemoryLimitError, match=r"40 tokens and 1 targets need .* under a linear rule, 0.0 MB are available"
+    ):
         dp.attribute(ids, 5)
 
 
 def raises(monkeypatch: pytest.MonkeyPatch, dp: DePass, lengths: list[int], room: int) -> bool:
     monkeypatch.setattr(linear, "room", lambda bound: room)
     try:
-        linear._must_recompute(dp.bound, lengths, 3)
+        linear._must_recompute(dp.bound, lengths, 3, 1)
     except MemoryLimitError:
         return True
     return False
@@ -185,3 +189,66 @@ def test_the_command_takes_them(capsys: pytest.CaptureFixture[str], smollm2_fold
     )
     printed = json.loads(capsys.readouterr().out)
     assert (printed["settings"]["rule"], printed["settings"]["engine"]) == ("half", "backward")
+
+
+def test_progress_counts_every_layer_once() -> None:
+    dp, ids = DePass(models.make("llama"), rule="half"), models.prompt(9)
+    probe = Direction(torch.ones(32), layer=1)
+    for target in (5, [probe, 5], [probe], TopK(40)):
+        done: list[tuple[int, int]] = []
+        dp.attribute(ids, target, progress=lambda *at: done.append(at))  # noqa: B023
+        assert done == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_constructors_exclude_bos_is_for_the_rules_that_have_it() -> None:
+    dp, ids = DePass(models.make("llama"), exclude_bos=True), models.prompt(5)
+    close(dp.attribute(ids, 5, rule="half"), DePass(dp.model, rule="half").attribute(ids, 5), 0)
+    assert dp.attribute(ids, 5, rule="taylor").settings.engine == "backward"
+    with pytest.raises(OptionError, match="exclude_bos=True has no effect"):
+        DePass(dp.model, rule="half", exclude_bos=True).attribute(ids, 5)
+
+
+@pytest.mark.parametrize("path", ["mlp", "mlp.down_proj", "self_attn.o_proj", ""])
+def test_a_hook_without_a_gradient_is_named(path: str) -> None:
+    model, ids = models.make("llama"), models.prompt(6)
+    module = model.model.layers[1].get_submodule(path)
+
+    def without_gradient(_: Any, args: Any, output: Any) -> Any:
+        return tuple(x.detach() for x in output) if isinstance(output, tuple) else output.detach()
+
+    handle = module.register_forward_hook(without_gradient)
+    with pytest.raises(ModelError, match=r"layer 1 of .* passes no gradient on, .*without_gradient.*take another rule"):
+        DePass(model).attribute(ids, 5, rule="half")
+    assert DePass(model).attribute(ids, 5, rule="taylor", strict=True).settings.engine == "forward"
+    handle.remove()
+    assert DePass(model).attribute(ids, 5, rule="half", strict=True).settings.altered is None
+
+
+def test_a_change_that_gradients_go_through_is_said() -> None:
+    model, ids = models.make("llama"), models.prompt(6)
+    model.model.layers[1].mlp.register_forward_hook(lambda _, args, output: 1.5 * output)
+    with pytest.warns(ConservationWarning, match="The scores go through this change; they miss the logit by"):
+        res = DePass(model).attribute(ids, 5, rule="half")
+    assert float(res.conservation_error.max()) < 1e-5
+    with pytest.warns(ConservationWarning, match="The scores explain the weights and not this change"):
+        DePass(model).attribute(ids, 5, rule="taylor")
+
+
+def test_memory_that_runs_out_is_answered_with_less_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    dp, ids = DePass(models.make("llama"), rule="half"), models.prompt(9)
+    expected, heads = dp.attribute(ids, TopK(3)), dp.sweep("heads", ids, TopK(3))
+    go_back, most = backward._Segment.go_back, 1
+
+    def failing(segment: Any, gradient: torch.Tensor, is_last: bool) -> Any:
+        if len(gradient) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return go_back(segment, gradient, is_last)
+
+    monkeypatch.setattr(backward._Segment, "go_back", failing)
+    with pytest.warns(MemoryLimitWarning, match="while allocating 3.22 GB; retrying with the activations of one layer"):
+        close(dp.attribute(ids, TopK(3)), expected, 1e-6)
+    with pytest.warns(MemoryLimitWarning):
+        torch.testing.assert_close(dp.sweep("heads", ids, TopK(3)).scores, heads.scores, rtol=1e-5, atol=1e-6)
+    most = 0
+    with pytest.warns(MemoryLimitWarning), pytest.raises(MemoryLimitError, match=r"out of memory twice, .* 9 tokens"):
+        dp.attribute(ids, TopK(3))

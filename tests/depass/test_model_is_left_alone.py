@@ -76,7 +76,7 @@ def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPa
         whole(self, index, trace, *rest)
 
     monkeypatch.setattr(Propagation, "attention", attention)
-    DePass(model, rule="taylor").attribute(models.prompt(9))
+    DePass(model, rule="taylor", engine="forward").attribute(models.prompt(9))
     assert len(kept) == 4 * models.LAYERS
     assert not [ref for ref in kept if ref() is not None]
 

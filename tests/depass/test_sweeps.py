@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from depass import (
     Token,
     TopK,
 )
-from depass.propagation.blocks import blocks_of
+from depass.engine import passes as engine_passes
+from depass.propagation.blocks import TRAITS, blocks_of
 from depass.propagation.needs import needs
 from depass.sources.decompose import COMPONENT_BYTES
 
@@ -175,3 +177,24 @@ def test_memory_stays_within_the_budget(smollm2_folder: Path) -> None:
         plain, peak, told = (int(number) for number in done.stdout.split())
         assert told == passes
         assert (peak - plain) * 1024 <= budget
+
+
+def test_one_block_stays_within_the_sweeps_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(40)
+    monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], workspace=1 << 12, one_block=True))
+    used: list[int] = []
+    real = engine_passes.fitting
+
+    def watched(*given: Any) -> Any:
+        blocks, needed = real(*given)
+        used.append(needed.state_bytes + needed.buffer_bytes)
+        return blocks, needed
+
+    monkeypatch.setattr(engine_passes, "fitting", watched)
+    expected = dp.sweep("heads", ids, 5)  # all layers at once, each in one block
+    whole = used.pop()
+    budget = whole + COMPONENT_BYTES - 1
+    torch.testing.assert_close(
+        dp.sweep("heads", ids, 5, memory_bytes=budget).scores, expected.scores, rtol=1e-5, atol=1e-6
+    )
+    assert max(used) <= budget - COMPONENT_BYTES

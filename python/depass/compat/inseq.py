@@ -252,8 +252,9 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     checked_targets = check(list(targets), len(ids), range(0), dp.tokenizer, bound)
     chosen = request.options(replace(dp.engine.defaults, engine="forward"), bound, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
-    groups = list(grouped(parts, len(ids), max(0, room(bound)) // 2, bound, dp.engine.workspace_bytes))
-    result = sweep(dp.engine, prompt, groups, checked_targets, chosen, "heads")
+    budget = max(0, room(bound)) // 2
+    groups = list(grouped(parts, len(ids), budget, bound, dp.engine.workspace_bytes))
+    result = sweep(dp.engine, prompt, groups, checked_targets, chosen, "heads", budget)
     judge(result, strict=False, tolerance=bound.tolerance)
     scores = result.scores.reshape(*result.scores.shape[:2], len(ids), bound.num_heads)  # [targets, L, N, H]
     beside = {"logit": result.target_logits}

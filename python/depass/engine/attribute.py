@@ -38,4 +38,4 @@ def sweep(
     if options.linear:
         return linear.sweep(engine, prompt, layers, asked, options, kind, progress)
     groups = list(sweeps.grouped(layers, len(prompt.ids), budget, engine.bound, engine.workspace_bytes))
-    return sweeps.sweep(engine, prompt, groups, asked, options, kind, progress)
+    return sweeps.sweep(engine, prompt, groups, asked, options, kind, budget, progress)

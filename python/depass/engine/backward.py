@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..errors import ModelError
 from ..inputs.targets import Asked, Readout, Target
 from ..models import capture
-from ..models.alterations import alterations
+from ..models.alterations import alterations, said_of, within
 from ..models.bound import BoundModel, Layer
 from ..models.capture import Capture, of_this_thread
 from ..models.linearised import PathWeights, linearised, refuse
@@ -252,6 +252,9 @@ class Backward:
         Targets whose probe lies before the layer's output are left out.
         """
 
+    def passed(self, layer: int) -> None:
+        """Called after each layer, from the last to the first."""
+
     def run(self) -> None:
         """Run the pass.
 
@@ -353,6 +356,7 @@ class Backward:
                 del found
             self._arrive(segment.index, segment.leaf, gradient, behind, seeds)
             segment.drop()
+            self.passed(segment.index)
 
     def _arrive(self, layer: int, x: Tensor, gradient: Tensor, behind: Tensor, seeds: Sequence[_Seed]) -> None:
         """Start the targets of a layer's input, and hand the stream there on."""
@@ -526,6 +530,7 @@ class _Segment:
         if not torch.is_grad_enabled():
             return
         bias = dense(module, "bias")
+        self._must_carry(output)
         if not isinstance(output, Tensor) or bias is None or output.shape[-1:] != bias.shape:
             raise ModelError(
                 f"{self.paths[module]} of layer {self.index} of {self.run.bound.name} has a bias, but its output is not a "
@@ -537,6 +542,7 @@ class _Segment:
     def at_middle(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep the place where the attention adds to the stream."""
         if torch.is_grad_enabled():
+            self._must_carry(output)
             self.middle, self.early = get_gradient_edge(output), len(self.biased)
 
     @of_this_thread
@@ -544,6 +550,18 @@ class _Segment:
         """Keep the stream at the layer's output."""
         self.output = output[0] if isinstance(output, tuple) else output
         torch.set_grad_enabled(False)
+
+    def _must_carry(self, output: Any) -> None:
+        """Raise a ModelError where a gradient ends: a hook returned a tensor of its own."""
+        if isinstance(output, Tensor) and output.requires_grad:
+            return
+        bound = self.run.bound
+        found = within(alterations(bound), bound, self.modules.module)
+        why = f": {said_of(found)}" if found else ""
+        raise ModelError(
+            f"layer {self.index} of {bound.name} passes no gradient on, which linear rules need{why}; remove what replaces "
+            "its outputs, or take another rule"
+        )
 
     def must_have_run(self) -> None:
         """Raise a ModelError where a part of the layer did not run."""
@@ -570,6 +588,7 @@ class _Segment:
 
     def go_back(self, gradient: Tensor, is_last: bool) -> _Found:
         """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last."""
+        self._must_carry(self.output)
         inputs: list[Tensor | GradientEdge] = [self.leaf, self.mixed, self.hidden]
         inputs += [edge for _, edge, _ in self.biased]
         inputs += [] if self.middle is None else [self.middle]
@@ -578,6 +597,8 @@ class _Segment:
             self.output, inputs, gradient if is_batch else gradient[0], retain_graph=not is_last, allow_unused=True,  # type: ignore[arg-type]
             is_grads_batched=is_batch,
         )  # fmt: skip
+        if found[0] is None or found[1] is None or found[2] is None:
+            self._must_carry(None)
         if not is_batch:
             found = [None if each is None else each[None] for each in found]
         end = 3 + len(self.biased)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..device_memory import shown
-from ..errors import DePassError, MemoryLimitError, NonFiniteError
+from ..device_memory import asked_bytes, shown
+from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, NonFiniteError
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked
@@ -23,7 +24,7 @@ from ..results.attribution import Attribution
 from ..results.sweep import Sweep
 from ..sources.components import Heads, Neurons
 from ..sources.source import Decomposition
-from .backward import Backward, LayerGradients, Parts, StreamGradient
+from .backward import BATCH_NUMBERS, Backward, LayerGradients, Parts, StreamGradient
 from .passes import Engine
 from .request import Case, Options, Progress
 from .scores import conservation_error, must_be_finite
@@ -34,12 +35,8 @@ def attribute(
     engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None
 ) -> list[Attribution | DePassError]:
     """Attribute cases in one pass there and back; returns an error in place of the result of a case that fails."""
-    parts = [[case.parts] for case in cases]
-    with capture.running:
-        done = _SourcesPass(
-            engine, [case.prompt for case in cases], [case.asked for case in cases], parts, options, progress
-        )
-        done.run()
+    prompts, asked = [case.prompt for case in cases], [case.asked for case in cases]
+    done = _run(engine, prompts, asked, [[case.parts] for case in cases], options, progress)
     return [_result(done, i, case) for i, case in enumerate(cases)]
 
 
@@ -54,15 +51,62 @@ def sweep(
 ) -> Sweep:
     """Score the components of all layers in one pass; a layer has one decomposition, or for modules two."""
     flat = [parts for layer in layers for parts in layer]
-    with capture.running:
-        done = _SourcesPass(engine, [prompt], [asked], [flat], options, progress)
-        done.run()
+    done = _run(engine, [prompt], [asked], [flat], options, progress)
     readouts, rows = done.readouts[0], done.scores[0]
     for readout in readouts:
         must_be_finite(readout.target, readout.logit, engine.bound)
     if not all(bool(row.isfinite().all()) for row in rows):
         raise NonFiniteError(f"the scores are not finite; {blame(engine.bound)}")
     return stacked(rows, layers, readouts, kind, prompt, done.settings(flat[0].layer, 0))
+
+
+def _run(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    asked: Sequence[Sequence[Asked]],
+    parts: Sequence[Sequence[Decomposition]],
+    options: Options,
+    progress: Progress | None,
+) -> _SourcesPass:
+    """Run a pass; if memory runs out in spite of the plan, warn and repeat it once with less in memory at a time."""
+    try:
+        return _once(engine, prompts, asked, parts, options, progress, False)
+    except (RuntimeError, MemoryError) as error:
+        failed = asked_bytes(error)
+        if failed is None or isinstance(error, DePassError):
+            raise
+    # outside the handler, so that the error no longer holds the memory that was allocated
+    warnings.warn(
+        f"out of memory{f' while allocating {shown(failed)}' if failed else ''}; retrying with the activations of one layer "
+        "and one target at a time", MemoryLimitWarning, stacklevel=5,
+    )  # fmt: skip
+    if engine.bound.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return _once(engine, prompts, asked, parts, options, progress, True)
+    except (RuntimeError, MemoryError) as error:
+        if asked_bytes(error) is None or isinstance(error, DePassError):
+            raise
+        tokens = sum(len(prompt.ids) for prompt in prompts)
+        raise MemoryLimitError(
+            f"out of memory twice, the second time with the activations of one layer and one target at a time, for "
+            f"{tokens:,} tokens under a linear rule; use fewer tokens or targets"
+        ) from error
+
+
+def _once(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    asked: Sequence[Sequence[Asked]],
+    parts: Sequence[Sequence[Decomposition]],
+    options: Options,
+    progress: Progress | None,
+    sparing: bool,
+) -> _SourcesPass:
+    with capture.running:
+        done = _SourcesPass(engine, prompts, asked, parts, options, progress, sparing)
+        done.run()
+    return done
 
 
 class _SourcesPass(Backward):
@@ -75,6 +119,7 @@ class _SourcesPass(Backward):
         parts: the decompositions of each prompt, at least one.
         options: the options of the pass.
         progress: a function that is called after each layer with the number of layers done and their total.
+        sparing: whether to hold the activations of one layer, and the gradients of one target, at a time.
 
     Attributes:
         scores: by prompt and decomposition, ``[targets, sources]`` on the CPU in the state's dtype.
@@ -88,13 +133,15 @@ class _SourcesPass(Backward):
         parts: Sequence[Sequence[Decomposition]],
         options: Options,
         progress: Progress | None,
+        sparing: bool = False,
     ) -> None:
         start = min(each.layer for of_prompt in parts for each in of_prompt)
         ids = [prompt.ids for prompt in prompts]
-        recompute = _must_recompute(engine.bound, [len(each) for each in ids], options.stop - start)
+        targets = max(sum(each.k or 1 for each in of_prompt) for of_prompt in asked)
+        recompute = sparing or _must_recompute(engine.bound, [len(each) for each in ids], options.stop - start, targets)
         super().__init__(
             engine.bound, ids, asked, RULES[options.sharing.rule], start, options.stop, recompute,
-            tokenizer=engine.tokenizer,
+            1 if sparing else None, engine.tokenizer,
         )  # fmt: skip
         self.engine, self.parts, self.options, self.progress = engine, parts, options, progress
         self.begins = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
@@ -144,8 +191,11 @@ class _SourcesPass(Backward):
             for j, parts in enumerate(of_prompt):
                 if parts.layer == gradients.layer and parts.moment != "start":
                     self._put(i, j, gradients.targets, components.scores(parts, i))
-        if self.progress is not None and gradients.targets[0] == 0:
-            self.progress(self.stop - gradients.layer, self.stop - self.start)
+
+    def passed(self, layer: int) -> None:
+        """Report the progress."""
+        if self.progress is not None:
+            self.progress(self.stop - layer, self.stop - self.start)
 
     def _of(self, prompt: int, number: int) -> Tensor:
         sources = len(self.parts[prompt][number].sources)
@@ -254,7 +304,7 @@ class _Components:
         return _Named(every, of_prompts(gradients.rest(kind)), gradients.bias(kind)), by_position
 
 
-def _must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int) -> bool:
+def _must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int, targets: int) -> bool:
     """Whether the activations of all layers do not fit into half of the available memory.
 
     Raises:
@@ -265,10 +315,12 @@ def _must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int) -> b
     neurons, width = layer.gate.shape
     one = tokens * (neurons * (5 * number + state) + width * (12 * number + 2 * state))
     one += 4 * bound.num_heads * pairs * number
-    inputs, available = tokens * width * number * layers, room(bound)
-    if 2 * one + inputs > available:
+    held = tokens * width * (number * layers + 4 * targets * state)  # the layers' inputs, and the targets' gradients
+    held += 4 * BATCH_NUMBERS * number * (targets > 1)  # of the targets that go back together
+    available = room(bound)
+    if 2 * one + held > available:
         raise MemoryLimitError(
-            f"{tokens:,} tokens need {shown(2 * one + inputs)} besides the model's weights under a linear rule, "
-            f"{shown(max(0, available))} are available; use fewer tokens"
+            f"{tokens:,} tokens and {targets:,} targets need {shown(2 * one + held)} besides the model's weights under a "
+            f"linear rule, {shown(max(0, available))} are available; use fewer tokens or targets"
         )
-    return one * layers > available // 2
+    return one * layers + held > available // 2

@@ -59,6 +59,7 @@ class Pass(Capture):
         options: the options of the pass.
         progress: a function that is called after each layer with the number of layers done and their total.
         read: the positions of each decomposition that are read after the last layer; None: all.
+        budget: the most bytes of the state and its buffers, where one larger block would be faster; None: what is available.
         recorded: whether a recorded propagation may be used; the caller then gives it back.
 
     Attributes:
@@ -79,11 +80,12 @@ class Pass(Capture):
         progress: Progress | None = None,
         read: Sequence[Sequence[int]] | None = None,
         recorded: bool = False,
+        budget: int | None = None,
     ) -> None:
         layers = range(min(parts.layer for parts, _ in joining), options.stop)
         super().__init__(engine.bound, [prompt.ids for prompt in prompts], layers, options.sharing.rule == "taylor")
         self.engine, self.joining, self.options, self.progress, self.read = engine, joining, options, progress, read
-        self.recordings = engine.recordings if recorded else None
+        self.recordings, self.budget = engine.recordings if recorded else None, budget
         self.lengths = [len(prompt.ids) for prompt in prompts]
         self.dtype = dtype_name(engine.bound.dtype) + (", quantised" if engine.bound.is_quantized else "")
 
@@ -139,7 +141,9 @@ class Pass(Capture):
 
     def _propagation(self, workspace_bytes: int | None, recordings: Recordings | None) -> Propagation:
         available = room(self.bound)
-        blocks, needed = fitting(self.bound, self._rows, self.lengths, workspace_bytes, self.bound.device, available)
+        blocks, needed = fitting(
+            self.bound, self._rows, self.lengths, workspace_bytes, self.bound.device, available, self.budget
+        )
         parts = self.joining[0][0]
         if recordings is not None and len(self.joining) == 1 and parts.moment == "start":
             recorded = recordings.lend(parts.layout, self.options.sharing, blocks)

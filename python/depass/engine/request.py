@@ -13,6 +13,7 @@ from ..checks import integer
 from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Asked, check
+from ..models.alterations import alterations
 from ..models.bound import BoundModel
 from ..models.linearised import refuse
 from ..propagation.sharing import MLPSharing
@@ -117,7 +118,7 @@ def options(
     exclude = _check_exclude(defaults.exclude_bos if exclude_bos is None else exclude_bos)
     sharing = defaults.sharing(rule, temperature)
     linear = _is_linear(sharing.rule, defaults.engine, bound)
-    if linear and exclude is True:
+    if linear and exclude is True and (exclude_bos is True or rule is None):
         raise OptionError(
             f"exclude_bos=True has no effect under rule={sharing.rule!r}, where sources do not compete for a neuron; leave "
             "it out"
@@ -127,6 +128,8 @@ def options(
 
 def _is_linear(rule: str, engine: str, bound: BoundModel) -> bool:
     """Whether a backward pass serves the rule; ``taylor`` stays with the forward engine where the model takes no gradients.
+
+    It also does under hooks: a gradient would go through what they change, and the scores explain the weights.
 
     Raises:
         OptionError: the forward engine was asked for, which does not have the rule.
@@ -147,7 +150,7 @@ def _is_linear(rule: str, engine: str, bound: BoundModel) -> bool:
         if not has_both:
             raise
         return False
-    return True
+    return not (has_both and alterations(bound))
 
 
 def case(bound: BoundModel, tokenizer: Any, prompt: Any, target: Any, sources: Any, chosen: Options) -> Case:

@@ -221,9 +221,10 @@ def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
     if altered is None and not error > tolerance:
         return
     if altered is not None:
+        through = result.settings.engine == "backward"
         message = (
-            f"{altered}. The scores explain the weights and not this change; they miss the logit by a relative error of "
-            f"{error:.1e}. Remove it, or put its effect into the weights"
+            f"{altered}. The scores {'go through this change' if through else 'explain the weights and not this change'}; "
+            f"they miss the logit by a relative error of {error:.1e}. Remove it, or put its effect into the weights"
         )
     else:
         wider = "" if dtype == "float64" else "load the model in a wider dtype; "

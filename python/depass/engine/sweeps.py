@@ -79,6 +79,7 @@ def sweep(
     asked: Sequence[Asked],
     options: Options,
     kind: Literal["heads", "neurons", "modules"],
+    budget: int,
     progress: Progress | None = None,
 ) -> Sweep:
     """Run one pass per group of layers; a layer has one decomposition, or for modules two (attention and MLP)."""
@@ -90,7 +91,8 @@ def sweep(
         flat = [parts for layer in group for parts in layer]
         read = [[target.position for target in asked]] * len(flat)
         with capture.running:  # as in scores.attribute
-            done = Pass(engine, [prompt], [(parts, 0) for parts in flat], options, _Told(progress, began, of), read)
+            told, joining = _Told(progress, began, of), [(parts, 0) for parts in flat]
+            done = Pass(engine, [prompt], joining, options, told, read, budget=budget - COMPONENT_BYTES)
             done.run()
             began += options.stop - flat[0].layer
             if not readouts:

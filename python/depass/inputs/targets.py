@@ -279,10 +279,14 @@ def fill(
 
 def _ids(asked: Sequence[Asked], logits: Tensor) -> list[list[tuple[int, ...]]]:
     """The token ids of every readout of each target: one, the two of a contrast, or none of a direction."""
-    tops = [row for row, each in enumerate(asked) if each.ids is None]
-    best: list[list[int]] = []
-    if tops:  # of all rows at once: reading the ids makes the host wait for the device
-        best = logits[tops].topk(max(asked[row].k for row in tops)).indices.tolist()
-    top = dict(zip(tops, best, strict=True))
-    return [[(token,) for token in top[row][: each.k]] if each.ids is None else [each.ids]
+    by_k: dict[int, list[int]] = {}  # rows of equal k: where logits tie, another k may order them otherwise
+    for row, each in enumerate(asked):
+        if each.ids is None:
+            by_k.setdefault(each.k, []).append(row)
+    top: dict[int, list[int]] = {}
+    if by_k:  # of all rows at once: reading the ids makes the host wait for the device
+        best = [logits[rows].topk(k).indices.flatten() for k, rows in by_k.items()]
+        read = iter(torch.cat(best).tolist())
+        top = {row: [next(read) for _ in range(k)] for k, rows in by_k.items() for row in rows}
+    return [[(token,) for token in top[row]] if each.ids is None else [each.ids]
             for row, each in enumerate(asked)]  # fmt: skip

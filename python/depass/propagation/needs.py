@@ -65,17 +65,25 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
 
 
 def fitting(
-    bound: BoundModel, rows: int, lengths: Sequence[int], workspace_bytes: int | None, device: torch.device, budget: int
+    bound: BoundModel,
+    rows: int,
+    lengths: Sequence[int],
+    workspace_bytes: int | None,
+    device: torch.device,
+    budget: int,
+    beside_pass: int | None = None,
 ) -> tuple[Blocks, Needs]:
     """The blocks for a state, and what it needs with them; more than ``budget`` bytes if it does not fit.
 
     Where the device gains by it, ``workspace_bytes`` is not given and the budget allows, the attention takes one block.
+    ``beside_pass`` limits the bytes of the state and the buffers alone.
     """
     blocks = blocks_of(bound, workspace_bytes, device)
     if workspace_bytes is None and traits(device).one_block:
         one = replace(blocks, attention=rows)
         needed = needs(bound, rows, lengths, one, device)
-        if needed.total_bytes <= budget:
+        held = needed.state_bytes + needed.buffer_bytes
+        if needed.total_bytes <= budget and (beside_pass is None or held <= beside_pass):
             return one, needed
     return blocks, needs(bound, rows, lengths, blocks, device)
 

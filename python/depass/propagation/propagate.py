@@ -95,14 +95,14 @@ class Propagation:
         joined = layouts[0] if len(layouts) == 1 and prompts == [0] else SourceLayout.concat(layouts, prompts)
         self._lay_out(joined, end)
 
-    def _lay_out(self, layout: SourceLayout, rows: int) -> None:
-        """Make the first ``rows`` rows of the memory the state."""
+    def _lay_out(self, layout: SourceLayout, rows: int, is_kept: bool = True) -> None:
+        """Make the first ``rows`` rows of the memory the state; ``is_kept``: other prompts may have the same layout."""
         self.layout, self.state = layout, self._memory[:rows]
         prompts = zip(layout.prompt.tolist(), self._positions, strict=True)
         where = torch.cat([self.prompt_start[prompt] + positions for prompt, positions in prompts])
         same = len(where) == self.prompt_start[-1] and bool((where == torch.arange(len(where), device="cpu")).all())
         self._where = None if same else where.to(self.state.device)
-        self._cut = cut(layout, self.blocks)
+        self._cut = cut(layout, self.blocks) if is_kept else Cut(layout, self.blocks)
 
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
         """Propagate the state through the attention of layer ``index``, in place (docs/method.md, equation 3).
@@ -169,7 +169,7 @@ class Propagation:
         if kept is not None:
             self._memory[: len(kept.rows)] = self.state.index_select(0, kept.rows)
             self._positions = kept.positions
-            self._lay_out(kept.layout, len(kept.rows))
+            self._lay_out(kept.layout, len(kept.rows), is_kept=False)
 
     def _to(self, device: torch.device) -> None:
         if device != self.state.device:
