@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ..sources.source import Decomposition
 from .backward import BATCH_NUMBERS, Backward, LayerGradients, Parts, StreamGradient
 from .passes import Engine
 from .request import Case, Options, Progress
-from .scores import conservation_error, must_be_finite
+from .scores import attribution, must_be_finite
 from .sweeps import stacked
 
 
@@ -36,8 +37,13 @@ def attribute(
 ) -> list[Attribution | DePassError]:
     """Attribute cases in one pass there and back; returns an error in place of the result of a case that fails."""
     prompts, asked = [case.prompt for case in cases], [case.asked for case in cases]
-    done = _run(engine, prompts, asked, [[case.parts] for case in cases], options, progress)
-    return [_result(done, i, case) for i, case in enumerate(cases)]
+    parts = [[case.parts] for case in cases]
+    done = _run(partial(_SourcesPass, engine, prompts, asked, parts, options, progress))
+    results: list[Attribution | DePassError] = []
+    for i, (case, (rows,)) in enumerate(zip(cases, done.scores, strict=True)):
+        found = [(readout.target, row, readout.logit) for readout, row in zip(done.readouts[i], rows, strict=True)]
+        results.append(attribution(case, found, done.settings(case.parts.layer, i), engine.bound))
+    return results
 
 
 def sweep(
@@ -51,7 +57,7 @@ def sweep(
 ) -> Sweep:
     """Score the components of all layers in one pass; a layer has one decomposition, or for modules two."""
     flat = [parts for layer in layers for parts in layer]
-    done = _run(engine, [prompt], [asked], [flat], options, progress)
+    done = _run(partial(_SourcesPass, engine, [prompt], [asked], [flat], options, progress))
     readouts, rows = done.readouts[0], done.scores[0]
     for readout in readouts:
         must_be_finite(readout.target, readout.logit, engine.bound)
@@ -60,17 +66,14 @@ def sweep(
     return stacked(rows, layers, readouts, kind, prompt, done.settings(flat[0].layer, 0))
 
 
-def _run(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    asked: Sequence[Sequence[Asked]],
-    parts: Sequence[Sequence[Decomposition]],
-    options: Options,
-    progress: Progress | None,
-) -> _SourcesPass:
-    """Run a pass; if memory runs out in spite of the plan, warn and repeat it once with less in memory at a time."""
+def _run(make: Callable[[bool], _SourcesPass]) -> _SourcesPass:
+    """Run a pass; if memory runs out in spite of the plan, warn and repeat it once with less in memory at a time.
+
+    Args:
+        make: a function that makes the pass, given whether it is sparing.
+    """
     try:
-        return _once(engine, prompts, asked, parts, options, progress, False)
+        return _once(make(False))
     except (RuntimeError, MemoryError) as error:
         failed = asked_bytes(error)
         if failed is None or isinstance(error, DePassError):
@@ -80,31 +83,22 @@ def _run(
         f"out of memory{f' while allocating {shown(failed)}' if failed else ''}; retrying with the activations of one layer "
         "and one target at a time", MemoryLimitWarning, stacklevel=5,
     )  # fmt: skip
-    if engine.bound.device.type == "cuda":
+    sparing = make(True)
+    if sparing.bound.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        return _once(engine, prompts, asked, parts, options, progress, True)
+        return _once(sparing)
     except (RuntimeError, MemoryError) as error:
         if asked_bytes(error) is None or isinstance(error, DePassError):
             raise
-        tokens = sum(len(prompt.ids) for prompt in prompts)
         raise MemoryLimitError(
-            f"out of memory twice, the second time with the activations of one layer and one target at a time, for "
-            f"{tokens:,} tokens under a linear rule; use fewer tokens or targets"
+            "out of memory twice, the second time with the activations of one layer and one target at a time, for "
+            f"{sum(sparing.lengths):,} tokens under a linear rule; use fewer tokens or targets"
         ) from error
 
 
-def _once(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    asked: Sequence[Sequence[Asked]],
-    parts: Sequence[Sequence[Decomposition]],
-    options: Options,
-    progress: Progress | None,
-    sparing: bool,
-) -> _SourcesPass:
+def _once(done: _SourcesPass) -> _SourcesPass:
     with capture.running:
-        done = _SourcesPass(engine, prompts, asked, parts, options, progress, sparing)
         done.run()
     return done
 
@@ -207,27 +201,6 @@ class _SourcesPass(Backward):
         into = self._of(prompt, number)
         own = [(row, target) for row, target in enumerate(some) if target < len(into)]
         into[[target for _, target in own]] = scores.cpu()[[row for row, _ in own]]
-
-
-def _result(done: _SourcesPass, index: int, case: Case) -> Attribution | DePassError:
-    (rows,), readouts = done.scores[index], done.readouts[index]
-    logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu")
-    try:
-        for readout in readouts:
-            must_be_finite(readout.target, readout.logit, done.bound)
-    except NonFiniteError as error:
-        return error
-    if not bool(rows.isfinite().all()):
-        return NonFiniteError(f"the scores are not finite; {blame(done.bound)}")
-    return Attribution(
-        scores=rows.float(),
-        sources=case.parts.sources,
-        targets=tuple(readout.target for readout in readouts),
-        target_logits=logits.float(),
-        conservation_error=conservation_error(rows, logits).float(),
-        prompt=case.prompt,
-        settings=done.settings(case.parts.layer, index),
-    )
 
 
 def _of_spans(parts: Decomposition, per_position: Tensor) -> Tensor:

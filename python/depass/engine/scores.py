@@ -74,15 +74,23 @@ def _result(
             scores, logit = done.probes[index, j]
             found.append((target, _padded(scores, len(case.parts.sources)), logit))
         found += [(readout.target, next(rows_of_readouts), readout.logit) for readout in of_target]
+    how = settings(done, case.parts.layer, case.parts.excluded, done.propagation.served, index)
+    return attribution(case, found, how, done.bound)
+
+
+def attribution(
+    case: Case, found: Sequence[tuple[Target, Tensor, float]], how: Settings, bound: BoundModel
+) -> Attribution | NonFiniteError:
+    """The result of a case, from each target's scores ``[M]`` and own logit; an error if a number is not finite."""
     rows = torch.stack([row for _, row, _ in found])
     own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
     try:
         for target, _, logit in found:
-            must_be_finite(target, logit, done.bound)
+            must_be_finite(target, logit, bound)
     except NonFiniteError as error:
         return error
     if not bool(rows.isfinite().all()):
-        return NonFiniteError(f"the scores are not finite; {blame(done.bound)}")
+        return NonFiniteError(f"the scores are not finite; {blame(bound)}")
     return Attribution(
         scores=rows.float(),
         sources=case.parts.sources,
@@ -90,7 +98,7 @@ def _result(
         target_logits=own.float(),
         conservation_error=conservation_error(rows, own).float(),
         prompt=case.prompt,
-        settings=settings(done, case.parts.layer, case.parts.excluded, done.propagation.served, index),
+        settings=how,
     )
 
 
