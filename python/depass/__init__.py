@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from .results.generation import Generation as Generation
     from .results.states import States as States
     from .results.sweep import Sweep as Sweep
+    from .rules import Mixture as Mixture
+    from .rules import PathWeights as PathWeights
     from .sources.components import Heads as Heads
     from .sources.components import Modules as Modules
     from .sources.components import Neurons as Neurons
@@ -70,6 +72,7 @@ _MODULES = {
     "results.generation": ("Generation",),
     "results.states": ("States",),
     "results.sweep": ("Sweep",),
+    "rules": ("Mixture", "PathWeights"),
     "sources.components": ("Heads", "Modules", "Neurons"),
     "sources.source": ("Source",),
     "sources.spans": ("Sentences", "Spans"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import rules
 from .checks import integer, integers
 from .engine import attribute, request, scores
 from .engine import plan as plans
@@ -33,7 +34,7 @@ from .results.attribution import Attribution
 from .results.generation import Generation
 from .results.states import States
 from .results.sweep import Sweep
-from .rules import FORWARD
+from .rules import FORWARD, AnyRule
 from .sources.decompose import COMPONENTS, check_kind, decompose_components
 
 
@@ -43,17 +44,20 @@ class DePass:
     Args:
         model: a causal language model of HuggingFace transformers; it is not modified.
         tokenizer: its tokenizer, or None if all prompts and targets are token ids.
-        rule: the rule that shares an MLP neuron's output among the sources (docs/method.md, equation 4):
-            ``softmax`` (the paper's, equation 5), ``max``, ``relu``, ``linear``, or a linear rule, ``taylor``, ``half`` or
-            ``up``, which needs one backward pass whatever the number of sources.
+        rule: the rule by which scores are shared. ``softmax`` (the paper's, equation 5), ``max``, ``relu`` and ``linear``
+            share an MLP neuron's output among the sources (docs/method.md, equation 4). The linear rules ``taylor``,
+            ``half``, ``up``, ``steer``, ``dual_path`` and :class:`PathWeights` need one backward pass for any number of
+            sources.
+            ``"softmax+half"`` or a :class:`Mixture` is the mean of several rules' scores; ``steered`` is a third of softmax
+            and two thirds of steer.
         temperature: the temperature ``τ`` of the softmax rule, in units of the pre-activation.
         exclude_bos: whether the first token is excluded from the MLPs of later positions. ``"auto"`` excludes it if it is
             the tokenizer's BOS token.
         backend: the backend of the ops: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``. There is no
             silent fallback: a backend that cannot run here raises. ``depass backends`` lists what can run on this
             machine, and ``settings.backends`` of a result the backends used.
-        engine: ``"auto"``: linear rules (``taylor``, ``half``, ``up``) take one backward pass, other rules a decomposed
-            state; ``settings.engine`` of a result says which. ``"forward"``: ``taylor`` takes a decomposed state, too.
+        engine: ``"auto"``: linear rules take one backward pass, other rules a decomposed state; ``settings.engine`` of a
+            result says which. ``"forward"``: ``taylor`` takes a decomposed state, too.
         workspace_bytes: the size of the block buffers; the default depends on the device. It changes results only by
             rounding.
         cuda_graphs: whether to record the layers of short prompts as CUDA graphs and replay them for later prompts with
@@ -72,7 +76,7 @@ class DePass:
         model: Any,
         tokenizer: Any = None,
         *,
-        rule: str = "softmax",
+        rule: AnyRule = "softmax",
         temperature: float = 0.1,
         exclude_bos: bool | Literal["auto"] = "auto",
         backend: str = "auto",
@@ -162,7 +166,7 @@ class DePass:
         sources: Any = "token",
         start_layer: int = 0,
         stop_layer: int | None = None,
-        rule: str | None = None,
+        rule: AnyRule | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -221,7 +225,7 @@ class DePass:
         errors: Literal["raise", "return"] = "raise",
         start_layer: int = 0,
         stop_layer: int | None = None,
-        rule: str | None = None,
+        rule: AnyRule | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -289,7 +293,7 @@ class DePass:
         ids: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
         memory_bytes: int | None = None,
-        rule: str | None = None,
+        rule: AnyRule | None = None,
         temperature: float | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
@@ -358,7 +362,7 @@ class DePass:
         *,
         max_new_tokens: int = 20,
         sources: Any = "token",
-        rule: str | None = None,
+        rule: AnyRule | None = None,
         temperature_of_shares: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -433,7 +437,7 @@ class DePass:
         sources: Any = "token",
         start_layer: int = 0,
         stop_layer: int | None = None,
-        rule: str | None = None,
+        rule: AnyRule | None = None,
         temperature: float | None = None,
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -462,7 +466,7 @@ class DePass:
             PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
             NonFiniteError: a state is not finite.
         """
-        rule = self.engine.defaults.rule if rule is None else rule
+        rule = rules.read(self.engine.defaults.rule if rule is None else rule).name
         if rule not in FORWARD:
             raise OptionError(f"rule={rule!r} has no decomposed states; choose one of: {', '.join(FORWARD)}")
         forward = replace(self.engine.defaults, engine="forward")

@@ -30,6 +30,7 @@ def argument(
     choices: tuple[str, ...] | None = None,
     least: int | None = None,
     most: float | None = None,
+    check: Callable[[Any], object] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a field of :class:`CommandOptions`.
 
@@ -41,8 +42,10 @@ def argument(
         choices: the allowed values.
         least: the option is an integer of at least this value.
         most: the option is a number above 0 and at most this value.
+        check: a function that raises an :class:`OptionError` where it is given an invalid value.
     """
-    return {"help": help, "flags": flags, "metavar": metavar, "choices": choices, "least": least, "most": most}
+    metadata: dict[str, Any] = {"help": help, "flags": flags, "metavar": metavar, "choices": choices, "check": check}
+    return metadata | {"least": least, "most": most}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class CommandOptions:
             for part in value if several else (value,):
                 if (expected := _refusal(part, kind, option.metadata)) is not None:
                     raise OptionError(f"{option.name} must be {expected}, got {part!r}")
+                if (check := option.metadata.get("check")) is not None:
+                    check(part)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=CommandOptions)

@@ -40,7 +40,9 @@ from depass.inputs.targets import check
 from depass.models.bind import bind
 from depass.models.bound import BoundModel
 from depass.models.capture import eager_with_patterns
-from depass.models.linearised import RULES, PathWeights, linearised
+from depass.models.linearised import linearised
+from depass.rules import LINEAR as RULES
+from depass.rules import PathWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  # the tests judge by themselves
 
@@ -112,10 +114,13 @@ def close(got: Tensor, expected: Tensor, limit: float) -> None:
 
 
 def equal(got: Everything, expected: Everything, limit: float = 0.0) -> None:
-    pairs = [(getattr(got, name), getattr(expected, name)) for name in ("tokens", "biases", "heads", "modules")]
+    pairs = [
+        (getattr(got, name), getattr(expected, name)) for name in ("tokens", "biases", "balance", "heads", "modules")
+    ]
     pairs += list(zip(got.neurons, expected.neurons, strict=True))
     pairs += [(got.rest[parts], expected.rest[parts]) for parts in got.rest]
     pairs += [(got.bias[parts], expected.bias[parts]) for parts in got.bias]
+    pairs += [(got.balances[parts], expected.balances[parts]) for parts in got.balances]
     for mine, theirs in pairs:
         close(mine, theirs, limit)
     assert [one.target for one in got.readouts] == [one.target for one in expected.readouts]
@@ -217,7 +222,8 @@ def test_probes_of_inner_layers(name: str, exact: Any) -> None:
         bias, _, tokens = split(*forward_scores(dp, ids, target))
         close(one.tokens[:, 0], tokens, 1e-9)
         close(one.biases[:, 0], bias, 1e-9)
-        close(one.missing[:, 0], torch.zeros(len(target), dtype=torch.float64), 1e-9)
+        logits = torch.tensor([readout.logit for readout in one.readouts], dtype=torch.float64)
+        close(one.tokens[:, 0].sum(-1) + one.biases[:, 0], logits, 1e-9)
         _, rest, heads = split(*forward_scores(dp, ids, target[3:], Heads(1)))
         close(one.heads[3:, 1], heads, 1e-9)
         close(one.rest["heads"][3:, 1], rest, 1e-9)
@@ -393,18 +399,17 @@ def test_steering_agrees_with_the_published_way(name: str, rule: str, values: fl
     close(one.tokens[0, 0], expected.tokens, 1e-6)  # the softmax, and with it its gradient, is an fp32 one
     close(one.heads[0], expected.heads, 1e-6)
     close(torch.stack(one.neurons)[:, 0], expected.neurons, 1e-6)
-    close(one.missing[0, 0], expected.logit - expected.tokens.sum(), 1e-6)
-    assert abs(float(one.missing[0, 0])) > 1e-2
+    close(one.balance[0, 0], expected.logit - expected.tokens.sum(), 1e-6)
+    assert abs(float(one.balance[0, 0])) > 1e-2
 
 
 def test_what_the_rules_leave_over_has_a_name() -> None:
-    assert {name: weights.remainder for name, weights in RULES.items()} == {
+    assert {name: weights.balance for name, weights in RULES.items()} == {
         "taylor": None, "half": None, "up": None, "steer": "pattern", "dual_path": "unassigned",
     }  # fmt: skip
-    assert [name for name, weights in RULES.items() if weights.adds_up] == list(WHOLE)
     assert [name for name, weights in RULES.items() if weights.steers] == ["steer", "dual_path"]
-    assert not PathWeights(gate=0.5).adds_up
-    assert not PathWeights(v=0.5).adds_up
+    assert PathWeights(gate=0.5).balance == PathWeights(v=0.5).balance == "unassigned"
+    assert PathWeights(gate=0.1, up=0.9).balance is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "1", True, None])
@@ -416,7 +421,10 @@ def test_weights_that_are_no_numbers_are_refused(value: Any) -> None:
 # --- the sum ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", WHOLE)
+OWN = PathWeights(q=-0.5, k=2.0, v=0.25, gate=0.75, up=1.0)
+
+
+@pytest.mark.parametrize("rule", [*RULES, OWN], ids=str)
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_scores_add_up_at_the_input_of_every_layer(name: str, rule: str, exact: Any) -> None:
     model, ids = models.make(name, torch.float64), models.prompt(LENGTH)
@@ -429,7 +437,7 @@ def test_scores_add_up_at_the_input_of_every_layer(name: str, rule: str, exact: 
 def must_add_up(one: Everything, limit: float) -> None:
     logits = torch.tensor([readout.logit for readout in one.readouts], dtype=torch.float64)
     size = one.tokens.double().abs().sum(-1).clamp(min=1.0)
-    assert ((one.tokens.double().sum(-1) + one.biases - logits[:, None]).abs() <= limit * size).all()
+    assert ((one.tokens.double().sum(-1) + one.biases + one.balance - logits[:, None]).abs() <= limit * size).all()
     layers = size[:, :-1]
     for parts, own in {
         "heads": one.heads.sum(-1),
@@ -437,7 +445,7 @@ def must_add_up(one: Everything, limit: float) -> None:
         "neurons": torch.stack([neurons.sum(-1) for neurons in one.neurons], 1),
         "mlp": one.modules[..., 1],
     }.items():
-        total = own.double() + one.rest[parts] + one.bias[parts]  # type: ignore[index]
+        total = own.double() + one.rest[parts] + one.bias[parts] + one.balances[parts]  # type: ignore[index]
         assert ((total - logits[:, None]).abs() <= 10 * limit * layers).all()
 
 

@@ -30,7 +30,6 @@ from depass import (
 )
 from depass.cli.main import main
 from depass.engine import backward, linear
-from depass.models.linearised import RULES
 from depass.rules import LINEAR
 
 TARGETS = [TopK(2), Contrast(3, 4, position=5), Direction(torch.linspace(-1, 1, 32)), 7]
@@ -82,7 +81,7 @@ def test_tokens_equal_a_loop_that_takes_no_gradients(name: str, rule: str) -> No
     res = DePass(model, rule=rule).attribute(ids, 5, strict=True)
     bias = res.sources[0].kind == "bias"
     oracle = LinearOracle(name, model, ids, [0] * (7 + bias), [t + bias for t in range(7)], bias)
-    states = oracle.weigh(RULES[rule].gate, RULES[rule].up).run("", 0.0, None)
+    states = oracle.weigh(LINEAR[rule].gate, LINEAR[rule].up).run("", 0.0, None)
     expected = oracle.scores(states[-1], 6, 5)
     torch.testing.assert_close(res.scores[0].double(), expected, rtol=0, atol=1e-5 * float(expected.abs().sum()))
 

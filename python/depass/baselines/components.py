@@ -103,6 +103,7 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
         scores=scores.float(),
         rest=undefined,
         bias=undefined.clone(),
+        balance=undefined.clone(),
         layers=tuple(range(len(bound.layers))),
         columns=tuple(range(count)),
         kind=kind,

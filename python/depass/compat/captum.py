@@ -24,6 +24,7 @@ from ..errors import DePassError, OptionError, PromptError, SourceError, TargetE
 from ..inputs.prompt import encode
 from ..inputs.targets import Token, TopK
 from ..results.attribution import Attribution
+from ..sources.source import BESIDE
 from ..sources.spans import Spans, token_ranges
 from . import check_options
 
@@ -116,8 +117,8 @@ class DePassAttribution(CaptumAttribution):
             )
         deltas = []
         for given, (_, result) in zip(attributions, self._rows(inputs, target, attention_mask), strict=True):
-            bias = sum(float(result.scores[0, i]) for i, source in enumerate(result.sources) if source.kind == "bias")
-            deltas.append(given.double().sum().cpu() + bias - float(result.target_logits[0]))
+            beside = sum(float(result.scores[0, i]) for i, source in enumerate(result.sources) if source.kind in BESIDE)
+            deltas.append(given.double().sum().cpu() + beside - float(result.target_logits[0]))
         return torch.stack(deltas).float().to(attributions.device)
 
     def _rows(self, inputs: Tensor, target: Any, mask: Tensor | None) -> list[tuple[slice, Attribution]]:

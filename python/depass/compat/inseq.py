@@ -26,9 +26,8 @@ from torch import Tensor
 from depass_kernels import SourceLayout
 
 from ..api import DePass
-from ..engine import request
+from ..engine import attribute, request
 from ..engine.scores import judge
-from ..engine.sweeps import grouped, sweep
 from ..errors import DePassError, OptionError, PromptError, TargetError
 from ..inputs.prompt import encode
 from ..inputs.targets import Contrast, Token, check
@@ -37,7 +36,7 @@ from ..models.trace import Trace
 from ..propagation.needs import room
 from ..sources.components import Heads
 from ..sources.decompose import decompose_components
-from ..sources.source import Decomposition, Source
+from ..sources.source import BESIDE, Decomposition, Source
 
 try:
     from inseq.attr.feat import InternalsAttributionRegistry
@@ -228,11 +227,9 @@ def _tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The tokens' scores ``[N, targets]``; and the logits and the biases' scores, ``[targets]`` each."""
     result = dp.attribute(list(ids), list(targets), start_layer=layer, exclude_bos=exclude_bos, **options)
-    bias = result.scores.shape[1] - len(ids)
-    beside = {"logit": result.target_logits}
-    if bias:
-        beside["bias"] = result.scores[:, :bias].sum(1)
-    return result.scores[:, bias:].T, beside
+    kinds, beside = [source.kind for source in result.sources], {"logit": result.target_logits}
+    beside |= {kind: result.scores[:, i] for i, kind in enumerate(kinds) if kind in BESIDE}
+    return result.scores[:, [i for i, kind in enumerate(kinds) if kind not in BESIDE]].T, beside
 
 
 def _layers(
@@ -241,7 +238,8 @@ def _layers(
     """The scores ``[N, targets, L]`` of the tokens' states that enter each layer; and the logits and biases' scores."""
     by_layer = [_tokens(dp, ids, targets, layer, exclude_bos, **options) for layer in range(len(dp.bound.layers))]
     beside = {"logit": by_layer[0][1]["logit"]}
-    beside |= {f"L{layer}.bias": others["bias"] for layer, (_, others) in enumerate(by_layer) if "bias" in others}
+    beside |= {f"L{layer}.{kind}": scores for layer, (_, others) in enumerate(by_layer)
+               for kind, scores in others.items() if kind in BESIDE}  # fmt: skip
     return torch.stack([scores for scores, _ in by_layer], -1), beside
 
 
@@ -253,8 +251,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     chosen = request.options(replace(dp.engine.defaults, engine="forward"), bound, exclude_bos=False, **options)
     parts = [[heads_by_position(layer, len(ids), bound)] for layer in range(len(bound.layers))]
     budget = max(0, room(bound)) // 2
-    groups = list(grouped(parts, len(ids), budget, bound, dp.engine.workspace_bytes))
-    result = sweep(dp.engine, prompt, groups, checked_targets, chosen, "heads", budget)
+    result = attribute.sweep(dp.engine, prompt, parts, checked_targets, chosen, "heads", budget)
     judge(result, strict=False, tolerance=bound.tolerance)
     scores = result.scores.reshape(*result.scores.shape[:2], len(ids), bound.num_heads)  # [targets, L, N, H]
     beside = {"logit": result.target_logits}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .. import rules
 from ..arguments import ModelOptions, argument
-from ..rules import RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class DatasetOptions(ModelOptions):
         split: the split of a Hugging Face data set; None: ``train``.
         sources: ``token``, ``word`` or ``sentence``.
         language: the language of sentences, as its code.
-        rule: how each neuron's output is shared among the sources, one of :data:`depass.rules.RULES`.
+        rule: the rule by which scores are shared, as text: one of :data:`depass.rules.RULES`, a mixture such as
+            ``softmax+half``, or the weights of :class:`depass.PathWeights` such as ``q=0.5,k=0.5``.
         temperature: temperature of the softmax rule.
         shard_rows: rows per output file.
         batch_tokens: tokens per pass; None: 1024, or fewer where memory is short.
@@ -71,8 +72,10 @@ class DatasetOptions(ModelOptions):
     rule: str = field(
         default="softmax",
         metadata=argument(
-            "the rule that shares MLP outputs; taylor, half and up take one backward pass (default: softmax)",
-            choices=RULES,
+            f"the rule by which scores are shared: {', '.join(rules.RULES)}, or a mixture such as softmax+half "
+            "(default: softmax)",
+            metavar="RULE",
+            check=rules.read,
         ),
     )
     temperature: float = field(default=0.1, metadata=argument("temperature of the softmax rule (default: 0.1)"))

@@ -5,8 +5,9 @@ Where a rule is linear in the residual stream, the score of any part ``x`` of th
 and then goes back from the targets, one layer at a time. A layer's gradients are handed on and dropped, so memory does not
 grow with layers times neurons.
 
-The scores of all tokens at the input of any layer, plus the biases behind it, add up to the logit (if the rule adds up).
-Every score is a gradient times a value; none is taken as what is left of the logit.
+The scores of all tokens at the input of any layer, plus the biases behind it, plus the balance, add up to the logit. The
+balance is what the path weights lose or credit twice (:attr:`depass.rules.PathWeights.balance`), and zero for most rules.
+Every score is a gradient times a value, the balance too; none is taken as what is left of the logit.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from ..models import capture
 from ..models.alterations import alterations, said_of, within
 from ..models.bound import BoundModel, Layer
 from ..models.capture import Capture, of_this_thread
-from ..models.linearised import PathWeights, linearised, refuse
+from ..models.linearised import LayerPaths, linearised, refuse
 from ..models.packing import Packing
 from ..models.positions import fresh
 from ..models.trace import Trace
 from ..models.weights import dense, device_of
+from ..rules import PathWeights
 from .passes import without_autocast
 from .scores import readouts_of
 
@@ -52,6 +54,7 @@ class StreamGradient:
         x: ``[P, D]``, the stream in the model's dtype.
         gradient: ``[T, P, D]``, its gradients. Any part of the stream scores the product with them.
         behind: ``[T, B]``, the scores of all biases behind it, those of the final norm and the head included.
+        balance: ``[T, B]``, what the path weights lose behind it, less what they credit twice.
     """
 
     layer: int
@@ -59,6 +62,7 @@ class StreamGradient:
     x: Tensor
     gradient: Tensor
     behind: Tensor
+    balance: Tensor
 
     def scores(self) -> Tensor:
         """The scores of the whole stream by position, ``[T, P]``."""
@@ -79,6 +83,7 @@ class LayerGradients:
         hidden, of_hidden: the input of the down projection ``[P, F]``, and its gradients ``[T, P, F]``.
         biases: the scores ``[T, P]`` of the layer's biases, by the path of their module in the layer.
         late_biases: the paths of those that the layer adds behind its middle.
+        lost_in_mlp: ``[T, P]``, what the path weights lose in the MLP.
     """
 
     bound: BoundModel
@@ -93,6 +98,7 @@ class LayerGradients:
     of_hidden: Tensor
     biases: dict[str, Tensor]
     late_biases: frozenset[str]
+    lost_in_mlp: Tensor
 
     @property
     def targets(self) -> list[int]:
@@ -151,6 +157,13 @@ class LayerGradients:
         if parts == "heads":
             own = own + self.of_prompts(self._bias_of(self._modules.output.module))
         return own
+
+    def balance(self, parts: Parts) -> Tensor:
+        """The balance ``[T, B]`` behind the split, where the stream is split into ``parts``."""
+        own = self.after.balance
+        return (
+            own + self.of_prompts(self.lost_in_mlp) if parts in ("heads", "attn") and self.middle is not None else own
+        )
 
     def _rest_of_middle(self, middle: Tensor) -> Tensor:
         return _dot(middle, self.before.x, self._dtype)
@@ -266,11 +279,11 @@ class Backward:
         refuse(bound)
         with capture.running, ExitStack() as stack:
             self._check()
-            stack.enter_context(linearised(bound, self.path_weights))
+            flows = stack.enter_context(linearised(bound, self.path_weights))
             stack.enter_context(torch.no_grad())  # segments switch their layers' graphs on
             stack.enter_context(capture.in_one_row(self.packing))
             stack.enter_context(fresh(bound.backbone, bound.switches))
-            segments = [_Segment(self, index) for index in range(self.start, self.stop)]
+            segments = [_Segment(self, index, flows[index]) for index in range(self.start, self.stop)]
             for segment in segments:
                 segment.hook(stack)
             inputs = self.packing.inputs(bound.input_device)
@@ -337,7 +350,7 @@ class Backward:
         last, count = segments[-1].output, max(len(of_prompt) for of_prompt in self.readouts)
         dtype = self.bound.state_dtype
         gradient = torch.zeros(count, *last.shape, dtype=dtype, device=last.device)
-        behind = torch.zeros(count, len(self.lengths), dtype=dtype, device=last.device)
+        behind = torch.zeros(2, count, len(self.lengths), dtype=dtype, device=last.device)  # biases, and the balance
         furthest = [max(seed.layer for seed in seeds if seed.target == j) for j in range(count)]
         self._arrive(self.stop, last, gradient, behind, seeds)
         del last
@@ -351,8 +364,8 @@ class Backward:
                 at = torch.tensor(group, device=gradient.device)
                 found = segment.go_back(gradient[at], is_last=group[-1] == some[-1])
                 with without_autocast(gradient.device):
-                    before = self._read(segment, found, group, gradient[at], behind[at])
-                gradient[at], behind[at] = found.leaf.to(dtype), before
+                    before = self._read(segment, found, group, gradient[at], behind[:, at])
+                gradient[at], behind[:, at] = found.leaf.to(dtype), before
                 del found
             self._arrive(segment.index, segment.leaf, gradient, behind, seeds)
             segment.drop()
@@ -365,34 +378,33 @@ class Backward:
             if seed.layer == layer:
                 at = self.packing.row_of(seed.prompt, seed.position)
                 rows[seed.target, at] += seed.gradient.to(rows.device)
-                behind[seed.target, seed.prompt] += seed.constant
+                behind[0, seed.target, seed.prompt] += seed.constant
         some = sorted({seed.target for seed in seeds if seed.layer >= layer})
         if some:
             chosen = slice(None) if len(some) == len(gradient) else some
             flat = self.packing.flat(x.detach())
             with without_autocast(x.device):
-                self._hand_on(
-                    layer, self.stream, StreamGradient(layer, some, flat, self._flat(gradient[chosen]), behind[chosen])
-                )
+                given = StreamGradient(layer, some, flat, self._flat(gradient[chosen]), *behind[:, chosen])
+                self._hand_on(layer, self.stream, given)
 
     def _read(self, segment: _Segment, found: _Found, group: list[int], gradient: Tensor, behind: Tensor) -> Tensor:
-        """Hand a layer's gradients on; returns the scores of the biases behind its input ``[T, B]``."""
-        flat, dtype = self.packing.flat, self.bound.state_dtype
+        """Hand a layer's gradients on; returns the scores of biases and the balance behind its input ``[2, T, B]``."""
+        flat, dtype, index = self.packing.flat, self.bound.state_dtype, segment.index
         biases: dict[str, Tensor] = {}
         for (path, _, bias), of_output in zip(segment.biased, found.biased, strict=True):
             if of_output is not None:  # no path leads there, as to the biases of queries where the pattern is frozen
                 scores = _dot(self._flat(of_output), bias, dtype)
                 biases[path] = biases[path] + scores if path in biases else scores
-        zero = gradient.new_zeros(len(group), sum(self.lengths))
-        before = behind + _of_prompts(sum(biases.values(), zero), self.lengths)
+        lost_in_attention, lost_in_mlp = self._lost(segment, found)
+        here = torch.stack([sum(biases.values(), torch.zeros_like(lost_in_mlp)), lost_in_attention + lost_in_mlp])
+        before = behind + torch.stack([_of_prompts(scores, self.lengths) for scores in here])
+        x, of_x = flat(segment.leaf.detach()), self._flat(found.leaf.to(dtype))
         gradients = LayerGradients(
             bound=self.bound,
-            layer=segment.index,
+            layer=index,
             lengths=self.lengths,
-            before=StreamGradient(
-                segment.index, group, flat(segment.leaf.detach()), self._flat(found.leaf.to(dtype)), before
-            ),
-            after=StreamGradient(segment.index + 1, group, flat(segment.output.detach()), self._flat(gradient), behind),
+            before=StreamGradient(index, group, x, of_x, *before),
+            after=StreamGradient(index + 1, group, flat(segment.output.detach()), self._flat(gradient), *behind),
             middle=None if found.middle is None else self._flat(found.middle),
             mixed=flat(segment.mixed.detach()),
             of_mixed=self._flat(found.mixed),
@@ -400,9 +412,28 @@ class Backward:
             of_hidden=self._flat(found.hidden),
             biases=biases,
             late_biases=frozenset(path for path, _, _ in segment.biased[segment.early :] if path in biases),
+            lost_in_mlp=lost_in_mlp,
         )
-        self._hand_on(segment.index, self.layer, gradients)
+        self._hand_on(index, self.layer, gradients)
         return before
+
+    def _lost(self, segment: _Segment, found: _Found) -> tuple[Tensor, Tensor]:
+        """What the path weights lose in a layer's attention, less what they credit to steering it, and in its MLP.
+
+        Each ``[T, P]``: the score of the product, less the scores of its factors.
+        """
+        zero = torch.zeros(len(found.leaf), sum(self.lengths), dtype=self.bound.state_dtype, device=found.leaf.device)
+        if self.path_weights.balance is None:
+            return zero, zero
+        flat, dtype = self.packing.flat, self.bound.state_dtype
+        in_attention = zero + (1 - self.path_weights.v) * _dot(
+            self._flat(found.mixed), flat(segment.mixed.detach()), dtype
+        )
+        for x, of_x in zip(segment.flow.steering, found.steering, strict=True):
+            own, gradient = x.detach().transpose(1, 2).flatten(2), of_x.transpose(2, 3).flatten(3)  # [T, B, N, H·d]
+            in_attention = in_attention - _dot(self._flat(gradient), flat(own), dtype)
+        in_mlp = (1 - segment.flow.through_mlp) * _dot(self._flat(found.hidden), flat(segment.hidden.detach()), dtype)
+        return in_attention, in_mlp
 
     def _hand_on(self, layer: int, to: Callable[[Any], None], given: Any) -> None:
         self.reading = layer
@@ -440,6 +471,7 @@ class _Found(NamedTuple):
     leaf: Tensor
     mixed: Tensor
     hidden: Tensor
+    steering: list[Tensor]
     middle: Tensor | None
     biased: list[Tensor | None]
 
@@ -460,8 +492,8 @@ class _Segment:
     mixed: Tensor
     hidden: Tensor
 
-    def __init__(self, run: Backward, index: int) -> None:
-        self.run, self.index, self.modules = run, index, run.bound.layers[index]
+    def __init__(self, run: Backward, index: int, flow: LayerPaths) -> None:
+        self.run, self.index, self.modules, self.flow = run, index, run.bound.layers[index], flow
         self.thread = threading.get_ident()
         self.has_graph = not run.recompute  # of the model's next call of the layer
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -578,6 +610,7 @@ class _Segment:
             self.__dict__.pop(name, None)
         self.call, self.middle = None, None
         self.biased.clear()
+        self.flow.steering.clear()
 
     def run_again(self) -> None:
         """Run the layer again from its stored input, now with a graph."""
@@ -589,7 +622,8 @@ class _Segment:
     def go_back(self, gradient: Tensor, is_last: bool) -> _Found:
         """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last."""
         self._must_carry(self.output)
-        inputs: list[Tensor | GradientEdge] = [self.leaf, self.mixed, self.hidden]
+        inputs: list[Tensor | GradientEdge] = [self.leaf, self.mixed, self.hidden, *self.flow.steering]
+        first = len(inputs)
         inputs += [edge for _, edge, _ in self.biased]
         inputs += [] if self.middle is None else [self.middle]
         gradient, is_batch = gradient.to(self.output.dtype), len(gradient) > 1
@@ -601,9 +635,9 @@ class _Segment:
             self._must_carry(None)
         if not is_batch:
             found = [None if each is None else each[None] for each in found]
-        end = 3 + len(self.biased)
+        end = first + len(self.biased)
         middle = None if self.middle is None else found[end]
-        return _Found(found[0], found[1], found[2], middle, list(found[3:end]))
+        return _Found(found[0], found[1], found[2], list(found[3:first]), middle, list(found[first:end]))
 
 
 def _in_graph(x: Tensor) -> Tensor:
@@ -615,28 +649,29 @@ def _in_graph(x: Tensor) -> Tensor:
 class Everything:
     """All scores of one prompt, for ``T`` targets; ``L`` layers from the first that was gone through, ``N`` tokens.
 
-    At every layer's input tokens, biases and what is missing add up to the logit. They are zero behind a probe's layer.
+    At every layer's input tokens, biases and the balance add up to the logit. They are zero behind a probe's layer.
 
     Attributes:
         readouts: the targets, with the model's own logits.
         tokens: ``[T, L + 1, N]``, of the stream at the input of each layer and at the output of the last.
         biases: ``[T, L + 1]``, of the biases behind it.
-        missing: ``[T, L + 1]``, the logit minus both; see :attr:`depass.models.linearised.PathWeights.remainder`.
+        balance: ``[T, L + 1]``, the balance behind it; see :attr:`depass.rules.PathWeights.balance`.
         heads: ``[T, L, H]``.
         neurons: by layer, ``[T, F]``.
         modules: ``[T, L, 2]``, of attention and MLP.
-        rest, bias: by kind of parts, the scores ``[T, L]`` of these sources; see :meth:`LayerGradients.rest`.
+        rest, bias, balances: by kind of parts, the scores ``[T, L]`` of these sources; see :meth:`LayerGradients.rest`.
     """
 
     readouts: list[Readout]
     tokens: Tensor
     biases: Tensor
-    missing: Tensor
+    balance: Tensor
     heads: Tensor
     neurons: list[Tensor]
     modules: Tensor
     rest: dict[Parts, Tensor]
     bias: dict[Parts, Tensor]
+    balances: dict[Parts, Tensor]
 
 
 def everything(
@@ -673,6 +708,7 @@ class _Everything(Backward):
     def stream(self, gradient: StreamGradient) -> None:
         self._keep("tokens", gradient.layer, gradient.targets, gradient.scores())
         self._keep("biases", gradient.layer, gradient.targets, gradient.behind)
+        self._keep("balance", gradient.layer, gradient.targets, gradient.balance)
 
     def layer(self, gradients: LayerGradients) -> None:
         sums = gradients.of_prompts
@@ -681,6 +717,7 @@ class _Everything(Backward):
         for parts in get_args(Parts):
             scores[f"rest {parts}"] = sums(gradients.rest(parts))
             scores[f"bias {parts}"] = gradients.bias(parts)
+            scores[f"balance {parts}"] = gradients.balance(parts)
         for name, each in scores.items():
             self._keep(name, gradients.layer, gradients.targets, each)
 
@@ -702,16 +739,17 @@ class _Everything(Backward):
 
         places, tokens = range(self.start, self.stop + 1), slice(begin, begin + self.lengths[prompt])
         of_tokens = torch.stack([self.kept["tokens", layer][:count, tokens] for layer in places], 1)
-        biases = torch.stack([self.kept["biases", layer][:count, prompt] for layer in places], 1)
-        logits = torch.tensor([readout.logit for readout in readouts], dtype=biases.dtype)
+        biases, balance = (torch.stack([self.kept[name, layer][:count, prompt] for layer in places], 1)
+                           for name in ("biases", "balance"))  # fmt: skip
         return Everything(
             readouts=readouts,
             tokens=of_tokens,
             biases=biases,
-            missing=logits[:, None] - of_tokens.sum(-1) - biases,
+            balance=balance,
             heads=torch.stack(by_layer("heads"), 1),
             neurons=by_layer("neurons"),
             modules=torch.stack(by_layer("modules"), 1),
             rest=by_parts("rest"),
             bias=by_parts("bias"),
+            balances=by_parts("balance"),
         )

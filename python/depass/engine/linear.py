@@ -5,65 +5,63 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..device_memory import asked_bytes, shown
-from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, NonFiniteError
+from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked
 from ..models import capture
 from ..models.bound import BoundModel
-from ..models.health import blame, dtype_name
-from ..models.linearised import RULES
+from ..models.health import dtype_name
 from ..models.trace import Trace
 from ..propagation.needs import room
-from ..results.attribution import Attribution
-from ..results.sweep import Sweep
 from ..sources.components import Heads, Neurons
 from ..sources.source import Decomposition
 from .backward import BATCH_NUMBERS, Backward, LayerGradients, Parts, StreamGradient
 from .passes import Engine
 from .request import Case, Options, Progress
-from .scores import attribution, must_be_finite
-from .sweeps import stacked
+from .scores import Scored
+from .sweeps import Swept
 
 
-def attribute(
-    engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None
-) -> list[Attribution | DePassError]:
-    """Attribute cases in one pass there and back; returns an error in place of the result of a case that fails."""
+def scored(engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None) -> list[Scored]:
+    """Score cases in one pass there and back."""
     prompts, asked = [case.prompt for case in cases], [case.asked for case in cases]
     parts = [[case.parts] for case in cases]
     done = _run(partial(_SourcesPass, engine, prompts, asked, parts, options, progress))
-    results: list[Attribution | DePassError] = []
-    for i, (case, (rows,)) in enumerate(zip(cases, done.scores, strict=True)):
-        found = [(readout.target, row, readout.logit) for readout, row in zip(done.readouts[i], rows, strict=True)]
-        results.append(attribution(case, found, done.settings(case.parts.layer, i), engine.bound))
-    return results
+    return [
+        Scored(
+            targets=tuple(readout.target for readout in readouts),
+            logits=torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu"),
+            rows=[rows[:, :-1]],
+            balance=rows[:, -1],
+            settings=done.settings(case.parts.layer, i),
+        )
+        for i, (case, (rows,), readouts) in enumerate(zip(cases, done.scores, done.readouts, strict=True))
+    ]
 
 
-def sweep(
+def swept(
     engine: Engine,
     prompt: Prompt,
     layers: Sequence[Sequence[Decomposition]],
     asked: Sequence[Asked],
     options: Options,
-    kind: Literal["heads", "neurons", "modules"],
     progress: Progress | None = None,
-) -> Sweep:
+) -> Swept:
     """Score the components of all layers in one pass; a layer has one decomposition, or for modules two."""
     flat = [parts for layer in layers for parts in layer]
     done = _run(partial(_SourcesPass, engine, [prompt], [asked], [flat], options, progress))
-    readouts, rows = done.readouts[0], done.scores[0]
-    for readout in readouts:
-        must_be_finite(readout.target, readout.logit, engine.bound)
-    if not all(bool(row.isfinite().all()) for row in rows):
-        raise NonFiniteError(f"the scores are not finite; {blame(engine.bound)}")
-    return stacked(rows, layers, readouts, kind, prompt, done.settings(flat[0].layer, 0))
+    rows = done.scores[0]
+    return Swept(
+        done.readouts[0], [row[:, :-1] for row in rows], torch.stack([row[:, -1] for row in rows], 1),
+        done.settings(flat[0].layer, 0),
+    )  # fmt: skip
 
 
 def _run(make: Callable[[bool], _SourcesPass]) -> _SourcesPass:
@@ -116,7 +114,8 @@ class _SourcesPass(Backward):
         sparing: whether to hold the activations of one layer, and the gradients of one target, at a time.
 
     Attributes:
-        scores: by prompt and decomposition, ``[targets, sources]`` on the CPU in the state's dtype.
+        scores: by prompt and decomposition, ``[targets, sources + 1]`` on the CPU in the state's dtype; the last column is
+            the balance (:attr:`depass.rules.PathWeights.balance`).
     """
 
     def __init__(
@@ -133,8 +132,9 @@ class _SourcesPass(Backward):
         ids = [prompt.ids for prompt in prompts]
         targets = max(sum(each.k or 1 for each in of_prompt) for of_prompt in asked)
         recompute = sparing or _must_recompute(engine.bound, [len(each) for each in ids], options.stop - start, targets)
+        assert options.paths is not None
         super().__init__(
-            engine.bound, ids, asked, RULES[options.sharing.rule], start, options.stop, recompute,
+            engine.bound, ids, asked, options.paths, start, options.stop, recompute,
             1 if sparing else None, engine.tokenizer,
         )  # fmt: skip
         self.engine, self.parts, self.options, self.progress = engine, parts, options, progress
@@ -143,7 +143,7 @@ class _SourcesPass(Backward):
 
     @property
     def scores(self) -> list[list[Tensor]]:
-        """By prompt and decomposition, ``[targets, sources]``; a probe before a decomposition is refused earlier."""
+        """By prompt and decomposition, ``[targets, sources + 1]``; a probe before a decomposition is refused earlier."""
         return [[self._of(i, j) for j in range(len(of_prompt))] for i, of_prompt in enumerate(self.parts)]
 
     def settings(self, start: int, prompt: int) -> Settings:
@@ -176,7 +176,7 @@ class _SourcesPass(Backward):
                     scores = _of_rows(parts, gradient.gradient[:, own], gradient.x[own], self.bound.state_dtype)
                 if self.bound.has_bias:
                     scores[:, 0] += gradient.behind[:, i]
-                self._put(i, j, gradient.targets, scores)
+                self._put(i, j, gradient.targets, torch.cat([scores, gradient.balance[:, i, None]], 1))
 
     def layer(self, gradients: LayerGradients) -> None:
         """Score the decompositions into this layer's components."""
@@ -192,7 +192,7 @@ class _SourcesPass(Backward):
             self.progress(self.stop - layer, self.stop - self.start)
 
     def _of(self, prompt: int, number: int) -> Tensor:
-        sources = len(self.parts[prompt][number].sources)
+        sources = len(self.parts[prompt][number].sources) + 1
         empty = torch.zeros(len(self.readouts[prompt]), sources, dtype=self.bound.state_dtype, device="cpu")
         return self._scores.setdefault((prompt, number), empty)
 
@@ -230,6 +230,7 @@ class _Named(NamedTuple):
     every: Tensor  # [T, B], of all components at all positions
     rest: Tensor  # [T, B], of what is no component
     bias: Tensor  # [T, B]
+    balance: Tensor  # [T, B]
 
 
 class _Components:
@@ -240,12 +241,12 @@ class _Components:
         self._kept: dict[Parts, tuple[_Named, Tensor]] = {}
 
     def scores(self, parts: Decomposition, prompt: int) -> Tensor:
-        """``[T, M]`` of a prompt's decomposition into components; the others, and other positions, are in the rest."""
+        """``[T, M + 1]`` of a prompt's decomposition; what it does not name is in the rest, the balance is last."""
         spec, gradients = parts.spec, self.gradients
         kind: Parts = "heads" if isinstance(spec, Heads) else "neurons" if isinstance(spec, Neurons) else spec.module
         if kind not in self._kept:
             self._kept[kind] = self._all(kind)
-        (every, rest, bias), by_position = self._kept[kind]
+        (every, rest, bias, balance), by_position = self._kept[kind]
         begin, length = sum(gradients.lengths[:prompt]), gradients.lengths[prompt]
         positions = list(range(length)) if spec.positions is None else sorted(int(p) % length for p in spec.positions)
         where = torch.tensor(positions, device=by_position.device) + begin
@@ -257,7 +258,7 @@ class _Components:
             named = by_position[:, where].sum(1)  # [T, H], or [T, 1] of a module
         ids = [source.index or 0 for source in parts.sources if source.kind not in ("bias", "rest")]
         named = named[:, ids]
-        columns = [(rest + every)[:, prompt, None] - named.sum(1, keepdim=True), named]
+        columns = [(rest + every)[:, prompt, None] - named.sum(1, keepdim=True), named, balance[:, prompt, None]]
         if gradients.bound.has_bias:
             columns.insert(0, bias[:, prompt, None])
         return torch.cat(columns, 1)
@@ -274,7 +275,8 @@ class _Components:
             }  # fmt: skip
             by_position = of_kind[kind]()
             every = of_prompts(by_position.sum(-1))
-        return _Named(every, of_prompts(gradients.rest(kind)), gradients.bias(kind)), by_position
+        rest, bias, balance = of_prompts(gradients.rest(kind)), gradients.bias(kind), gradients.balance(kind)
+        return _Named(every, rest, bias, balance), by_position
 
 
 def _must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int, targets: int) -> bool:

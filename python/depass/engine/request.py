@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from depass_kernels.names import NAMES
 
+from .. import rules
 from ..checks import integer
 from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
@@ -17,7 +18,7 @@ from ..models.alterations import alterations
 from ..models.bound import BoundModel
 from ..models.linearised import refuse
 from ..propagation.sharing import MLPSharing
-from ..rules import FORWARD, LINEAR, RULES
+from ..rules import FORWARD, AnyRule, PathWeights
 from ..sources.components import Heads, Modules, Neurons
 from ..sources.decompose import COMPONENTS, check_kind, decompose_components
 from ..sources.source import Decomposition
@@ -35,34 +36,20 @@ class Defaults:
         OptionError: an option has an invalid value.
     """
 
-    rule: str = "softmax"
+    rule: AnyRule = "softmax"
     temperature: float = 0.1
     exclude_bos: Exclude = "auto"
     backend: str = "auto"
     engine: str = "auto"
 
     def __post_init__(self) -> None:
-        self.sharing(None, None)
+        rules.read(self.rule)
+        _check_temperature(self.temperature)
+        if self.backend not in NAMES:
+            raise OptionError(f"unknown backend {self.backend!r}; choose one of: {', '.join(NAMES)}")
         if self.engine not in ("auto", "forward"):
             raise OptionError(f"engine must be 'auto' or 'forward', got {self.engine!r}")
         _check_exclude(self.exclude_bos)
-
-    def sharing(self, rule: str | None, temperature: float | None) -> MLPSharing:
-        """The sharing rule of a call; a rule or temperature of None is the default's.
-
-        Raises:
-            OptionError: an option has an invalid value.
-        """
-        rule = self.rule if rule is None else rule
-        temperature = self.temperature if temperature is None else temperature
-        if rule not in RULES:
-            raise OptionError(f"unknown rule {rule!r}; choose one of: {', '.join(RULES)}")
-        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-        if not number or not 0 < temperature <= sys.float_info.max:
-            raise OptionError(f"temperature must be a positive number, got {temperature!r}")
-        if self.backend not in NAMES:
-            raise OptionError(f"unknown backend {self.backend!r}; choose one of: {', '.join(NAMES)}")
-        return MLPSharing(rule, float(temperature), self.backend)
 
 
 @dataclass(frozen=True)
@@ -72,16 +59,18 @@ class Options:
     Attributes:
         start: the layer whose input is decomposed.
         stop: one past the last layer.
-        sharing: the rule that shares MLP outputs among the sources.
+        sharing: the rule that shares MLP outputs among the sources; its name is that of the mixture, if there is one.
         exclude: whether the first token is excluded from the MLPs of later positions.
-        linear: whether a backward pass of the linearised model scores the sources, and not a decomposed state.
+        paths: how gradients flow, where a backward pass scores the sources; None where a decomposed state does.
+        mixture: the options of the rules whose scores are averaged, with their shares; empty for a single rule.
     """
 
     start: int
     stop: int
     sharing: MLPSharing
     exclude: Exclude
-    linear: bool = False
+    paths: PathWeights | None = None
+    mixture: tuple[tuple[float, Options], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ def options(
     bound: BoundModel,
     start_layer: int = 0,
     stop_layer: int | None = None,
-    rule: str | None = None,
+    rule: AnyRule | None = None,
     temperature: float | None = None,
     exclude_bos: Exclude | None = None,
 ) -> Options:
@@ -116,18 +105,28 @@ def options(
             f"of {bound.name}"
         )
     exclude = _check_exclude(defaults.exclude_bos if exclude_bos is None else exclude_bos)
-    sharing = defaults.sharing(rule, temperature)
-    linear = _is_linear(sharing.rule, defaults.engine, bound)
-    if linear and exclude is True and (exclude_bos is True or rule is None):
+    degree = _check_temperature(defaults.temperature if temperature is None else temperature)
+    chosen = rules.read(defaults.rule if rule is None else rule)
+    singles = []
+    for part in chosen.parts:
+        paths = part.paths if _is_linear(part, defaults.engine, bound) else None
+        sharing = MLPSharing(part.rule, degree, defaults.backend)
+        singles.append((part.share, Options(start, stop, sharing, exclude if paths is None else False, paths)))
+    excludes = next((one.exclude for _, one in singles if one.paths is None), None)
+    if excludes is None and exclude is True and (exclude_bos is True or rule is None):
         raise OptionError(
-            f"exclude_bos=True has no effect under rule={sharing.rule!r}, where sources do not compete for a neuron; leave "
+            f"exclude_bos=True has no effect under rule={chosen.name!r}, where sources do not compete for a neuron; leave "
             "it out"
         )
-    return Options(start, stop, sharing, False if linear else exclude, linear)
+    if len(singles) == 1:
+        return singles[0][1]
+    return Options(
+        start, stop, MLPSharing(chosen.name, degree, defaults.backend), excludes or False, None, tuple(singles)
+    )
 
 
-def _is_linear(rule: str, engine: str, bound: BoundModel) -> bool:
-    """Whether a backward pass serves the rule; ``taylor`` stays with the forward engine where the model takes no gradients.
+def _is_linear(part: rules.Part, engine: str, bound: BoundModel) -> bool:
+    """Whether a backward pass serves a rule; ``taylor`` stays with the forward engine where the model takes no gradients.
 
     It also does under hooks: a gradient would go through what they change, and the scores explain the weights.
 
@@ -135,13 +134,14 @@ def _is_linear(rule: str, engine: str, bound: BoundModel) -> bool:
         OptionError: the forward engine was asked for, which does not have the rule.
         ModelError: the rule needs the backward engine, and the model takes no gradients.
     """
-    if rule not in LINEAR:
+    if part.paths is None:
         return False
-    has_both = rule in FORWARD
+    has_both = part.rule in FORWARD
     if engine == "forward":
         if not has_both:
             raise OptionError(
-                f"engine='forward' does not have rule={rule!r}; leave engine out, or choose one of: {', '.join(FORWARD)}"
+                f"engine='forward' does not have rule={part.rule!r}; leave engine out, or choose one of: "
+                f"{', '.join(FORWARD)}"
             )
         return False
     try:
@@ -151,6 +151,13 @@ def _is_linear(rule: str, engine: str, bound: BoundModel) -> bool:
             raise
         return False
     return not (has_both and alterations(bound))
+
+
+def _check_temperature(temperature: Any) -> float:
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 < temperature <= sys.float_info.max:
+        raise OptionError(f"temperature must be a positive number, got {temperature!r}")
+    return float(temperature)
 
 
 def case(bound: BoundModel, tokenizer: Any, prompt: Any, target: Any, sources: Any, chosen: Options) -> Case:

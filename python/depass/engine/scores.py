@@ -6,12 +6,13 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import ConservationError, ConservationWarning, DePassError, NonFiniteError
+from ..errors import ConservationError, ConservationWarning, NonFiniteError
 from ..inputs import targets
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout, Target
@@ -21,24 +22,42 @@ from ..models.health import blame
 from ..models.weights import device_of
 from ..results.attribution import Attribution
 from ..results.sweep import Sweep
+from ..sources.source import Source
 from .passes import Engine, Pass, without_autocast
 from .request import Case, Options, Progress
 
 
-def attribute(
-    engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None
-) -> list[Attribution | DePassError]:
-    """Attribute cases in one forward pass; returns an error in place of the result of a case that fails."""
+@dataclass(frozen=True)
+class Scored:
+    """What an engine found for one case.
+
+    Attributes:
+        targets: the ``T`` targets.
+        logits: ``[T]`` fp64 on the CPU, the model's own logits.
+        rows: one tensor, the scores ``[T, M]`` of the case's sources, on the CPU in the state's dtype.
+        balance: ``[T]``, the score of the source that balances the sum; see :attr:`depass.rules.PathWeights.balance`.
+        settings: the settings of the pass.
+    """
+
+    targets: tuple[Target, ...]
+    logits: Tensor
+    rows: list[Tensor]
+    balance: Tensor
+    settings: Settings
+
+
+def scored(engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None) -> list[Scored]:
+    """Score cases in one forward pass."""
     with capture.running:  # also while weights are read: another thread's pass may have moved them
         done = _ProbedPass(engine, cases, options, progress)
         done.run()
         readouts = readouts_in(done, [case.asked for case in cases])
-        scored = scores_of(done, [[each for some in of_case for each in some] for of_case in readouts],
-                           [len(case.parts.sources) for case in cases])  # fmt: skip
-        results = [_result(done, i, case, readouts[i], scored[i]) for i, case in enumerate(cases)]
+        rows = scores_of(done, [[each for some in of_case for each in some] for of_case in readouts],
+                         [len(case.parts.sources) for case in cases])  # fmt: skip
+        found = [_scored(done, i, case, readouts[i], rows[i]) for i, case in enumerate(cases)]
     if engine.recordings is not None:
         engine.recordings.give_back(done.propagation)
-    return results
+    return found
 
 
 class _ProbedPass(Pass):
@@ -63,42 +82,44 @@ class _ProbedPass(Pass):
                     self.probes[i, j] = (rows @ w).cpu(), float(own @ w)
 
 
-def _result(
-    done: _ProbedPass, index: int, case: Case, readouts: Sequence[Sequence[Readout]], scored: Tensor
-) -> Attribution | DePassError:
+def _scored(done: _ProbedPass, index: int, case: Case, readouts: Sequence[Sequence[Readout]], rows: Tensor) -> Scored:
     found: list[tuple[Target, Tensor, float]] = []  # scores [M], logit
-    rows_of_readouts = iter(scored)
+    rows_of_readouts = iter(rows)
     for j, (asked, of_target) in enumerate(zip(case.asked, readouts, strict=True)):
         if asked.layer is not None:
             target = Target(asked.label, "probe", asked.position, layer=asked.layer, intercept=asked.intercept)
             scores, logit = done.probes[index, j]
             found.append((target, _padded(scores, len(case.parts.sources)), logit))
         found += [(readout.target, next(rows_of_readouts), readout.logit) for readout in of_target]
-    how = settings(done, case.parts.layer, case.parts.excluded, done.propagation.served, index)
-    return attribution(case, found, how, done.bound)
+    return Scored(
+        targets=tuple(target for target, _, _ in found),
+        logits=torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu"),
+        rows=[torch.stack([row for _, row, _ in found])],
+        balance=rows.new_zeros(len(found)),
+        settings=settings(done, case.parts.layer, case.parts.excluded, done.propagation.served, index),
+    )
 
 
-def attribution(
-    case: Case, found: Sequence[tuple[Target, Tensor, float]], how: Settings, bound: BoundModel
-) -> Attribution | NonFiniteError:
-    """The result of a case, from each target's scores ``[M]`` and own logit; an error if a number is not finite."""
-    rows = torch.stack([row for _, row, _ in found])
-    own = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
+def attribution(case: Case, scored: Scored, bound: BoundModel) -> Attribution | NonFiniteError:
+    """The result of a case; an error if a number is not finite."""
+    (scores,), sources, balance = scored.rows, case.parts.sources, scored.settings.balance
+    if balance is not None:
+        scores, sources = torch.cat([scores, scored.balance[:, None]], 1), (*sources, Source(balance, balance))
     try:
-        for target, _, logit in found:
+        for target, logit in zip(scored.targets, scored.logits.tolist(), strict=True):
             must_be_finite(target, logit, bound)
     except NonFiniteError as error:
         return error
-    if not bool(rows.isfinite().all()):
+    if not bool(scores.isfinite().all()):
         return NonFiniteError(f"the scores are not finite; {blame(bound)}")
     return Attribution(
-        scores=rows.float(),
-        sources=case.parts.sources,
-        targets=tuple(target for target, _, _ in found),
-        target_logits=own.float(),
-        conservation_error=conservation_error(rows, own).float(),
+        scores=scores.float(),
+        sources=sources,
+        targets=scored.targets,
+        target_logits=scored.logits.float(),
+        conservation_error=conservation_error(scores, scored.logits).float(),
         prompt=case.prompt,
-        settings=how,
+        settings=scored.settings,
     )
 
 
@@ -229,9 +250,10 @@ def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
     if altered is None and not error > tolerance:
         return
     if altered is not None:
-        through = result.settings.engine == "backward"
+        explained = {"backward": "go through this change", "forward": "explain the weights and not this change"}
+        mixed = "go through this change under the linear rules of the mixture, and explain the weights under the others"
         message = (
-            f"{altered}. The scores {'go through this change' if through else 'explain the weights and not this change'}; "
+            f"{altered}. The scores {explained.get(result.settings.engine, mixed)}; "
             f"they miss the logit by a relative error of {error:.1e}. Remove it, or put its effect into the weights"
         )
     else:

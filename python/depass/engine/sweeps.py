@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -72,16 +73,32 @@ class _Told:
             self.progress(self.before + done, self.of)
 
 
-def sweep(
+@dataclass(frozen=True)
+class Swept:
+    """What an engine found for the components of layers.
+
+    Attributes:
+        readouts: the ``T`` targets, with the model's own logits.
+        rows: the scores ``[T, sources]`` of each decomposition, in the order of the layers.
+        balance: ``[T, decompositions]``; see :attr:`depass.rules.PathWeights.balance`.
+        settings: the settings of the passes.
+    """
+
+    readouts: Sequence[Readout]
+    rows: list[Tensor]
+    balance: Tensor
+    settings: Settings
+
+
+def swept(
     engine: Engine,
     prompt: Prompt,
     groups: Sequence[Sequence[Sequence[Decomposition]]],
     asked: Sequence[Asked],
     options: Options,
-    kind: Literal["heads", "neurons", "modules"],
     budget: int,
     progress: Progress | None = None,
-) -> Sweep:
+) -> Swept:
     """Run one pass per group of layers; a layer has one decomposition, or for modules two (attention and MLP)."""
     of = sum(options.stop - group[0][0].layer for group in groups)
     began, served = 0, dict[str, set[str]]()
@@ -90,7 +107,7 @@ def sweep(
     for group in groups:
         flat = [parts for layer in group for parts in layer]
         read = [[target.position for target in asked]] * len(flat)
-        with capture.running:  # as in scores.attribute
+        with capture.running:  # as in scores.scored
             told, joining = _Told(progress, began, of), [(parts, 0) for parts in flat]
             done = Pass(engine, [prompt], joining, options, told, read, budget=budget - COMPONENT_BYTES)
             done.run()
@@ -105,21 +122,26 @@ def sweep(
             served.setdefault(op, set()).update(names)
         how = settings(done, groups[0][0][0].layer, False, served)
         del done  # frees its state before the next group's
-    if not all(bool(row.isfinite().all()) for row in rows):
-        raise NonFiniteError(f"the scores are not finite; {blame(engine.bound)}")
-    layers = [layer for group in groups for layer in group]
-    return stacked(rows, layers, readouts, kind, prompt, how)
+    return Swept(readouts, rows, rows[0].new_zeros(len(readouts), len(rows)), how)
 
 
 def stacked(
-    rows: list[Tensor],  # [targets, sources], of each decomposition
+    found: Swept,
     layers: Sequence[Sequence[Decomposition]],
-    readouts: Sequence[Readout],
     kind: Literal["heads", "neurons", "modules"],
     prompt: Prompt,
-    how: Settings,
+    bound: BoundModel,
 ) -> Sweep:
-    """A sweep's result, from the scores of each decomposition."""
+    """A sweep's result.
+
+    Raises:
+        NonFiniteError: a logit or a score is not finite.
+    """
+    readouts, rows = found.readouts, found.rows
+    for readout in readouts:
+        must_be_finite(readout.target, readout.logit, bound)
+    if not all(bool(row.isfinite().all()) for row in (*rows, found.balance)):
+        raise NonFiniteError(f"the scores are not finite; {blame(bound)}")
     parts = [part for layer in layers for part in layer]
     always = [len([s for s in part.sources if s.kind in ("bias", "rest")]) for part in parts]
     per_layer = len(layers[0])
@@ -129,16 +151,18 @@ def stacked(
     logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu")
     shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
     sources = [s for s in parts[0].sources if s.kind not in ("bias", "rest")]
+    every = torch.cat([torch.stack(rows, 1), found.balance[..., None]], -1)
     return Sweep(
         scores=named.reshape(len(readouts), len(layers), -1).float(),
         rest=rest.reshape(shape).float(),
         bias=bias.reshape(shape).float(),
+        balance=found.balance.reshape(shape).float(),
         layers=tuple(layer[0].layer for layer in layers),
         columns=(0, 1) if kind == "modules" else tuple(s.index or 0 for s in sources),
         kind=kind,
         targets=tuple(readout.target for readout in readouts),
         target_logits=logits.float(),
-        conservation_error=conservation_error(torch.stack(rows, 1), logits[:, None]).reshape(shape).float(),
+        conservation_error=conservation_error(every, logits[:, None]).reshape(shape).float(),
         prompt=prompt,
-        settings=how,
+        settings=found.settings,
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import rules
 from ..api import DePass
 from ..errors import DataError, OutputError
 from ..files import append_row, write_atomically
@@ -125,7 +126,7 @@ def _settings(
         "backend": defaults.backend,
         **task_options,
         "model": dp.name,
-        "rule": defaults.rule,
+        "rule": rules.read(defaults.rule).name,
         "temperature": defaults.temperature,
         "exclude_bos": defaults.exclude_bos,
     }

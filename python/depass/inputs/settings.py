@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .. import rules
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -12,7 +14,7 @@ class Settings:
     Attributes:
         model: the model's name or path.
         dtype: the dtype of the model's weights.
-        rule: the rule that shares MLP outputs among the sources; ``none`` for a baseline, which has no such rule.
+        rule: the rule by which scores are shared, as :class:`depass.DePass` takes it; ``none`` for a baseline.
         temperature: the temperature of the softmax rule, in units of the pre-activation.
         exclude_bos: whether the first token was excluded from the MLPs of later positions.
         start_layer: the layer whose input was decomposed.
@@ -23,7 +25,8 @@ class Settings:
         method: ``depass``, or the name of a baseline (:mod:`depass.baselines`), whose scores need not add up.
         altered: the layer that computed something else than its weights say, and the hook that did it; None for an
             unaltered model.
-        engine: ``forward`` for a decomposed state, ``backward`` for a linear rule's backward pass, ``none`` for a baseline.
+        engine: ``forward`` for a decomposed state, ``backward`` for a linear rule's backward pass, ``forward+backward`` for
+            a mixture that has both, ``none`` for a baseline.
         padded: whether the model ran on padded prompts, because it takes no ``position_ids``; False for a single prompt.
     """
 
@@ -45,3 +48,8 @@ class Settings:
     def adds_up(self) -> bool:
         """Whether the method's scores add up to the target's logit by construction."""
         return self.method == "depass"
+
+    @property
+    def balance(self) -> rules.Balance | None:
+        """The kind of the source that balances the sum of scores, or None; see :attr:`depass.PathWeights.balance`."""
+        return rules.read(self.rule).balance if self.adds_up else None

@@ -33,7 +33,7 @@ ATTENTION = "depass"
 _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pass runs
 running = threading.RLock()  # held during a pass
 Hook = TypeVar("Hook", bound=Callable[..., Any])
-Carry = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values, all unchanged
+Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values
 
 
 def _attention(
@@ -42,7 +42,7 @@ def _attention(
     """The family's own eager attention; its pattern is captured for the current layer."""
     packing, carry = _packing.get(), _carry.get()
     if carry is not None:
-        query, key, value = carry(query, key, value)
+        query, key, value = carry(module, query, key, value)
     if packing is not None:
         query, key, value = (packing.spread(each) for each in (query, key, value))
         mask = None if mask is None else packing.mask(mask)
@@ -143,7 +143,8 @@ def eager_with_patterns(bound: BoundModel, carry: Carry | None = None) -> Iterat
 
     Args:
         bound: the model.
-        carry: a function that gives queries, keys and values other gradients; their values stay as they are.
+        carry: a function that takes an attention module, its queries, keys and values, and gives these other gradients;
+            their values stay as they are.
     """
     token = _captured.set(_captured.get() | {id(config) for config in bound.configs})
     before = _carry.set(carry)

@@ -12,19 +12,17 @@ the other factors are frozen. Inside :func:`linearised` the model's outputs stay
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..errors import ModelError, OptionError
+from ..errors import ModelError
+from ..rules import PathWeights
 from . import weights
 from .bound import BoundModel, Layer, Norm
 from .capture import eager_with_patterns, of_this_thread, refuse_nested, running
@@ -32,69 +30,11 @@ from .health import refuse_dropout
 from .trace import NORMS
 
 
-@dataclass(frozen=True)
-class PathWeights:
-    """How much of the gradient each factor of a product carries.
-
-    Attributes:
-        q, k: what the queries and the keys carry of the attention pattern's gradient.
-        v: what the values carry.
-        gate, up: what the two factors of a gated MLP carry. An ungated MLP has no choice.
-
-    Raises:
-        OptionError: a weight is not a finite number.
-    """
-
-    q: float = 0.0
-    k: float = 0.0
-    v: float = 1.0
-    gate: float = 1.0
-    up: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise OptionError(f"PathWeights({field.name}={value!r}): a weight must be a finite number")
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the paths through values, gates and ups carry all of the logit."""
-        return self.v == 1 and self.gate + self.up == 1
-
-    @property
-    def steers(self) -> bool:
-        """Whether scores credit what steers attention, through its queries or keys."""
-        return self.q != 0 or self.k != 0
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether the scores of all parts and biases add up to the logit."""
-        return self.is_whole and not self.steers
-
-    @property
-    def remainder(self) -> Literal["pattern", "unassigned"] | None:
-        """The name of what is left of the logit; None where the scores add up.
-
-        ``pattern`` takes back what was credited to steering attention. ``unassigned`` is also what no path carries.
-        """
-        if self.adds_up:
-            return None
-        return "pattern" if self.is_whole else "unassigned"
-
-
-RULES = {
-    "taylor": PathWeights(),
-    "half": PathWeights(gate=0.5, up=0.5),
-    "up": PathWeights(gate=0.0, up=1.0),
-    "steer": PathWeights(q=0.25, k=0.25, gate=0.5, up=0.5),
-    "dual_path": PathWeights(q=0.25, k=0.25, v=0.5, gate=0.5, up=0.5),
-}
-
-
 @contextmanager
-def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[None]:
+def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[list[LayerPaths]]:
     """Inside the ``with`` block this thread's passes compute what they always do; gradients flow as the weights say.
+
+    Yields the paths of each layer.
 
     Gradients are on inside, also in a caller's ``torch.inference_mode()`` or ``torch.no_grad()``. Other threads' passes
     stay as they are. The parameters' ``requires_grad`` flags are left alone, because other threads may train the model
@@ -105,16 +45,22 @@ def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[None]:
             this thread.
     """
     refuse(bound)
+    layers = [LayerPaths(bound, index, path_weights) for index in range(len(bound.layers))]
+    of_attention = {each.layer.attention: each for each in layers}
+
+    def carried(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        paths = of_attention.get(module)
+        return (query, key, value) if paths is None else paths.attention(query, key, value)
+
     with running, torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:  # threads take turns
         refuse_nested()
-        stack.enter_context(eager_with_patterns(bound, partial(_carried, path_weights)))
+        stack.enter_context(eager_with_patterns(bound, carried))
         for norm in _norms(bound):
             stack.callback(norm.norm.module.register_forward_hook(norm.hook).remove)
-        for index, layer in enumerate(bound.layers):
-            mlp = _MLP(bound, index, path_weights)
-            stack.callback(layer.gate.module.register_forward_hook(mlp.gate).remove)
-            stack.callback(layer.down.module.register_forward_pre_hook(mlp.hidden).remove)
-        yield
+        for each in layers:
+            stack.callback(each.layer.gate.module.register_forward_hook(each.gate).remove)
+            stack.callback(each.layer.down.module.register_forward_pre_hook(each.hidden).remove)
+        yield layers
 
 
 def refuse(bound: BoundModel) -> None:
@@ -212,10 +158,6 @@ def _only(x: Tensor, weight: float) -> Tensor:
     return scaled
 
 
-def _carried(path_weights: PathWeights, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _only(query, path_weights.q), _only(key, path_weights.k), _only(value, path_weights.v)
-
-
 def _norms(bound: BoundModel) -> list[_FrozenNorm]:
     """The norms of all layers, those on queries and keys too, and the final norm.
 
@@ -276,15 +218,28 @@ class _FrozenNorm:
         self.undeclared = None
 
 
-class _MLP:
-    """The hooks of one layer's MLP: the hidden vector's gradient is split between the gate's path and the rest."""
+class LayerPaths:
+    """How gradients flow through one layer's attention and MLP, in the model's latest call of the layer.
+
+    Attributes:
+        steering: the queries and keys, each ``[B, H, N, d]``, as far as the attention's pattern passes them a gradient.
+        through_mlp: how much of the hidden vector's gradient the MLP's factors carry together.
+    """
 
     def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights) -> None:
         self.bound, self.index, self.path_weights = bound, index, path_weights
         self.layer: Layer = bound.layers[index]
         self.thread = threading.get_ident()
+        self.steering: list[Tensor] = []
+        self.through_mlp = 1.0
         self.kept: Tensor | None = None  # the gate's output, which carries its path
         self.source: Any = None  # where in autograd's graph the gate's input comes from
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values with the gradients that they carry."""
+        w = self.path_weights
+        self.steering = [x for x, weight in ((query, w.q), (key, w.k)) if weight != 0 and x.requires_grad]
+        return _only(query, w.q), _only(key, w.k), _only(value, w.v)
 
     @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -312,6 +267,7 @@ class _MLP:
         hidden, w = args[0], self.path_weights
         is_gated = _reaches(hidden, self.source)
         of_gate, of_up = (w.gate, w.up) if is_gated else (1.0, 0.0)
+        self.through_mlp = of_gate + of_up
         if not of_up:
             hidden = hidden.detach()
         if not of_gate:

@@ -13,7 +13,7 @@ from ..errors import SourceError
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Target
-from ..sources.source import Source
+from ..sources.source import BESIDE, Source
 from ..views.page import View, attribution_view
 from .common import ScoredResult, check_shape, common, judged, listed
 
@@ -65,15 +65,16 @@ class Attribution(ScoredResult):
         Raises:
             SourceError: the unit is unknown, the prompt has no text, or the sources are not tokens.
         """
-        if any(source.kind not in ("token", "bias") for source in self.sources):
+        tokens = {source.start: i for i, source in enumerate(self.sources) if source.kind == "token"}
+        if any(source.kind not in ("token", *BESIDE) for source in self.sources):
             raise SourceError(
                 f"aggregate({unit!r}) sums token scores, but these sources are not tokens; attribute with sources='token'"
             )
-        kept = [i for i, source in enumerate(self.sources) if source.kind == "bias"]
-        groups = [(self.sources[i], [i]) for i in kept]
+        groups = [(source, [i]) for i, source in enumerate(self.sources) if source.kind == "bias"]
         for begin, end in self.prompt.segments(unit, language):
             label = "".join(self.prompt.tokens[begin:end])
-            groups.append((Source(label, "span", begin, end), [len(kept) + t for t in range(begin, end)]))
+            groups.append((Source(label, "span", begin, end), [tokens[t] for t in range(begin, end)]))
+        groups += [(source, [i]) for i, source in enumerate(self.sources) if source.kind in ("pattern", "unassigned")]
         scores = torch.stack([self.scores[:, columns].sum(1) for _, columns in groups], dim=1)
         return replace(
             self,

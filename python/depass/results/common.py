@@ -175,6 +175,8 @@ def common(described: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"its target position {target['position']} is out of range: its prompt has {len(prompt['tokens'])} tokens"
             )
+    settings = Settings(**described["settings"])
+    _ = settings.balance  # an unknown rule raises
     return {
         "targets": tuple(
             Target(**{**fields, "token_ids": tuple(fields["token_ids"])}) for fields in described["targets"]
@@ -186,5 +188,5 @@ def common(described: dict[str, Any]) -> dict[str, Any]:
             offsets=tuple((begin, end) for begin, end in prompt["offsets"]),
             special=frozenset(prompt["special"]),
         ),
-        "settings": Settings(**described["settings"]),
+        "settings": settings,
     }

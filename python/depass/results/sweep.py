@@ -21,10 +21,10 @@ from .common import ScoredResult, check_shape, common, judged, listed
 class Sweep(ScoredResult):
     """The score of each head, neuron or module of every layer for each target.
 
-    Every layer is a separate decomposition: ``scores[t, l].sum() + rest[t, l] + bias[t, l]`` is the logit of target
-    ``t`` for each layer ``l``. For modules every column is a separate decomposition, too:
-    ``scores[t, l, i] + rest[t, l, i] + bias[t, l, i]``. So compare layers, but do not add them up. The scores of a
-    baseline need not add up: its ``rest``, ``bias`` and ``conservation_error`` are NaN.
+    Every layer is a separate decomposition: ``scores[t, l].sum() + rest[t, l] + bias[t, l] + balance[t, l]`` is the logit of
+    target ``t`` for each layer ``l``. For modules every column is a separate decomposition, too:
+    ``scores[t, l, i] + rest[t, l, i] + bias[t, l, i] + balance[t, l, i]``. So compare layers, but do not add them up. The
+    scores of a baseline need not add up: its ``rest``, ``bias``, ``balance`` and ``conservation_error`` are NaN.
 
     Attributes:
         scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits, for ``C`` heads, ``C`` neurons, or attention
@@ -32,6 +32,8 @@ class Sweep(ScoredResult):
         rest: ``[targets, layers]``, the score of the remainder; for modules ``[targets, layers, 2]``, because attention
             and MLP are two decompositions.
         bias: the score of the model's biases, with the shape of ``rest``; zeros for a model without biases.
+        balance: the score of ``pattern`` or ``unassigned`` (``settings.balance`` says which), with the shape of ``rest``;
+            zeros for rules without one.
         layers: the layer numbers, one per row.
         columns: the numbers of the heads or neurons, one per column; for modules, 0 for attention and 1 for the MLP.
         kind: ``heads``, ``neurons`` or ``modules``.
@@ -46,6 +48,7 @@ class Sweep(ScoredResult):
     scores: Tensor
     rest: Tensor
     bias: Tensor
+    balance: Tensor
     layers: tuple[int, ...]
     columns: tuple[int, ...]
     kind: Literal["heads", "neurons", "modules"]
@@ -56,7 +59,7 @@ class Sweep(ScoredResult):
     settings: Settings
 
     FORMAT = "depass-sweep-1"
-    TENSORS = ("scores", "rest", "bias", "target_logits", "conservation_error")
+    TENSORS = ("scores", "rest", "bias", "balance", "target_logits", "conservation_error")
     TOP = 10
 
     def __repr__(self) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ..models.trace import Trace
 
 
-Kind = Literal["token", "span", "rest", "bias", "head", "neuron", "module", "subspace", "part"]
+Kind = Literal["token", "span", "rest", "bias", "head", "neuron", "module", "subspace", "part", "pattern", "unassigned"]
+BESIDE = ("rest", "bias", "pattern", "unassigned")  # the kinds that are no part of the prompt or of the model
 Moment = Literal["start", "middle", "end"]  # of a layer; the middle lies between its attention and its MLP
 
 
@@ -27,7 +28,8 @@ class Source:
     Attributes:
         label: the text of a token or span, or the name of a component (``L3H5``, ``L3N120``, ``L3.attn``).
         kind: ``token`` or ``span``; ``head``, ``neuron``, ``module``, ``subspace`` or ``part`` for a component; ``rest``
-            for the remainder; ``bias`` for the model's own biases.
+            for the remainder; ``bias`` for the model's own biases; ``pattern`` for what a rule credits to steering attention
+            on top of the logit (its score takes that back); ``unassigned`` for what a rule's paths do not carry.
         start: the first position of a token or span, else None.
         end: one past the last position of a token or span, else None.
         layer: the layer of a component, else None.
@@ -82,5 +84,5 @@ def check_labels(labels: Any, count: int, of: str) -> Sequence[str] | None:
 
 
 def name(source: Source) -> str:
-    """The name of a source; ``rest`` and ``bias`` are in brackets, because they are not text of the prompt."""
-    return f"[{source.kind}]" if source.kind in ("rest", "bias") else source.label
+    """The name of a source; those of :data:`BESIDE` are in brackets, because they are not text of the prompt."""
+    return f"[{source.kind}]" if source.kind in BESIDE else source.label

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Target
-from ..sources.source import Source
+from ..sources.source import BESIDE, Source
 
 NUMBERED = 16  # up to so many columns of a sweep, each cell shows its number
 GRID = 64  # up to so many columns of a sweep are drawn; with more (neurons), a view shows sums or a list
@@ -51,6 +51,8 @@ class Grid(Explained, Protocol):
     @property
     def bias(self) -> Tensor: ...  # noqa: D102
     @property
+    def balance(self) -> Tensor: ...  # noqa: D102
+    @property
     def layers(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def columns(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -65,11 +67,7 @@ AnyScored = TypeVar("AnyScored", bound=Scored)
 
 def components(res: Scored) -> list[int]:
     """The columns whose sources are components of the model (heads, neurons), not parts of the prompt."""
-    return [
-        index
-        for index, source in enumerate(res.sources)
-        if source.start is None and source.kind not in ("rest", "bias")
-    ]
+    return [index for index, source in enumerate(res.sources) if source.start is None and source.kind not in BESIDE]
 
 
 def scale(res: Scored, row: int) -> float:
@@ -100,14 +98,17 @@ def headings(sweep: Grid) -> list[str]:
 
 
 def beside(sweep: Grid) -> list[tuple[str, Tensor]]:
-    """The columns beside a sweep's components: ``rest``, and ``bias`` unless it is zero; ``[targets, layers]`` each.
+    """The columns beside a sweep's components: ``rest``, ``bias`` unless it is zero, and ``pattern`` or ``unassigned``.
 
-    A baseline's sweep has none.
+    Each ``[targets, layers]``. A baseline's sweep has none.
     """
     columns: list[tuple[str, Tensor]] = []
     if not sweep.settings.adds_up:
         return columns
-    for label, scores in (("rest", sweep.rest), ("bias", sweep.bias)):
+    named = [("rest", sweep.rest), ("bias", sweep.bias)]
+    if (balance := sweep.settings.balance) is not None:
+        named.append((balance, sweep.balance))
+    for label, scores in named:
         if label == "bias" and not bool(scores.any()):
             continue
         if sweep.kind == "modules":  # attention and MLP are decomposed separately
