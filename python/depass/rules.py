@@ -193,10 +193,11 @@ def _single(name: str, rule: str) -> str | PathWeights:
     """A rule that scores by itself, from its text."""
     if name in _SINGLE:
         return name
-    given = dict(pair.partition("=")[::2] for pair in name.split(","))
-    if "=" not in name or not {each.strip() for each in given} <= {field.name for field in fields(PathWeights)}:
+    pairs = [pair.partition("=")[::2] for pair in name.split(",")]
+    given = {each.strip(): value for each, value in pairs}
+    if "=" not in name or len(given) < len(pairs) or not given.keys() <= {field.name for field in fields(PathWeights)}:
         raise _unknown(rule)
-    own = PathWeights(**{each.strip(): _number(value, rule) for each, value in given.items()})
+    own = PathWeights(**{each: _number(value, rule) for each, value in given.items()})
     return str(own) if own in LINEAR.values() else own
 
 

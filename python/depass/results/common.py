@@ -113,6 +113,8 @@ class ScoredResult(Result):
     def top(self, k: int | None = None, target: int = 0) -> list[tuple[Source, float]]:
         """The ``k`` sources with the largest absolute scores, largest first, with their signed scores in logits.
 
+        The source ``unassigned`` is left out, because it is no part.
+
         Args:
             k: the number of sources; by default 5, and 10 for a sweep.
             target: the index of the target.
@@ -125,8 +127,9 @@ class ScoredResult(Result):
         if k < 1:
             raise SourceError(f"top({k}): k must be at least 1")
         scores = self.scores[self.row(target)].flatten()
-        best = scores.abs().argsort(descending=True, stable=True)[:k].tolist()
-        return [(self.source_at(index), float(scores[index])) for index in best]
+        best = scores.abs().argsort(descending=True, stable=True)[: k + 1].tolist()
+        named = [(self.source_at(index), float(scores[index])) for index in best]
+        return [pair for pair in named if pair[0].kind != "unassigned"][:k]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A pandas DataFrame with one row per target and source: labels, positions, and the score in logits.

@@ -65,6 +65,15 @@ class Grid(Explained, Protocol):
 AnyScored = TypeVar("AnyScored", bound=Scored)
 
 
+def drawn(res: AnyScored) -> tuple[AnyScored, Tensor | None]:
+    """The result without the source ``unassigned``, which is no part to draw, and that source's scores ``[targets]``."""
+    kept = [index for index, source in enumerate(res.sources) if source.kind != "unassigned"]
+    if len(kept) == len(res.sources):
+        return res, None
+    sources = tuple(res.sources[index] for index in kept)
+    return replace(res, scores=res.scores[:, kept], sources=sources), res.scores[:, -1]
+
+
 def components(res: Scored) -> list[int]:
     """The columns whose sources are components of the model (heads, neurons), not parts of the prompt."""
     return [index for index, source in enumerate(res.sources) if source.start is None and source.kind not in BESIDE]

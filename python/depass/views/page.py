@@ -16,11 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import rules
 from ..errors import OutputError
 from ..files import write_atomically
 from ..inputs.settings import Settings
 from ..sources.source import Source, name
-from .drawing import GRID, NUMBERED, Explained, Grid, Scored, abridged, beside, components, headings, scale
+from .drawing import GRID, NUMBERED, Explained, Grid, Scored, abridged, beside, components, drawn, headings, scale
 
 View: TypeAlias = dict[str, Any]  # the data of one result, as ``page.js`` reads them
 _KEPT = 200  # components of an attribution that are shown; the others become one sum
@@ -87,6 +88,7 @@ def framed(page: str) -> str:
 
 def attribution_view(res: Scored) -> View:
     """The view of an attribution: the prompt with its parts coloured, and a list of the largest contributions."""
+    res, unassigned = drawn(res)
     largest = [scale(res, row) for row in range(len(res.targets))]
     res = abridged(res, res.scores.abs().amax(0), _KEPT)
     named = components(res)
@@ -102,8 +104,10 @@ def attribution_view(res: Scored) -> View:
     return {
         "question": f"How much each {parts} contributed to the target",
         "facts": " · ".join(facts),
-        **_words(res.settings, "They add up to the target's logit."),
-        "targets": [_target(res, row, _after(res, row)) for row in range(len(res.targets))],
+        **_words(
+            res.settings, f"They {'' if unassigned is None else 'and what is unassigned '}add up to the target's logit."
+        ),
+        "targets": [_target(res, row, _after(res, row), unassigned) for row in range(len(res.targets))],
         "scores": _rounded(res.scores),
         "largest": largest,
         "names": [_short(name(source)) for source in res.sources],
@@ -118,11 +122,11 @@ def attribution_view(res: Scored) -> View:
 def generation_view(res: Scored, tokens: Sequence[str]) -> View:
     """The view of a generation: the prompt, and the generated ``tokens``, each with its own scores."""
     begin = len(res.prompt.tokens) - len(tokens) + 1  # the last generated token is not a source
-    sources = {source.start: index for index, source in enumerate(res.sources)}
+    sources, (_, unassigned) = {source.start: index for index, source in enumerate(res.sources)}, drawn(res)
     return {
         **attribution_view(res),
         "question": "How much the text before each generated token contributed to it",
-        "targets": [_target(res, row, f"generated token {row + 1}") for row in range(len(res.targets))],
+        "targets": [_target(res, row, f"generated token {row + 1}", unassigned) for row in range(len(res.targets))],
         "prompt": _pieces(res, begin),
         "generated": [[_seen(text) or "·", sources.get(begin + row)] for row, text in enumerate(tokens)],
     }
@@ -133,12 +137,14 @@ def sweep_view(sweep: Grid) -> View:
     kind, rows = sweep.kind, range(len(sweep.targets))
     whole = len(sweep.columns) <= GRID
     cells = _Cells(sweep, whole)
+    balance = sweep.settings.balance
+    others = "the remainder (rest) and the bias" if balance is None else f"the remainder (rest), the bias and {balance}"
     separately = (
-        "Attention and MLP of each layer are decomposed separately: the score of each, its remainder (rest) and its bias"
+        "Attention and MLP of each layer are decomposed separately: the score of each,"
         if kind == "modules"
-        else "Each layer is decomposed separately: its scores, the remainder (rest) and the bias"
+        else "Each layer is decomposed separately: its scores,"
     )
-    sums = f"{separately} add up to the target's logit. So compare layers; do not add them up."
+    sums = f"{separately} {others} add up to the target's logit. So compare layers; do not add them up."
     return {
         "question": f"How much each {_SINGULAR[kind]} contributed to the target, layer by layer",
         "facts": " · ".join([*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {kind}"]),
@@ -204,9 +210,10 @@ class _Cells:
 def _facts(settings: Settings) -> list[str]:
     if not settings.adds_up:
         return [settings.model, settings.dtype, f"baseline {settings.method}"]
-    rule = f"{settings.rule}, temperature {settings.temperature:g}" if settings.rule == "softmax" else settings.rule
+    tempered = any(part.rule == "softmax" for part in rules.read(settings.rule).parts)
+    rule = f"{settings.rule}, temperature {settings.temperature:g}" if tempered else settings.rule
     layers = f"layers {settings.start_layer} to {settings.stop_layer}"
-    return [settings.model, settings.dtype, f"MLP rule {rule}", layers]
+    return [settings.model, settings.dtype, f"rule {rule}", layers]
 
 
 def _words(settings: Settings, sums: str) -> dict[str, str]:
@@ -219,10 +226,12 @@ def _words(settings: Settings, sums: str) -> dict[str, str]:
     return {"low": "lowest", "high": "highest", "hint": hint}
 
 
-def _target(res: Explained, row: int, where: str) -> dict[str, str]:
+def _target(res: Explained, row: int, where: str, unassigned: Tensor | None = None) -> dict[str, str]:
     error = f", conservation error {float(res.conservation_error[row].max()):.0e}" if res.settings.adds_up else ""
     logit = f"{float(res.target_logits[row]):.2f}".replace("-", "−")
-    return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": f"{where}, logit {logit}{error}"}
+    apart = "" if unassigned is None else f", unassigned {float(unassigned[row]):.2f}".replace("-", "−")
+    about = f"{where}, logit {logit}{apart}{error}"
+    return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": about}
 
 
 def _after(res: Explained, row: int) -> str:

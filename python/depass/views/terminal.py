@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from ..sources.source import name
-from .drawing import GRID, Explained, Grid, Scored, abridged, beside, components, headings, scale
+from .drawing import GRID, Explained, Grid, Scored, abridged, beside, components, drawn, headings, scale
 
 _POSITIVE, _NEGATIVE, _PAPER = (205, 50, 45), (45, 90, 205), (255, 255, 255)
 _FAINT = 0.05  # share of the largest score; a smaller score gets no colour
@@ -45,7 +45,9 @@ def _print(console: Console, lines: Sequence[Text]) -> None:
 
 def strip(res: Scored, row: int, width: int) -> list[Text]:
     """One target's lines: a heading, then pairs of lines with the sources above their scores."""
-    head = _head(res, row, f"sum of {len(res.sources)} scores")
+    res, unassigned = drawn(res)
+    apart = "" if unassigned is None else f" {float(unassigned[row]):+.2f} unassigned"
+    head = _head(res, row, f"sum of {len(res.sources)} scores{apart}")
     largest = scale(res, row)
     if len(components(res)) > _MANY:
         res = abridged(res, res.scores[row].abs(), _FEW)
@@ -56,7 +58,8 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
     """One target's lines: a heading, then one line per layer with its components' scores."""
     count, columns = len(sweep.columns), beside(sweep)
     named = [printable(heading) for heading in headings(sweep)]
-    others = " + rest + bias" if bool(sweep.bias.any()) else " + rest"
+    balance = sweep.settings.balance
+    others = f" + rest{' + bias' if bool(sweep.bias.any()) else ''}{f' + {balance}' if balance else ''}"
     parts = f"attention{others} = MLP{others}" if sweep.kind == "modules" else f"{count} {sweep.kind}{others}"
     head = _head(sweep, row, f"{parts}, in each of {len(sweep.layers)} layers")
     last = max(len(label) for label, _ in columns) + 2 if sweep.kind == "modules" else _NUMBER + 2
