@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .results.attribution import Attribution as Attribution
     from .results.generation import Generation as Generation
     from .results.states import States as States
+    from .results.survey import Survey as Survey
     from .results.sweep import Sweep as Sweep
     from .rules import Mixture as Mixture
     from .rules import PathWeights as PathWeights
@@ -71,6 +72,7 @@ _MODULES = {
     "results.attribution": ("Attribution",),
     "results.generation": ("Generation",),
     "results.states": ("States",),
+    "results.survey": ("Survey",),
     "results.sweep": ("Sweep",),
     "rules": ("Mixture", "PathWeights"),
     "sources.components": ("Heads", "Modules", "Neurons"),

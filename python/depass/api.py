@@ -20,6 +20,7 @@ from .engine.passes import Engine
 from .engine.plan import Plan
 from .engine.request import Defaults, Progress, callable_or_none, components_of_layer, decomposed_layers
 from .engine.states import KeptStates
+from .engine.survey import survey
 from .errors import DePassError, ModelError, OptionError
 from .inputs.prompt import encode, refuse_encoding, with_template
 from .inputs.targets import check
@@ -33,6 +34,7 @@ from .propagation.needs import room
 from .results.attribution import Attribution
 from .results.generation import Generation
 from .results.states import States
+from .results.survey import Survey
 from .results.sweep import Sweep
 from .rules import FORWARD, AnyRule
 from .sources.decompose import COMPONENTS, check_kind, decompose_components
@@ -353,6 +355,45 @@ class DePass:
         budget = max(0, room(bound)) // 2 if memory_bytes is None else memory_bytes
         result = attribute.sweep(self.engine, encoded, parts, targets, options, kind, budget, report)
         scores.judge(result, strict, bound.tolerance)
+        return result
+
+    @torch.no_grad()
+    def survey(
+        self,
+        prompt: Any,
+        target: Any = None,
+        *,
+        rule: AnyRule | None = None,
+        neurons: int = 20,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> Survey:
+        """Score every token, head and module of every layer, and find the largest neurons, in one backward pass.
+
+        Args:
+            prompt: as for :meth:`attribute`.
+            target: as for :meth:`attribute`; probe targets are not supported in surveys.
+            rule: a linear rule; by default the constructor's, or ``half`` where that is not linear.
+            neurons: how many neurons of each layer are kept, those with the largest absolute scores.
+            chat_template_kwargs: see :meth:`attribute`.
+            strict: see :meth:`attribute`; it holds for every layer.
+            progress: see :meth:`attribute`.
+
+        Returns:
+            The scores by layer and position, in logits. For every target it holds ``L · N · (H + 3)`` of them, for ``L``
+            layers, ``N`` tokens and ``H`` heads.
+
+        Raises:
+            PromptError, TargetError, OptionError, ModelError: an argument or the model is not usable.
+            NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
+        """
+        options = request.linear_options(self.engine.defaults, self.bound, rule)
+        encoded = encode(with_template(prompt, chat_template_kwargs), self.tokenizer, self.bound)
+        targets = check(target, len(encoded.ids), range(0), self.tokenizer, self.bound)
+        count = integer("neurons", neurons, OptionError)
+        result = survey(self.engine, encoded, targets, options, count, callable_or_none("progress", progress))
+        scores.judge(result, strict, self.bound.tolerance)
         return result
 
     @torch.no_grad()

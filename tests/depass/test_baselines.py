@@ -360,7 +360,7 @@ def test_the_model_is_left_alone_and_may_be_frozen(device: str) -> None:
         ({"target": [5]}, OptionError, "a list of targets must have one per prompt, got 1 targets for 2 prompts"),
         ({"prompts": [IDS, []]}, PromptError, "prompt 1: the prompt is empty"),
         ({"target": [5, 500]}, TargetError, "prompt 1: target id 500 is out of range"),
-        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, "not supported in sweeps and baselines"),
+        ({"target": Direction(torch.ones(32), layer=1)}, TargetError, "not supported in sweeps, surveys and baselines"),
         ({"seed": "a"}, OptionError, "seed must be an integer, got 'a'"),
         ({"name": "leave_one_out", "target": Token(5, 0)}, PromptError, "leave_one_out at position 0 leaves no token"),
     ],

@@ -124,7 +124,7 @@ def test_layers_are_run_again_where_activations_do_not_fit(monkeypatch: pytest.M
     expected, lengths = dp.attribute(ids, 5), [40]
     fits = next(n for n in range(0, 1 << 24, 4096) if not raises(monkeypatch, dp, lengths, n))
     monkeypatch.setattr(linear, "room", lambda bound: fits)
-    assert linear._must_recompute(dp.bound, lengths, 3, 1)
+    assert linear.must_recompute(dp.bound, lengths, 3, 1)
     close(dp.attribute(ids, 5), expected, 1e-6)
     monkeypatch.setattr(linear, "room", lambda bound: 1000)
     with pytest.raises(
@@ -136,7 +136,7 @@ def test_layers_are_run_again_where_activations_do_not_fit(monkeypatch: pytest.M
 def raises(monkeypatch: pytest.MonkeyPatch, dp: DePass, lengths: list[int], room: int) -> bool:
     monkeypatch.setattr(linear, "room", lambda bound: room)
     try:
-        linear._must_recompute(dp.bound, lengths, 3, 1)
+        linear.must_recompute(dp.bound, lengths, 3, 1)
     except MemoryLimitError:
         return True
     return False

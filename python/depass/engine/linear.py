@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ from .request import Case, Options, Progress
 from .scores import Scored
 from .sweeps import Swept
 
+AnyPass = TypeVar("AnyPass", bound="LinearPass")
+
 
 def scored(engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None) -> list[Scored]:
     """Score cases in one pass there and back."""
     prompts, asked = [case.prompt for case in cases], [case.asked for case in cases]
     parts = [[case.parts] for case in cases]
-    done = _run(partial(_SourcesPass, engine, prompts, asked, parts, options, progress))
+    done = repeated(partial(_SourcesPass, engine, prompts, asked, parts, options, progress))
     return [
         Scored(
             targets=tuple(readout.target for readout in readouts),
@@ -56,7 +58,7 @@ def swept(
 ) -> Swept:
     """Score the components of all layers in one pass; a layer has one decomposition, or for modules two."""
     flat = [parts for layer in layers for parts in layer]
-    done = _run(partial(_SourcesPass, engine, [prompt], [asked], [flat], options, progress))
+    done = repeated(partial(_SourcesPass, engine, [prompt], [asked], [flat], options, progress))
     rows = done.scores[0]
     return Swept(
         done.readouts[0], [row[:, :-1] for row in rows], torch.stack([row[:, -1] for row in rows], 1),
@@ -64,7 +66,7 @@ def swept(
     )  # fmt: skip
 
 
-def _run(make: Callable[[bool], _SourcesPass]) -> _SourcesPass:
+def repeated(make: Callable[[bool], AnyPass]) -> AnyPass:
     """Run a pass; if memory runs out in spite of the plan, warn and repeat it once with less in memory at a time.
 
     Args:
@@ -95,23 +97,73 @@ def _run(make: Callable[[bool], _SourcesPass]) -> _SourcesPass:
         ) from error
 
 
-def _once(done: _SourcesPass) -> _SourcesPass:
+def _once(done: AnyPass) -> AnyPass:
     with capture.running:
         done.run()
     return done
 
 
-class _SourcesPass(Backward):
-    """A pass that scores the sources of decompositions.
+class LinearPass(Backward):
+    """A backward pass with the options of a call. Layers are run again where their activations do not fit into memory.
 
     Args:
         engine: the model and its settings.
         prompts: the prompts.
         asked: the targets of each prompt.
-        parts: the decompositions of each prompt, at least one.
+        start: the layer at whose input the pass ends.
         options: the options of the pass.
         progress: a function that is called after each layer with the number of layers done and their total.
         sparing: whether to hold the activations of one layer, and the gradients of one target, at a time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        asked: Sequence[Sequence[Asked]],
+        start: int,
+        options: Options,
+        progress: Progress | None,
+        sparing: bool = False,
+    ) -> None:
+        ids = [prompt.ids for prompt in prompts]
+        targets = max(sum(each.k or 1 for each in of_prompt) for of_prompt in asked)
+        recompute = sparing or must_recompute(engine.bound, [len(each) for each in ids], options.stop - start, targets)
+        assert options.paths is not None
+        super().__init__(
+            engine.bound, ids, asked, options.paths, start, options.stop, recompute, 1 if sparing else None,
+            engine.tokenizer,
+        )  # fmt: skip
+        self.engine, self.options, self.progress = engine, options, progress
+        self.begins = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
+
+    def settings(self, start: int, prompt: int) -> Settings:
+        """The settings of the pass, as the result of one of its prompts records them."""
+        return Settings(
+            model=self.engine.name,
+            dtype=dtype_name(self.bound.dtype),
+            rule=self.options.sharing.rule,
+            temperature=self.options.sharing.temperature,
+            exclude_bos=False,
+            start_layer=start,
+            stop_layer=self.stop,
+            altered=self.altered.get(prompt),
+            padded=not self.packing.packed and len(set(self.lengths)) > 1,
+            engine="backward",
+        )
+
+    def passed(self, layer: int) -> None:
+        """Report the progress."""
+        if self.progress is not None:
+            self.progress(self.stop - layer, self.stop - self.start)
+
+
+class _SourcesPass(LinearPass):
+    """A pass that scores the sources of decompositions.
+
+    Args:
+        engine, prompts, asked, options, progress, sparing: see :class:`LinearPass`.
+        parts: the decompositions of each prompt, at least one.
 
     Attributes:
         scores: by prompt and decomposition, ``[targets, sources + 1]`` on the CPU in the state's dtype; the last column is
@@ -129,37 +181,14 @@ class _SourcesPass(Backward):
         sparing: bool = False,
     ) -> None:
         start = min(each.layer for of_prompt in parts for each in of_prompt)
-        ids = [prompt.ids for prompt in prompts]
-        targets = max(sum(each.k or 1 for each in of_prompt) for of_prompt in asked)
-        recompute = sparing or _must_recompute(engine.bound, [len(each) for each in ids], options.stop - start, targets)
-        assert options.paths is not None
-        super().__init__(
-            engine.bound, ids, asked, options.paths, start, options.stop, recompute,
-            1 if sparing else None, engine.tokenizer,
-        )  # fmt: skip
-        self.engine, self.parts, self.options, self.progress = engine, parts, options, progress
-        self.begins = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
+        super().__init__(engine, prompts, asked, start, options, progress, sparing)
+        self.parts = parts
         self._scores: dict[tuple[int, int], Tensor] = {}
 
     @property
     def scores(self) -> list[list[Tensor]]:
         """By prompt and decomposition, ``[targets, sources + 1]``; a probe before a decomposition is refused earlier."""
         return [[self._of(i, j) for j in range(len(of_prompt))] for i, of_prompt in enumerate(self.parts)]
-
-    def settings(self, start: int, prompt: int) -> Settings:
-        """The settings of the pass, as the result of one of its prompts records them."""
-        return Settings(
-            model=self.engine.name,
-            dtype=dtype_name(self.bound.dtype),
-            rule=self.options.sharing.rule,
-            temperature=self.options.sharing.temperature,
-            exclude_bos=False,
-            start_layer=start,
-            stop_layer=self.stop,
-            altered=self.altered.get(prompt),
-            padded=not self.packing.packed and len(set(self.lengths)) > 1,
-            engine="backward",
-        )
 
     def stream(self, gradient: StreamGradient) -> None:
         """Score the decompositions of the stream at this layer's input."""
@@ -185,11 +214,6 @@ class _SourcesPass(Backward):
             for j, parts in enumerate(of_prompt):
                 if parts.layer == gradients.layer and parts.moment != "start":
                     self._put(i, j, gradients.targets, components.scores(parts, i))
-
-    def passed(self, layer: int) -> None:
-        """Report the progress."""
-        if self.progress is not None:
-            self.progress(self.stop - layer, self.stop - self.start)
 
     def _of(self, prompt: int, number: int) -> Tensor:
         sources = len(self.parts[prompt][number].sources) + 1
@@ -279,7 +303,7 @@ class _Components:
         return _Named(every, rest, bias, balance), by_position
 
 
-def _must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int, targets: int) -> bool:
+def must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int, targets: int) -> bool:
     """Whether the activations of all layers do not fit into half of the available memory.
 
     Raises:

@@ -125,6 +125,30 @@ def options(
     )
 
 
+def linear_options(defaults: Defaults, bound: BoundModel, rule: AnyRule | None) -> Options:
+    """The options of a call that only a backward pass serves, over all layers.
+
+    Args:
+        defaults: the options of calls that leave them out.
+        bound: the model.
+        rule: a linear rule; None means the default rule if it is one, else ``half``.
+
+    Raises:
+        OptionError: it is no single linear rule.
+    """
+    chosen = rules.read(defaults.rule if rule is None else rule)
+    is_linear = len(chosen.parts) == 1 and chosen.parts[0].paths is not None
+    if rule is None and not is_linear:
+        chosen = rules.read("half")
+    elif not is_linear:
+        raise OptionError(
+            f"rule={chosen.name!r} needs a decomposed state for every layer; give one linear rule: "
+            f"{', '.join(rules.LINEAR)}, or PathWeights"
+        )
+    sharing = MLPSharing(chosen.name, float(defaults.temperature), defaults.backend)
+    return Options(0, len(bound.layers), sharing, False, chosen.parts[0].paths)
+
+
 def _is_linear(part: rules.Part, engine: str, bound: BoundModel) -> bool:
     """Whether a backward pass serves a rule; ``taylor`` stays with the forward engine where the model takes no gradients.
 

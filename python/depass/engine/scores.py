@@ -21,6 +21,7 @@ from ..models.bound import BoundModel
 from ..models.health import blame
 from ..models.weights import device_of
 from ..results.attribution import Attribution
+from ..results.survey import Survey
 from ..results.sweep import Sweep
 from ..sources.source import Source
 from .passes import Engine, Pass, without_autocast
@@ -240,7 +241,7 @@ def must_be_finite(target: Target, logit: float, bound: BoundModel) -> None:
         raise NonFiniteError(f"the model's own logits are not finite ({logit} for {target.label!r}); {blame(bound)}")
 
 
-def judge(result: Attribution | Sweep, strict: bool, tolerance: float) -> None:
+def judge(result: Attribution | Sweep | Survey, strict: bool, tolerance: float) -> None:
     """Warn if the model was altered, or the conservation error of a result exceeds ``tolerance``.
 
     Raises:

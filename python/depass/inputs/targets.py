@@ -171,7 +171,7 @@ def _check_direction(target: Direction, position: int, layers: range, width: int
     layer = integer("layer of Direction", target.layer, TargetError)
     if not layers:
         raise TargetError(
-            f"Direction(layer={layer}): probe targets are not supported in sweeps and baselines; use "
+            f"Direction(layer={layer}): probe targets are not supported in sweeps, surveys and baselines; use "
             "attribute(sources=...), or leave the layer out"
         )
     if layer not in layers:

@@ -84,21 +84,10 @@ class Result(ABC):
         return load_result(path, cls.FORMAT, cls.TENSORS, cls.from_saved)
 
 
-class ScoredResult(Result):
-    """A result with scores ``[targets, ...]``; every score of a target belongs to one source."""
+class TargetedResult(Result):
+    """A result that explains several targets."""
 
-    TOP: ClassVar[int]
-
-    scores: Tensor
     targets: tuple[Target, ...]
-
-    @abstractmethod
-    def records(self) -> Iterator[dict[str, Any]]:
-        """One table row per target and source."""
-
-    @abstractmethod
-    def source_at(self, index: int) -> Source:
-        """The source of the score at ``index`` of a target's flattened scores."""
 
     def row(self, target: int) -> int:
         """The checked index of a target.
@@ -109,6 +98,22 @@ class ScoredResult(Result):
         if not -len(self.targets) <= target < len(self.targets):
             raise TargetError(f"target {target} is out of range: the number of targets is {len(self.targets)}")
         return target
+
+
+class ScoredResult(TargetedResult):
+    """A result with scores ``[targets, ...]``; every score of a target belongs to one source."""
+
+    TOP: ClassVar[int]
+
+    scores: Tensor
+
+    @abstractmethod
+    def records(self) -> Iterator[dict[str, Any]]:
+        """One table row per target and source."""
+
+    @abstractmethod
+    def source_at(self, index: int) -> Source:
+        """The source of the score at ``index`` of a target's flattened scores."""
 
     def top(self, k: int | None = None, target: int = 0) -> list[tuple[Source, float]]:
         """The ``k`` sources with the largest absolute scores, largest first, with their signed scores in logits.

@@ -9,13 +9,14 @@ from .attribution import Attribution
 from .common import Result
 from .generation import Generation
 from .saved import kind_of, saved_format
+from .survey import Survey
 from .sweep import Sweep
 
-KINDS: dict[str, type[Result]] = {kind_of(kind.FORMAT): kind for kind in (Attribution, Sweep, Generation)}
+KINDS: dict[str, type[Result]] = {kind_of(kind.FORMAT): kind for kind in (Attribution, Sweep, Survey, Generation)}
 
 
 def load(path: str | os.PathLike[str]) -> Result:
-    """Read a saved attribution, sweep or generation.
+    """Read a saved attribution, sweep, survey or generation.
 
     Raises:
         OutputError: the file cannot be read or is not a saved result.

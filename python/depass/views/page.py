@@ -167,6 +167,11 @@ def sweep_view(sweep: Grid) -> View:
     }
 
 
+def survey_view(survey: Any) -> View:
+    """The view of a survey."""
+    raise NotImplementedError
+
+
 class _Cells:
     """The cells of a sweep's map, row by row. A map of sums has the largest components appended to them.
 
