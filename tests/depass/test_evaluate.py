@@ -539,7 +539,7 @@ def test_every_rule_is_measured_and_adds_up(tmp_path: Path) -> None:
     report = run(task, dp, rules.RulesOptions(data=source, keep_wrong=True), tmp_path / "out").read_text()
     rows = rows_of(tmp_path / "out")
     names = {variant.name for variant in rules.VARIANTS}
-    assert len(names) == len(rules.VARIANTS) == 2 * len(rules.TEMPERATURES) + 9
+    assert len(names) == len(rules.VARIANTS) == 2 * len(rules.TEMPERATURES) + 13
     for name, row in rows.items():
         assert row["patch"].keys() == row["missed"].keys() == names
         assert max(row["missed"].values()) < 1e-6

@@ -1,5 +1,5 @@
-"""Compares the MLP rules: faithfulness and conservation of all rules and temperatures, with and without the first token
-(DePass, section 3 and its ablations).
+"""Compares the rules: faithfulness and conservation of all rules, temperatures and mixtures, with and without the first
+token (DePass, section 3 and its ablations).
 """
 
 from __future__ import annotations
@@ -7,12 +7,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from .. import rules
 from ..api import DePass
 from ..arguments import argument
-from ..rules import LINEAR
 from . import data
 from .data import HELP
 from .summary import COLOURS, Mean, area, mean, new_figure, save, table
@@ -20,12 +23,12 @@ from .task import Item, Row, Task, TaskOptions
 from .tokens import CURVES, KEEP_WRONG, RETOKENIZE, SHARES, curves, depass, explained, relative
 
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-OTHERS = ("max", "relu", "linear", *LINEAR)
+OTHERS = ("max", "relu", "linear", *rules.LINEAR, "softmax+half", "steered")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule, its temperature (None: it has none), and whether the first token is excluded (never with a linear rule)."""
+    """A rule, its temperature (None: it has none, or that of the default), and whether the first token is excluded."""
 
     rule: str
     temperature: float | None
@@ -38,15 +41,20 @@ class Variant:
         return f"{self.rule}{degree}{' excluded' if self.excluded else ''}"
 
 
+def _is_linear(rule: str) -> bool:
+    return all(part.paths is not None for part in rules.read(rule).parts)
+
+
 VARIANTS = (
     *(Variant("softmax", temperature, excluded) for excluded in (False, True) for temperature in TEMPERATURES),
     *(
         Variant(rule, None, excluded)
         for rule in OTHERS
         for excluded in (False, True)
-        if not (excluded and rule in LINEAR)
+        if not excluded or (rule in rules.FORWARD and not _is_linear(rule))
     ),
 )
+USUAL = Variant("softmax", 0.1, False)  # the others are compared with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +75,7 @@ class Rules(Task[RulesOptions]):
     """Measures every variant of DePass as :class:`.tokens.Tokens` measures methods."""
 
     name = "rules"
-    help = "compare the MLP rules and their temperatures: faithfulness and conservation (paper, section 3)"
+    help = "compare the rules and their temperatures: faithfulness and conservation (paper, section 3)"
     Options = RulesOptions
 
     def items(self, options: RulesOptions) -> list[Item]:
@@ -89,28 +97,36 @@ class Rules(Task[RulesOptions]):
         if not rows:
             return "No prompt was measured."
         areas = {
-            (variant, curve): mean(area(SHARES, relative(rows, curve, variant.name)).tolist(), options.seed)
+            (variant, curve): area(SHARES, relative(rows, curve, variant.name))
             for variant in VARIANTS
             for curve in CURVES
         }
         about = (
-            "*Conservation error* is the largest over prompts of |sum of the scores - logit|, relative to the larger of the "
-            "logit and the sum of the scores' absolute values."
+            f"*Against {USUAL.name}* is the mean over prompts of the variant's area less that of {USUAL.name} for the same "
+            "prompt; an interval without zero is a difference that these prompts show. *Conservation error* is the largest "
+            "over prompts of |sum of the scores - logit|, relative to the larger of the logit and the sum of the scores' "
+            "absolute values."
         )
         introduction = explained(rows, options.retokenize)
-        return "\n\n".join([introduction, about, _table(rows, areas, options.seed), _draw(areas, folder)])
+        means = {key: mean(values.tolist(), options.seed) for key, values in areas.items()}
+        return "\n\n".join([introduction, about, _table(rows, areas, means, options.seed), _draw(means, folder)])
 
 
-def _table(rows: Sequence[Row], areas: dict[tuple[Variant, str], Mean], seed: int) -> str:
-    head = ["rule", "τ", "first token", f"patch-top, K = {SHARES[0]} %", *(f"{curve}-top, area" for curve in CURVES),
-            "conservation error"]  # fmt: skip
+def _table(
+    rows: Sequence[Row], areas: dict[tuple[Variant, str], Tensor], means: dict[tuple[Variant, str], Mean], seed: int
+) -> str:
+    against = [f"{curve}-top against {USUAL.name}" for curve in CURVES]
+    head = ["rule", "τ", "first token", *(f"{curve}-top, area" for curve in CURVES), *against, "conservation error"]
     lines = [
         [
             variant.rule,
             "" if variant.temperature is None else f"{variant.temperature:g}",
             "excluded" if variant.excluded else "included",
-            str(mean(relative(rows, "patch", variant.name)[:, 0].tolist(), seed)),
-            *(str(areas[variant, curve]) for curve in CURVES),
+            *(str(means[variant, curve]) for curve in CURVES),
+            *(
+                "" if variant == USUAL else str(mean((areas[variant, curve] - areas[USUAL, curve]).tolist(), seed))
+                for curve in CURVES
+            ),
             f"{max(row['missed'][variant.name] for row in rows):.1e}",
         ]
         for variant in VARIANTS
@@ -130,8 +146,9 @@ def _draw(areas: dict[tuple[Variant, str], Mean], folder: Path) -> str:
                 axes.fill_between(
                     TEMPERATURES, [m.low for m in along], [m.high for m in along], color=COLOURS[0], alpha=0.15
                 )
-        for rule, colour in zip(OTHERS, COLOURS[1:], strict=False):
-            for excluded, line in ((False, "-"), (True, "--")):
+        for rule, colour in zip(OTHERS, cycle(COLOURS[1:]), strict=False):
+            own = ":" if _is_linear(rule) else "-." if rule not in rules.FORWARD else "-"
+            for excluded, line in ((False, own), (True, "--")):
                 if (area_of_rule := areas.get((Variant(rule, None, excluded), curve))) is not None:
                     shown = None if excluded else rule
                     axes.axhline(area_of_rule.value, linestyle=line, color=colour, linewidth=1.2, label=shown)
@@ -144,5 +161,5 @@ def _draw(areas: dict[tuple[Variant, str], Mean], folder: Path) -> str:
         axes.set_title(f"{curve}-top, area under the curve; {better} is better", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2), fontsize=8, frameon=False)
     return save(figure, folder / "rules.png")
