@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import published
 import pytest
 import torch
+from torch import Tensor
 
 from depass import DePass, ModelError
 from depass.models import smollm2
@@ -103,6 +105,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def patterns_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns get the longer rows here that they have on a GPU."""
     monkeypatch.setitem(TRAITS, "cpu", replace(TRAITS["cpu"], keys=TRAITS["cuda"].keys))
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """A function that makes a model's norms compute in the model's dtype; transformers' compute in fp32."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        weight = self.weight + 1 if "Gemma" in type(self).__name__ else self.weight
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
+
+    def patched(model: Any) -> Any:
+        for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
+            monkeypatch.setattr(kind, "forward", forward)
+        return model
+
+    return patched
 
 
 @pytest.fixture(scope="session")

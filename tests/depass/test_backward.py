@@ -7,7 +7,6 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -50,23 +49,6 @@ LENGTH = 9
 TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3), Direction(torch.linspace(-1, 1, 32))]
 WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
-    """A function that makes a model's norms compute in the model's dtype; transformers' compute in fp32."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-        weight = self.weight + 1 if "Gemma" in type(self).__name__ else self.weight
-        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
-
-    def patched(model: Any) -> Any:
-        for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
-            monkeypatch.setattr(kind, "forward", forward)
-        return model
-
-    return patched
 
 
 def asked(bound: BoundModel, ids: list[int], target: Any = 5, first: int = 0) -> Any:

@@ -397,10 +397,11 @@ def test_models_that_drop_out_and_numbers_that_are_none_are_refused() -> None:
     [
         lambda dp: baselines.tokens(dp, "gradient_norm", [[5, 6, 7]], 17),
         lambda dp: baselines.tokens(dp, "integrated_gradients_20", [[5, 6, 7]], 17),
+        lambda dp: baselines.tokens(dp, "gim", [[5, 6, 7]], 17),
         lambda dp: baselines.heads(dp, "attribution_patching", [5, 6, 7], 17),
         lambda dp: baselines.neurons(dp, "attribution_patching_last", [5, 6, 7], 17),
     ],
-    ids=["tokens", "many steps", "heads", "neurons"],
+    ids=["tokens", "many steps", "gim", "heads", "neurons"],
 )
 def test_gradients_in_inference_mode_are_refused_with_the_reason(take: Any) -> None:
     dp = DePass(models.make("llama"))

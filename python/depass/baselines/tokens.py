@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from ..api import DePass
 from ..checks import integer
-from ..errors import DePassError, OptionError, PromptError
+from ..errors import DePassError, ModelError, OptionError, PromptError
 from ..models import capture
 from ..models.bound import BoundModel
-from ..models.capture import Capture
+from ..models.capture import Capture, Check
+from ..models.linearised import linearised
+from ..models.tempered import TemperedSoftmax
 from ..models.trace import Trace
 from ..results.attribution import Attribution
+from ..rules import PathWeights
 from ..sources.source import Source
 from .common import (
     BATCH_TOKENS,
@@ -35,6 +39,8 @@ from .common import (
 
 _SHAP_SAMPLES = 20
 _SHAP_NOISE = 0.1  # relative to the standard deviation of the prompt's embeddings
+_GIM = PathWeights(q=0.25, k=0.25, v=0.5, gate=0.5, up=0.5)
+_GIM_TEMPERATURE = 2.0
 
 
 def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *, seed: int = 0) -> list[Attribution]:
@@ -47,6 +53,8 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
                                 rule with 20 steps (Sundararajan et al. 2017, arXiv 1703.01365); ``_50`` with 50
     ``gradient_shap``           the same at 20 random points, each on a line from zero to embeddings with Gaussian noise of a
                                 tenth of their standard deviation (Lundberg and Lee 2017, as in captum)
+    ``gim``                     the embedding times a modified gradient, described below (Gradient Interaction Modifications,
+                                Edin et al. 2025, arXiv 2505.17630)
     ``mean_attention``          the attention weights of the target's position, averaged over layers and heads
     ``last_attention``          the attention weights of the target's position in the last layer, averaged over heads
     ``attention_rollout``       the product of ``A/2 + 1/2`` over layers, ``A`` the mean over heads (Abnar and Zuidema 2020,
@@ -55,6 +63,12 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
                                 after the target's position
     ``random``                  normally distributed random numbers
     =========================== =============================================================================================
+
+    ``gim`` is the gradient of the model with three changes. The scales of all norms are constants. The factors of a product
+    share its gradient evenly: values carry a half of attention's, queries and keys a quarter each, the gate and the up
+    projection of a gated MLP a half each. The softmax in attention has the Jacobian ``diag(p) - p pᵀ``, where ``p`` is the
+    softmax at temperature 2; there is no further factor 1/2, as in the authors' code. Activations and soft-caps keep their
+    derivatives. The authors subtract a neutral token's embedding from each embedding; here nothing is subtracted.
 
     Args:
         dp: the model.
@@ -66,7 +80,9 @@ def tokens(dp: DePass, name: str, prompts: Sequence[Any], target: Any = None, *,
     Raises:
         OptionError: an unknown name, no prompts, or a list of targets of another length than the prompts.
         PromptError, TargetError: a prompt or target is invalid; the message gives the prompt's index.
-        ModelError: the model is in training mode with dropout.
+        ModelError: the model is in training mode with dropout. For ``gim`` also: weights are quantised, offloaded or
+            streamed; a norm has no weight; a layer does not compute what the family says; or attention does not call
+            torch's softmax.
         NonFiniteError: a logit of the model or a score is not finite.
     """
     method = _named(name, TOKENS, "tokens")
@@ -110,8 +126,17 @@ def _attribution(dp: DePass, name: str, case: _Case, scores: Tensor) -> Attribut
 Points = Callable[[_Case, Tensor, int], tuple[Tensor, Tensor]]
 
 
+Within = Callable[[BoundModel], AbstractContextManager[Any]]
+
+
 def _by_gradients(
-    points: Points, samples: int, combine: Callable[[Tensor, Tensor], Tensor], bound: BoundModel, cases: Any, seed: int
+    points: Points,
+    samples: int,
+    combine: Callable[[Tensor, Tensor], Tensor],
+    bound: BoundModel,
+    cases: Any,
+    seed: int,
+    within: Within = nullcontext,
 ) -> list[Tensor]:
     """Scores ``[targets, N]``: the mean over the points of ``combine(gradients, factors)``.
 
@@ -123,6 +148,7 @@ def _by_gradients(
         bound: the model.
         cases: the prompts.
         seed: seed for ``points``.
+        within: takes the model; returns a context inside which gradients are taken.
     """
     totals: list[Tensor] = [torch.zeros(len(case.readouts), len(case.prompt.ids), device="cpu") for case in cases]
     for some in capture.batches(bound, [len(case.prompt.ids) for case in cases], BATCH_TOKENS, samples):
@@ -136,17 +162,17 @@ def _by_gradients(
         rows = max(1, BATCH_TOKENS // longest)
         for begin in range(0, len(owners), rows):
             block = slice(begin, begin + rows)
-            gradients = _gradients(bound, where[block], [cases[i] for i in owners[block]])
+            gradients = _gradients(bound, where[block], [cases[i] for i in owners[block]], within)
             for i, gradient, factor in zip(owners[block], gradients, factors[block], strict=True):
                 scores = combine(gradient.float(), factor.float()) / samples  # [targets, T]
                 totals[i] += scores[:, : totals[i].shape[1]].cpu()
     return totals
 
 
-def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case]) -> list[Tensor]:
+def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case], within: Within) -> list[Tensor]:
     """Each case's gradients ``[targets, T, D]`` at embeddings ``[B, T, D]``: one forward pass, one backward per target."""
     refuse_inference_mode(bound)
-    with torch.enable_grad():
+    with torch.enable_grad(), within(bound):
         embeddings = embeddings.detach().requires_grad_()
         normed = capture.normed(bound, inputs_embeds=embeddings)
         most = max(len(case.readouts) for case in cases)
@@ -185,6 +211,31 @@ def _norm(gradient: Tensor, _: Tensor) -> Tensor:
 
 def _product(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient * factor).sum(-1)
+
+
+def _gim(bound: BoundModel, cases: Sequence[_Case], seed: int) -> list[Tensor]:
+    """Scores ``[targets, N]``: gradient times embedding, inside :func:`_interactions`."""
+    layers = range(len(bound.layers))
+    if not bound.checked.issuperset(layers):  # because the family says where the gradients change
+        with torch.no_grad():
+            Check(bound, [cases[0].prompt.ids], layers).run()
+    return _by_gradients(_at_embeddings, 1, _product, bound, cases, seed, _interactions)
+
+
+@contextmanager
+def _interactions(bound: BoundModel) -> Iterator[None]:
+    """Inside the ``with`` block this thread's gradients are those of Gradient Interaction Modifications.
+
+    Raises:
+        ModelError: the model cannot be linearised, or its attention did not use torch's softmax.
+    """
+    with linearised(bound, _GIM, slope="tangent"), TemperedSoftmax(_GIM_TEMPERATURE) as softmax:
+        yield
+    if softmax.count < len(bound.layers):
+        raise ModelError(
+            f"gim changes the gradient of torch's softmax in attention, but {bound.name} called it {softmax.count} times in "
+            f"{len(bound.layers)} layers; choose another baseline"
+        )
 
 
 # --- tokens: attention, leave-one-out, random -----------------------------------------------------------------------------
@@ -271,6 +322,7 @@ TOKENS: dict[str, Callable[[BoundModel, Sequence[_Case], int], list[Tensor]]] = 
     "integrated_gradients_20": partial(_by_gradients, partial(_on_the_line, 20), 20, _product),
     "integrated_gradients_50": partial(_by_gradients, partial(_on_the_line, 50), 50, _product),
     "gradient_shap": partial(_by_gradients, _around_the_line, _SHAP_SAMPLES, _product),
+    "gim": _gim,
     "mean_attention": partial(_by_attention, _mean),
     "last_attention": partial(_by_attention, _last),
     "attention_rollout": partial(_by_attention, _rollout),

@@ -27,11 +27,10 @@ from ..inputs.targets import Asked, Readout, Target
 from ..models import capture
 from ..models.alterations import alterations, said_of, within
 from ..models.bound import BoundModel, Layer
-from ..models.capture import Capture, of_this_thread
+from ..models.capture import Check, of_this_thread
 from ..models.linearised import LayerPaths, linearised, refuse
 from ..models.packing import Packing
 from ..models.positions import fresh
-from ..models.trace import Trace
 from ..models.weights import dense, device_of
 from ..rules import PathWeights
 from .passes import without_autocast
@@ -298,7 +297,7 @@ class Backward:
         """Compare layers with the family, at their first run; those of a model with hooks, at every run."""
         layers, altered = range(self.start, self.stop), bool(alterations(self.bound))
         if altered or not self.bound.checked.issuperset(layers):
-            check = _Check(self.bound, self.prompts if altered else self.prompts[:1], layers)
+            check = Check(self.bound, self.prompts if altered else self.prompts[:1], layers)
             with torch.no_grad():
                 check.run()
             self.altered = check.altered
@@ -456,13 +455,6 @@ class Backward:
             each = max(1, BATCH_NUMBERS // (width * sum(self.lengths)))
         for begin in range(0, len(some), each):
             yield some[begin : begin + each]
-
-
-class _Check(Capture):
-    """A pass that only compares layers with the family."""
-
-    def layer(self, index: int, trace: Trace) -> None:
-        """Nothing is read of a layer."""
 
 
 class _Found(NamedTuple):

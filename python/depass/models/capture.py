@@ -304,6 +304,13 @@ class Capture(ABC):
             )
 
 
+class Check(Capture):
+    """A pass that only compares layers with the family."""
+
+    def layer(self, index: int, trace: Trace) -> None:
+        """Nothing is read of a layer."""
+
+
 class LayerCapture:
     """The hooks of one layer: they fill its trace, which is passed on and dropped when the layer ends."""
 

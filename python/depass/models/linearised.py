@@ -8,6 +8,7 @@ the other factors are frozen. Inside :func:`linearised` the model's outputs stay
 * attention passes on ``v`` of the gradient of its values, ``q`` of its queries' and ``k`` of its keys';
 * a gated MLP ``act(g) ⊙ u`` passes ``gate`` of the gradient through ``g`` with ``act(g) ⊙ u / g`` frozen (0 where ``g`` is
   0), and ``up`` of it through ``u`` with ``act(g)`` frozen. An ungated MLP passes all of it through ``act(z) / z · z``.
+  These are secants of the activation; its tangent, the derivative, can take their place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,11 @@ from .capture import eager_with_patterns, of_this_thread, refuse_nested, running
 from .health import refuse_dropout
 from .trace import NORMS
 
+Slope = Literal["secant", "tangent"]
+
 
 @contextmanager
-def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[list[LayerPaths]]:
+def linearised(bound: BoundModel, path_weights: PathWeights, slope: Slope = "secant") -> Iterator[list[LayerPaths]]:
     """Inside the ``with`` block this thread's passes compute what they always do; gradients flow as the weights say.
 
     Yields the paths of each layer.
@@ -40,12 +43,17 @@ def linearised(bound: BoundModel, path_weights: PathWeights) -> Iterator[list[La
     stay as they are. The parameters' ``requires_grad`` flags are left alone, because other threads may train the model
     meanwhile; take gradients with ``torch.autograd.grad``, which writes no ``.grad``.
 
+    Args:
+        bound: the model.
+        path_weights: how much of the gradient each factor of a product carries.
+        slope: what an activation passes on: ``secant`` is ``act(g) / g`` and ``tangent`` the derivative ``act'(g)``.
+
     Raises:
         ModelError: the model's gradients cannot be taken (see :func:`refuse`), or an attribution is already running in
             this thread.
     """
     refuse(bound)
-    layers = [LayerPaths(bound, index, path_weights) for index in range(len(bound.layers))]
+    layers = [LayerPaths(bound, index, path_weights, slope) for index in range(len(bound.layers))]
     of_attention = {each.layer.attention: each for each in layers}
 
     def carried(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,13 +234,14 @@ class LayerPaths:
         through_mlp: how much of the hidden vector's gradient the MLP's factors carry together.
     """
 
-    def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights) -> None:
-        self.bound, self.index, self.path_weights = bound, index, path_weights
+    def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights, slope: Slope) -> None:
+        self.bound, self.index, self.path_weights, self.slope = bound, index, path_weights, slope
         self.layer: Layer = bound.layers[index]
         self.thread = threading.get_ident()
         self.steering: list[Tensor] = []
         self.through_mlp = 1.0
         self.kept: Tensor | None = None  # the gate's output, which carries its path
+        self.passed: Tensor | None = None  # the same, detached, from which the MLP makes its hidden vector
         self.source: Any = None  # where in autograd's graph the gate's input comes from
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,48 +256,55 @@ class LayerPaths:
         if not torch.is_grad_enabled() or not output.requires_grad:
             return None
         self.source = get_gradient_edge(args[0]).node if args[0].requires_grad else None
-        if self.layer.gate.rows == "all":
-            self.kept = output
-            return output.detach()
-        self.kept, up = output.chunk(2, -1)
-        return torch.cat([self.kept.detach(), up], -1)
+        self.kept, *up = (output,) if self.layer.gate.rows == "all" else output.chunk(2, -1)
+        self.passed = self.kept.detach().requires_grad_(self.slope == "tangent")
+        return torch.cat([self.passed, *up], -1) if up else self.passed
 
     @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Give the down projection a hidden vector whose gradient both paths carry by their weights."""
         if not torch.is_grad_enabled():
             return None
-        gate, self.kept = self.kept, None
-        if gate is None:
+        gate, passed, self.kept, self.passed = self.kept, self.passed, None, None
+        if gate is None or passed is None:
             raise ModelError(
                 f"the gate of layer {self.index} of {self.bound.name} did not run before its down projection, as its "
                 "depass.Family says it does; correct the family"
             )
         hidden, w = args[0], self.path_weights
-        is_gated = _reaches(hidden, self.source)
+        is_gated = _reaches(hidden, self.source, passed)
         of_gate, of_up = (w.gate, w.up) if is_gated else (1.0, 0.0)
         self.through_mlp = of_gate + of_up
+        slope = self._slope(hidden, passed, of_gate) if of_gate else None
         if not of_up:
             hidden = hidden.detach()
-        if not of_gate:
+        if slope is None:
             return (_only(hidden, of_up), *args[1:])
-        with torch.no_grad():
-            g = gate.to(self.bound.state_dtype)
-            slope = torch.where(g == 0, 0, of_gate * hidden.to(g) / g)
         return (_Hidden.apply(hidden, gate, slope, of_up), *args[1:])  # type: ignore[no-untyped-call]
 
+    def _slope(self, hidden: Tensor, passed: Tensor, weight: float) -> Tensor:
+        """``weight`` times what the hidden vector gains by the gate's output, neuron by neuron, in the shape of both."""
+        if self.slope == "tangent":
+            (derivative,) = torch.autograd.grad(hidden, passed, torch.ones_like(hidden), retain_graph=True)
+            return weight * derivative.to(self.bound.state_dtype)
+        with torch.no_grad():
+            g = passed.to(self.bound.state_dtype)
+            return torch.where(g == 0, 0, weight * hidden.to(g) / g)
 
-def _reaches(x: Tensor, node: Any) -> bool:
+
+def _reaches(x: Tensor, node: Any, besides: Tensor) -> bool:
     """Whether ``x`` was computed from the output of a node of autograd's graph, or from another leaf than a parameter.
 
     An ungated MLP's hidden vector was not, once its pre-activation is detached, even where its activation has parameters.
+    The detached pre-activation, ``besides``, may be a leaf itself and does not count.
     """
     waiting: list[Any] = [get_gradient_edge(x).node] if x.requires_grad else []
     seen: set[Any] = set()
     while waiting:
         current = waiting.pop()
         leaf = getattr(current, "variable", None)
-        if (current is not None and current is node) or (leaf is not None and not isinstance(leaf, nn.Parameter)):
+        is_foreign = leaf is not None and leaf is not besides and not isinstance(leaf, nn.Parameter)
+        if (current is not None and current is node) or is_foreign:
             return True
         if current is not None and current not in seen:
             seen.add(current)
