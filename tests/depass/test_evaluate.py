@@ -555,3 +555,12 @@ def test_every_rule_is_measured_and_adds_up(tmp_path: Path) -> None:
             assert row["patch"][variant.name][0] == pytest.approx(expected, rel=1e-4)
     assert report.count("| softmax |") == 2 * len(rules.TEMPERATURES)
     assert (tmp_path / "out" / "rules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_with_gim_of_a_model_that_takes_no_gradients_ends_at_once(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        dp = DePass(models.make("llama"))
+    options: dict[str, Any] = {"data": ids_data(tmp_path / "data.jsonl", 1), "keep_wrong": True}
+    with pytest.raises(OptionError, match=r"inference_mode.*; or leave gim out: --methods A,B"):
+        run(TASKS["tokens"], dp, tokens.TokensOptions(**options), tmp_path / "out")
+    run(TASKS["tokens"], dp, tokens.TokensOptions(**options, methods="random"), tmp_path / "others")

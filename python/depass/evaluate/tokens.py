@@ -17,8 +17,9 @@ from torch import Tensor
 from .. import baselines
 from ..api import DePass
 from ..arguments import argument
-from ..errors import DePassError, OptionError
+from ..errors import DePassError, ModelError, OptionError
 from ..inputs.prompt import encode
+from ..models.linearised import refuse
 from ..results.attribution import Attribution
 from . import data
 from .data import HELP, Pair
@@ -78,7 +79,16 @@ class Tokens(Task[TokensOptions]):
         return data.prompts(options.data, options.seed, options.limit)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: TokensOptions) -> Iterator[Row]:
-        """Each prompt's curves for each method."""
+        """Each prompt's curves for each method.
+
+        Raises:
+            OptionError: the model takes no gradients, which gim needs.
+        """
+        if "gim" in options.methods.split(","):
+            try:
+                refuse(dp.bound)
+            except ModelError as error:
+                raise OptionError(f"{error}; or leave gim out: --methods A,B") from error
         return curves(dp, items, scorers(options.methods, options.seed), options.keep_wrong, options.retokenize)
 
     def report(self, rows: Sequence[Row], options: TokensOptions, folder: Path) -> str:
