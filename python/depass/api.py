@@ -448,26 +448,36 @@ class DePass:
         return result
 
     def plan(
-        self, tokens: int, *, sources: Any = "token", budget_bytes: int | None = None, measure: bool = True
+        self,
+        tokens: int,
+        *,
+        sources: Any = "token",
+        rule: AnyRule | None = None,
+        budget_bytes: int | None = None,
+        measure: bool = True,
     ) -> Plan:
         """Estimate the memory and time of an attribution; the model is not run.
 
         Args:
             tokens: the number of tokens ``N`` of the prompt.
             sources: ``"token"``, a number of spans, or ``"heads"`` or ``"neurons"`` of one layer.
+            rule: replaces the constructor's rule for this call.
             budget_bytes: the bytes available, the model's weights included; by default the memory available now plus the
                 weights. Of a model on several devices: all weights, plus the memory available where it is least.
             measure: whether to time matrix products on this device, so that the plan has an estimate in seconds.
 
         Raises:
-            OptionError: the sources, the number of tokens or the budget are invalid.
+            OptionError: the sources, the rule, the number of tokens or the budget are invalid.
         """
-        bound = self.bound
+        bound, defaults = self.bound, self.engine.defaults
+        chosen = rules.read(defaults.rule if rule is None else rule)
+        if defaults.engine == "forward":
+            chosen = replace(chosen, parts=tuple(part._replace(paths=None) for part in chosen.parts))
         if budget_bytes is not None and integer("budget_bytes", budget_bytes, OptionError) < 1:
             raise OptionError(f"budget_bytes must be positive, got {budget_bytes}")
         budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes
         rate = plans.measured_rate(bound, bound.device) if measure else None
-        return plans.make(bound, tokens, sources, bound.device, budget, self.engine.workspace_bytes, rate)
+        return plans.make(bound, tokens, sources, bound.device, budget, self.engine.workspace_bytes, rate, chosen)
 
     @torch.no_grad()
     def states(

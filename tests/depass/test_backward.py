@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from everything import Everything, everything
 from linear_oracle import LinearOracle
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,7 +35,7 @@ from depass import (
     masking,
 )
 from depass.engine import request, scores
-from depass.engine.backward import Backward, Everything, LayerGradients, StreamGradient, everything
+from depass.engine.backward import Backward, LayerGradients, StreamGradient
 from depass.inputs.targets import check
 from depass.models.bind import bind
 from depass.models.bound import BoundModel

@@ -29,7 +29,8 @@ from depass import (
     TopK,
 )
 from depass.cli.main import main
-from depass.engine import backward, linear
+from depass.engine import linear, segment
+from depass.engine.linear_memory import linear_needs
 from depass.rules import LINEAR
 
 TARGETS = [TopK(2), Contrast(3, 4, position=5), Direction(torch.linspace(-1, 1, 32)), 7]
@@ -120,26 +121,22 @@ def test_a_batch_equals_its_prompts_alone(name: str) -> None:
 
 
 def test_layers_are_run_again_where_activations_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    dp, ids = DePass(models.make("llama"), rule="half"), models.prompt(40)
-    expected, lengths = dp.attribute(ids, 5), [40]
-    fits = next(n for n in range(0, 1 << 24, 4096) if not raises(monkeypatch, dp, lengths, n))
-    monkeypatch.setattr(linear, "room", lambda bound: fits)
-    assert linear.must_recompute(dp.bound, lengths, 3, 1)
-    close(dp.attribute(ids, 5), expected, 1e-6)
-    monkeypatch.setattr(linear, "room", lambda bound: 1000)
+    dp, ids, ran = DePass(models.make("llama"), rule="half"), models.prompt(40), []
+    expected = dp.attribute(ids, 5)
+    needed = linear_needs(dp.bound, [40], 3, 1, LINEAR["half"])
+    dp.model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
+    for available, times in ((2 * needed.total(3), 1), (2 * needed.total(3) - 1, 2), (needed.total(1), 2)):
+        monkeypatch.setattr(linear, "room", lambda bound, available=available: available)
+        ran.clear()
+        close(dp.attribute(ids, 5), expected, 1e-6)
+        assert len(ran) == times + 1  # once more because the hook makes it check the layers
+        plan = dp.plan(40, budget_bytes=available + dp.plan(40, measure=False).weights_bytes, measure=False)
+        assert (plan.recomputed, plan.fits, plan.rows) == (times == 2, True, 0)
+    monkeypatch.setattr(linear, "room", lambda bound: needed.total(1) - 1)
     with pytest.raises(
-        MemoryLimitError, match=r"40 tokens and 1 targets need .* under a linear rule, 0.0 MB are available"
+        MemoryLimitError, match=r"40 tokens and 1 targets need 0.. MB besides .* under a linear rule, 0"
     ):
         dp.attribute(ids, 5)
-
-
-def raises(monkeypatch: pytest.MonkeyPatch, dp: DePass, lengths: list[int], room: int) -> bool:
-    monkeypatch.setattr(linear, "room", lambda bound: room)
-    try:
-        linear.must_recompute(dp.bound, lengths, 3, 1)
-    except MemoryLimitError:
-        return True
-    return False
 
 
 def test_what_linear_rules_refuse() -> None:
@@ -236,14 +233,14 @@ def test_a_change_that_gradients_go_through_is_said() -> None:
 def test_memory_that_runs_out_is_answered_with_less_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     dp, ids = DePass(models.make("llama"), rule="half"), models.prompt(9)
     expected, heads = dp.attribute(ids, TopK(3)), dp.sweep("heads", ids, TopK(3))
-    go_back, most = backward._Segment.go_back, 1
+    go_back, most = segment.Segment.go_back, 1
 
     def failing(segment: Any, gradient: torch.Tensor, is_last: bool) -> Any:
         if len(gradient) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
         return go_back(segment, gradient, is_last)
 
-    monkeypatch.setattr(backward._Segment, "go_back", failing)
+    monkeypatch.setattr(segment.Segment, "go_back", failing)
     with pytest.warns(MemoryLimitWarning, match="while allocating 3.22 GB; retrying with the activations of one layer"):
         close(dp.attribute(ids, TopK(3)), expected, 1e-6)
     with pytest.warns(MemoryLimitWarning):

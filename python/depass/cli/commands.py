@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from .. import rules
 from ..arguments import DIGITS, ModelOptions, check_stream, device_name, load_model, read_options, say
 from ..errors import OptionError, PromptError, TargetError
 from ..files import check_writable
@@ -91,7 +92,8 @@ def _plan(options: argparse.Namespace) -> None:
         budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if options.stream:
         bound = replace(bound, stream_to=device)
-    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device)))
+    rule = rules.read(options.rule)
+    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device), rule))
 
 
 def _backends(_: argparse.Namespace) -> None:

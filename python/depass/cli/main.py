@@ -147,6 +147,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
     add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
     add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")
+    add_options(plan, DatasetOptions, ("rule",))
     add_options(plan, ModelOptions, ("dtype", "device"))
     add("--stream", action="store_true", help="plan for weights that stay in host memory, as `attribute --stream` does")
     add_options(plan, ModelOptions, ("quantization", "trust_remote_code"))

@@ -12,31 +12,29 @@ Every score is a gradient times a value, the balance too; none is taken as what 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..errors import ModelError
 from ..inputs.targets import Asked, Readout, Target
 from ..models import capture
-from ..models.alterations import alterations, said_of, within
+from ..models.alterations import alterations
 from ..models.bound import BoundModel, Layer
-from ..models.capture import Check, of_this_thread
-from ..models.linearised import LayerPaths, linearised, refuse
+from ..models.capture import Check
+from ..models.linearised import linearised, refuse
 from ..models.packing import Packing
 from ..models.positions import fresh
-from ..models.weights import dense, device_of
+from ..models.weights import device_of
 from ..rules import PathWeights
+from .linear_memory import group_size
 from .passes import without_autocast
 from .scores import readouts_of
+from .segment import Found, Segment
 
-BATCH_NUMBERS = 1 << 24  # numbers in the gradients of one layer that are computed at a time, for several targets
 Parts = Literal["heads", "attn", "neurons", "mlp"]
 
 
@@ -221,7 +219,7 @@ class Backward:
         start, stop: the layers ``start .. stop - 1`` are gone through, by default all. The stream after the last of them
             is read through the final norm and the head.
         recompute: whether each layer is run again from its stored input on the way back, instead of keeping activations.
-        at_once: how many targets of a prompt go back together; by default as many as :data:`BATCH_NUMBERS` allows.
+        at_once: how many targets of a prompt go back together; by default :func:`group_size`.
         tokenizer: the tokenizer for the targets' labels; may be None.
 
     Attributes:
@@ -282,7 +280,7 @@ class Backward:
             stack.enter_context(torch.no_grad())  # segments switch their layers' graphs on
             stack.enter_context(capture.in_one_row(self.packing))
             stack.enter_context(fresh(bound.backbone, bound.switches))
-            segments = [_Segment(self, index, flows[index]) for index in range(self.start, self.stop)]
+            segments = [Segment(self, index, flows[index]) for index in range(self.start, self.stop)]
             for segment in segments:
                 segment.hook(stack)
             inputs = self.packing.inputs(bound.input_device)
@@ -302,7 +300,7 @@ class Backward:
                 check.run()
             self.altered = check.altered
 
-    def _seeds(self, segments: Sequence[_Segment], output: Tensor) -> list[_Seed]:
+    def _seeds(self, segments: Sequence[Segment], output: Tensor) -> list[_Seed]:
         """Where the targets start; sets :attr:`readouts`."""
         bound, flat = self.bound, self.packing.flat
         last = flat(segments[-1].output.detach())
@@ -323,7 +321,7 @@ class Backward:
                     self.readouts[-1].append(readout)
         return seeds
 
-    def _probe(self, asked: Asked, segments: Sequence[_Segment], at: int) -> Readout:
+    def _probe(self, asked: Asked, segments: Sequence[Segment], at: int) -> Readout:
         assert asked.w is not None
         assert asked.layer is not None
         index = asked.layer - self.start
@@ -345,7 +343,7 @@ class Backward:
         constant = readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
         return _Seed(number, prompt, position, self.stop, gradient.detach(), constant)
 
-    def _go_back(self, segments: list[_Segment], seeds: Sequence[_Seed]) -> None:
+    def _go_back(self, segments: list[Segment], seeds: Sequence[_Seed]) -> None:
         last, count = segments[-1].output, max(len(of_prompt) for of_prompt in self.readouts)
         dtype = self.bound.state_dtype
         gradient = torch.zeros(count, *last.shape, dtype=dtype, device=last.device)
@@ -386,7 +384,7 @@ class Backward:
                 given = StreamGradient(layer, some, flat, self._flat(gradient[chosen]), *behind[:, chosen])
                 self._hand_on(layer, self.stream, given)
 
-    def _read(self, segment: _Segment, found: _Found, group: list[int], gradient: Tensor, behind: Tensor) -> Tensor:
+    def _read(self, segment: Segment, found: Found, group: list[int], gradient: Tensor, behind: Tensor) -> Tensor:
         """Hand a layer's gradients on; returns the scores of biases and the balance behind its input ``[2, T, B]``."""
         flat, dtype, index = self.packing.flat, self.bound.state_dtype, segment.index
         biases: dict[str, Tensor] = {}
@@ -416,7 +414,7 @@ class Backward:
         self._hand_on(index, self.layer, gradients)
         return before
 
-    def _lost(self, segment: _Segment, found: _Found) -> tuple[Tensor, Tensor]:
+    def _lost(self, segment: Segment, found: Found) -> tuple[Tensor, Tensor]:
         """What the path weights lose in a layer's attention, less what they credit to steering it, and in its MLP.
 
         Each ``[T, P]``: the score of the product, less the scores of its factors.
@@ -447,301 +445,6 @@ class Backward:
 
     def _groups(self, some: list[int]) -> Iterator[list[int]]:
         """The targets in groups that go back together."""
-        each = self.at_once
-        if each is None:
-            width = 4 * self.bound.widest_layer.gate.shape[0] + 8 * self.bound.hidden_size
-            if self.path_weights.steers:
-                width += 3 * self.bound.num_heads * max(self.lengths)
-            each = max(1, BATCH_NUMBERS // (width * sum(self.lengths)))
+        each = self.at_once or group_size(self.bound, self.lengths, self.path_weights)
         for begin in range(0, len(some), each):
             yield some[begin : begin + each]
-
-
-class _Found(NamedTuple):
-    """Gradients of ``t`` targets, each ``[t, ...]`` of the tensor that it belongs to."""
-
-    leaf: Tensor
-    mixed: Tensor
-    hidden: Tensor
-    steering: list[Tensor]
-    middle: Tensor | None
-    biased: list[Tensor | None]
-
-
-class _Segment:
-    """One layer on an autograd graph of its own, cut at its input, and the places where gradients are read.
-
-    Attributes:
-        leaf: the residual stream at the layer's input, in the model's shape.
-        output: the residual stream at its output.
-        mixed, hidden: the inputs of the attention's output projection and of the down projection.
-        biased: the layer's modules with a bias in the order of their calls: the path, the output's edge, the bias.
-        early: how many of them come before the middle of the layer.
-    """
-
-    leaf: Tensor
-    output: Tensor
-    mixed: Tensor
-    hidden: Tensor
-
-    def __init__(self, run: Backward, index: int, flow: LayerPaths) -> None:
-        self.run, self.index, self.modules, self.flow = run, index, run.bound.layers[index], flow
-        self.thread = threading.get_ident()
-        self.has_graph = not run.recompute  # of the model's next call of the layer
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.middle: GradientEdge | None = None
-        self.biased: list[tuple[str, GradientEdge, Tensor]] = []
-        self.early = 0
-        self.ran: set[str] = set()
-        self.paths = {module: path for path, module in self.modules.module.named_modules()}
-
-    def hook(self, stack: ExitStack) -> None:
-        """Register the hooks, after those of the linearised model; they are removed when the stack closes."""
-        modules = self.modules
-        hooks = [
-            modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
-            modules.output.module.register_forward_pre_hook(self.at_mixed),
-            modules.down.module.register_forward_pre_hook(self.at_hidden),
-        ]
-        for module in self.paths:
-            if isinstance(getattr(module, "bias", None), Tensor):
-                # the linearised model detaches the gate's output, and gives a norm's output another gradient
-                hooks.append(module.register_forward_hook(self.at_bias, prepend=module is modules.gate.module))
-        if not self.run.bound.parallel:
-            norm = modules.attention_post_norm
-            written = modules.output.module if norm is None else norm.module
-            hooks.append(written.register_forward_hook(self.at_middle))
-        hooks.append(modules.module.register_forward_hook(self.end))
-        for hook in hooks:
-            stack.callback(hook.remove)
-
-    @of_this_thread
-    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Cut the graph at the layer's input."""
-        if self.run.reading is not None:
-            raise ModelError(
-                f"a callback ran {self.run.bound.name} while gradients of layer {self.run.reading} were read; run the model "
-                "after the attribution"
-            )
-        x = (args[0] if args else kwargs["hidden_states"]).detach().to(self.modules.device)
-        self.leaf = x.requires_grad_() if self.has_graph else x
-        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-        self.call = (args, kwargs) if self.run.recompute else None
-        torch.set_grad_enabled(self.has_graph)
-        return args, kwargs
-
-    @of_this_thread
-    def at_mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        """Keep the input of the attention's output projection."""
-        self.ran.add("output projection")
-        if not torch.is_grad_enabled():
-            return None
-        self.mixed = _in_graph(args[0])
-        return (self.mixed, *args[1:])
-
-    @of_this_thread
-    def at_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        """Keep the input of the down projection."""
-        self.ran.add("down projection")
-        if not torch.is_grad_enabled():
-            return None
-        self.hidden = _in_graph(args[0])
-        return (self.hidden, *args[1:])
-
-    @of_this_thread
-    def at_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Keep the place where a module adds its bias."""
-        if not torch.is_grad_enabled():
-            return
-        bias = dense(module, "bias")
-        self._must_carry(output)
-        if not isinstance(output, Tensor) or bias is None or output.shape[-1:] != bias.shape:
-            raise ModelError(
-                f"{self.paths[module]} of layer {self.index} of {self.run.bound.name} has a bias, but its output is not a "
-                "tensor of that width, so the bias's score cannot be measured"
-            )
-        self.biased.append((self.paths[module], get_gradient_edge(output), bias.detach()))
-
-    @of_this_thread
-    def at_middle(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the place where the attention adds to the stream."""
-        if torch.is_grad_enabled():
-            self._must_carry(output)
-            self.middle, self.early = get_gradient_edge(output), len(self.biased)
-
-    @of_this_thread
-    def end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Keep the stream at the layer's output."""
-        self.output = output[0] if isinstance(output, tuple) else output
-        torch.set_grad_enabled(False)
-
-    def _must_carry(self, output: Any) -> None:
-        """Raise a ModelError where a gradient ends: a hook returned a tensor of its own."""
-        if isinstance(output, Tensor) and output.requires_grad:
-            return
-        bound = self.run.bound
-        found = within(alterations(bound), bound, self.modules.module)
-        why = f": {said_of(found)}" if found else ""
-        raise ModelError(
-            f"layer {self.index} of {bound.name} passes no gradient on, which linear rules need{why}; remove what replaces "
-            "its outputs, or take another rule"
-        )
-
-    def must_have_run(self) -> None:
-        """Raise a ModelError where a part of the layer did not run."""
-        for part in ("output projection", "down projection"):
-            if part not in self.ran:
-                raise ModelError(
-                    f"{self.run.bound.name} did not run the {part} of layer {self.index}, which DePass needs; correct the "
-                    "model's depass.Family"
-                )
-
-    def drop(self) -> None:
-        """Free the layer's tensors; its hooks hold the segment until the pass ends."""
-        for name in ("leaf", "output", "mixed", "hidden"):
-            self.__dict__.pop(name, None)
-        self.call, self.middle = None, None
-        self.biased.clear()
-        self.flow.steering.clear()
-
-    def run_again(self) -> None:
-        """Run the layer again from its stored input, now with a graph."""
-        assert self.call is not None
-        args, kwargs = self.call
-        self.has_graph = True
-        self.modules.module(*args, **kwargs)
-
-    def go_back(self, gradient: Tensor, is_last: bool) -> _Found:
-        """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last."""
-        self._must_carry(self.output)
-        inputs: list[Tensor | GradientEdge] = [self.leaf, self.mixed, self.hidden, *self.flow.steering]
-        first = len(inputs)
-        inputs += [edge for _, edge, _ in self.biased]
-        inputs += [] if self.middle is None else [self.middle]
-        gradient, is_batch = gradient.to(self.output.dtype), len(gradient) > 1
-        found: Sequence[Any] = torch.autograd.grad(
-            self.output, inputs, gradient if is_batch else gradient[0], retain_graph=not is_last, allow_unused=True,  # type: ignore[arg-type]
-            is_grads_batched=is_batch,
-        )  # fmt: skip
-        if found[0] is None or found[1] is None or found[2] is None:
-            self._must_carry(None)
-        if not is_batch:
-            found = [None if each is None else each[None] for each in found]
-        end = first + len(self.biased)
-        middle = None if self.middle is None else found[end]
-        return _Found(found[0], found[1], found[2], list(found[3:first]), middle, list(found[first:end]))
-
-
-def _in_graph(x: Tensor) -> Tensor:
-    """``x``, or a leaf in its place where no path leads to it."""
-    return x if x.requires_grad else x.detach().requires_grad_()
-
-
-@dataclass(frozen=True)
-class Everything:
-    """All scores of one prompt, for ``T`` targets; ``L`` layers from the first that was gone through, ``N`` tokens.
-
-    At every layer's input tokens, biases and the balance add up to the logit. They are zero behind a probe's layer.
-
-    Attributes:
-        readouts: the targets, with the model's own logits.
-        tokens: ``[T, L + 1, N]``, of the stream at the input of each layer and at the output of the last.
-        biases: ``[T, L + 1]``, of the biases behind it.
-        balance: ``[T, L + 1]``, the balance behind it; see :attr:`depass.rules.PathWeights.balance`.
-        heads: ``[T, L, H]``.
-        neurons: by layer, ``[T, F]``.
-        modules: ``[T, L, 2]``, of attention and MLP.
-        rest, bias, balances: by kind of parts, the scores ``[T, L]`` of these sources; see :meth:`LayerGradients.rest`.
-    """
-
-    readouts: list[Readout]
-    tokens: Tensor
-    biases: Tensor
-    balance: Tensor
-    heads: Tensor
-    neurons: list[Tensor]
-    modules: Tensor
-    rest: dict[Parts, Tensor]
-    bias: dict[Parts, Tensor]
-    balances: dict[Parts, Tensor]
-
-
-def everything(
-    bound: BoundModel,
-    prompts: Sequence[Sequence[int]],
-    asked: Sequence[Sequence[Asked]],
-    path_weights: PathWeights,
-    **options: Any,
-) -> list[Everything]:
-    """Score all tokens, heads, neurons and modules of all layers; holds ``T·L·F`` numbers, so for small models.
-
-    Args:
-        bound: the model.
-        prompts: the token ids of each prompt.
-        asked: the checked targets of each prompt.
-        path_weights: how gradients flow.
-        options: the other arguments of :class:`Backward`.
-
-    Raises:
-        ModelError: as for :meth:`Backward.run`.
-    """
-    run = _Everything(bound, prompts, asked, path_weights, **options)
-    run.run()
-    return [run.of(prompt) for prompt in range(len(prompts))]
-
-
-class _Everything(Backward):
-    """Keeps every score by layer, as rows ``[T, ...]`` in which targets that were left out are zero."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.kept: dict[tuple[str, int], Tensor] = {}  # by name and layer: [T, P, ...] or [T, B, ...]
-
-    def stream(self, gradient: StreamGradient) -> None:
-        self._keep("tokens", gradient.layer, gradient.targets, gradient.scores())
-        self._keep("biases", gradient.layer, gradient.targets, gradient.behind)
-        self._keep("balance", gradient.layer, gradient.targets, gradient.balance)
-
-    def layer(self, gradients: LayerGradients) -> None:
-        sums = gradients.of_prompts
-        scores = {"heads": sums(gradients.heads()), "neurons": gradients.neurons()}
-        scores["modules"] = torch.stack([sums(gradients.attention()), sums(gradients.mlp())], -1)
-        for parts in get_args(Parts):
-            scores[f"rest {parts}"] = sums(gradients.rest(parts))
-            scores[f"bias {parts}"] = gradients.bias(parts)
-            scores[f"balance {parts}"] = gradients.balance(parts)
-        for name, each in scores.items():
-            self._keep(name, gradients.layer, gradients.targets, each)
-
-    def _keep(self, name: str, layer: int, some: list[int], scores: Tensor) -> None:
-        count = max(len(of_prompt) for of_prompt in self.readouts)
-        rows = self.kept.setdefault((name, layer), scores.new_zeros(count, *scores.shape[1:], device="cpu"))
-        rows[some] = scores.cpu()
-
-    def of(self, prompt: int) -> Everything:
-        """The scores of one prompt."""
-        readouts, begin = self.readouts[prompt], sum(self.lengths[:prompt])
-        count, layers = len(readouts), range(self.start, self.stop)
-
-        def by_layer(name: str) -> list[Tensor]:
-            return [self.kept[name, layer][:count, prompt] for layer in layers]
-
-        def by_parts(name: str) -> dict[Parts, Tensor]:
-            return {parts: torch.stack(by_layer(f"{name} {parts}"), 1) for parts in get_args(Parts)}
-
-        places, tokens = range(self.start, self.stop + 1), slice(begin, begin + self.lengths[prompt])
-        of_tokens = torch.stack([self.kept["tokens", layer][:count, tokens] for layer in places], 1)
-        biases, balance = (torch.stack([self.kept[name, layer][:count, prompt] for layer in places], 1)
-                           for name in ("biases", "balance"))  # fmt: skip
-        return Everything(
-            readouts=readouts,
-            tokens=of_tokens,
-            biases=biases,
-            balance=balance,
-            heads=torch.stack(by_layer("heads"), 1),
-            neurons=by_layer("neurons"),
-            modules=torch.stack(by_layer("modules"), 1),
-            rest=by_parts("rest"),
-            bias=by_parts("bias"),
-            balances=by_parts("balance"),
-        )

@@ -16,13 +16,13 @@ from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked
 from ..models import capture
-from ..models.bound import BoundModel
 from ..models.health import dtype_name
 from ..models.trace import Trace
 from ..propagation.needs import room
 from ..sources.components import Heads, Neurons
 from ..sources.source import Decomposition
-from .backward import BATCH_NUMBERS, Backward, LayerGradients, Parts, StreamGradient
+from .backward import Backward, LayerGradients, Parts, StreamGradient
+from .linear_memory import linear_needs, must_fit, recomputes
 from .passes import Engine
 from .request import Case, Options, Progress
 from .scores import Scored
@@ -128,8 +128,11 @@ class LinearPass(Backward):
     ) -> None:
         ids = [prompt.ids for prompt in prompts]
         targets = max(sum(each.k or 1 for each in of_prompt) for of_prompt in asked)
-        recompute = sparing or must_recompute(engine.bound, [len(each) for each in ids], options.stop - start, targets)
+        layers, available = options.stop - start, room(engine.bound)
         assert options.paths is not None
+        needed = linear_needs(engine.bound, [len(each) for each in ids], layers, targets, options.paths)
+        must_fit(needed, sum(len(each) for each in ids), targets, available)
+        recompute = sparing or recomputes(needed, layers, available)
         super().__init__(
             engine.bound, ids, asked, options.paths, start, options.stop, recompute, 1 if sparing else None,
             engine.tokenizer,
@@ -301,25 +304,3 @@ class _Components:
             every = of_prompts(by_position.sum(-1))
         rest, bias, balance = of_prompts(gradients.rest(kind)), gradients.bias(kind), gradients.balance(kind)
         return _Named(every, rest, bias, balance), by_position
-
-
-def must_recompute(bound: BoundModel, lengths: Sequence[int], layers: int, targets: int) -> bool:
-    """Whether the activations of all layers do not fit into half of the available memory.
-
-    Raises:
-        MemoryLimitError: those of one layer do not fit.
-    """
-    number, state, layer = bound.dtype.itemsize, bound.state_dtype.itemsize, bound.widest_layer
-    tokens, pairs = sum(lengths), len(lengths) * max(lengths) ** 2
-    neurons, width = layer.gate.shape
-    one = tokens * (neurons * (5 * number + state) + width * (12 * number + 2 * state))
-    one += 4 * bound.num_heads * pairs * number
-    held = tokens * width * (number * layers + 4 * targets * state)  # the layers' inputs, and the targets' gradients
-    held += 4 * BATCH_NUMBERS * number * (targets > 1)  # of the targets that go back together
-    available = room(bound)
-    if 2 * one + held > available:
-        raise MemoryLimitError(
-            f"{tokens:,} tokens and {targets:,} targets need {shown(2 * one + held)} besides the model's weights under a "
-            f"linear rule, {shown(max(0, available))} are available; use fewer tokens or targets"
-        )
-    return one * layers + held > available // 2

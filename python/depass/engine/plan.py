@@ -1,4 +1,4 @@
-"""Planning an attribution: its rows, bytes, operations and, with a measured rate, seconds.
+"""Planning an attribution under any rule: its rows, bytes, operations and, with a measured rate, seconds.
 
 The plan follows from shapes. No weight is read, so the model may be on the meta device.
 """
@@ -7,42 +7,53 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
+from .. import rules
 from ..checks import integer
 from ..device_memory import shown
 from ..errors import OptionError
 from ..models.bound import BoundModel
 from ..models.streaming import weight_bytes
 from ..models.weights import numbers
+from ..propagation.blocks import Blocks
 from ..propagation.needs import fitting
+from ..rules import PathWeights
+from .linear_memory import linear_needs, recomputes
 
 SOURCES = ("token", "heads", "neurons")
 _MARGIN = 1.15  # measured: the time end to end, relative to that of the matrix products
+_MARGIN_BACK = 1.5  # the same of a backward pass
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory and time that a decomposition of one prompt needs.
+    """The memory and time that an attribution of one prompt needs.
+
+    A mixture needs the memory of the part that needs the most, and the time of all.
 
     Attributes:
         model: the model's name.
         device: the device that it runs on.
         dtype: the dtype of the weights.
+        rule: the rule.
         positions: the number of tokens, ``N``.
         sources: the number of sources, ``M``, the bias source included.
-        rows: the number of rows of the state, ``R``.
+        rows: the number of rows of the state, ``R``; 0 under linear rules, which have no state.
         weights_bytes: the model's weights, those that are on its devices at once.
-        state_bytes: the decomposed state ``[R, D]``.
-        pass_bytes: the peak of the model's own pass over the prompt: patterns and hidden vectors of one layer.
+        state_bytes: the decomposed state ``[R, D]``; under linear rules, the layers' inputs and the gradients.
+        pass_bytes: the peak of the model's own pass over the prompt: patterns and hidden vectors of one layer. Under linear
+            rules it includes the activations that are kept for the way back.
         buffer_bytes: blocks of normed rows, values and gates, and the copies of a layer's offloaded or
             quantised weights.
+        recomputed: whether a linear rule keeps the activations of one layer at a time, and runs each layer again.
         source_block_rows: the rows of an attention block.
         position_block_rows: the rows of an MLP block.
         operations: the floating-point operations of all matrix products of the decomposition, for targets at the last
-            position.
+            position; under a linear rule, those of the pass there and back for one target.
         seconds: the estimated time at the measured rate, or None.
         budget_bytes: the bytes available.
         largest: the most tokens, with the same kind of sources, that fit into the budget; 0 if none do.
@@ -51,6 +62,7 @@ class Plan:
     model: str
     device: str
     dtype: str
+    rule: str
     positions: int
     sources: int
     rows: int
@@ -58,6 +70,7 @@ class Plan:
     state_bytes: int
     pass_bytes: int
     buffer_bytes: int
+    recomputed: bool
     source_block_rows: int
     position_block_rows: int
     operations: int
@@ -78,19 +91,22 @@ class Plan:
     def __str__(self) -> str:
         verdict = "fits" if self.fits else "does NOT fit"
         lines = [
-            f"{self.model}, {self.dtype}, on {self.device}: {self.positions:,} tokens, {self.sources:,} sources",
+            f"{self.model}, {self.dtype}, on {self.device}: {self.positions:,} tokens, {self.sources:,} sources, rule {self.rule}",
             f"  rows           {self.rows:>18,}",
             f"  weights        {shown(self.weights_bytes):>18}",
             f"  state          {shown(self.state_bytes):>18}",
-            f"  model's pass   {shown(self.pass_bytes):>18}",
+            f"  model's pass   {shown(self.pass_bytes):>18}{'  one layer at a time, each run twice' if self.recomputed else ''}",
             f"  buffers        {shown(self.buffer_bytes):>18}",
             f"  total          {shown(self.total_bytes):>18}  {verdict} into {shown(self.budget_bytes)}",
             f"  operations     {self.operations / 1e12:>13.3f} Tera",
-            f"  blocks         {self.source_block_rows:,} rows of attention, {self.position_block_rows:,} of MLP",
-            f"  largest prompt {self.largest:>12,} tokens",
         ]
         if self.seconds is not None:
-            lines.insert(8, f"  time           {self.seconds:>16.2f} s  at this machine's measured rate")
+            lines.append(f"  time           {self.seconds:>16.2f} s  at this machine's measured rate")
+        if self.rows:
+            lines.append(
+                f"  blocks         {self.source_block_rows:,} rows of attention, {self.position_block_rows:,} of MLP"
+            )
+        lines.append(f"  largest prompt {self.largest:>12,} tokens")
         return "\n".join(lines)
 
 
@@ -102,8 +118,9 @@ def make(
     budget: int,
     workspace_bytes: int | None,
     operations_per_second: float | None = None,
+    rule: rules.Rule | None = None,
 ) -> Plan:
-    """Plan a decomposition.
+    """Plan an attribution.
 
     Args:
         bound: the model; its weights are not read.
@@ -113,6 +130,7 @@ def make(
         budget: the bytes available, the weights' included.
         workspace_bytes: as for :class:`depass.DePass`.
         operations_per_second: the rate of matrix products on the device, as :func:`measured_rate` returns it.
+        rule: the rule; by default softmax.
 
     Raises:
         OptionError: the sources or the number of tokens are invalid.
@@ -123,11 +141,20 @@ def make(
         raise OptionError(
             f"tokens must be at most {bound.max_positions}, the positions of {bound.name}, got {positions}"
         )
-    plan = _sized(bound, positions, sources, device, budget, workspace_bytes, operations_per_second)
+    sized = partial(
+        _sized,
+        bound,
+        sources=sources,
+        device=device,
+        budget=budget,
+        workspace_bytes=workspace_bytes,
+        rule=rule or rules.read("softmax"),
+    )
+    plan = sized(positions, rate=operations_per_second)
     low, high = 0, bound.max_positions or 1 << 20
     while low < high:  # the largest that fits
         middle = (low + high + 1) // 2
-        if _sized(bound, middle, sources, device, budget, workspace_bytes, None).fits:
+        if sized(middle, rate=None).fits:
             low = middle
         else:
             high = middle - 1
@@ -171,38 +198,105 @@ def measured_rate(bound: BoundModel, device: torch.device) -> float:
     return best
 
 
+class _Cost(NamedTuple):
+    """What one rule needs; see :class:`Plan`."""
+
+    rows: int
+    state_bytes: int
+    pass_bytes: int
+    buffer_bytes: int
+    operations: int
+    seconds_of_operations: (
+        float  # at one operation a second: these and the model's own pass, with all that is no product
+    )
+    recomputed: bool = False
+    blocks: Blocks | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.state_bytes + self.pass_bytes + self.buffer_bytes
+
+
 def _sized(
     bound: BoundModel,
     positions: int,
+    *,
     sources: Any,
     device: torch.device,
     budget: int,
     workspace_bytes: int | None,
+    rule: rules.Rule,
     rate: float | None,
 ) -> Plan:
     rows, count = rows_and_sources(bound, positions, sources)
-    layer = bound.layers[0]
-    value, output, gate, down = (2 * part.shape.numel() for part in layer.projections)
-    others = rows * (len(bound.layers) - 1) + count  # of the last layer only the last position's rows
-    operations = rows * len(bound.layers) * value + others * (output + gate + down)
-    forward = 2 * positions * numbers(bound.backbone)
     weights = weight_bytes(bound)
-    blocks, needed = fitting(bound, rows, [positions], workspace_bytes, device, budget - weights)
+    costs = [
+        _forward(bound, positions, rows, count, device, budget - weights, workspace_bytes)
+        if part.paths is None
+        else _backward(bound, positions, budget - weights, part.paths)
+        for part in rule.parts
+    ]
+    largest = max(costs, key=lambda cost: cost.total_bytes)
+    blocks = next((cost.blocks for cost in costs if cost.blocks is not None), None)
     return Plan(
         model=bound.name,
         device=str(device),
         dtype=str(bound.dtype).removeprefix("torch."),
+        rule=rule.name,
         positions=positions,
         sources=count,
-        rows=rows,
+        rows=0 if blocks is None else rows,
         weights_bytes=weights,
-        state_bytes=needed.state_bytes,
-        pass_bytes=needed.pass_bytes,
-        buffer_bytes=needed.buffer_bytes,
-        source_block_rows=min(rows, blocks.attention),
-        position_block_rows=min(rows, blocks.mlp),
-        operations=operations,
-        seconds=None if rate is None else _MARGIN * (operations + forward) / rate,
+        state_bytes=largest.state_bytes,
+        pass_bytes=largest.pass_bytes,
+        buffer_bytes=largest.buffer_bytes,
+        recomputed=any(cost.recomputed for cost in costs),
+        source_block_rows=0 if blocks is None else min(rows, blocks.attention),
+        position_block_rows=0 if blocks is None else min(rows, blocks.mlp),
+        operations=sum(cost.operations for cost in costs),
+        seconds=None if rate is None else sum(cost.seconds_of_operations for cost in costs) / rate,
         budget_bytes=budget,
         largest=0,
+    )
+
+
+def _forward(
+    bound: BoundModel,
+    positions: int,
+    rows: int,
+    count: int,
+    device: torch.device,
+    room: int,
+    workspace_bytes: int | None,
+) -> _Cost:
+    """What a decomposed state of ``rows`` rows and ``count`` sources needs."""
+    value, output, gate, down = (2 * part.shape.numel() for part in bound.layers[0].projections)
+    others = rows * (len(bound.layers) - 1) + count  # of the last layer only the last position's rows
+    operations = rows * len(bound.layers) * value + others * (output + gate + down)
+    own = 2 * positions * numbers(bound.backbone)
+    blocks, needed = fitting(bound, rows, [positions], workspace_bytes, device, room)
+    return _Cost(
+        rows, needed.state_bytes, needed.pass_bytes, needed.buffer_bytes, operations, _MARGIN * (operations + own),
+        blocks=blocks,
+    )  # fmt: skip
+
+
+def _backward(bound: BoundModel, positions: int, room: int, path_weights: PathWeights) -> _Cost:
+    """What a backward pass from one target needs."""
+    depth = len(bound.layers)
+    needed = linear_needs(bound, [positions], depth, 1, path_weights)
+    recomputed = recomputes(needed, depth, room)
+    kept = 1 if recomputed else depth
+    products = 2 * positions * sum(numbers(layer.module) for layer in bound.layers)
+    mixing = 2 * positions**2 * bound.layers[0].output.shape[1] * depth  # one product of patterns and vectors
+    back = products + mixing * (4 if path_weights.steers else 1)
+    operations = (2 if recomputed else 1) * (products + 2 * mixing) + back
+    return _Cost(
+        0,
+        needed.held_bytes,
+        needed.total(kept) - needed.held_bytes,
+        0,
+        operations,
+        _MARGIN_BACK * operations,
+        recomputed,
     )
