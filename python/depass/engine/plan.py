@@ -90,12 +90,14 @@ class Plan:
 
     def __str__(self) -> str:
         verdict = "fits" if self.fits else "does NOT fit"
+        twice = "  one layer at a time, each run twice" if self.recomputed else ""
         lines = [
-            f"{self.model}, {self.dtype}, on {self.device}: {self.positions:,} tokens, {self.sources:,} sources, rule {self.rule}",
+            f"{self.model}, {self.dtype}, on {self.device}: {self.positions:,} tokens, {self.sources:,} sources, "
+            f"rule {self.rule}",
             f"  rows           {self.rows:>18,}",
             f"  weights        {shown(self.weights_bytes):>18}",
             f"  state          {shown(self.state_bytes):>18}",
-            f"  model's pass   {shown(self.pass_bytes):>18}{'  one layer at a time, each run twice' if self.recomputed else ''}",
+            f"  model's pass   {shown(self.pass_bytes):>18}{twice}",
             f"  buffers        {shown(self.buffer_bytes):>18}",
             f"  total          {shown(self.total_bytes):>18}  {verdict} into {shown(self.budget_bytes)}",
             f"  operations     {self.operations / 1e12:>13.3f} Tera",
