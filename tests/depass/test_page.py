@@ -167,7 +167,7 @@ def test_view_puts_results_of_every_kind_on_one_page(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     views = data((tmp_path / "page.html").read_text())
     assert [view["name"] for view in views] == paths
-    assert ["map" in view for view in views] == [False, True, False]
+    assert ["maps" in view for view in views] == [False, True, False]
     assert "generated" in views[2]
     assert cli.main(["view", paths[1]]) == 0
     assert (tmp_path / "b.html").read_text() == render([(paths[1], load(paths[1]).page_view())])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -96,6 +96,16 @@ class Survey(TargetedResult):
         return [
             (Source(f"L{layer}N{number}", "neuron", layer=layer, index=number), score) for layer, number, score in found
         ]
+
+    def show(self, file: TextIO | None = None, width: int | None = None) -> None:
+        """Print every target's layers, in colour if ``file`` (by default stdout) is a terminal.
+
+        A layer's line has a sign for each head, the scores of attention and MLP, and its three largest neurons. The tokens
+        with the largest scores at the input of the first layer follow.
+        """
+        from ..views.terminal import show_survey
+
+        show_survey(self, file, width)
 
     def page_view(self) -> View:
         """See :meth:`Result.page_view`: a map of layers and tokens beside a map of layers and heads."""
