@@ -72,16 +72,16 @@ function radios(group, items, choose) {
   check(0);
 }
 
-// Layers down, components across; ``mark`` makes a cell. Each of the columns beside is ``apart`` rem wide.
-function heatMap({columns, layers, across, numbered, every, upright}, begin, apart, mark) {
+// Layers down, components across; ``mark`` makes a cell, ``begin`` is the first one's index. One of a pair has less room.
+function heatMap({columns, layers, across, numbered, every, upright}, begin, pair, mark) {
   const own = columns.filter(({beside}) => !beside).length, side = ({beside}) => beside ? "beside" : "";
   const table = make("table", "map " + (numbered ? "numbered" : "dense")), over = make("th", "across", across);
-  const width = cell => `${3.5 + own * cell + apart * (columns.length - own)}rem`;
-  const [least, most] = numbered ? [2.9, 7] : [upright ? (every > 1 ? 0.42 : 0.62) : 0.7, 1.6];
-  const box = make("div", "wide", table);
+  const width = cell => `${3.5 + own * cell + (pair ? 4 : 5.5) * (columns.length - own)}rem`;
+  const [least, most] = numbered ? [2.9, 7] : [upright ? (every > 1 ? 0.42 : 0.62) : 0.7, pair ? 2.4 : 1.6];
+  const panel = make("div", "", make("div", "wide", table));
   table.style.width = `clamp(${width(least)}, 100%, ${width(most)})`;
-  box.style.flex = `${own} 1 ${width(least)}`;  // beside another map, or below it where both do not fit
-  box.style.maxWidth = `calc(${width(most)} + 4px)`;
+  if (pair) panel.style.flex = `${own} 1 ${width(least)}`;  // beside the other map, or below it where both do not fit
+  if (pair) panel.style.maxWidth = `calc(${width(most)} + 4px)`;
   over.colSpan = own;
   const heading = (column, index) => {
     const name = column.beside || index % every === 0 ? column.name : "";
@@ -96,7 +96,7 @@ function heatMap({columns, layers, across, numbered, every, upright}, begin, apa
       mark("td", side(column), begin + row * columns.length + index, "", numbered || column.beside));
     table.append(make("tr", "", make("th", "", String(layer)), ...cells));
   });
-  return box;
+  return panel;
 }
 
 function legend(low, high) {
@@ -136,11 +136,11 @@ function draw(view) {
     return shown;
   }
 
-  function newLegend(largest = () => view.largest[row]) {
+  function newLegend(largest = () => view.largest[row], {low: lowest, high: highest} = view) {
     const low = make("span", ""), high = make("span", "");
     legends.push(() => {
-      low.textContent = `${signed(-largest())} ${view.low}`;
-      high.textContent = `${view.high} ${signed(largest())}`;
+      low.textContent = `${signed(-largest())} ${lowest}`.trim();
+      high.textContent = `${highest} ${signed(largest())}`.trim();
     });
     return legend(low, high);
   }
@@ -166,7 +166,7 @@ function draw(view) {
     const prompt = text(view.prompt);
     tokens = [...marks];
     if (view.maps) {
-      figure.append(...view.maps.map(map => heatMap(map, 0, 5.5, mark)));
+      figure.append(...view.maps.map(map => heatMap(map, 0, false, mark)));
       section.insertBefore(prompt, figure);
       section.insertBefore(make("h2", "", "Prompt"), prompt);
     } else {
@@ -214,12 +214,13 @@ function draw(view) {
     const [tokenMap, headMap] = view.maps, ofTokens = () => tokenMap.largest[row];
     const ofHeads = () => column === null ? headMap.largest[row] : largestOf(heads.filter(head => !head.matches(".beside")));
     const panel = (map, begin, largest) => {
-      const box = heatMap(map, begin, 4, (...details) => mark(...details, largest));
-      box.append(newLegend(largest));
-      return box;
+      const made = heatMap(map, begin, true, (...details) => mark(...details, largest));
+      made.append(newLegend(largest, {low: "", high: ""}));
+      return made;
     };
     const left = panel(tokenMap, 0, ofTokens), right = panel(headMap, tokenMap.layers.length * tokenMap.columns.length, ofHeads);
     const cells = marks.slice(tokens.length), heads = [...right.querySelectorAll(".mark")], across = right.querySelector(".across");
+    right.querySelector("table").append(make("tr", "", make("th", "", "\u00a0")));  // beside the other map's last row
     marks.forEach(element => { element.dataset.cell = element.dataset.index; });
     figure.append(make("p", "about", make("b", "", "Prompt"), about), prompt, newLegend(inStrip), make("div", "maps", left, right));
     for (const [group, items] of [[prompt, tokens], [left, [...left.querySelectorAll(".mark")]], [right, heads]]) arrows(group, items);
