@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
@@ -141,6 +142,14 @@ class Survey(TargetedResult):
     @classmethod
     def from_saved(cls, tensors: dict[str, Any], said: dict[str, Any]) -> Survey:
         """See :meth:`Result.from_saved`."""
-        layers, prompt = tuple(said["layers"]), said["prompt"]["tokens"]
-        check_shape(tensors["tokens"], said["targets"], (*layers, None), prompt)
+        layers, targets, prompt = tuple(said["layers"]), said["targets"], said["prompt"]["tokens"]
+        inputs = (*layers, None)
+        heads, neurons = (range(*tensors[name].shape[-1:]) for name in ("heads_by_position", "neurons"))
+        axes: dict[str, tuple[Sized, ...]] = {
+            "tokens": (inputs, prompt), "bias": (inputs,), "balance": (inputs,), "conservation_error": (inputs,),
+            "heads_by_position": (layers, prompt, heads), "modules_by_position": (layers, prompt, range(2)),
+            "neurons": (layers, neurons), "neuron_ids": (layers, neurons), "other_neurons": (layers,), "target_logits": (),
+        }  # fmt: skip
+        for name, rest in axes.items():
+            check_shape(tensors[name], targets, *rest)
         return cls(**tensors, layers=layers, **common(said))

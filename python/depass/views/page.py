@@ -223,8 +223,8 @@ def survey_view(survey: Layered) -> View:
         "question": "How much each token, head and neuron contributed to the target, layer by layer",
         "facts": " · ".join([*_facts(survey.settings), size]),
         **_words(survey.settings, sums),
-        "use": "Choose a cell to colour the prompt by its layer's tokens, or by its head at each token. Choose a token to see "
-        "the heads there, and again to see their sums.",
+        "use": "Choose a cell to colour the prompt by its layer's tokens, or by its head at each token. Choose a token to "
+        "see the heads there, and again to see their sums.",
         "targets": [_target(survey, row, _after(survey, row)) for row in range(len(survey.targets))],
         "scores": _rounded(torch.cat([tokens.cells, heads.cells, torch.tensor([*neurons.values()]).T, by_position], 1)),
         "largest": heads.largest,

@@ -145,8 +145,7 @@ def layers(survey: Layered, row: int, width: int) -> list[Text]:
 def _largest_tokens(survey: Layered, row: int, width: int) -> list[Text]:
     scores = survey.tokens[row, 0]
     best = scores.abs().argsort(descending=True, stable=True)[:_LISTED]
-    which = f"the {len(best)} largest of {len(scores)} tokens" if len(best) < len(scores) else "tokens, largest first,"
-    title = Text(f"{which} at the input of layer {survey.layers[0]}:")
+    title = Text(f"largest tokens at the input of layer {survey.layers[0]}:")
     labels, sizes = [survey.prompt.tokens[index] for index in best.tolist()], scores[best].tolist()
     return [title, *_strip(labels, sizes, abs(sizes[0]) or 1.0, width)]
 
