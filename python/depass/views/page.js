@@ -358,7 +358,7 @@ function picture(figure) {
     };
     if (parent.matches(".upright")) {  // from the bottom to the top
       const box = parent.getBoundingClientRect(), x = box.left - origin.left + ascent, y = box.bottom - origin.top;
-      put("text", box, {x, y, textLength: box.height, transform: `rotate(-90 ${round(x)} ${round(y)})`, ...look}, node.data);
+      put("text", box, {x, y, textLength: box.height, transform: `rotate(-90 ${round(x)} ${round(y)})`, ...look}, node.data.trim());
       continue;
     }
     for (const {text, left, right, top} of broken(node, range)) put("text", {right, bottom: top}, {
