@@ -12,10 +12,11 @@ from typing import Any
 import browser as browsers
 import pytest
 from browser import Browser
-from results import EVIL, attribution, generation, sweep, token_attribution
+from results import EVIL, attribution, generation, survey, sweep, token_attribution
 
 RESULTS = {
     "tokens": token_attribution(("the", " cat", EVIL)), "components": attribution(9), "sweep": sweep(),
+    "survey": survey(("the", " cat", EVIL)),
     "generation": generation(("the", " cat"), (" sat", EVIL)),
 }  # fmt: skip
 STYLE = (

@@ -20,9 +20,9 @@ import pytest
 import tokens
 import torch
 from browser import Browser
-from results import EVIL, KINDS, attribution, generation, sweep, token_attribution
+from results import EVIL, KINDS, attribution, generation, survey, sweep, token_attribution
 
-from depass import Attribution, DePass, Generation, OutputError, Spans, Sweep, cli
+from depass import Attribution, DePass, Generation, OutputError, Spans, Survey, Sweep, cli
 from depass.results.load import load
 from depass.views.page import render
 
@@ -75,6 +75,74 @@ def test_the_page_of_many_neurons_is_small_and_has_sums_and_the_largest() -> Non
         assert ranked[: view["listed"]] == [source.label for source, _ in made.top(50, target)]
 
 
+@pytest.mark.parametrize(("rule", "bias"), [("half", False), ("half", True), ("steer", False), ("dual_path", True)])
+def test_a_surveys_page_has_every_score_under_its_name(rule: str, bias: bool) -> None:
+    made = survey(WORDS, rule=rule, bias=bias)
+    (view,) = data(made.to_html())
+    tokens, heads = view["maps"]
+    beside = [*(["bias"] if bias else []), *([made.settings.balance] if made.settings.balance else [])]
+    assert [column["name"] for column in tokens["columns"]] == [*map(str, WORDS), *beside]
+    assert tokens["layers"] == [0, 1, 2, 3, "out"]
+    assert [column["name"] for column in heads["columns"]] == ["0", "1", "2", "attention", "MLP"]
+    for target in range(2):
+        shown = dict(zip(zip(view["places"], view["names"], strict=True), view["scores"][target], strict=False))
+        for row, stage in enumerate(("L0", "L1", "L2", "L3", "out")):
+            line = [shown["1", f"{stage} the"], *(shown[str(t + 1), f"{stage} {WORDS[t]}"] for t in range(1, 4))]
+            assert line == close(made.tokens[target, row].tolist())
+            apart = sum(shown["", f"{stage} {label}"] for label in beside)
+            assert sum(line) + apart == pytest.approx(made.target_logits[target].item(), abs=1e-3)
+        for layer in range(4):
+            assert [shown["", f"L{layer}H{head}"] for head in range(3)] == close(made.heads[target, layer].tolist())
+            modules = [shown["", f"L{layer}.{module}"] for module in ("attn", "mlp")]
+            assert modules == close(made.modules[target, layer].tolist())
+        for source, score in made.top_neurons(20, target):
+            assert shown["", source.label] == close(score)
+        assert heads["largest"][target] == view["largest"][target] == close(made.heads[target].abs().max().item())
+        assert tokens["largest"][target] == close(made.tokens[target, :, :-1].abs().max().item())
+
+
+def test_a_surveys_cells_lead_to_their_scores_by_position() -> None:
+    made = survey(WORDS, rule="steer")
+    (view,) = data(made.to_html())
+
+    def strip(cell: int) -> list[float]:
+        _, begin = view["strips"][view["strip_of"][cell]]
+        scores: list[float] = view["scores"][1][begin : begin + 4]
+        return scores
+
+    for row in range(5):
+        assert strip(5 * row + 2) == close(made.tokens[1, row].tolist())
+        assert view["strip_of"][5 * row + 4] is None  # pattern
+    for layer in range(4):
+        by_position = torch.cat([made.heads_by_position, made.modules_by_position], 3)[1, layer]
+        for column in range(5):
+            assert strip(25 + 5 * layer + column) == close(by_position[:, column].tolist())
+
+
+def test_the_page_of_a_long_survey_sums_neighbouring_tokens_and_is_small() -> None:
+    made = survey(tuple(f" w{i}" for i in range(3001)), layers=30)
+    html = made.to_html()
+    assert len(html) < 1_500_000
+    (view,) = data(html)
+    tokens = view["maps"][0]
+    assert len(tokens["columns"]) == len(view["prompt"]) == 116
+    assert tokens["across"] == "sum of 26 neighbouring tokens"
+    assert (view["places"][0], view["places"][115]) == ("1–26", "2991–3001")
+    assert "".join(text for text, _ in view["prompt"]) == "".join(made.prompt.tokens)
+    assert view["scores"][0][1] == close(made.tokens[0, 0, 26:52].sum().item())
+    assert view["scores"][0][115] == pytest.approx(made.tokens[0, 0, 2990:].sum().item(), rel=1e-3)
+
+
+def test_a_survey_of_many_heads_has_the_largest_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depass.views.page._BY_POSITION", 2 * 4 * 7)  # of two targets and four tokens, seven
+    made = survey(WORDS)
+    (view,) = data(made.to_html())
+    kept = {view["names"][cell] for cell, strip in enumerate(view["strip_of"]) if strip is not None and strip >= 5}
+    sizes = torch.cat([made.heads, made.modules], 2).flatten(1).abs().amax(0)
+    assert kept == {view["names"][20 + cell] for cell in sizes.topk(7).indices.tolist()}
+    assert len(view["strips"]) == 5 + 7
+
+
 def test_of_many_components_the_page_has_the_largest_over_all_targets() -> None:
     made = attribution(11008, "neuron")
     (view,) = data(made.to_html())
@@ -108,8 +176,16 @@ def test_small_scores_keep_their_digits() -> None:
 
 @pytest.mark.parametrize(
     "made",
-    [sweep(), sweep("neurons", columns=100), attribution(9), token_attribution(STRANGE), generation(STRANGE, STRANGE)],
-    ids=["map", "sums", "components", "tokens", "generation"],
+    [
+        sweep(),
+        sweep("neurons", columns=100),
+        attribution(9),
+        token_attribution(STRANGE),
+        generation(STRANGE, STRANGE),
+        survey(STRANGE),
+        survey(STRANGE * 20),
+    ],
+    ids=["map", "sums", "components", "tokens", "generation", "survey", "long survey"],
 )
 def test_no_text_breaks_out_of_a_page_and_nothing_is_fetched(made: Any) -> None:
     html = made.to_html()
@@ -127,7 +203,7 @@ def test_no_text_breaks_out_of_a_page_and_nothing_is_fetched(made: Any) -> None:
 
 
 def test_a_page_is_written_whole_or_refused_by_name(tmp_path: Path) -> None:
-    for made in (sweep(), attribution(2), generation(("a",), ("b",))):
+    for made in (sweep(), attribution(2), generation(("a",), ("b",)), survey()):
         assert made.to_html(tmp_path / "page.html") == (tmp_path / "page.html").read_text()
         with pytest.raises(OutputError, match="No such file or directory"):
             made.to_html(tmp_path / "none" / "page.html")
@@ -159,7 +235,7 @@ def test_a_file_that_contradicts_itself_does_not_load(tmp_path: Path) -> None:
 
 
 def test_view_puts_results_of_every_kind_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = {"a.x": attribution(3), "b.safetensors": sweep(), "c": generation(("a",), ("b", "c"))}
+    kinds = {"a.x": attribution(3), "b.safetensors": sweep(), "c": generation(("a",), ("b", "c")), "d": survey()}
     for name, made in kinds.items():
         made.save(tmp_path / name)  # type: ignore[attr-defined]
     paths = [str(tmp_path / name) for name in kinds]
@@ -167,7 +243,7 @@ def test_view_puts_results_of_every_kind_on_one_page(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     views = data((tmp_path / "page.html").read_text())
     assert [view["name"] for view in views] == paths
-    assert ["map" in view for view in views] == [False, True, False]
+    assert ["maps" in view for view in views] == [False, True, False, True]
     assert "generated" in views[2]
     assert cli.main(["view", paths[1]]) == 0
     assert (tmp_path / "b.html").read_text() == render([(paths[1], load(paths[1]).page_view())])
@@ -187,7 +263,7 @@ def test_what_cannot_be_viewed_is_one_line(
         (["none"], 1, "cannot read none"),
         ([""], 1, "cannot read"),
         ([str(tmp_path)], 1, "cannot read"),
-        ([other], 1, f"{other} is not a saved result (attribution, sweep, generation)"),
+        ([other], 1, f"{other} is not a saved result (attribution, sweep, survey, generation)"),
         ([torn], 1, f"cannot read {torn}"),
         ([text], 1, f"cannot read {text}"),
         ([made], 2, f"the page would overwrite the saved result {made}"),
@@ -216,7 +292,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 WORDS = ("the", " cat", " sat", ".")
 PAGES = {
     "tokens": token_attribution(WORDS), "strange": token_attribution(STRANGE), "components": attribution(9),
-    "many": attribution(300, "neuron"), "generation": generation(WORDS, (" here", " now", ".")),
+    "survey": survey(WORDS, rule="dual_path", bias=True), "strange survey": survey(STRANGE),
+    "long survey": survey(WORDS * 100), "many": attribution(300, "neuron"),
+    "generation": generation(WORDS, (" here", " now", ".")),
     **{kind: sweep(kind, bias=True) for kind in KINDS}, "dense": sweep(columns=64), "sums": sweep("neurons", columns=100),
 }  # fmt: skip
 COLOURS = "[...document.querySelectorAll('.mark:not(.beside)')].map(mark => getComputedStyle(mark).backgroundColor)"
@@ -271,6 +349,74 @@ def test_a_click_on_a_heads_target_recolours_the_map(browser: Browser) -> None:
     assert cells == [f"{score:+.2f}".replace("-", "−") for score in shown]
 
 
+SHARES = "[...document.querySelectorAll('{}')].map(mark => getComputedStyle(mark).backgroundColor)"
+
+
+def shares(browser: Browser, selector: str) -> list[float]:
+    return [sign(colour) if "0)" not in colour[-3:] else 0.0 for colour in browser.ask(SHARES.format(selector))]
+
+
+def of_largest(scores: torch.Tensor) -> Any:
+    return pytest.approx((scores / scores.abs().max()).flatten().tolist(), abs=STEP)
+
+
+def test_a_surveys_cells_colour_the_prompt_and_its_tokens_the_heads(browser: Browser) -> None:
+    made = survey(WORDS, rule="steer")
+    browser.open(made.to_html())
+    prompt, left, right = ".text .mark", ".maps > :first-child", ".maps > :last-child"
+    own = f"{right} .mark:not(.beside)"
+    assert shares(browser, prompt) == of_largest(made.tokens[0, 0])
+    assert shares(browser, own) == of_largest(made.heads[0])
+    browser.click(f"{left} tr:nth-child(6) td:nth-child(3)")  # two rows of headings, and a heading in each
+    assert browser.ask("document.querySelector('.about').textContent").endswith("at the input of layer 2")
+    assert shares(browser, prompt) == of_largest(made.tokens[0, 2])
+    browser.click(f"{right} tr:nth-child(5) td:nth-child(4)")
+    assert browser.ask("document.querySelector('.about').textContent").endswith("L1H2 at each position")
+    assert shares(browser, prompt) == of_largest(made.heads_by_position[0, 1, :, 2])
+    browser.click(".targets button:nth-child(2)")
+    assert shares(browser, prompt) == of_largest(made.heads_by_position[1, 1, :, 2])
+    browser.click(f"{prompt}:nth-child(2)")
+    assert shares(browser, own) == of_largest(made.heads_by_position[1, :, 1])
+    modules = browser.ask(f"[...document.querySelectorAll('{right} td.beside')].map(cell => cell.textContent)")
+    shown = made.modules_by_position[1, :, 1].flatten().tolist()
+    assert modules == [f"{score:+.2f}".replace("-", "−") for score in shown]
+    assert browser.ask("document.querySelector('#tip').textContent").startswith("token 2  L1H2  ")
+    browser.click(f"{prompt}:nth-child(2)")
+    assert shares(browser, own) == of_largest(made.heads[1])
+    assert browser.problems == []
+
+
+def test_the_keyboard_goes_through_a_survey(browser: Browser) -> None:
+    made = survey(WORDS)
+    browser.open(made.to_html())
+    tip, about = "document.getElementById('tip').textContent", "document.querySelector('.about').textContent"
+    browser.ask("document.querySelector('.text .mark').focus()")
+    for key, label in [
+        ("ArrowRight", "token 2  L0  cat"), ("Tab", "token 1  L0 the"), ("ArrowDown", "token 1  L1 the"), ("Tab", "L0H0"),
+        ("ArrowRight", "L0H1"),
+    ]:  # fmt: skip
+        browser.press(key)
+        assert browser.ask(tip).startswith(label)
+    browser.press("Enter")
+    assert browser.ask(about).endswith("L0H1 at each position")
+    browser.ask("document.querySelector('.text .mark').focus()")
+    assert browser.ask(tip).startswith("token 1  L0H1")
+    assert browser.problems == []
+
+
+def test_a_long_survey_does_not_stutter(browser: Browser) -> None:
+    made = survey(tuple(f" word{i}" for i in range(2400)), layers=32)
+    browser.open(made.to_html(), width=1300)
+    click = (
+        "new Promise(done => {{ const began = performance.now(); document.querySelectorAll('td.mark')[{}].click();"
+        " requestAnimationFrame(() => setTimeout(() => done(performance.now() - began))); }})"
+    )
+    times = sorted(browser.ask(click.format(cell)) for cell in (3, 500, 1000, 2000, 3500))
+    assert browser.ask("document.querySelectorAll('td.mark').length") == 33 * 120 + 32 * 5
+    assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
+    assert times[2] < 250  # ms, as below
+
+
 def test_a_click_on_a_generated_token_shows_its_sources(browser: Browser) -> None:
     made = generation(WORDS, (" here", " now", "."))
     browser.open(made.to_html())
@@ -320,7 +466,7 @@ def test_the_keyboard_goes_everywhere(browser: Browser) -> None:
 
 
 def test_tokens_stay_text(browser: Browser) -> None:
-    for made in (token_attribution(STRANGE), generation(STRANGE, STRANGE)):
+    for made in (token_attribution(STRANGE), generation(STRANGE, STRANGE), survey(STRANGE)):
         browser.open(made.to_html())
         browser.click(".mark")
         assert browser.ask("document.querySelector('.text').textContent").startswith(
@@ -433,6 +579,16 @@ def test_a_file_whose_parts_do_not_fit_is_one_line(tmp_path: Path, capsys: pytes
         made.save(tmp_path / "res")
         assert cli.main(["view", str(tmp_path / "res")]) == 1
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", Survey.TENSORS)
+def test_a_survey_whose_tensors_do_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+    made = survey(WORDS)
+    tensor = getattr(made, name)
+    for torn in (tensor[:1], tensor[..., None], tensor.sum()):
+        dataclasses.replace(made, **{name: torn}).save(tmp_path / "survey")
+        with pytest.raises(OutputError, match=r"cannot read .*survey: "):
+            load(tmp_path / "survey")
 
 
 def test_hidden_characters_are_shown() -> None:

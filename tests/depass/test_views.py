@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from results import EVIL, KINDS, TARGETS, attribution, sweep
+from results import EVIL, KINDS, TARGETS, attribution, survey, sweep
 
-from depass import Attribution, DePassError, OutputError, SourceError, Sweep, Target, TargetError
+from depass import Attribution, DePassError, OutputError, SourceError, Survey, Sweep, Target, TargetError
 
 
-def shown(made: Sweep | Attribution, width: int) -> str:
+def shown(made: Sweep | Attribution | Survey, width: int) -> str:
     out = io.StringIO()
     made.show(file=out, width=width)
     return out.getvalue()
@@ -58,6 +58,36 @@ def test_too_wide_a_sweep_lists_the_largest() -> None:
     text = shown(dataclasses.replace(made, targets=TARGETS[:1]), 80)
     assert set(re.findall(r"L\d+N\d+", text)) == {source.label for source, _ in made.top(20)}
     assert all(f"{score:+.2f}" in text for _, score in made.top(20))
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_survey_keeps_to_the_terminals_width(width: int) -> None:
+    text = shown(survey((EVIL, *"abcdefghijkl"), bias=True), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "\x1b" not in text
+
+
+def test_a_survey_shows_each_layers_heads_modules_and_largest_neurons() -> None:
+    made = survey(("the", " cat", " sat"), rule="steer", bias=True)
+    made.heads_by_position[0, 1, :] = torch.tensor([9.0, -9.0, 0.0])
+    text = shown(dataclasses.replace(made, targets=made.targets[:1]), 100)
+    assert "logit 12.50 = 3 tokens + bias + pattern" in text
+    for layer in made.layers:
+        (line,) = re.findall(rf"^ +{layer}  .*", text, re.M)
+        assert all(f"{score:+.2f}" in line for score in made.modules[0, layer].tolist())
+        best = made.neurons[0, layer].abs().argsort(descending=True)[:3]
+        neurons = zip(made.neuron_ids[0, layer, best].tolist(), made.neurons[0, layer, best].tolist(), strict=True)
+        assert re.findall(r"N\d+ [+-][\d.]+", line) == [f"N{number} {score:+.2f}" for number, score in neurons]
+    assert re.search(r"^ +1  \+-· ", text, re.M)
+    assert all(f"{score:+.2f}" in text for score in made.tokens[0, 0].tolist())
+
+
+def test_of_a_long_prompt_a_survey_shows_the_largest_tokens() -> None:
+    made = survey(tuple(f"w{i}" for i in range(300)))
+    text = shown(dataclasses.replace(made, targets=made.targets[:1]), 80)
+    best = made.tokens[0, 0].abs().argsort(descending=True)[:20].tolist()
+    assert set(re.findall(r"\bw\d+", text)) == {f"w{index}" for index in best}
+    assert "largest tokens at the input of layer 0:" in text
 
 
 def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +137,25 @@ def test_a_figure_is_drawn_as_its_suffix_says(kind: str, suffix: str, begins: by
     assert os.listdir(tmp_path) == [path.name]  # no temporary file is left
 
 
+@pytest.mark.parametrize("count", [1, 3, 120, 1000])
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_surveys_maps_are_drawn_as_the_suffix_says(count: int, suffix: str, begins: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
+    made = survey(tuple([EVIL, "$\\x$", "\n", "\u202e", *map(str, range(count))][:count]), rule="steer")
+    path = tmp_path / f"plot{suffix}"
+    made.plot(path, target=-1)
+    assert path.read_bytes().startswith(begins)
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_a_figure_that_cannot_be_drawn_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = sweep()
-    for name in ("plot.jpg", "plot"):
-        with pytest.raises(OutputError, match=rf"{name}: the file name must end in one of \.png, \.svg, \.pdf"):
-            made.plot(tmp_path / name)
-    with pytest.raises(TargetError, match="target 2 is out of range: the number of targets is 2"):
-        made.plot(tmp_path / "plot.png", target=2)
+    for drawn in (made, survey()):
+        for name in ("plot.jpg", "plot"):
+            with pytest.raises(OutputError, match=rf"{name}: the file name must end in one of \.png, \.svg, \.pdf"):
+                drawn.plot(tmp_path / name)
+        with pytest.raises(TargetError, match="target 2 is out of range: the number of targets is 2"):
+            drawn.plot(tmp_path / "plot.png", target=2)
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
     with pytest.raises(OutputError, match="No such file or directory"):
         made.plot(tmp_path / "none" / "plot.png")
@@ -145,6 +187,44 @@ def test_a_sweep_saved_and_loaded_is_the_same(kind: str, tmp_path: Path) -> None
     attribution(3).save(tmp_path / "attribution")
     with pytest.raises(OutputError, match="is not a saved sweep"):
         Sweep.load(tmp_path / "attribution")
+
+
+def test_a_survey_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    made = survey(rule="dual_path", bias=True)
+    made.save(tmp_path / "survey")
+    loaded = Survey.load(tmp_path / "survey")
+    for field in dataclasses.fields(Survey):
+        ours, theirs = getattr(made, field.name), getattr(loaded, field.name)
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert loaded.to_html() == made.to_html()
+    assert os.listdir(tmp_path) == ["survey"]
+    with pytest.raises(OutputError, match="is not a saved sweep"):
+        Sweep.load(tmp_path / "survey")
+    (tmp_path / "torn").write_bytes((tmp_path / "survey").read_bytes()[:-9])
+    with pytest.raises(OutputError, match="cannot read"):
+        Survey.load(tmp_path / "torn")
+
+
+def test_a_surveys_dictionary_is_json_and_whole() -> None:
+    made = survey(bias=True)
+    again = json.loads(json.dumps(made.to_dict()))
+    assert again["layers"] == [0, 1, 2, 3]
+    for name in Survey.TENSORS:
+        assert again[name] == getattr(made, name).tolist()
+
+
+def test_a_surveys_largest_neurons_are_of_all_layers() -> None:
+    made = survey()
+    top = made.top_neurons(7, target=1)
+    assert [abs(score) for _, score in top] == sorted(made.neurons[1].abs().flatten().tolist(), reverse=True)[:7]
+    for source, score in top:
+        assert source.label == f"L{source.layer}N{source.index}"
+        (place,) = (made.neuron_ids[1, source.layer] == source.index).nonzero()[:, 0].tolist()
+        assert made.neurons[1, source.layer, place].item() == score
+    with pytest.raises(SourceError, match=r"top_neurons\(0\): k must be at least 1"):
+        made.top_neurons(0)
+    with pytest.raises(TargetError, match="target 2 is out of range"):
+        made.top_neurons(target=2)
 
 
 def test_a_sweeps_dictionary_is_json_and_whole() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from depass import Attribution, Generation, Prompt, Settings, Source, Sweep, Target
+from depass import Attribution, Generation, Prompt, Settings, Source, Survey, Sweep, Target
 
 EVIL = "</script><b>{{DATA}}\x1b[31m$x$\"'"
 PROMPT = Prompt((5, 6, 7), ("the", " cat", EVIL), "the cat" + EVIL, ((0, 3), (4, 7), (7, 30)))
@@ -23,6 +24,7 @@ def sweep(kind: Any = "heads", layers: int = 4, columns: int = 3, bias: bool = F
         scores=torch.randn(2, layers, columns, generator=random),
         rest=9 + torch.randn(shape, generator=random),
         bias=torch.randn(shape, generator=random) if bias else torch.zeros(shape),
+        balance=torch.zeros(shape),
         layers=tuple(range(2, 2 + layers)),
         columns=tuple(range(columns)),
         kind=kind,
@@ -32,6 +34,43 @@ def sweep(kind: Any = "heads", layers: int = 4, columns: int = 3, bias: bool = F
         prompt=PROMPT,
         settings=SETTINGS,
     )
+
+
+def survey(tokens: tuple[str, ...] = PROMPT.tokens, layers: int = 4, rule: str = "half", bias: bool = False) -> Survey:
+    """Three heads and five kept neurons per layer; the scores at every layer's input add up to the logit."""
+    count, random = len(tokens), torch.Generator().manual_seed(len(tokens))
+    scores = torch.randn(2, layers + 1, count, generator=random)
+    inputs, logits = (2, layers + 1), torch.tensor([12.5, -3.25])
+    settings = replace(SETTINGS, rule=rule, engine="backward")
+    apart = torch.randn(inputs, generator=random) if bias else torch.zeros(inputs)
+    balance = torch.zeros(inputs) if settings.balance is None else torch.randn(inputs, generator=random)
+    scores[:, :, -1] += logits[:, None] - scores.sum(2) - apart - balance
+    return Survey(
+        tokens=scores,
+        bias=apart,
+        balance=balance,
+        heads_by_position=torch.randn(2, layers, count, 3, generator=random),
+        modules_by_position=torch.randn(2, layers, count, 2, generator=random),
+        neurons=torch.randn(2, layers, 5, generator=random),
+        neuron_ids=torch.stack([torch.randperm(99, generator=random)[:5] for _ in range(2 * layers)]).view(
+            2, layers, 5
+        ),
+        other_neurons=torch.randn(2, layers, generator=random),
+        layers=tuple(range(layers)),
+        targets=tuple(replace(target, position=count - 1) for target in TARGETS),
+        target_logits=logits,
+        conservation_error=torch.full(inputs, 1e-7),
+        prompt=_prompt(tokens),
+        settings=settings,
+    )
+
+
+def _prompt(tokens: tuple[str, ...]) -> Prompt:
+    offsets, at = [], 0
+    for token in tokens:
+        offsets.append((at, at + len(token)))
+        at += len(token)
+    return Prompt(tuple(range(len(tokens))), tokens, "".join(tokens), tuple(offsets))
 
 
 def attribution(count: int, kind: Literal["head", "neuron"] = "head") -> Attribution:
@@ -49,10 +88,6 @@ def attribution(count: int, kind: Literal["head", "neuron"] = "head") -> Attribu
 
 def token_attribution(tokens: tuple[str, ...], targets: tuple[Target, ...] = TARGETS) -> Attribution:
     """One source per token, scores that differ from target to target."""
-    offsets, at = [], 0
-    for token in tokens:
-        offsets.append((at, at + len(token)))
-        at += len(token)
     scores = torch.randn(len(targets), len(tokens), generator=torch.Generator().manual_seed(len(tokens)))
     return Attribution(
         scores=scores,
@@ -60,7 +95,7 @@ def token_attribution(tokens: tuple[str, ...], targets: tuple[Target, ...] = TAR
         targets=targets,
         target_logits=scores.sum(1),
         conservation_error=torch.full((len(targets),), 1e-7),
-        prompt=Prompt(tuple(range(len(tokens))), tokens, "".join(tokens), tuple(offsets)),
+        prompt=_prompt(tokens),
         settings=SETTINGS,
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -97,6 +98,16 @@ class Survey(TargetedResult):
             (Source(f"L{layer}N{number}", "neuron", layer=layer, index=number), score) for layer, number, score in found
         ]
 
+    def show(self, file: TextIO | None = None, width: int | None = None) -> None:
+        """Print every target's layers, in colour if ``file`` (by default stdout) is a terminal.
+
+        A layer's line has a sign for each head, the scores of attention and MLP, and its three largest neurons. The tokens
+        with the largest scores at the input of the first layer follow.
+        """
+        from ..views.terminal import show_survey
+
+        show_survey(self, file, width)
+
     def page_view(self) -> View:
         """See :meth:`Result.page_view`: a map of layers and tokens beside a map of layers and heads."""
         return survey_view(self)
@@ -131,6 +142,14 @@ class Survey(TargetedResult):
     @classmethod
     def from_saved(cls, tensors: dict[str, Any], said: dict[str, Any]) -> Survey:
         """See :meth:`Result.from_saved`."""
-        layers, prompt = tuple(said["layers"]), said["prompt"]["tokens"]
-        check_shape(tensors["tokens"], said["targets"], (*layers, None), prompt)
+        layers, targets, prompt = tuple(said["layers"]), said["targets"], said["prompt"]["tokens"]
+        inputs = (*layers, None)
+        heads, neurons = (range(*tensors[name].shape[-1:]) for name in ("heads_by_position", "neurons"))
+        axes: dict[str, tuple[Sized, ...]] = {
+            "tokens": (inputs, prompt), "bias": (inputs,), "balance": (inputs,), "conservation_error": (inputs,),
+            "heads_by_position": (layers, prompt, heads), "modules_by_position": (layers, prompt, range(2)),
+            "neurons": (layers, neurons), "neuron_ids": (layers, neurons), "other_neurons": (layers,), "target_logits": (),
+        }  # fmt: skip
+        for name, rest in axes.items():
+            check_shape(tensors[name], targets, *rest)
         return cls(**tensors, layers=layers, **common(said))

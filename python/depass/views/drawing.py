@@ -15,15 +15,14 @@ from ..sources.source import BESIDE, Source
 
 NUMBERED = 16  # up to so many columns of a sweep, each cell shows its number
 GRID = 64  # up to so many columns of a sweep are drawn; with more (neurons), a view shows sums or a list
+POSITIONS = 120  # up to so many columns of tokens are drawn; of a longer prompt, neighbouring tokens are summed
 
 
 class Explained(Protocol):
-    """The part that all results share: targets, and scores ``[targets, ...]``."""
+    """The part that all results share."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    @property
-    def scores(self) -> Tensor: ...  # noqa: D102
     @property
     def targets(self) -> tuple[Target, ...]: ...  # noqa: D102
     @property
@@ -40,12 +39,16 @@ class Scored(Explained, Protocol):
     """Scores ``[targets, sources]`` of one decomposition."""
 
     @property
+    def scores(self) -> Tensor: ...  # noqa: D102
+    @property
     def sources(self) -> tuple[Source, ...]: ...  # noqa: D102
 
 
 class Grid(Explained, Protocol):
     """Scores ``[targets, layers, columns]``: one decomposition per layer."""
 
+    @property
+    def scores(self) -> Tensor: ...  # noqa: D102
     @property
     def rest(self) -> Tensor: ...  # noqa: D102
     @property
@@ -60,6 +63,32 @@ class Grid(Explained, Protocol):
     def kind(self) -> str: ...  # noqa: D102
     def source(self, row: int, column: int) -> Source: ...  # noqa: D102
     def top(self, k: int, target: int) -> list[tuple[Source, float]]: ...  # noqa: D102
+
+
+class Layered(Explained, Protocol):
+    """Scores of tokens, heads, modules and neurons of all layers; :class:`depass.Survey` gives their shapes."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # noqa: D102
+    @property
+    def bias(self) -> Tensor: ...  # noqa: D102
+    @property
+    def balance(self) -> Tensor: ...  # noqa: D102
+    @property
+    def heads(self) -> Tensor: ...  # noqa: D102
+    @property
+    def heads_by_position(self) -> Tensor: ...  # noqa: D102
+    @property
+    def modules(self) -> Tensor: ...  # noqa: D102
+    @property
+    def modules_by_position(self) -> Tensor: ...  # noqa: D102
+    @property
+    def neurons(self) -> Tensor: ...  # noqa: D102
+    @property
+    def neuron_ids(self) -> Tensor: ...  # noqa: D102
+    @property
+    def layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    def top_neurons(self, k: int, target: int) -> list[tuple[Source, float]]: ...  # noqa: D102
 
 
 AnyScored = TypeVar("AnyScored", bound=Scored)
@@ -125,3 +154,39 @@ def beside(sweep: Grid) -> list[tuple[str, Tensor]]:
         else:
             columns.append((label, scores))
     return columns
+
+
+def behind(survey: Layered) -> list[tuple[str, Tensor]]:
+    """The columns beside a survey's tokens: ``bias`` unless it is zero, and ``pattern`` or ``unassigned``.
+
+    Each ``[targets, layers + 1]``.
+    """
+    columns = [("bias", survey.bias)] if bool(survey.bias.any()) else []
+    balance = survey.settings.balance
+    return columns if balance is None else [*columns, (balance, survey.balance)]
+
+
+def spans(count: int) -> list[tuple[int, int]]:
+    """The columns of ``count`` tokens, each with its first token and one past its last: at most :data:`POSITIONS`."""
+    size = -(-count // POSITIONS)
+    return [(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+def summed(scores: Tensor, columns: list[tuple[int, int]]) -> Tensor:
+    """The sums of scores ``[targets, layers, tokens, ...]`` over the tokens of each column of :func:`spans`."""
+    return torch.stack([scores[:, :, begin:end].sum(2) for begin, end in columns], 2)
+
+
+def largest_elsewhere(scores: Tensor, columns: list[tuple[int, int]], position: int) -> float:
+    """The largest of one target's ``scores`` ``[layers + 1, columns]`` outside the column of its own ``position``.
+
+    A map of tokens draws it in full colour. The stream at the target's position ends as the whole logit, so its scores say
+    little and would drown the others.
+    """
+    others = [index for index, (begin, end) in enumerate(columns) if not begin <= position < end]
+    return float((scores[:, others] if others else scores).abs().max()) or 1.0
+
+
+def numbers(begin: int, end: int) -> str:
+    """The numbers of some tokens, counted from 1."""
+    return str(end) if end == begin + 1 else f"{begin + 1}–{end}"

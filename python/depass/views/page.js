@@ -72,24 +72,31 @@ function radios(group, items, choose) {
   check(0);
 }
 
-// Layers down, components across; ``mark`` makes a cell.
-function heatMap({columns, layers, across, numbered}, mark) {
+// Layers down, components across; ``mark`` makes a cell, ``begin`` is the first one's index. One of a pair has less room.
+function heatMap({columns, layers, across, numbered, every, upright}, begin, pair, mark) {
   const own = columns.filter(({beside}) => !beside).length, side = ({beside}) => beside ? "beside" : "";
-  const table = make("table", "map " + (numbered ? "numbered" : "dense")), over = make("th", "", across);
-  const width = cell => `${3.5 + own * cell + 5.5 * (columns.length - own)}rem`;
-  table.style.width = numbered ? `clamp(${width(2.9)}, 100%, ${width(7)})` : `clamp(${width(0.7)}, 100%, ${width(1.6)})`;
+  const table = make("table", "map " + (numbered ? "numbered" : "dense")), over = make("th", "across", across);
+  const width = cell => `${3.5 + own * cell + (pair ? 4 : 5.5) * (columns.length - own)}rem`;
+  const [least, most] = numbered ? [2.9, 7] : [upright ? (every > 1 ? 0.42 : 0.62) : 0.7, pair ? 2.4 : 1.6];
+  const panel = make("div", "", make("div", "wide", table));
+  table.style.width = `clamp(${width(least)}, 100%, ${width(most)})`;
+  if (pair) panel.style.flex = `${own} 1 ${width(least)}`;  // beside the other map, or below it where both do not fit
+  if (pair) panel.style.maxWidth = `calc(${width(most)} + 4px)`;
   over.colSpan = own;
-  const heading = (column, index) => make("th", side(column), numbered || column.beside || index % 4 === 0 ? column.name : "");
+  const heading = (column, index) => {
+    const name = column.beside || index % every === 0 ? column.name : "";
+    return make("th", side(column), upright && !column.beside ? make("span", "upright", name) : name);
+  };
   table.append(
     make("colgroup", "", make("col", "layer"), ...columns.map(column => make("col", side(column)))),
     make("tr", "", make("th", ""), over),
     make("tr", "", make("th", "", "layer"), ...columns.map(heading)));
   layers.forEach((layer, row) => {
     const cells = columns.map((column, index) =>
-      mark("td", side(column), row * columns.length + index, "", numbered || column.beside));
+      mark("td", side(column), begin + row * columns.length + index, "", numbered || column.beside));
     table.append(make("tr", "", make("th", "", String(layer)), ...cells));
   });
-  return make("div", "wide", table);
+  return panel;
 }
 
 function legend(low, high) {
@@ -105,24 +112,37 @@ function draw(view) {
   const digits = () => Math.min(9, Math.max(2, 1 - Math.floor(Math.log10(view.largest[row]))));
   const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits());
   const marks = [];  // the coloured elements, each with the index of its score
+  const full = new Map();  // for each, a function that gives the score drawn in full colour
+  const legends = [];  // functions that write the bounds of a legend
 
-  function mark(tag, className, index, text, number) {
+  function mark(tag, className, index, text, number, largest = () => view.largest[row]) {
     const element = make(tag, "mark " + className, ...text.split(/(?=\n+$)/));
     element.dataset.index = index;
+    full.set(element, largest);
     if (number) addNumber(element);
     marks.push(element);
     return element;
   }
   const addNumber = element => element.firstChild.after(make("span", "number"));  // before a line break at the end
-  const said = index => [view.places[index] && `token ${view.places[index]}`, view.names[index], signed(view.scores[row][index])]
-    .filter(Boolean).join("  ");
+  const tokenNumbers = place => place && `${place.includes("–") ? "tokens" : "token"} ${place}`;
+  let said = ({dataset: {index}}) =>
+    [tokenNumbers(view.places[index]), view.names[index], signed(view.scores[row][index])].filter(Boolean).join("  ");
 
-  function text(pieces) {
+  function text(pieces, largest) {
     const shown = make("p", "text");
     shown.dir = "auto";
     for (const [piece, index] of pieces)
-      shown.append(index === null ? make("span", "", piece) : mark("span", "", index, piece));
+      shown.append(index === null ? make("span", "", piece) : mark("span", "", index, piece, false, largest));
     return shown;
+  }
+
+  function newLegend(largest = () => view.largest[row], {low: lowest, high: highest} = view) {
+    const low = make("span", ""), high = make("span", "");
+    legends.push(() => {
+      low.textContent = `${signed(-largest())} ${lowest}`.trim();
+      high.textContent = `${highest} ${signed(largest())}`.trim();
+    });
+    return legend(low, high);
   }
 
   const caption = make("figcaption", ""), figure = make("figure", "", caption);
@@ -134,23 +154,29 @@ function draw(view) {
     radios(choices, [...choices.children], select);
     section.append(make("h2", "", "Target"), choices);
   }
+  if (view.use) section.append(make("p", "hint", view.use));
   if (view.generated)
     section.append(make("p", "hint", "Choose a generated token with a click or the arrow keys to see what contributed to it."));
   section.append(figure);
 
-  const prompt = text(view.prompt);
-  if (view.map) {
-    figure.append(heatMap(view.map, mark));
-    section.insertBefore(prompt, figure);
-    section.insertBefore(make("h2", "", "Prompt"), prompt);
+  let tokens = [];  // without a number until one is asked for
+  if (view.strips) {
+    tokens = survey();
   } else {
-    figure.append(prompt);
+    const prompt = text(view.prompt);
+    tokens = [...marks];
+    if (view.maps) {
+      figure.append(...view.maps.map(map => heatMap(map, 0, false, mark)));
+      section.insertBefore(prompt, figure);
+      section.insertBefore(make("h2", "", "Prompt"), prompt);
+    } else {
+      figure.append(prompt);
+    }
   }
-  const tokens = [...marks];  // without a number until one is asked for
   if (view.chips.length)
     figure.append(make("p", "chips", ...view.chips.map(index =>
       mark("span", view.ranked.includes(index) ? "" : "beside", index, view.names[index], true))));
-  arrows(figure, [...marks]);
+  if (!view.strips) arrows(figure, [...marks]);
   let generated = [];
   if (view.generated) {
     const after = text(view.generated);
@@ -162,10 +188,9 @@ function draw(view) {
     radios(after, generated, select);
   }
 
-  const low = make("span", ""), high = make("span", "");
-  figure.append(legend(low, high));
+  if (!view.strips) figure.append(newLegend());
   const tools = make("div", "tools", button("Save as SVG", () => save(figure, view.name)));
-  if (!view.map && tokens.length) {
+  if (tokens.length) {
     const box = make("input", "numbers");
     box.type = "checkbox";
     box.onchange = () => {
@@ -179,11 +204,71 @@ function draw(view) {
   section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))));
   section.append(make("p", "hint", view.hint));
 
+  // A survey's prompt and maps. A chosen cell's strip, its row of scores by position, colours the prompt. A chosen token
+  // gives the map of heads its scores at that token.
+  function survey() {
+    let cell = 0, column = null;
+    const largestOf = elements => Math.max(...elements.map(({dataset: {index}}) => Math.abs(view.scores[row][index] ?? 0))) || 1;
+    const strip = () => view.strips[view.strip_of[cell]], inStrip = () => largestOf(tokens);
+    const prompt = text(view.prompt, inStrip), tokens = [...marks], about = make("span", "");
+    const [tokenMap, headMap] = view.maps, ofTokens = () => tokenMap.largest[row];
+    const ofHeads = () => column === null ? headMap.largest[row] : largestOf(heads.filter(head => !head.matches(".beside")));
+    const panel = (map, begin, largest) => {
+      const made = heatMap(map, begin, true, (...details) => mark(...details, largest));
+      made.append(newLegend(largest, {low: "", high: ""}));
+      return made;
+    };
+    const left = panel(tokenMap, 0, ofTokens), right = panel(headMap, tokenMap.layers.length * tokenMap.columns.length, ofHeads);
+    const cells = marks.slice(tokens.length), heads = [...right.querySelectorAll(".mark")], across = right.querySelector(".across");
+    right.querySelector("table").append(make("tr", "", make("th", "", "\u00a0")));  // beside the other map's last row
+    marks.forEach(element => { element.dataset.cell = element.dataset.index; });
+    figure.append(make("p", "about", make("b", "", "Prompt"), about), prompt, newLegend(inStrip), make("div", "maps", left, right));
+    for (const [group, items] of [[prompt, tokens], [left, [...left.querySelectorAll(".mark")]], [right, heads]]) arrows(group, items);
+
+    function show() {
+      const [name, begin] = strip();
+      about.textContent = `coloured by ${name}`;
+      tokens.forEach((token, place) => {
+        token.dataset.index = begin + place;
+        token.classList.toggle("chosen", place === column);
+      });
+      for (const other of cells) other.classList.toggle("chosen", view.strip_of[other.dataset.cell] === view.strip_of[cell]);
+      for (const head of heads) {
+        const own = view.strips[view.strip_of[head.dataset.cell]];
+        head.dataset.index = column === null ? head.dataset.cell : own ? own[1] + column : -1;
+      }
+      across.textContent = headMap.across + (column === null ? "" : `, at ${tokenNumbers(view.places[column])}`);
+    }
+    function choose({target}) {
+      const element = target.closest(".mark");
+      if (!element) return;
+      if (tokens.includes(element)) column = column === tokens.indexOf(element) ? null : tokens.indexOf(element);
+      else if (view.strip_of[element.dataset.cell] !== null) cell = element.dataset.cell;
+      show();
+      paint();
+    }
+    figure.addEventListener("click", choose);
+    figure.addEventListener("keydown", event => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(event); }
+    });
+    said = element => {
+      const {cell: own, index} = element.dataset, score = view.scores[row][index], isToken = tokens.includes(element);
+      const place = heads.includes(element) ? column ?? own : own;
+      return [tokenNumbers(view.places[place]), view.names[index] ?? view.names[isToken ? cell : own],
+        score === undefined ? "not on this page" : signed(score)].filter(Boolean).join("  ");
+    };
+    show();
+    return tokens;
+  }
+
   function paint() {
-    const scores = view.scores[row], largest = view.largest[row];
+    const scores = view.scores[row];
+    legends.forEach(write => write());
+    const sizes = new Map();  // by function, because many elements share one
     for (const element of marks) {
-      const score = scores[element.dataset.index], number = element.querySelector(".number");
-      if (!element.classList.contains("beside")) element.style.backgroundColor = ink(score / largest);
+      const score = scores[element.dataset.index] ?? 0, number = element.querySelector(".number"), largest = full.get(element);
+      if (!sizes.has(largest)) sizes.set(largest, largest());
+      if (!element.classList.contains("beside")) element.style.backgroundColor = ink(score / sizes.get(largest));
       if (number) number.textContent = signed(score);
     }
     generated.forEach((token, index) => token.classList.toggle("later", index > row));
@@ -194,7 +279,7 @@ function draw(view) {
     bar.style.width = 100 * Math.min(1, Math.abs(score) / most) + "%";
     bar.style.backgroundColor = ink(Math.sign(score));
     const line = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)), make("td", "", bar));
-    if (view.places.some(Boolean)) line.prepend(make("td", "place", view.places[index]));
+    if (view.ranked.some(index => view.places[index])) line.prepend(make("td", "place", view.places[index]));
     const outline = on => () => marks.forEach(mark => mark.classList.toggle("shown", on && mark.dataset.index === String(index)));
     line.onpointerenter = outline(true);
     line.onpointerleave = outline(false);
@@ -206,9 +291,7 @@ function draw(view) {
     const size = index => Math.abs(view.scores[row][index]);
     const {label, about} = view.targets[row];
     caption.replaceChildren(make("b", "", label), make("span", "", about));
-    most.replaceChildren("Largest contributions to ", make("b", "", label));
-    low.textContent = `${signed(-view.largest[row])} ${view.low}`;
-    high.textContent = `${view.high} ${signed(view.largest[row])}`;
+    most.replaceChildren(view.list ?? "Largest contributions to ", make("b", "", label));
     paint();
     const best = view.ranked.filter(size).sort((a, b) => size(b) - size(a)).slice(0, view.listed);
     lines.replaceChildren(...best.map(index => line(index, size(best[0]))));
@@ -217,7 +300,7 @@ function draw(view) {
   for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
     section.addEventListener(begin, event => {
       const element = event.target.closest(".mark");
-      if (element && !generated.slice(row).includes(element)) explain(element, said(element.dataset.index));
+      if (element && !generated.slice(row).includes(element)) explain(element, said(element));
     });
     section.addEventListener(end, () => { tip.hidden = true; });
   }
@@ -269,10 +352,17 @@ function picture(figure) {
     const node = nodes.currentNode, parent = node.parentElement, style = getComputedStyle(parent);
     pen.font = style.font;
     const {fontBoundingBoxAscent: ascent} = pen.measureText("x");
+    const look = {
+      lengthAdjust: "spacingAndGlyphs", "font-family": style.fontFamily, "font-size": style.fontSize,
+      "font-weight": style.fontWeight, fill: style.color, opacity: parent.closest(".later") ? 0.5 : 1, style: "white-space: pre",
+    };
+    if (parent.matches(".upright")) {  // from the bottom to the top
+      const box = parent.getBoundingClientRect(), x = box.left - origin.left + ascent, y = box.bottom - origin.top;
+      put("text", box, {x, y, textLength: box.height, transform: `rotate(-90 ${round(x)} ${round(y)})`, ...look}, node.data.trim());
+      continue;
+    }
     for (const {text, left, right, top} of broken(node, range)) put("text", {right, bottom: top}, {
-      x: left - origin.left, y: top - origin.top + ascent, textLength: right - left, lengthAdjust: "spacingAndGlyphs",
-      "font-family": style.fontFamily, "font-size": style.fontSize, "font-weight": style.fontWeight, fill: style.color,
-      opacity: parent.closest(".later") ? 0.5 : 1, style: "white-space: pre",
+      x: left - origin.left, y: top - origin.top + ascent, textLength: right - left, ...look,
     }, text);
   }
   const size = {width: round(wide + 16), height: round(high + 16)}, paper = document.createElementNS(space, "rect");

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeAlias
 
@@ -21,12 +22,32 @@ from ..errors import OutputError
 from ..files import write_atomically
 from ..inputs.settings import Settings
 from ..sources.source import Source, name
-from .drawing import GRID, NUMBERED, Explained, Grid, Scored, abridged, beside, components, drawn, headings, scale
+from .drawing import (
+    GRID,
+    NUMBERED,
+    Explained,
+    Grid,
+    Layered,
+    Scored,
+    abridged,
+    behind,
+    beside,
+    components,
+    drawn,
+    headings,
+    largest_elsewhere,
+    numbers,
+    scale,
+    spans,
+    summed,
+)
 
 View: TypeAlias = dict[str, Any]  # the data of one result, as ``page.js`` reads them
 _KEPT = 200  # components of an attribution that are shown; the others become one sum
 _LISTED, _LISTED_COMPONENTS = 12, 50  # lengths of the list of largest contributions
 _LONGEST = 60  # characters of a name; longer names are cut in the middle
+_WIDEST = 12  # characters of a token over its column
+_BY_POSITION = 150_000  # scores by position of heads and modules on a survey's page, about a megabyte and a half
 _DIGITS = 5  # significant digits of a score
 _SINGULAR = {"heads": "attention head", "neurons": "neuron", "modules": "module"}
 _FRAME_HEIGHT = 480  # pixels, until the page in the frame has told its height
@@ -158,18 +179,172 @@ def sweep_view(sweep: Grid) -> View:
         "listed": _LISTED if whole else _LISTED_COMPONENTS,
         "prompt": [[_seen("".join(sweep.prompt.tokens)), None]],
         "chips": [],
-        "map": {
-            "columns": [{"name": heading, "beside": beside} for heading, beside in cells.headings],
-            "layers": list(sweep.layers),
-            "across": _SINGULAR[kind] if whole else f"sum of {_SINGULAR[kind]} scores",
-            "numbered": cells.numbered,
-        },
+        "maps": [
+            {
+                "columns": [{"name": heading, "beside": beside} for heading, beside in cells.headings],
+                "layers": list(sweep.layers),
+                "across": _SINGULAR[kind] if whole else f"sum of {_SINGULAR[kind]} scores",
+                "numbered": cells.numbered,
+                "every": 1 if cells.numbered else 4,
+                "upright": False,
+                "largest": cells.largest,
+            }
+        ],
     }
 
 
-def survey_view(survey: Any) -> View:
-    """The view of a survey."""
-    raise NotImplementedError
+def survey_view(survey: Layered) -> View:
+    """The view of a survey: a map of layers and tokens beside one of layers and heads, and the largest neurons.
+
+    Its scores are the cells of both maps, row by row; the neurons; and the strips that are no row of the map of tokens. A
+    strip is a row of scores by position, which colours the prompt when one of its cells is chosen.
+    """
+    columns = spans(len(survey.prompt.tokens))
+    maps, neurons = (_token_map(survey, columns), _head_map(survey)), _largest_neurons(survey)
+    tokens, heads = maps
+    by_position, kept = _by_position(survey, columns)
+    names, wide = [*tokens.names, *heads.names, *neurons], len(tokens.headings)
+    ranked = range(len(names) - len(neurons), len(names))
+    stages = [*(f"the input of layer {layer}" for layer in survey.layers), f"the output of layer {survey.layers[-1]}"]
+    strips = [(f"the tokens' scores at {stage}", row * wide) for row, stage in enumerate(stages)]
+    strips += [(f"{heads.names[cell]} at each position", len(names) + i * len(columns)) for i, cell in enumerate(kept)]
+    owned = {cell: strip for strip, cell in enumerate(kept, len(stages))}
+    own_row = [row if column < len(columns) else None for row in range(len(stages)) for column in range(wide)]
+    texts = ["".join(survey.prompt.tokens[begin:end]) for begin, end in columns]
+    places = [numbers(*span) for span in columns] + [""] * tokens.beside
+    summands = " and ".join(["the tokens", *tokens.headings[len(columns) :]])
+    sums = (
+        f"At the input of each layer, and at the output of the last (out), {summands} add up to the target's logit. Heads, "
+        "attention, MLP and neurons have the scores of their outputs. So compare layers; do not add them up. In the map of "
+        "tokens, full colour is the largest score outside the target's own position, whose stream ends as the whole logit."
+    )
+    size = f"{len(survey.layers)} layers × {len(survey.prompt.tokens)} tokens"
+    return {
+        "question": "How much each token, head and neuron contributed to the target, layer by layer",
+        "facts": " · ".join([*_facts(survey.settings), size]),
+        **_words(survey.settings, sums),
+        "use": "Choose a cell to colour the prompt by its layer's tokens, or by its head at each token. Choose a token to "
+        "see the heads there, and again to see their sums.",
+        "targets": [_target(survey, row, _after(survey, row)) for row in range(len(survey.targets))],
+        "scores": _rounded(torch.cat([tokens.cells, heads.cells, torch.tensor([*neurons.values()]).T, by_position], 1)),
+        "largest": heads.largest,
+        "names": names,
+        "places": places * len(stages) + [""] * (len(names) - len(tokens.names)),
+        "ranked": list(ranked),
+        "listed": _LISTED_COMPONENTS,
+        "list": "Neurons with the largest scores for ",
+        "prompt": [[_seen(text) or "·", column] for column, text in enumerate(texts)],
+        "chips": [],
+        "maps": [each.data() for each in maps],
+        "strips": strips,
+        "strip_of": own_row + [owned.get(cell) for cell in range(len(heads.names))],
+    }
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A map of layers and columns.
+
+    Attributes:
+        cells: its scores ``[targets, rows * columns]``.
+        names: the name of each cell.
+        largest: for each target, the score drawn in full colour.
+        layers: the heading of each row.
+        headings: the heading of each column.
+        beside: how many of the columns, the last ones, stand beside the others: numbers without a colour.
+        across: what the columns are.
+        every: every how many columns there is room for a heading.
+        upright: whether the headings are turned.
+    """
+
+    cells: Tensor
+    names: list[str]
+    largest: list[float]
+    layers: Sequence[int | str]
+    headings: list[str]
+    beside: int
+    across: str
+    every: int
+    upright: bool
+
+    def data(self) -> dict[str, Any]:
+        """The map as ``page.js`` reads it."""
+        own = len(self.headings) - self.beside
+        return {
+            "columns": [{"name": name, "beside": column >= own} for column, name in enumerate(self.headings)],
+            "layers": list(self.layers),
+            "across": self.across,
+            "numbered": False,
+            "every": self.every,
+            "upright": self.upright,
+            "largest": self.largest,
+        }
+
+
+def _token_map(survey: Layered, columns: list[tuple[int, int]]) -> _Map:
+    scores, apart, size = (
+        summed(survey.tokens, columns),
+        behind(survey),
+        columns[0][1],
+    )  # [targets, layers + 1, columns]
+    labels = [label for label, _ in apart]
+    texts = [_short(survey.prompt.tokens[begin]) if size == 1 else "" for begin, _ in columns]
+    ranges = [numbers(*span) for span in columns]
+    stages = [*(f"L{layer}" for layer in survey.layers), "out"]
+    return _Map(
+        cells=torch.cat([scores, *(score[:, :, None] for _, score in apart)], 2).flatten(1),
+        names=[f"{stage} {text}".strip() for stage in stages for text in (*texts, *labels)],
+        largest=[
+            largest_elsewhere(each, columns, target.position)
+            for each, target in zip(scores, survey.targets, strict=True)
+        ],
+        layers=[*survey.layers, "out"],
+        headings=[*(map(_heading, texts) if size == 1 else ranges), *labels],
+        beside=len(labels),
+        across="token" if size == 1 else f"sum of {size} neighbouring tokens",
+        every=1 if size == 1 else 4,
+        upright=True,
+    )
+
+
+def _head_map(survey: Layered) -> _Map:
+    heads, modules = survey.heads, survey.modules
+    parts = [*(f"H{head}" for head in range(heads.shape[2])), ".attn", ".mlp"]
+    return _Map(
+        cells=torch.cat([heads, modules], 2).flatten(1),
+        names=[f"L{layer}{part}" for layer in survey.layers for part in parts],
+        largest=[size or 1.0 for size in heads.abs().amax((1, 2)).tolist()],
+        layers=survey.layers,
+        headings=[*(str(head) for head in range(heads.shape[2])), "attention", "MLP"],
+        beside=2,
+        across="attention head",
+        every=1 if heads.shape[2] <= NUMBERED else 4,
+        upright=False,
+    )
+
+
+def _by_position(survey: Layered, columns: list[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+    """Scores by position ``[targets, cells * columns]`` of cells of the map of heads, and these cells.
+
+    They are all cells, or those with the largest scores where all would make the page too large.
+    """
+    scores = torch.cat(
+        [survey.heads_by_position, survey.modules_by_position], 3
+    )  # [targets, layers, tokens, heads + 2]
+    scores = summed(scores, columns).transpose(2, 3).flatten(1, 2)  # [targets, cells, columns]
+    order = scores.sum(2).abs().amax(0).argsort(descending=True, stable=True)
+    kept = order[: _BY_POSITION // scores[:, 0].numel()].sort().values
+    return scores[:, kept].flatten(1), kept.tolist()
+
+
+def _largest_neurons(survey: Layered) -> dict[str, list[float]]:
+    """The names of the largest neurons of all targets, each with its scores; 0 where it is not among the largest."""
+    count = len(survey.targets)
+    found: dict[str, list[float]] = {}
+    for row in range(count):
+        for source, score in survey.top_neurons(_LISTED_COMPONENTS, row):
+            found.setdefault(source.label, [0.0] * count)[row] = score
+    return found
 
 
 class _Cells:
@@ -265,9 +440,7 @@ def _pieces(res: Scored, end: int) -> list[list[Any]]:
 
 def _place(source: Source) -> str:
     """The numbers of a source's tokens, counted from 1."""
-    if source.start is None or source.end is None:
-        return ""
-    return str(source.end) if source.end == source.start + 1 else f"{source.start + 1}–{source.end}"
+    return "" if source.start is None or source.end is None else numbers(source.start, source.end)
 
 
 def _seen(text: str) -> str:
@@ -280,6 +453,10 @@ def _short(label: str) -> str:
     half = _LONGEST // 2
     cut = label if len(label) <= _LONGEST else f"{label[:half]} … {label[-half:]}"
     return _seen(cut if cut.strip(" ") else "␣" * len(cut)).replace("\n", "") or "·"
+
+
+def _heading(label: str) -> str:
+    return label if len(label) <= _WIDEST else f"{label[: _WIDEST - 1]}…"
 
 
 def _rounded(scores: Tensor) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""The terminal views: coloured sources with their signed scores, or a grid of layers and components."""
+"""The terminal views: coloured sources with their signed scores, a grid of layers and components, or a survey's layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ from rich.style import Style
 from rich.text import Text
 
 from ..sources.source import name
-from .drawing import GRID, Explained, Grid, Scored, abridged, beside, components, drawn, headings, scale
+from .drawing import (
+    GRID,
+    Explained,
+    Grid,
+    Layered,
+    Scored,
+    abridged,
+    behind,
+    beside,
+    components,
+    drawn,
+    headings,
+    scale,
+)
 
 _POSITIVE, _NEGATIVE, _PAPER = (205, 50, 45), (45, 90, 205), (255, 255, 255)
 _FAINT = 0.05  # share of the largest score; a smaller score gets no colour
 _LONGEST = 24  # cells; longer labels are cut in the middle
 _MANY, _FEW = 60, 40  # with more than _MANY components, only the _FEW largest are shown
 _LISTED = 20  # components listed for a sweep that is too wide for a grid
+_NEURONS, _NEURON = 3, 16  # neurons shown for each layer of a survey, and the width in cells of each
 _NUMBER, _GUTTER = 7, 7  # width in cells of a score and of a layer's number
 
 
@@ -35,6 +49,14 @@ def show_sweep(sweep: Grid, file: TextIO | None = None, width: int | None = None
     with console:
         for row in range(len(sweep.targets)):
             _print(console, grid(sweep, row, console.width))
+
+
+def show_survey(survey: Layered, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print each target's layers and largest tokens to ``file`` (default: stdout)."""
+    console = Console(file=file, width=width, highlight=False)
+    with console:
+        for row in range(len(survey.targets)):
+            _print(console, layers(survey, row, console.width))
 
 
 def _print(console: Console, lines: Sequence[Text]) -> None:
@@ -84,6 +106,48 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
             line.append(f"{float(apart[row, index]):+.2f}".rjust(last), style="dim")
         lines.append(line)
     return [*lines, Text()]
+
+
+def layers(survey: Layered, row: int, width: int) -> list[Text]:
+    """One target's lines: a heading, one line per layer with its heads, modules and largest neurons, and the tokens.
+
+    Neurons, then heads, are left out where the line is too narrow for them.
+    """
+    count, heads = len(survey.prompt.tokens), survey.heads[row]  # [L, H]
+    parts = [f"{count} tokens", *(label for label, _ in behind(survey))]
+    head = _head(
+        survey, row, f"{' + '.join(parts)}, at the input of each of {len(survey.layers)} layers and at the end"
+    )
+    room = width - _GUTTER - 2 * (_NUMBER + 2)
+    columns = max(len("heads"), heads.shape[1])
+    columns = columns if columns <= room else 0
+    each = min(_NEURONS, survey.neurons.shape[2], max(0, room - columns) // _NEURON)
+    over = Text("layer".rjust(_GUTTER - 2) + "  " + "heads"[:columns].ljust(columns), style="dim")
+    over.append("".join(label.rjust(_NUMBER + 2) for label in ("attn", "MLP")) + "  largest neurons" * (each > 0))
+    largest, neurons = float(heads.abs().max()) or 1.0, float(survey.neurons[row].abs().max()) or 1.0
+    lines = [head, over]
+    for index, layer in enumerate(survey.layers):
+        line = Text(f"{layer:{_GUTTER - 2}}  ")
+        for score in heads[index, :columns].tolist():
+            line.append(_mark(score / largest), style=colour(score / largest))
+        line.pad_right(_GUTTER + columns - line.cell_len)
+        for score in survey.modules[row, index].tolist():
+            line.append(f"{score:+.2f}".rjust(_NUMBER + 2))
+        for rank in survey.neurons[row, index].abs().argsort(descending=True, stable=True)[:each].tolist():
+            score = float(survey.neurons[row, index, rank])
+            text = f"N{int(survey.neuron_ids[row, index, rank])} {score:+.2f}"
+            line.append("  ").append(text, style=colour(score / neurons)).append(" " * (_NEURON - 2 - len(text)))
+        line.rstrip()
+        lines.append(line)
+    return [*lines, Text(), *_largest_tokens(survey, row, width), Text()]
+
+
+def _largest_tokens(survey: Layered, row: int, width: int) -> list[Text]:
+    scores = survey.tokens[row, 0]
+    best = scores.abs().argsort(descending=True, stable=True)[:_LISTED]
+    title = Text(f"largest tokens at the input of layer {survey.layers[0]}:")
+    labels, sizes = [survey.prompt.tokens[index] for index in best.tolist()], scores[best].tolist()
+    return [title, *_strip(labels, sizes, abs(sizes[0]) or 1.0, width)]
 
 
 def _head(res: Explained, row: int, sums: str) -> Text:
