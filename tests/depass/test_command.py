@@ -81,7 +81,7 @@ def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[
         (["attribute", ""], 2, "the prompt is empty"),
         (["attribute", "bad \udcff"], 2, "bytes that are not UTF-8"),
         (["attribute", "x", "--temperature", "0"], 2, "temperature must be a positive number"),
-        (["attribute", "x", "--rule", "mean"], 2, "invalid choice: 'mean'"),
+        (["attribute", "x", "--rule", "mean"], 2, "unknown rule 'mean'"),
         (["attribute", "x", "--device", "toaster"], 2, "there is no such device"),
         (["attribute", "x", "--device", "cuda:99"], 2, "CUDA devices here"),
         (["attribute", "x", "-m", "/no/such/folder"], 1, "the model path '/no/such/folder' is not a directory"),

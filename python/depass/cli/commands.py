@@ -26,6 +26,7 @@ def _attribute(options: argparse.Namespace) -> None:
     prompt = _standard_input() if options.prompt == "-" else options.prompt
     if not prompt:
         raise PromptError("the prompt is empty; give at least one token")
+    rules.read(options.rule)
 
     gc.disable()  # collecting takes a fifth of the start-up time, and the process is short
     targets = [_target(text) for text in options.target] if options.target else None
