@@ -31,7 +31,7 @@ from ..models.linearised import PathWeights, linearised, refuse
 from ..models.packing import Packing
 from ..models.positions import fresh
 from ..models.trace import Trace
-from ..models.weights import dense, device_of
+from ..models.weights import dense
 from .passes import without_autocast
 from .scores import readouts_of
 
@@ -297,8 +297,7 @@ class Backward:
         if self.stop == len(bound.layers):
             normed = flat(output)
         else:
-            norm = bound.final_norm.module
-            normed = norm(last[None].to(device_of(norm)))[0]
+            normed = bound.final_norm.module(last[None].to(bound.final_device))[0]
         begins = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
         filled = readouts_of(self.asked, normed, begins, bound, self.tokenizer)
         self.readouts, seeds = [], []
@@ -327,7 +326,7 @@ class Backward:
         if layer is not None:
             return _Seed(number, prompt, position, layer, readout.w, 0.0)
         norm = self.bound.final_norm
-        w = readout.w.to(device_of(norm.module))
+        w = readout.w.to(self.bound.final_device)
         gradient = norm.fold(w[None])[0] * norm.scale(x.to(w.device), w.dtype)
         beta = norm.beta()
         constant = readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
@@ -412,7 +411,8 @@ class Backward:
             self.reading = None
 
     def _flat(self, gradient: Tensor) -> Tensor:
-        """``[T, P, n]`` of a gradient ``[T, B, N, n]`` or ``[T, 1, P, n]`` of the model."""
+        """``[T, P, n]`` of a gradient ``[T, B, N, n]``, ``[T, 1, P, n]`` or ``[T, B·N, n]`` of the model."""
+        gradient = gradient[:, None] if gradient.dim() == 3 else gradient
         return self.packing.flat(gradient.movedim(0, 2)).movedim(1, 0)
 
     def _groups(self, some: list[int]) -> Iterator[list[int]]:
@@ -602,7 +602,8 @@ class _Segment:
         if not is_batch:
             found = [None if each is None else each[None] for each in found]
         end = 3 + len(self.biased)
-        middle = None if self.middle is None else found[end]
+        # the gradient of what the attention adds to the stream is its output's by the factor between them
+        middle = None if self.middle is None else found[end] / self.modules.output.factor
         return _Found(found[0], found[1], found[2], middle, list(found[3:end]))
 
 
