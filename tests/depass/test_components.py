@@ -94,7 +94,7 @@ def test_scores_add_up_to_the_logits(name: str, dtype: str, spec: str, device: s
         assert (missed <= (2 * limit if dtype == "bf16" else limit) * size).all(), (missed / size).tolist()
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_the_state_adds_up_to_the_stream(name: str, device: str) -> None:
     dp = DePass(models.make(name, torch.float64, device))
     ids = models.prompt(9)

@@ -65,7 +65,7 @@ def test_a_sweep_is_its_layers_runs(name: str, kind: Any, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_every_layer_adds_up(name: str, dtype: str, device: str) -> None:
     kind = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     dp = DePass(models.make(name, kind, device))

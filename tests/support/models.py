@@ -69,8 +69,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {**_SIZES, "attention_bias": True, "use_qk_norm": True, "logit_scale": 0.3}),
     "codegen": ("CodeGen", {**_GPTJ, "n_head": 8, "rotary_dim": 2}),
 }  # fmt: skip
-# Families that differ from one of CONFIGS by paths and switches that these have too: the tests that take long leave them
-# out, and tests/depass/test_families.py runs each through all features once.
+# Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
+# leave them out; tests/depass/test_families.py has shorter ones.
 SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {**_BIASED, "no_rope_layer_interval": 2}),
     "ministral": ("Ministral", {**_SIZES, **_WINDOWS, "head_dim": 8}),
@@ -79,7 +79,7 @@ SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": ("Cwm", {**_SIZES, **_WINDOWS, "head_dim": 8}),
     "ernie4_5": ("Ernie4_5", {**_SIZES, "head_dim": 8, "use_bias": True}),
     "helium": ("Helium", {**_BIASED, "head_dim": 8}),
-    "hunyuan": ("HunYuanDenseV1", {**_SIZES, "attention_bias": True, "head_dim": 8}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {**_SIZES, "attention_bias": True, "head_dim": 8}),
     "exaone": ("Exaone", {**_SIZES, "mlp_bias": True}),
     "internlm3": ("InternLM3", {**_BIASED, "head_dim": 8}),
     "iquestcoder": ("IQuestCoder", _BIASED),
@@ -115,7 +115,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 _MODELS = dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "Llama")
 # the first transformers with the family or, in brackets, in which it calls the attention interface; others had both before
 SINCE = {
-    "ernie4_5": "4.54", "exaone4": "4.54", "gpt_bigcode": "4.54", "apertus": "4.56", "hunyuan": "4.56", "seed_oss": "4.56",
+    "ernie4_5": "4.54", "exaone4": "4.54", "gpt_bigcode": "4.54", "apertus": "4.56", "hunyuan_v1_dense": "4.56", "seed_oss": "4.56",
     "ministral": "4.57", "olmo3": "4.57", "vaultgemma": "4.57", "cwm": "5.0", "jais2": "5.0", "ministral3": "5.0",
     "nanochat": "5.0", "stablelm": "5.0", "hyperclovax": "5.9", "nemotron": "5.13", "internlm3": "5.23",
     "iquestcoder": "5.23", "codegen": "5.24", "exaone": "5.24", "gptj": "5.24",
@@ -137,21 +137,20 @@ def _numbers(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-ALL_CONFIGS = {**CONFIGS, **SIMILAR}
+NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not _runs(name)]
 CONFIGS = {name: config for name, config in CONFIGS.items() if _runs(name)}
 SIMILAR = {name: config for name, config in SIMILAR.items() if _runs(name)}
+EVERY = {**CONFIGS, **SIMILAR}
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
 _IN_FP64 = ("gpt", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2")
-NORMS_IN_FP32 = tuple(name for name in {**CONFIGS, **SIMILAR} if not name.startswith(_IN_FP64) or "phi3" in name)
+NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **others: Any) -> Any:
     """A random model in eval mode: weights, norm weights and biases all random and nonzero. ``others``: of its config."""
-    prefix, sizes = {**CONFIGS, **SIMILAR, **OTHERS}[name]
+    prefix, sizes = {**EVERY, **OTHERS}[name]
     sizes = {**sizes, **others}
-    if prefix == "GPTNeoX":
-        sizes.pop("num_key_value_heads", None)
     config_class = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")
     model_class = f"{_MODELS.get(prefix, prefix)}ForCausalLM"
     model_class = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(model_class, model_class)
