@@ -358,7 +358,7 @@ BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("name", [*models.CONFIGS][:15] + ["olmo"])
+@pytest.mark.parametrize("name", [*[*models.CONFIGS][:15], "olmo"])
 def test_backends_and_threads_agree_to_a_bound(name: str, dtype: torch.dtype) -> None:
     its = models.make(name, dtype)
     truth = DePass(models.make(name, torch.float64), backend="reference")
