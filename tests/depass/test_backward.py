@@ -48,6 +48,7 @@ LENGTH = 9
 TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3), Direction(torch.linspace(-1, 1, 32))]
 WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
+WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
 
 
 @pytest.fixture
@@ -283,7 +284,7 @@ def test_any_part_of_the_stream_scores_its_product_with_the_gradient(name: str, 
 
 
 @pytest.mark.parametrize("rule", WHOLE)
-@pytest.mark.parametrize("name", [*GATED, "gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2"])
+@pytest.mark.parametrize("name", [name for name in (*GATED, *WITH_LOOP) if name in models.CONFIGS])
 def test_tokens_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(7)
     bias = bind(model).has_bias
@@ -506,8 +507,9 @@ def test_prompts_of_a_batch_score_as_each_does_alone(name: str, rule: str, exact
     alone = [everything(bound, [ids], [one], RULES[rule])[0] for ids, one in zip(prompts, each, strict=True)]
     for made in (bound, replace(bound, takes_positions=False)):
         for got, expected in zip(everything(made, prompts, each, RULES[rule]), alone, strict=True):
+            limit = 1e-7 if rule == "dual_path" else 1e-9
             # CodeGen's and GPT-J's attention multiplies queries and keys in fp32
-            equal(got, expected, 1e-7 if rule == "dual_path" or name in ("codegen", "gptj") else 1e-9)
+            equal(got, expected, 1e-6 if name in ("codegen", "gptj") else limit)
 
 
 @pytest.mark.parametrize("rule", ["taylor", "dual_path"])

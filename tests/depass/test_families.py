@@ -179,6 +179,18 @@ def test_an_attention_mask_by_name_is_accepted() -> None:
     assert torch.equal(by_name, by_place)
 
 
+@pytest.mark.parametrize(("name", "rate"), [("opt", "dropout"), ("opt", "layerdrop"), ("biogpt", "activation_dropout")])
+def test_dropout_outside_of_modules_is_refused(name: str, rate: str) -> None:
+    rates = ("dropout", "activation_dropout", "attention_dropout", "layerdrop")
+    model = models.make(name).train()
+    for module in model.modules():
+        for each in rates:
+            if isinstance(getattr(module, each, None), float):
+                setattr(module, each, 0.1 if each == rate else 0.0)
+    with pytest.raises(ModelError, match=r"training mode with dropout.*call model.eval\(\)"):
+        DePass(model).attribute(models.prompt(4))
+
+
 @pytest.mark.skipif(bool(models.NOT_HERE), reason=f"this transformers lacks {', '.join(models.NOT_HERE)}")
 def test_the_table_of_the_documents_is_that_of_the_families() -> None:
     document = Path(__file__).parents[2] / "docs" / "models.md"

@@ -163,8 +163,10 @@ def test_mixed_parts_add_up_to_the_mixed_whole(
 # Model shapes.
 
 SLOW_LOOP = ("llama", "llama-biased", "llama-tied-wide-heads", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox",
-             "gpt-neox-sequential", "olmo2", "gemma2", "phi3", "starcoder2")  # fmt: skip
-BIASED = ("llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2")
+             "gpt-neox-sequential", "olmo2", "gemma2", "phi3", "starcoder2",
+             *(name for name in ("granite", "olmo", "phi", "cohere", "codegen") if name in models.CONFIGS))  # fmt: skip
+BIASED = ("llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "phi", "cohere",
+          "codegen")  # fmt: skip
 OWN_HEAD_DIM = ("llama", "llama-biased", "llama-tied-wide-heads", "mistral", "qwen3", "gemma2", "gemma3")
 
 
