@@ -152,6 +152,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     """A random model in eval mode: weights, norm weights and biases all random and nonzero. ``others``: of its config."""
     prefix, sizes = {**EVERY, **OTHERS}[name]
     sizes = {**sizes, **others}
+    if prefix == "GPTNeoX":
+        sizes.pop("num_key_value_heads", None)
     config_class = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")
     model_class = f"{_MODELS.get(prefix, prefix)}ForCausalLM"
     model_class = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(model_class, model_class)
