@@ -14,7 +14,7 @@ from typing import Any
 import published
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from depass import DePass, ModelError
 from depass.models import smollm2
@@ -112,13 +112,16 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     """A function that makes a model's norms compute in the model's dtype; transformers' compute in fp32."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-        weight = self.weight + 1 if "Gemma" in type(self).__name__ else self.weight
+        eps = getattr(self, "eps", getattr(self, "variance_epsilon", 1e-5))  # OLMo's norm has its own in its code
+        weight = getattr(self, "weight", 1) + (1 if "Gemma" in type(self).__name__ else 0)
+        x = x - x.mean(-1, keepdim=True) if type(self).__name__.endswith("LayerNorm") else x
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
 
     def patched(model: Any) -> Any:
-        for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
-            monkeypatch.setattr(kind, "forward", forward)
+        own = {type(module) for module in model.modules() if type(module) is not nn.LayerNorm}
+        for kind in own:
+            if kind.__name__.endswith(("RMSNorm", "LayerNorm")):
+                monkeypatch.setattr(kind, "forward", forward)
         return model
 
     return patched

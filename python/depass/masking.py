@@ -120,7 +120,10 @@ def _mask_heads(stack: ExitStack, module: Any, off: Tensor) -> None:
 
 
 class _Zero:
-    """Zeroes the components in ``off`` ``[B, C]`` of a module's input ``[B, T, C·d]``, in this thread's passes."""
+    """Zeroes the components in ``off`` ``[B, C]`` of a module's input, in this thread's passes.
+
+    The input is ``[B, T, C·d]``, of prompts in one row ``[1, P, C·d]``, or without its first dimension, as OPT flattens it.
+    """
 
     def __init__(self, off: Tensor) -> None:
         self.off, self.thread = off, threading.get_ident()
@@ -130,14 +133,18 @@ class _Zero:
             return None
         x: Tensor = args[0]
         off, packing = self.off, capture.packing_of_this_thread()
-        prompts = len(x) if packing is None else len(packing.lengths)
-        if len(off) not in (1, prompts):
+        wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
+        if len(off) == 1:
+            return (x.masked_fill(wide[0], 0), *args[1:])
+        flattened = len(off) if len(x) % len(off) == 0 else 1  # [B·T, C·d] does not tell how many prompts it holds
+        prompts = len(packing.lengths) if packing is not None else len(x) if x.dim() == 3 else flattened
+        if len(off) != prompts:
             raise OptionError(
                 f"masked has {len(off)} rows, but the batch has {prompts} prompts; give one row per prompt or one for all"
             )
-        wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
-        by_prompt = wide[:, None] if packing is None else packing.by_position(wide)
-        return (x.masked_fill(wide[0] if len(off) == 1 else by_prompt, 0), *args[1:])
+        by_prompt = wide[:, None] if packing is None else packing.by_position(wide)  # [B, 1, C·d] or [1, P, C·d]
+        rows = x.reshape(len(by_prompt), -1, x.shape[-1])
+        return (rows.masked_fill(by_prompt, 0).view(x.shape), *args[1:])
 
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:

@@ -60,7 +60,7 @@ def test_two_hundred_mixes_of_lengths(device: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["softmax", "linear", "taylor"])
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_every_family(name: str, rule: str, device: str) -> None:
     dp = DePass(models.make(name, torch.float64, device), rule=rule, engine="forward")
     prompts = [models.prompt(length, length) for length in (4, 17, 1, 9)]
@@ -279,7 +279,7 @@ def test_threads_take_turns() -> None:
             same(other, one, 1e-6)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_a_batch_runs_on_as_many_tokens_as_it_has(name: str) -> None:
     """The model sees one row without padding, and its stream is that of each prompt alone."""
     dp = DePass(models.make(name, torch.float64))

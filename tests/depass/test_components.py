@@ -10,7 +10,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle
+from oracle import PARALLEL, WITHOUT_BIAS, Oracle
 from torch import Tensor
 
 from depass import (
@@ -40,6 +40,10 @@ ORACLE_FAMILIES = (
     "olmo2",
     "gemma2",
     "phi3",
+    "granite",
+    "olmo",
+    "phi",
+    "cohere",
 )
 
 
@@ -94,7 +98,7 @@ def test_scores_add_up_to_the_logits(name: str, dtype: str, spec: str, device: s
         assert (missed <= (2 * limit if dtype == "bf16" else limit) * size).all(), (missed / size).tolist()
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_the_state_adds_up_to_the_stream(name: str, device: str) -> None:
     dp = DePass(models.make(name, torch.float64, device))
     ids = models.prompt(9)
@@ -105,7 +109,7 @@ def test_the_state_adds_up_to_the_stream(name: str, device: str) -> None:
 
 
 def oracle(name: str, dp: DePass, its: Any, count: int) -> Oracle:
-    bias = name not in ("llama", "olmo2", "gemma2", "phi3")
+    bias = name not in WITHOUT_BIAS
     return Oracle(name, its, models.prompt(LENGTH), [0] * (count + bias), [], bias)
 
 
@@ -123,7 +127,7 @@ def test_heads_agree_with_the_definition(name: str, device: str) -> None:
     loop = oracle(name, DePass(its), its, HEADS + 1)
     with torch.no_grad():
         x = heads(loop, LAYER)
-        if name == "gpt-neox":  # side by side: the heads join behind the layer
+        if name in PARALLEL:  # side by side: the heads join behind the layer
             x[loop.bias] = [
                 stream - sum((row[t] for row in x[loop.bias + 1 :]), start=x[0][t])
                 for t, stream in enumerate(loop.streams[LAYER + 1][0])
@@ -140,17 +144,13 @@ def heads(loop: Oracle, layer: int) -> list[list[Tensor]]:
     module, mixed, streams = loop.module(p["o"]), loop.captured[p["o"] + ":in"], loop.streams[layer][0]
     weight = module.weight.T if loop.name.startswith("gpt2") else module.weight
     d = mixed.shape[1] // HEADS
-
-    def through(out: Tensor, t: int) -> Tensor:
-        return out if p["ap"] is None else loop.normed(p["ap"], out, t, False)
-
     rows = [list(streams)]
     for h in range(HEADS):
         part = slice(h * d, (h + 1) * d)
-        rows.append([through(weight[:, part] @ mixed[t, part], t) for t in range(LENGTH)])
+        rows.append([loop.added(p["ap"], weight[:, part] @ mixed[t, part], t, False) for t in range(LENGTH)])
     if loop.bias:
         bias = torch.zeros(D, dtype=torch.float64) if module.bias is None else module.bias
-        rows.insert(0, [bias for _ in range(LENGTH)])
+        rows.insert(0, [loop.added(None, bias, t, True) for t in range(LENGTH)])
     return rows
 
 
@@ -169,7 +169,7 @@ def test_neurons_agree_with_the_definition(name: str, position: int | None, devi
             rows.append([])
             for t in range(LENGTH):
                 out = weight[:, n] * loop.captured[p["d"] + ":in"][t, n]
-                out = out if p["mp"] is None else loop.normed(p["mp"], out, t, False)
+                out = loop.added(p["mp"], out, t, False)
                 rows[-1].append(out if position in (None, t) else torch.zeros(D, dtype=torch.float64))
         after = loop.streams[LAYER + 1][0]
         rest = [after[t] - sum((row[t] for row in rows), start=torch.zeros(D)) for t in range(LENGTH)]

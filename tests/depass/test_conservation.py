@@ -80,19 +80,17 @@ def own_error(name: str, length: int, device: str) -> float:
     ids = torch.tensor([models.prompt(length)], device=device)
     with torch.no_grad():
         narrow, wide = its(ids).logits[0, -1].float(), copy.deepcopy(its).float()(ids).logits[0, -1]
-    if name == "gemma2":
-        narrow, wide = 5.0 * torch.atanh(narrow / 5.0), 5.0 * torch.atanh(wide / 5.0)
+    narrow, wide = models.uncapped(its, narrow), models.uncapped(its, wide)
     return float((narrow - wide).abs()[[int(wide.argmax()), *IDS]].max())
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_target_logits_are_the_models_own(name: str, device: str) -> None:
     its = model(name, torch.float64, device)
     ids = models.prompt(17)
     with torch.no_grad():
         logits = its(torch.tensor([ids], device=device)).logits[0, [-1, 3]].cpu()
-    if name == "gemma2":  # we score the logit before the head's soft cap
-        logits = 5.0 * torch.atanh(logits / 5.0)
+    logits = models.uncapped(its, logits)
     res = DePass(its).attribute(ids, target=[TopK(1), 7, TopK(2, position=3)])
     best = logits[1].topk(2)
     expected = torch.stack([logits[0].max(), logits[0, 7], *best.values])
@@ -100,7 +98,7 @@ def test_target_logits_are_the_models_own(name: str, device: str) -> None:
     assert [target.token_ids[0] for target in res.targets] == [int(logits[0].argmax()), 7, *best.indices.tolist()]
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 @pytest.mark.parametrize("start", [0, 1])
 def test_state_adds_up_to_the_models_stream_in_every_layer(name: str, start: int, device: str) -> None:
     its = model(name, torch.float64, device)
@@ -117,7 +115,7 @@ def test_state_adds_up_to_the_models_stream_in_every_layer(name: str, start: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_our_attention_function_leaves_the_logits_exactly_eager(name: str, dtype: str, device: str) -> None:
     its = model(name, DTYPES[dtype], device)
     for length in LENGTHS:
@@ -131,7 +129,7 @@ def test_our_attention_function_leaves_the_logits_exactly_eager(name: str, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_products_in_half_precision_add_up(
     name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +171,7 @@ def test_layers_of_different_widths_add_up_in_half_precision(device: str, monkey
         assert dp.attribute(models.prompt(9), 5).conservation_error.max() < 2e-2
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_the_random_models_share_neither_flat_nor_one_hot(name: str, device: str) -> None:
     """Otherwise conservation of these models would prove little."""
     its, shares = bind(model(name, torch.float32, device)), []

@@ -47,7 +47,7 @@ def close(got: Any, expected: Any, limit: float) -> None:
     torch.testing.assert_close(got.target_logits, expected.target_logits, rtol=0, atol=limit * size)
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_taylor_is_the_same_from_both_engines(name: str) -> None:
     model, ids = models.make(name), models.prompt(9)
     back, ahead = DePass(model, rule="taylor"), DePass(model, rule="taylor", engine="forward")

@@ -7,12 +7,12 @@ from typing import Any
 import models
 import pytest
 import torch
-from oracle import Oracle
+from oracle import WITHOUT_BIAS, Oracle
 
 from depass import DePass, Spans
 
 LENGTH = 7
-FAMILIES = (
+FAMILIES = [
     "llama",
     "llama-biased",
     "qwen2",
@@ -23,14 +23,15 @@ FAMILIES = (
     "gemma2",
     "phi3",
     "starcoder2",
-)
+    *(name for name in ("granite", "olmo", "phi", "cohere", "codegen") if name in models.CONFIGS),
+]
 
 
 def check(
     device: str, name: str, rule: str, tau: float, exclude: bool, sources: Any, starts: list[int], owner: list[int]
 ) -> None:
     ids = models.prompt(LENGTH)
-    bias = name not in ("llama", "olmo2", "gemma2", "phi3")
+    bias = name not in WITHOUT_BIAS
     if bias:
         starts, owner = [0, *starts], [o + 1 for o in owner]
     its = models.make(name, torch.float64, device)

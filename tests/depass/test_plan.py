@@ -62,7 +62,7 @@ def test_memory_is_what_was_planned(tokens: int, smollm2_folder: Path) -> None:
     assert abs(planned - measured) <= 0.1 * measured
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", models.EVERY)
 def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
     dp, ids = DePass(models.make(name)), models.prompt(9)
     given: list[tuple[Any, Any]] = [("token", "token"), (3, Spans([(0, 3), (3, 6), (6, 9)])), ("heads", Heads(1)),

@@ -374,10 +374,10 @@ SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden
         ),
         (lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)), "has no language-model head"),
         (
-            lambda: transformers.BloomForCausalLM(
-                transformers.BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)
+            lambda: transformers.OpenAIGPTLMHeadModel(
+                transformers.OpenAIGPTConfig(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=9)
             ),
-            r"unknown model family 'bloom'.*known: llama, .*lacks \(-\).*-model.layers.0.self_attn.v_proj",
+            r"unknown model family 'openai-gpt'.*known: llama, .*lacks \(-\).*-model.layers.0.self_attn.v_proj",
         ),
         (
             lambda: transformers.GPT2LMHeadModel(
@@ -407,9 +407,25 @@ def with_a_layer_twice() -> Any:
     return model
 
 
-def with_a_norm_without_weight() -> Any:
+class ScaleNorm(torch.nn.Module):
+    """A norm that keeps its weight under another name."""
+
+    eps = 1e-5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(32))
+
+
+def with_a_norm_with_another_weight() -> Any:
     model = models.make("gpt2")
-    model.transformer.h[1].ln_1 = torch.nn.LayerNorm(32, elementwise_affine=False)
+    model.transformer.h[1].ln_1 = ScaleNorm()
+    return model
+
+
+def with_a_norm_without_epsilon() -> Any:
+    model = models.make("gpt2")
+    model.transformer.ln_f = torch.nn.Tanh()
     return model
 
 
@@ -430,7 +446,14 @@ def looking_ahead() -> Any:
     [
         (with_adapter, "the output projection of layer 1 .* has an adapter .*; merge it first: model.merge_and_unload"),
         (with_a_layer_twice, "one module for several layers"),
-        (with_a_norm_without_weight, r"a norm of GPT2LMHeadModel \(LayerNorm\) has no weight"),
+        (
+            with_a_norm_with_another_weight,
+            r"a norm of GPT2LMHeadModel \(ScaleNorm\) holds scale; a norm of the kind 'layer'",
+        ),
+        (
+            with_a_norm_without_epsilon,
+            r"a norm of GPT2LMHeadModel \(Tanh\) has no eps; declare it: depass.Family\(epsilon",
+        ),
         (with_a_layer_without_gate, "lacks modules that its family names.*Missing: model.layers.1.mlp.gate_proj$"),
         (looking_ahead, "has bidirectional attention"),
     ],

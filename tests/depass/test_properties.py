@@ -163,8 +163,10 @@ def test_mixed_parts_add_up_to_the_mixed_whole(
 # Model shapes.
 
 SLOW_LOOP = ("llama", "llama-biased", "llama-tied-wide-heads", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox",
-             "gpt-neox-sequential", "olmo2", "gemma2", "phi3", "starcoder2")  # fmt: skip
-BIASED = ("llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2")
+             "gpt-neox-sequential", "olmo2", "gemma2", "phi3", "starcoder2",
+             *(name for name in ("granite", "olmo", "phi", "cohere", "codegen") if name in models.CONFIGS))  # fmt: skip
+BIASED = ("llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "phi", "cohere",
+          "codegen")  # fmt: skip
 OWN_HEAD_DIM = ("llama", "llama-biased", "llama-tied-wide-heads", "mistral", "qwen3", "gemma2", "gemma3")
 
 
@@ -173,8 +175,10 @@ def shapes(draw: st.DrawFn, name: str) -> dict[str, Any]:
     """A family's sizes: few or many heads, narrow or wide, shallow or deep, with a window or without."""
     heads, layers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     each = draw(st.sampled_from([8, 16] if name.startswith("gpt-neox") else [4, 6, 8]))  # NeoX rotates a quarter
+    each = 4 if name == "phi" else each  # of which it rotates half
     inner = draw(st.integers(1, 24))
-    if name == "gpt2":
+    heads = 4 if name == "codegen" else heads  # whose fused weights are in four blocks
+    if name in ("gpt2", "codegen"):
         return {"n_embd": heads * each, "n_inner": inner, "n_layer": layers, "n_head": heads}
     made: dict[str, Any] = {
         "hidden_size": heads * each, "intermediate_size": inner, "num_hidden_layers": layers,
@@ -245,8 +249,7 @@ def test_parts_of_random_shapes_add_up_alone_and_together(data: st.DataObject) -
         alone = dp.attribute(ids, asked, sources=sources)
         with torch.no_grad():
             logits = its(torch.tensor([ids])).logits[0, -1]
-        if name == "gemma2":  # its head caps them, and we score what it caps
-            logits = 5.0 * torch.atanh(logits / 5.0)
+        logits = models.uncapped(its, logits)
         for one in (alone, found):
             assert isinstance(one, Attribution)
             size = one.scores.abs().sum(1)
@@ -357,7 +360,7 @@ BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}  # of 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", [*[*models.CONFIGS][:15], "olmo"])
 def test_backends_and_threads_agree_to_a_bound(name: str, dtype: torch.dtype) -> None:
     its = models.make(name, dtype)
     truth = DePass(models.make(name, torch.float64), backend="reference")

@@ -101,7 +101,7 @@ def lines() -> Iterator[str]:
     """Two tables: dense weights by dtype, and quantised weights in a model of fp32 and of bf16."""
     yield f"| model | {' | '.join(DTYPES)} |"
     yield f"|---|{'---|' * len(DTYPES)}"
-    for name in models.CONFIGS:
+    for name in models.EVERY:
         bounds = (partial(dense, name, dtype) for dtype in DTYPES.values())
         yield f"| {name} | {' | '.join(map(cell, bounds))} |"
     yield ""

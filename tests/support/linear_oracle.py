@@ -15,7 +15,7 @@ from oracle import Oracle
 from torch import Tensor
 from torch.nn import functional
 
-UNGATED = ("gpt2", "gpt-neox", "starcoder2")
+UNGATED = ("gpt2", "gpt-neox", "starcoder2", "codegen")
 
 
 class LinearOracle(Oracle):
@@ -35,19 +35,19 @@ class LinearOracle(Oracle):
             pairs = [self.pair(read[m][t], p, t, self.bias and m == 0) for m in range(len(read))]
             g, u = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
             for m, (of_gate, of_up) in enumerate(pairs):
-                if self.name.startswith(UNGATED):
+                if self.is_ungated:
                     hidden = self.ratio(self.act(g), g) * of_gate
                 else:
                     hidden = self.gate * self.ratio(self.act(g) * u, g) * of_gate + self.up * self.act(g) * of_up
                 out = self.linear(p["d"], hidden, self.bias and m == 0)
-                result[m][t] = result[m][t] + (out if p["mp"] is None else self.normed(p["mp"], out, t, False))
+                result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
         return result
 
     def pair(self, x: Tensor, p: dict[str, str | None], t: int, is_bias: bool) -> tuple[Tensor, Tensor]:
         """What a part sends to the gate and to the up projection."""
         normed = x if p["mn"] is None else self.normed(p["mn"], x, t, is_bias)
         both = self.linear(p["g"], normed, is_bias)
-        if self.name.startswith(UNGATED):
+        if self.is_ungated:
             return both, torch.zeros_like(both)
         if self.name == "phi3":
             return both[: len(both) // 2], both[len(both) // 2 :]
@@ -61,22 +61,28 @@ class LinearOracle(Oracle):
             return z * torch.sigmoid(z)
         return functional.gelu(z, approximate="none" if kind == "gelu" else "tanh")
 
+    @property
+    def is_ungated(self) -> bool:
+        return self.name.startswith(UNGATED) or self.name == "phi"
+
     @staticmethod
     def ratio(of: Tensor, by: Tensor) -> Tensor:
         return torch.where(by == 0, torch.zeros_like(of), of / by)
 
     def scores(self, x: list[list[Tensor]], t: int, token: int) -> Tensor:
         """The scores of parts of the final stream at a position: the frozen final norm, then the head."""
-        head, norm = self.model.get_output_embeddings(), self.final_norm
+        head, norm, config = self.model.get_output_embeddings(), self.final_norm, self.model.config
+        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere's; Granite's
         scores = []
         for m in range(len(x)):
             is_bias = self.bias and m == 0
             score = head.weight[token] @ self.normed(norm, x[m][t], t, is_bias)
-            scores.append(score + (head.bias[token] if is_bias and head.bias is not None else 0.0))
+            scores.append(factor * (score + (head.bias[token] if is_bias and head.bias is not None else 0.0)))
         return torch.stack(scores).detach()
 
     @property
     def final_norm(self) -> str:
-        return {"gpt2": "transformer.ln_f"}.get(
-            self.name, "gpt_neox.final_layer_norm" if self.name.startswith("gpt-neox") else "model.norm"
-        )
+        if self.name.startswith("gpt-neox"):
+            return "gpt_neox.final_layer_norm"
+        own = {"gpt2": "transformer.ln_f", "codegen": "transformer.ln_f", "phi": "model.final_layernorm"}
+        return own.get(self.name, "model.norm")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers as tf
 
+from depass.models.families import FAMILIES, Family
+
 VOCABULARY = 101
 LAYERS = 3
 WINDOW = 5  # shorter than most prompts of the tests
@@ -26,9 +28,24 @@ _SIZES: dict[str, Any] = {
 }
 _GEMMA = {**_SIZES, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
 
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (class prefix, config)
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_inner": 56, "n_layer": LAYERS, "n_head": 4, "n_positions": 320,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GPTJ = {**_GPT, "tie_word_embeddings": False}
+_BIASED = {**_SIZES, "attention_bias": True, "mlp_bias": True}
+_NO_GROUPS = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
+_WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_FACTORS = {"embedding_multiplier": 0.7, "attention_multiplier": 0.3, "residual_multiplier": 0.4}
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+}  # fmt: skip
+
+# name: (class prefix, config), of the families that the installed transformers has
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _SIZES),
-    "llama-biased": ("Llama", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
+    "llama-biased": ("Llama", _BIASED),
     "llama-tied-wide-heads": ("Llama", {**_SIZES, "head_dim": 12, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     "mistral": ("Mistral", {**_SIZES, "sliding_window": WINDOW}),
     "qwen2": ("Qwen2", {**_SIZES, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
@@ -39,58 +56,135 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (class prefix, confi
     "phi3-sliding": ("Phi3", {**_SIZES, "sliding_window": WINDOW}),
     "olmo2": ("Olmo2", _SIZES),
     "starcoder2": ("Starcoder2", {**_SIZES, "sliding_window": WINDOW}),
-    "gpt2": (
-        "GPT2",
-        {"vocab_size": VOCABULARY, "n_embd": 32, "n_inner": 56, "n_layer": LAYERS, "n_head": 4, "n_positions": 320,
-         "bos_token_id": 1, "eos_token_id": 2},
-    ),
-    "gpt-neox": ("GPTNeoX", {**_SIZES, "use_parallel_residual": True}),
-    "gpt-neox-sequential": ("GPTNeoX", {**_SIZES, "use_parallel_residual": False}),
+    "gpt2": ("GPT2", _GPT),
+    "gpt-neox": ("GPTNeoX", {**_NO_GROUPS, "use_parallel_residual": True}),
+    "gpt-neox-sequential": ("GPTNeoX", {**_NO_GROUPS, "use_parallel_residual": False}),
+    # factors on what sublayers add and on logits; with norms on outputs
+    "granite": ("Granite", {**_BIASED, **_FACTORS, "logits_scaling": 3.0}),
+    "hyperclovax": ("HyperCLOVAX", {**_BIASED, **_FACTORS, "logits_scaling": 1.7, "use_post_norm": True, "head_dim": 8}),
+    "olmo": ("Olmo", _SIZES),  # LayerNorms without weight and epsilon
+    "nemotron": ("Nemotron", _BIASED),  # LayerNorms that store w and multiply by 1 + w
+    # one norm for attention and MLP, biases everywhere; a factor on logits; values in the middle of fused weights
+    "phi": ("Phi", {**_SIZES, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "cohere": ("Cohere", {**_SIZES, "attention_bias": True, "use_qk_norm": True, "logit_scale": 0.3}),
+    "codegen": ("CodeGen", {**_GPTJ, "n_head": 8, "rotary_dim": 2}),
+}  # fmt: skip
+# Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
+# leave them out; tests/depass/test_families.py has shorter ones.
+SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("SmolLM3", {**_BIASED, "no_rope_layer_interval": 2}),
+    "ministral": ("Ministral", {**_SIZES, **_WINDOWS, "head_dim": 8}),
+    "ministral3": ("Ministral3", {**_SIZES, "head_dim": 8, "sliding_window": None, "rope_parameters": _YARN}),
+    "seed_oss": ("SeedOss", {**_BIASED, "head_dim": 12, "attention_out_bias": True}),
+    "cwm": ("Cwm", {**_SIZES, **_WINDOWS, "head_dim": 8}),
+    "ernie4_5": ("Ernie4_5", {**_SIZES, "head_dim": 8, "use_bias": True}),
+    "helium": ("Helium", {**_BIASED, "head_dim": 8}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {**_SIZES, "attention_bias": True, "head_dim": 8}),
+    "exaone": ("Exaone", {**_SIZES, "mlp_bias": True}),
+    "internlm3": ("InternLM3", {**_BIASED, "head_dim": 8}),
+    "iquestcoder": ("IQuestCoder", _BIASED),
+    "hyperclovax-without-post-norms": ("HyperCLOVAX", {**_SIZES, **_FACTORS, "logits_scaling": 1.7, "use_post_norm": False}),
+    "gemma": ("Gemma", {**_SIZES, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "vaultgemma": ("VaultGemma", {**_GEMMA, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 4.0}),
+    "glm": ("Glm", {**_SIZES, "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}),
+    "glm4": ("Glm4", {**_SIZES, "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}),
+    "olmo3": ("Olmo3", {**_SIZES, **_WINDOWS, "attention_bias": True}),
+    "exaone4": ("Exaone4", {**_SIZES, **_WINDOWS, "head_dim": 8}),
+    "arcee": ("Arcee", {**_BIASED, "head_dim": 8}),
+    "apertus": ("Apertus", {**_SIZES, "attention_bias": True}),
+    "nanochat": ("NanoChat", {**_SIZES, "attention_bias": True, "final_logit_softcapping": 5.0}),  # norms without weight
+    "jais2": ("Jais2", {**_BIASED, "head_dim": 8}),
+    "stablelm": ("StableLm", {**_SIZES, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm-sequential": ("StableLm", {**_SIZES, "use_parallel_residual": False, "qk_layernorm": True}),
+    "cohere2": ("Cohere2", {**_SIZES, **_WINDOWS, "attention_bias": True, "logit_scale": 0.3}),
+    "gptj": ("GPTJ", {**_GPTJ, "rotary_dim": 4}),
+    "gpt_bigcode": ("GPTBigCode", {**_GPT, "multi_query": True}),
+    "persimmon": ("Persimmon", {**_NO_GROUPS, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "opt": ("OPT", {**_NO_GROUPS, "ffn_dim": 56, "word_embed_proj_dim": 32}),  # its MLP reads [B·T, D]
+    "biogpt": ("BioGpt", _NO_GROUPS),
 }  # fmt: skip
 # runs in fp32 only: the family's own code refuses other dtypes
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-upcast": (
         "GPT2",
-        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 320, "bos_token_id": 1,
-         "eos_token_id": 2, "reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+        {**{key: value for key, value in _GPT.items() if key != "n_inner"}, "reorder_and_upcast_attn": True,
+         "scale_attn_by_inverse_layer_idx": True},
     ),
 }  # fmt: skip
+# families with a config of their own, whose model is Llama's
+_MODELS = dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "Llama")
+# the first transformers with a family whose attention calls the interface; the others are older than OLDEST
+SINCE = {
+    "ernie4_5": "4.54", "exaone4": "4.54", "gpt_bigcode": "4.54", "apertus": "4.56", "hunyuan_v1_dense": "4.56",
+    "seed_oss": "4.56",
+    "ministral": "4.57", "olmo3": "4.57", "vaultgemma": "4.57", "cwm": "5.0", "jais2": "5.0", "ministral3": "5.0",
+    "nanochat": "5.0", "stablelm": "5.0", "hyperclovax": "5.9", "nemotron": "5.13", "internlm3": "5.23",
+    "iquestcoder": "5.23", "codegen": "5.24", "exaone": "5.24", "gptj": "5.24",
+}  # fmt: skip
+OLDEST = "4.53"  # of the supported transformers
+
+
+def since(name: str) -> str:
+    """The first supported transformers whose model of this name runs."""
+    return next((version for family, version in SINCE.items() if name.split("-")[0] == family), OLDEST)
+
+
+def _runs(name: str) -> bool:
+    return _numbers(since(name)) <= _numbers(tf.__version__)
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not _runs(name)]
+CONFIGS = {name: config for name, config in CONFIGS.items() if _runs(name)}
+SIMILAR = {name: config for name, config in SIMILAR.items() if _runs(name)}
+EVERY = {**CONFIGS, **SIMILAR}
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
-NORMS_IN_FP32 = tuple(name for name in CONFIGS if not name.startswith("gpt"))
+_IN_FP64 = ("gpt", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2")
+NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **others: Any) -> Any:
     """A random model in eval mode: weights, norm weights and biases all random and nonzero. ``others``: of its config."""
-    prefix, sizes = {**CONFIGS, **OTHERS}[name]
+    prefix, sizes = {**EVERY, **OTHERS}[name]
     sizes = {**sizes, **others}
     if prefix == "GPTNeoX":
-        sizes.pop("num_key_value_heads")
+        sizes.pop("num_key_value_heads", None)
     config_class = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")
-    model_class = {"GPT2": "GPT2LMHeadModel"}.get(prefix, f"{prefix}ForCausalLM")
+    model_class = f"{_MODELS.get(prefix, prefix)}ForCausalLM"
+    model_class = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(model_class, model_class)
     config = getattr(tf, config_class)(**sizes)
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(tf, model_class)(config).to(torch.float64)
         for path, parameter in model.named_parameters():
-            parameter.data.copy_(_values(path, parameter))
+            parameter.data.copy_(_values(path, parameter, FAMILIES[config.model_type]))
     return model.to(dtype).to(device).eval()
 
 
-def _values(path: str, parameter: torch.Tensor) -> torch.Tensor:
+def uncapped(model: Any, logits: torch.Tensor) -> torch.Tensor:
+    """A model's logits before its head's soft cap, which is what scores add up to."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.atanh(logits / cap)
+
+
+def _values(path: str, parameter: torch.Tensor, family: Family) -> torch.Tensor:
     shape, normal = parameter.shape, torch.randn_like(parameter)
     if "norm" in path or ".ln_" in path or "layernorm" in path:
         return 0.2 * normal + (0 if path.endswith("bias") else 1)
     if path.endswith("bias"):
         return 0.1 * normal
-    if "embed" in path or ".wte" in path or ".wpe" in path or "lm_head" in path:
+    if any(part in path for part in ("embed", ".wte", ".wpe", "lm_head", "output_projection")):
         return normal
     inner = shape[0] if ".c_" in path else shape[-1]  # GPT-2 keeps [in, out]
     # pre-activations of a few times the temperature, so that a softmax over the sources has something to choose
-    gates = ("gate", "c_fc", "dense_h_to_4h")
-    outputs = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h")
-    gain = 0.4 if any(part in path for part in gates) else 0.8 if any(part in path for part in outputs) else 1.5
+    outputs = (family.output, family.down)
+    gain = 0.4 if family.gate in path else 0.8 if any(part in path for part in outputs) else 1.5
     return gain * normal / inner**0.5
 
 

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WITHOUT_BIAS = ("llama", "olmo2", "gemma2", "phi3", "olmo")
+PARALLEL = ("gpt-neox", "phi", "cohere", "codegen")  # both sublayers read the layer's input
+
 
 class Oracle:
     """X[m][t] as D-vectors in Python lists; one method per sentence of the definition."""
@@ -51,6 +54,10 @@ class Oracle:
     def normed(self, path: str, x: Tensor, t: int, bias_source: bool) -> Tensor:
         """x̂[m,t] of one component; the frozen scale is of the whole captured vector."""
         norm, whole = self.module(path), self.captured[path + ":in"][t]
+        if type(norm).__name__ == "OlmoLayerNorm":  # F.layer_norm without weight and bias
+            return (x - x.mean()) / ((whole - whole.mean()) ** 2).mean().add(1e-5).sqrt()
+        if type(norm).__name__ == "CohereLayerNorm":  # a weight, no bias
+            return norm.weight * (x - x.mean()) / ((whole - whole.mean()) ** 2).mean().add(norm.variance_epsilon).sqrt()
         if isinstance(norm, torch.nn.LayerNorm):
             sigma = ((whole - whole.mean()) ** 2).mean().add(norm.eps).sqrt()
             result = norm.weight * (x - x.mean()) / sigma
@@ -83,6 +90,18 @@ class Oracle:
                 "d": at + "mlp.dense_4h_to_h",
                 "v": at + "attention.query_key_value",
             }
+        if self.name == "codegen":
+            at = f"transformer.h.{layer}."
+            return {
+                "an": at + "ln_1",
+                "mn": at + "ln_1",
+                "ap": None,
+                "mp": None,
+                "o": at + "attn.out_proj",
+                "g": at + "mlp.fc_in",
+                "d": at + "mlp.fc_out",
+                "v": at + "attn.qkv_proj",
+            }
         at = f"model.layers.{layer}."
         found = {
             "an": at + "input_layernorm",
@@ -98,6 +117,15 @@ class Oracle:
             found |= {"v": at + "self_attn.qkv_proj", "g": at + "mlp.gate_up_proj"}
         if self.name == "starcoder2":
             found |= {"g": at + "mlp.c_fc", "d": at + "mlp.c_proj"}
+        if self.name == "phi":
+            found |= {
+                "mn": at + "input_layernorm",
+                "o": at + "self_attn.dense",
+                "g": at + "mlp.fc1",
+                "d": at + "mlp.fc2",
+            }
+        if self.name == "cohere":
+            found |= {"mn": at + "input_layernorm"}
         if self.name == "olmo2":
             found |= {
                 "an": None,
@@ -125,6 +153,9 @@ class Oracle:
         if self.name.startswith("gpt-neox"):
             d = len(y) // (3 * heads)
             return [y[h * 3 * d + 2 * d : (h + 1) * 3 * d] for h in range(heads)]
+        if self.name == "codegen":  # four blocks of queries, values and keys, each of some heads
+            d, in_block = len(y) // (3 * heads), heads // 4
+            return [y[(3 * (h // in_block) + 1) * in_block * d + h % in_block * d :][:d] for h in range(heads)]
         if self.name.startswith("gpt2") or self.name == "phi3":  # queries, keys and values in one
             y = y[len(y) // (heads + 2 * groups) * (heads + groups) :]
         d = len(y) // groups
@@ -156,7 +187,12 @@ class Oracle:
         self, x: list[list[Tensor]], layer: int, rule: str, tau: float, excluded: int | None
     ) -> list[list[Tensor]]:
         after = self.attention(x, layer)
-        return self.mlp(x if self.name == "gpt-neox" else after, after, layer, rule, tau, excluded)
+        return self.mlp(x if self.name in PARALLEL else after, after, layer, rule, tau, excluded)
+
+    def added(self, path: str | None, out: Tensor, t: int, bias_source: bool) -> Tensor:
+        """What a sublayer's output adds to the stream: through a norm, and in Granite times a multiplier."""
+        out = out if path is None else self.normed(path, out, t, bias_source)
+        return out * self.model.config.residual_multiplier if self.name == "granite" else out
 
     def attention(self, x: list[list[Tensor]], layer: int) -> list[list[Tensor]]:
         p = self.paths(layer)
@@ -175,7 +211,7 @@ class Oracle:
                         total = total + self.patterns[layer][0, h, q, k] * values[k][h]
                     mixed.append(total)
                 out = self.linear(p["o"], torch.cat(mixed), is_bias)
-                after[m][q] = after[m][q] + (out if p["ap"] is None else self.normed(p["ap"], out, q, is_bias))
+                after[m][q] = after[m][q] + self.added(p["ap"], out, q, is_bias)
         return after
 
     def mlp(
@@ -201,7 +237,7 @@ class Oracle:
             total = self.captured[p["g"] + ":out"][t][: len(hidden)]
             for m, alpha in self.shares(gates, total, rule, tau, excluded, t).items():
                 out = self.linear(p["d"], alpha * hidden, self.bias and m == 0)
-                result[m][t] = result[m][t] + (out if p["mp"] is None else self.normed(p["mp"], out, t, False))
+                result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
         return result
 
     def shares(

@@ -227,10 +227,11 @@ class decomposed_state_manager:  # noqa: N801 (the published name)
         if not -length <= integer("token_idx", token_idx, TargetError) < length:
             raise TargetError(f"token_idx={token_idx!r}: must be a position of the state, {-length} to {length - 1}")
         token = token_id(decode_token_id, None, self.bound)
-        scores: Tensor = attribute_state[token_idx] @ head.weight[token].detach().to(attribute_state)
+        direction = self.bound.scaled(head.weight[token].detach().to(attribute_state))
+        scores: Tensor = attribute_state[token_idx] @ direction
         bias = head.bias
         if bias is not None and not self.reproduce_published:
-            scores[0] += bias[token].detach().to(scores)
+            scores[0] += self.bound.scaled(bias[token].detach().to(scores))
         return scores
 
     def model_generate_cite(

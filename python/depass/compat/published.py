@@ -235,7 +235,9 @@ def _share(gate: Tensor, rule: str, temperature: float) -> Tensor:
 
 def _refuse_other_families(bound: BoundModel) -> None:
     reasons = [
-        (bound.final_norm.kind == "layer", "LayerNorm"),
+        (bound.final_norm.is_centred, "LayerNorm"),
+        (any(layer.output.factor != 1 for layer in bound.layers), "a factor on what a sublayer adds"),
+        ((bound.logit_factor, bound.logit_divisor) != (1, 1), "a factor on logits"),
         (bound.parallel, "attention and MLP in parallel"),
         (any(layer.attention_post_norm or layer.mlp_post_norm for layer in bound.layers), "post-norms"),
         (any(not (layer.attention_norm and layer.mlp_norm) for layer in bound.layers), "sublayers without a pre-norm"),

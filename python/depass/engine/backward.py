@@ -28,7 +28,6 @@ from ..models.capture import Check
 from ..models.linearised import linearised, refuse
 from ..models.packing import Packing
 from ..models.positions import fresh
-from ..models.weights import device_of
 from ..rules import PathWeights
 from .linear_memory import group_size
 from .passes import without_autocast
@@ -307,8 +306,7 @@ class Backward:
         if self.stop == len(bound.layers):
             normed = flat(output)
         else:
-            norm = bound.final_norm.module
-            normed = norm(last[None].to(device_of(norm)))[0]
+            normed = bound.final_norm.module(last[None].to(bound.final_device))[0]
         begins = [sum(self.lengths[:b]) for b in range(len(self.lengths))]
         filled = readouts_of(self.asked, normed, begins, bound, self.tokenizer)
         self.readouts, seeds = [], []
@@ -337,7 +335,7 @@ class Backward:
         if layer is not None:
             return _Seed(number, prompt, position, layer, readout.w, 0.0)
         norm = self.bound.final_norm
-        w = readout.w.to(device_of(norm.module))
+        w = readout.w.to(self.bound.final_device)
         gradient = norm.fold(w[None])[0] * norm.scale(x.to(w.device), w.dtype)
         beta = norm.beta()
         constant = readout.constant + (0.0 if beta is None else float(w @ beta.to(w)))
@@ -388,9 +386,10 @@ class Backward:
         """Hand a layer's gradients on; returns the scores of biases and the balance behind its input ``[2, T, B]``."""
         flat, dtype, index = self.packing.flat, self.bound.state_dtype, segment.index
         biases: dict[str, Tensor] = {}
-        for (path, _, bias), of_output in zip(segment.biased, found.biased, strict=True):
+        for (path, _, bias, axis), of_output in zip(segment.biased, found.biased, strict=True):
             if of_output is not None:  # no path leads there, as to the biases of queries where the pattern is frozen
-                scores = _dot(self._flat(of_output), bias, dtype)
+                of_bias = of_output if axis is None else of_output.to(dtype).movedim(axis + 1, 2).sum(3)
+                scores = _dot(self._flat(of_bias), bias, dtype)
                 biases[path] = biases[path] + scores if path in biases else scores
         lost_in_attention, lost_in_mlp = self._lost(segment, found)
         here = torch.stack([sum(biases.values(), torch.zeros_like(lost_in_mlp)), lost_in_attention + lost_in_mlp])
@@ -408,7 +407,7 @@ class Backward:
             hidden=flat(segment.hidden.detach()),
             of_hidden=self._flat(found.hidden),
             biases=biases,
-            late_biases=frozenset(path for path, _, _ in segment.biased[segment.early :] if path in biases),
+            late_biases=frozenset(path for path, *_ in segment.biased[segment.early :] if path in biases),
             lost_in_mlp=lost_in_mlp,
         )
         self._hand_on(index, self.layer, gradients)
@@ -440,7 +439,8 @@ class Backward:
             self.reading = None
 
     def _flat(self, gradient: Tensor) -> Tensor:
-        """``[T, P, n]`` of a gradient ``[T, B, N, n]`` or ``[T, 1, P, n]`` of the model."""
+        """``[T, P, n]`` of a gradient ``[T, B, N, n]``, ``[T, 1, P, n]`` or ``[T, B·N, n]`` of the model."""
+        gradient = gradient[:, None] if gradient.dim() == 3 else gradient
         return self.packing.flat(gradient.movedim(0, 2)).movedim(1, 0)
 
     def _groups(self, some: list[int]) -> Iterator[list[int]]:

@@ -19,7 +19,6 @@ from ..models.bound import BoundModel
 from ..models.capture import Capture
 from ..models.health import dtype_name, refuse_dropout
 from ..models.trace import Trace
-from ..models.weights import device_of
 from ..propagation.blocks import traits
 from ..propagation.cuda_graphs import Recordings
 from ..propagation.needs import fitting, room
@@ -133,8 +132,7 @@ class Pass(Capture):
         except BackendError as error:
             raise OptionError(str(error)) from error
         if self.options.stop < len(self.bound.layers):
-            norm = self.bound.final_norm.module
-            self.normed = norm(self.stream[None].to(device_of(norm)))[0]
+            self.normed = self.bound.final_norm.module(self.stream[None].to(self.bound.final_device))[0]
             self.check_the_end()
         with without_autocast(self.stream.device):
             self.state(self.options.stop, self.stream)

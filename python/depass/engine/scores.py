@@ -19,7 +19,6 @@ from ..inputs.targets import Asked, Readout, Target
 from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import blame
-from ..models.weights import device_of
 from ..results.attribution import Attribution
 from ..results.survey import Survey
 from ..results.sweep import Sweep
@@ -214,7 +213,7 @@ def _through_the_norm(
     norm, starts, device = done.bound.final_norm, done.propagation.prompt_start, done.propagation.state.device
     flat = [readouts[group.prompt][number] for group in groups for number in group.numbers]
     positions = [starts[group.prompt] + group.position for group in groups for _ in group.numbers]
-    w = torch.stack([readout.w for readout in flat]).to(device_of(norm.module))
+    w = torch.stack([readout.w for readout in flat]).to(done.bound.final_device)
     scale = norm.scale(done.stream[positions], w.dtype)
     constant = torch.tensor([readout.constant for readout in flat], dtype=w.dtype, device=w.device)
     beta = norm.beta()

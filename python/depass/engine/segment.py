@@ -39,7 +39,8 @@ class Segment:
         leaf: the residual stream at the layer's input, in the model's shape.
         output: the residual stream at its output.
         mixed, hidden: the inputs of the attention's output projection and of the down projection.
-        biased: the layer's modules with a bias in the order of their calls: the path, the output's edge, the bias.
+        biased: the layer's modules with a bias in the order of their calls: the path, the output's edge, the bias and, of
+            an output with heads, the axis of its positions.
         early: how many of them come before the middle of the layer.
     """
 
@@ -54,7 +55,7 @@ class Segment:
         self.has_graph = not run.recompute  # of the model's next call of the layer
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.middle: GradientEdge | None = None
-        self.biased: list[tuple[str, GradientEdge, Tensor]] = []
+        self.biased: list[tuple[str, GradientEdge, Tensor, int | None]] = []
         self.early = 0
         self.ran: set[str] = set()
         self.paths = {module: path for path, module in self.modules.module.named_modules()}
@@ -119,12 +120,14 @@ class Segment:
             return
         bias = dense(module, "bias")
         self._must_carry(output)
-        if not isinstance(output, Tensor) or bias is None or output.shape[-1:] != bias.shape:
+        fits = isinstance(output, Tensor) and bias is not None and output.shape[-1:] == bias.shape
+        axis = _axis_of_positions(args[0], self.leaf.shape[1]) if fits and output.dim() == 4 else None
+        if not fits or bias is None or (output.dim() == 4 and axis is None):
             raise ModelError(
                 f"{self.paths[module]} of layer {self.index} of {self.run.bound.name} has a bias, but its output is not a "
                 "tensor of that width, so the bias's score cannot be measured"
             )
-        self.biased.append((self.paths[module], get_gradient_edge(output), bias.detach()))
+        self.biased.append((self.paths[module], get_gradient_edge(output), bias.detach(), axis))
 
     @of_this_thread
     def at_middle(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -180,7 +183,7 @@ class Segment:
         self._must_carry(self.output)
         inputs: list[Tensor | GradientEdge] = [self.leaf, self.mixed, self.hidden, *self.flow.steering]
         first = len(inputs)
-        inputs += [edge for _, edge, _ in self.biased]
+        inputs += [edge for _, edge, *_ in self.biased]
         inputs += [] if self.middle is None else [self.middle]
         gradient, is_batch = gradient.to(self.output.dtype), len(gradient) > 1
         found: Sequence[Any] = torch.autograd.grad(
@@ -192,8 +195,18 @@ class Segment:
         if not is_batch:
             found = [None if each is None else each[None] for each in found]
         end = first + len(self.biased)
-        middle = None if self.middle is None else found[end]
+        # the gradient of what the attention adds to the stream is its output's by the factor between them
+        middle = None if self.middle is None else found[end] / self.modules.output.factor
         return Found(found[0], found[1], found[2], list(found[3:first]), middle, list(found[first:end]))
+
+
+def _axis_of_positions(x: Tensor, count: int) -> int | None:
+    """Whether ``[B, N, H, d]`` or ``[B, H, N, d]`` is the form of a tensor with ``count`` positions: 1 or 2; or None.
+
+    It is a view of a projection's output, where positions are further apart than heads.
+    """
+    fitting = [axis for axis in (1, 2) if x.shape[axis] == count]
+    return max(fitting, key=x.stride, default=None)
 
 
 def _in_graph(x: Tensor) -> Tensor:

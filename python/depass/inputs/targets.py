@@ -234,7 +234,7 @@ class Readout(NamedTuple):
 
     target: Target
     w: Tensor  # [D], in the state's dtype
-    constant: float  # the head's bias, which belongs to the bias source
+    constant: float  # the head's bias times the factor on logits, which belongs to the bias source
     logit: float  # the model's own, before any soft-capping of the head
 
 
@@ -256,9 +256,9 @@ def fill(
     ids, unembedding = _ids(asked, logits), bound.unembedding
     flat = [(row, token) for row, of_row in enumerate(ids) for its in of_row for token in its]
     rows, tokens = [row for row, _ in flat], [token for _, token in flat]
-    directions = unembedding.weight[tokens].detach().to(vectors)  # [tokens, D]
+    directions = bound.scaled(unembedding.weight[tokens].detach().to(vectors))  # [tokens, D]
     own = logits[rows, tokens]
-    bias = torch.zeros_like(own) if unembedding.bias is None else unembedding.bias[tokens].to(own)
+    bias = torch.zeros_like(own) if unembedding.bias is None else bound.scaled(unembedding.bias[tokens].to(own))
     numbers = iter(zip(directions, *torch.stack([bias, own]).tolist(), strict=True))  # one copy to the host
     readouts: list[list[Readout]] = []
     for each, of_row, vector in zip(asked, ids, vectors, strict=True):

@@ -142,9 +142,9 @@ def _held(bound: BoundModel, layer: Layer) -> Iterator[tuple[str, Any]]:
     for part in ("value", "output", "gate", "down"):
         yield getattr(family, part), getattr(layer, part).module
     for part in NORMS:
-        path = getattr(family, part)
-        if path is not None:
-            yield path, getattr(layer, part).module
+        norm = getattr(layer, part)
+        if norm is not None:
+            yield getattr(family, part), norm.module
 
 
 def refuse_compiled(model: Any, family: Family) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
-from .bound import BoundModel, Layer, Norm, Projection
-from .families import FAMILIES, LLAMA, Family
+from .bound import BoundModel, Layer, Norm, Projection, epsilon_of
+from .families import FAMILIES, LLAMA, UNSUPPORTED, Family
 from .packing import takes_positions
 from .positions import switches
 
+_FACTORS = ("residual_factor", "logit_factor", "logit_divisor")
 _LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
 
 
@@ -35,7 +38,10 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
 
 
 def check(model: Any, family: Family | None = None, empty: bool = False) -> Family:
-    """Check that a model can be decomposed, and return its family; arguments and errors as for :func:`bind`."""
+    """Check that a model can be decomposed, and return its family with the config's flags resolved.
+
+    Arguments and errors as for :func:`bind`.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -46,10 +52,11 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
         raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
     family = _known_family(model) if family is None else family
     _refuse_declaration(family)
+    _refuse_config(config, family, name)
+    family = _as_configured(family, _text_config(config))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
-    _refuse_config(config, family, name)
     refuse_compiled(model, family)
     blocks = _blocks(model, family)
     if len(set(map(id, blocks))) < len(blocks):
@@ -57,7 +64,15 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     if not empty:
         _refuse_unreadable(blocks, head, family, config, name)
     _refuse_norms(model, family)
+    _refuse_width(blocks, head, family, name)
     return family
+
+
+def _as_configured(family: Family, config: Any) -> Family:
+    """The family of one model: ``parallel`` is True or False, and ``mlp_norm`` the norm that belongs to it."""
+    parallel = bool(getattr(config, family.parallel)) if isinstance(family.parallel, str) else family.parallel
+    mlp_norm = family.parallel_mlp_norm if parallel and family.parallel_mlp_norm else family.mlp_norm
+    return replace(family, parallel=parallel, mlp_norm=mlp_norm)
 
 
 def _inside(model: Any) -> str:
@@ -75,12 +90,12 @@ def _inside(model: Any) -> str:
 
 
 def resolve(model: Any, family: Family) -> BoundModel:
-    """The modules at a family's paths, for a model that :func:`check` accepted."""
+    """The modules at a family's paths, for a model and a family that :func:`check` returned."""
     config, head = model.config, model.get_output_embeddings()
     text = _text_config(config)
     backbone: Any = model.get_submodule(family.backbone)
-    layers = tuple(_bind_layer(layer, family, text.num_attention_heads) for layer in _blocks(model, family))
-    final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm)
+    layers = tuple(_bind_layer(layer, family, text) for layer in _blocks(model, family))
+    final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm, family.epsilon)
     biased, found = any(layer.has_bias() for layer in layers), switches(backbone)
     dynamic = any(switch.kind == "dynamic" for switch in found)  # made for prompts beyond the config's positions
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
@@ -92,8 +107,10 @@ def resolve(model: Any, family: Family) -> BoundModel:
         layers=layers,
         final_norm=final_norm,
         num_heads=text.num_attention_heads,
-        parallel=bool(getattr(text, family.parallel) if isinstance(family.parallel, str) else family.parallel),
+        parallel=bool(family.parallel),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
+        logit_factor=_number(text, family.logit_factor),
+        logit_divisor=_number(text, family.logit_divisor),
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
         takes_positions=takes_positions(backbone),
@@ -111,11 +128,18 @@ def _blocks(model: Any, family: Family) -> list[Any]:
     return list(model.get_submodule(f"{family.backbone}.{family.layers}"))
 
 
-def _bind_layer(layer: Any, family: Family, num_heads: int) -> Layer:
-    def norm(path: str | None) -> Norm | None:
-        return None if path is None else Norm(layer.get_submodule(path), family.norm)
+def _number(config: Any, name: str | None) -> float:
+    """A factor of the config by its name; 1 without a name."""
+    return 1.0 if name is None else float(getattr(config, name))
 
-    output = Projection(layer.get_submodule(family.output))
+
+def _bind_layer(layer: Any, family: Family, config: Any) -> Layer:
+    def norm(path: str | None) -> Norm | None:
+        module = nn.Identity() if path is None else layer.get_submodule(path)
+        return None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
+
+    factor = _number(config, family.residual_factor)
+    output = Projection(layer.get_submodule(family.output), factor=factor)
     fused = layer.get_submodule(family.value)
     rows: str = family.value_rows
     if rows == "last":  # q has as many rows as the output projection has columns; k and v share the others equally
@@ -123,10 +147,10 @@ def _bind_layer(layer: Any, family: Family, num_heads: int) -> Layer:
     return Layer(
         module=layer,
         attention=layer.get_submodule(family.attention),
-        value=Projection(fused, rows, num_heads),
+        value=Projection(fused, rows, config.num_attention_heads),
         output=output,
         gate=Projection(layer.get_submodule(family.gate), family.gate_rows),
-        down=Projection(layer.get_submodule(family.down)),
+        down=Projection(layer.get_submodule(family.down), factor=factor),
         attention_norm=norm(family.attention_norm),
         mlp_norm=norm(family.mlp_norm),
         attention_post_norm=norm(family.attention_post_norm),
@@ -137,6 +161,8 @@ def _bind_layer(layer: Any, family: Family, num_heads: int) -> Layer:
 def _known_family(model: Any) -> Family:
     """The family of the config's ``model_type``; raises a ModelError where it is unknown."""
     kind = model.config.model_type
+    if kind in UNSUPPORTED:
+        raise ModelError(f"{kind!r} models ({type(model).__name__}) are not supported: {UNSUPPORTED[kind]}")
     if kind not in FAMILIES:
         paths = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
         raise ModelError(
@@ -152,12 +178,21 @@ def _refuse_declaration(family: Any) -> None:
         raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
     if not isinstance(family.parallel, (str, bool)):
         raise ModelError(f"Family(parallel={family.parallel!r}): give True, False, or the name of the config's flag")
+    if family.epsilon is not None and not _is_positive(family.epsilon):
+        raise ModelError(f"Family(epsilon={family.epsilon!r}): give a positive number, or None")
+    pairs = family.requires if isinstance(family.requires, tuple) else (None,)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ModelError(f"Family(requires={family.requires!r}): give a tuple of pairs (name in the config, value)")
     hints = get_type_hints(Family).items()
     for field_name, choices in ((name, get_args(hint)) for name, hint in hints if get_origin(hint) is Literal):
         if getattr(family, field_name) not in choices:
             raise ModelError(
                 f"Family({field_name}={getattr(family, field_name)!r}): choose one of {', '.join(map(repr, choices))}"
             )
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 def _refuse_missing(model: Any, family: Family) -> None:
@@ -171,16 +206,31 @@ def _refuse_missing(model: Any, family: Family) -> None:
             f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
             f"with the right paths. Missing: {', '.join(missing)}"
         )
-    if family.norm == "layer" and (family.attention_post_norm or family.mlp_post_norm):
+    if family.norm.startswith("layer") and (family.attention_post_norm or family.mlp_post_norm):
         raise ModelError("a LayerNorm on a sublayer's output is not supported; it must be an RMSNorm")
 
 
 def _refuse_config(config: Any, family: Family, name: str) -> None:
     """Raise a ModelError where the config enables a feature that the decomposition does not support."""
     text = _text_config(config)
+    for key, value in family.requires:
+        if getattr(text, key, None) != value:
+            raise ModelError(
+                f"{name} has {key}={getattr(text, key, None)!r}; DePass supports it only with {key}={value!r}"
+            )
+    declared = {key: getattr(family, key) for key in _FACTORS if getattr(family, key) is not None}
+    for key, factor in declared.items():
+        if not _is_positive(getattr(text, factor, None)):
+            raise ModelError(
+                f"Family({key}={factor!r}): the config of {name} has {factor}={getattr(text, factor, None)!r}; it must be "
+                "a positive number"
+            )
     for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
-        if getattr(text, factor, None) not in (None, 1, 1.0):
-            raise ModelError(f"{name} has {factor}={getattr(text, factor)}, which DePass does not support")
+        if factor not in declared.values() and getattr(text, factor, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"{name} has {factor}={getattr(text, factor)}, which its family does not declare; name it in "
+                f"depass.Family({', '.join(f'{key}=...' for key in _FACTORS)})"
+            )
     if isinstance(family.parallel, str) and not hasattr(text, family.parallel):
         raise ModelError(f"Family(parallel={family.parallel!r}): the config of {name} has no such flag")
     if getattr(text, "add_cross_attention", False):
@@ -194,15 +244,29 @@ def _refuse_config(config: Any, family: Family, name: str) -> None:
 
 
 def _refuse_norms(model: Any, family: Family) -> None:
-    """Raise a ModelError where a norm lacks a weight or an epsilon."""
+    """Raise a ModelError where a norm has no epsilon, or a weight under another name."""
     paths = [path for path in (getattr(family, part) for part in _LAYER_NORMS) if path is not None]
     norms = [block.get_submodule(path) for block in _blocks(model, family) for path in paths]
+    norms = [module for module in norms if not isinstance(module, nn.Identity)]
     for module in (*norms, model.get_submodule(f"{family.backbone}.{family.final_norm}")):
-        has_epsilon = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
-        if getattr(module, "weight", None) is None or not has_epsilon:
-            raise ModelError(
-                f"a norm of {type(model).__name__} ({type(module).__name__}) has no weight or no eps; DePass needs both"
-            )
+        said = f"a norm of {type(model).__name__} ({type(module).__name__})"
+        if epsilon_of(module, family.epsilon) is None:
+            raise ModelError(f"{said} has no eps; declare it: depass.Family(epsilon=...)")
+        others = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
+        has_weight = getattr(module, "weight", None) is not None
+        if others or (family.norm.endswith("plus_one") and not has_weight):
+            held = f"holds {', '.join(others)}" if others else "has no weight"
+            raise ModelError(f"{said} {held}; a norm of the kind {family.norm!r} has weight and bias")
+
+
+def _refuse_width(blocks: Sequence[Any], head: Any, family: Family, name: str) -> None:
+    """Raise a ModelError where the head reads vectors of another width than the layers write."""
+    written, read = Projection(blocks[0].get_submodule(family.down)).shape[0], Projection(head).shape[1]
+    if written != read:
+        raise ModelError(
+            f"the layers of {name} write vectors of width {written}, but its head reads width {read}; DePass does not "
+            "support a projection between the final norm and the head"
+        )
 
 
 _LOAD_DENSE = (

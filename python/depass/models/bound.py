@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import weights
-from .families import Family
+from .families import Family, NormKind
 from .positions import Switch
 
 
@@ -21,15 +21,30 @@ class Norm:
     """A norm: its weight ``γ``, its bias ``β``, and the frozen scale ``r`` of a captured input."""
 
     module: Any  # its attributes depend on the family
-    kind: str
+    kind: NormKind
+    epsilon: float | None = None  # where the module holds none
 
-    def gamma(self, dtype: torch.dtype | None = None) -> Tensor:  # [D]
-        """The weight ``γ`` that multiplies the normalised vector, ``[D]``; without a dtype in one that holds it exactly."""
+    @property
+    def is_centred(self) -> bool:
+        """Whether the norm subtracts the mean: a LayerNorm does, an RMSNorm does not."""
+        return self.kind in ("layer", "layer_plus_one")
+
+    def gamma(self, dtype: torch.dtype | None = None) -> Tensor | None:  # [D]
+        """The weight ``γ`` that multiplies the normalised vector, ``[D]``; without a dtype in one that holds it exactly.
+
+        None for a norm without a weight.
+        """
         weight = weights.dense(self.module)
-        assert weight is not None
-        if self.kind == "rms_plus_one":
+        if weight is None:
+            return None
+        if self.kind in ("rms_plus_one", "layer_plus_one"):
             return weight.to(dtype or torch.promote_types(weight.dtype, torch.float32)) + 1
         return weight if dtype is None else weight.to(dtype)
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """``γ ⊙ x`` for vectors ``[..., D]``; ``x`` itself for a norm without a weight."""
+        gamma = self.gamma(x.dtype)
+        return x if gamma is None else x * gamma.to(x.device)
 
     def beta(self) -> Tensor | None:  # [D]
         """The bias ``β`` ``[D]``, which belongs to the bias source, or None."""
@@ -37,43 +52,57 @@ class Norm:
 
     def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The frozen scale ``r`` ``[...]``: ``1/rms`` or ``1/σ`` of vectors ``[..., D]`` (docs/method.md, equation 2)."""
-        epsilon: float = self.module.eps if hasattr(self.module, "eps") else self.module.variance_epsilon
-        if self.kind == "layer":
+        epsilon = epsilon_of(self.module, self.epsilon)
+        assert epsilon is not None
+        if self.is_centred:
             return torch.rsqrt(x.to(dtype).var(-1, correction=0) + epsilon)
         norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
         return torch.rsqrt(norm * norm / x.shape[-1] + epsilon)
 
     def of_parts(self, parts: Tensor, scale: Tensor) -> Tensor:
         """Normalise parts ``[..., D]`` with the frozen ``scale`` ``[..., 1]`` of the whole vector; ``β`` is not added."""
-        parts = parts - parts.mean(-1, keepdim=True) if self.kind == "layer" else parts
-        return parts * scale * self.gamma(parts.dtype).to(parts.device)
+        parts = parts - parts.mean(-1, keepdim=True) if self.is_centred else parts
+        return self.weighted(parts * scale)
 
     def fold(self, weight: Tensor) -> Tensor:
         """Fold the norm into a weight ``[out, D]``: returns ``W`` with ``W x = weight · γ ⊙ centre(x)``."""
-        weight = weight * self.gamma(weight.dtype)
-        return weight - weight.mean(1, keepdim=True) if self.kind == "layer" else weight
+        weight = self.weighted(weight)
+        return weight - weight.mean(1, keepdim=True) if self.is_centred else weight
+
+
+def epsilon_of(module: Any, declared: float | None) -> float | None:
+    """The epsilon of a norm: the one that its module holds or, where it holds none, the declared one."""
+    epsilon: float | None = getattr(module, "eps", getattr(module, "variance_epsilon", declared))
+    return epsilon
 
 
 def into_stream(weight: Tensor, post_norm: Norm | None, dtype: torch.dtype) -> Tensor:
     """A projection's weight ``[D, in]`` in ``dtype``, times the ``γ`` of the norm on its output; the scale is left out."""
     weight = weight.to(dtype)
-    return weight if post_norm is None else weight * post_norm.gamma(dtype)[:, None]
+    return weight if post_norm is None else post_norm.weighted(weight.T).T
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer, or some of its output rows, with weight ``[out, in]``."""
+    """A linear layer, or some of its output rows, with weight ``[out, in]``.
+
+    A ``factor`` by which the model multiplies its output is part of the weight and of the bias.
+    """
 
     module: Any
     rows: str = "all"
     num_heads: int = 1
+    factor: float = 1.0
 
     @property
     def weight(self) -> Tensor:
-        """The weight ``[out, in]`` on its layer's device: a view of the model's or, if offloaded or quantised, a copy."""
+        """The weight ``[out, in]`` on its layer's device: a view of the model's or, if offloaded or quantised, a copy.
+
+        With a factor it is a copy in at least fp32.
+        """
         weight = weights.dense(self.module)
         assert weight is not None
-        return self._select(self._turned(weight))
+        return self._multiplied(self._select(self._turned(weight)))
 
     @property
     def shape(self) -> torch.Size:
@@ -87,7 +116,12 @@ class Projection:
     def bias(self) -> Tensor | None:
         """The bias ``[out]``, or None."""
         bias = weights.dense(self.module, "bias")
-        return None if bias is None else self._select(bias)
+        return None if bias is None else self._multiplied(self._select(bias))
+
+    def _multiplied(self, rows: Tensor) -> Tensor:
+        if self.factor == 1:
+            return rows
+        return rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.factor
 
     def _turned(self, weight: Tensor) -> Tensor:
         # transformers' Conv1D stores [in, out]; nn.Linear stores [out, in]
@@ -100,6 +134,8 @@ class Projection:
     def _select(self, rows: Tensor) -> Tensor:
         if self.rows == "first_half":
             return rows[: len(rows) // 2]
+        if self.rows == "middle_of_four":
+            return rows.reshape(4, 3, -1, *rows.shape[1:])[:, 1].flatten(0, 1)
         if self.rows == "last_of_head":
             return rows.reshape(self.num_heads, 3, -1, *rows.shape[1:])[:, 2].flatten(0, 1)
         if self.rows.startswith("last:"):
@@ -154,6 +190,8 @@ class BoundModel:
     num_heads: int
     parallel: bool
     has_bias: bool
+    logit_factor: float  # what the model multiplies the head's output by
+    logit_divisor: float  # what it divides it by
     max_positions: int | None
     switches: tuple[Switch, ...]
     takes_positions: bool  # whether prompts of different lengths can share a pass without padding
@@ -182,9 +220,14 @@ class BoundModel:
         return Projection(self.head)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's output ``[..., V]`` for vectors ``[..., D]`` after the final norm, on any device."""
-        logits: Tensor = self.head(hidden.to(weights.device_of(self.head)))
-        return logits
+        """The logits ``[..., V]`` for vectors ``[..., D]`` after the final norm, on any device; a soft cap is left out."""
+        return self.scaled(self.head(hidden.to(weights.device_of(self.head))))
+
+    def scaled(self, of_head: Tensor) -> Tensor:
+        """The head's output, or rows of its weight or bias, times the model's factor on logits."""
+        if self.logit_factor != 1:
+            of_head = of_head * self.logit_factor
+        return of_head if self.logit_divisor == 1 else of_head / self.logit_divisor
 
     @property
     def vocab_size(self) -> int:
@@ -212,6 +255,12 @@ class BoundModel:
     def device(self) -> torch.device:
         """The device of the last layer."""
         return self.stream_to or self.layers[-1].device
+
+    @property
+    def final_device(self) -> torch.device:
+        """The device of the final norm; without a weight it runs where the last layer does."""
+        module = self.final_norm.module
+        return self.device if getattr(module, "weight", None) is None else weights.device_of(module)
 
     @property
     def devices(self) -> list[torch.device]:

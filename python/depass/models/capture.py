@@ -37,10 +37,10 @@ Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tens
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The family's own eager attention; its pattern is captured for the current layer."""
-    packing, carry = _packing.get(), _carry.get()
+    packing, carry, mask = _packing.get(), _carry.get(), attention_mask
     if carry is not None:
         query, key, value = carry(module, query, key, value)
     if packing is not None:

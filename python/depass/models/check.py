@@ -123,7 +123,7 @@ def last_differences(bound: BoundModel, stream: Tensor, normed: Tensor) -> dict[
         x = stream.to(device, bound.state_dtype)
         scale = bound.final_norm.scale(x, x.dtype)[:, None]
         found = {"norm": _difference(_normed(bound.final_norm, x, scale), own)}
-        found["head"] = _difference(_projected(bound.unembedding, own), bound.logits(own))
+        found["head"] = _difference(bound.scaled(_projected(bound.unembedding, own)), bound.logits(own))
     return found
 
 

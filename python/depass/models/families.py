@@ -6,11 +6,11 @@ fused weights, transposes those of GPT-2 and adds the 1 of ``1 + w``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-NormKind = Literal["rms", "rms_plus_one", "layer"]
-ValueRows = Literal["all", "last", "last_of_head"]
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_plus_one"]
+ValueRows = Literal["all", "last", "last_of_head", "middle_of_four"]
 GateRows = Literal["all", "first_half"]
 
 
@@ -29,14 +29,22 @@ class Family:
         gate: the path of the projection that computes the pre-activations: the gate of a gated MLP, or the up projection
             of an ungated one.
         down: the path of the MLP's down projection.
-        attention_norm, mlp_norm: the paths of the norms on the sublayers' inputs, or None.
-        attention_post_norm, mlp_post_norm: the paths of the norms on the sublayers' outputs, or None.
-        norm: ``rms``, ``rms_plus_one`` (an RMSNorm that stores ``w`` and multiplies by ``1 + w``) or ``layer``
-            (LayerNorm).
+        attention_norm, mlp_norm: the paths of the norms on the sublayers' inputs, or None. Both may be the same norm.
+        parallel_mlp_norm: the path of the norm on the MLP's input in models whose config sets the flag ``parallel``, if
+            it is another one there.
+        attention_post_norm, mlp_post_norm: the paths of the norms on the sublayers' outputs, or None. An ``nn.Identity``
+            in their place is no norm.
+        norm: ``rms``, ``layer`` (LayerNorm), or one of these that stores ``w`` and multiplies by ``1 + w``:
+            ``rms_plus_one``, ``layer_plus_one``. A norm without a weight multiplies by 1.
+        epsilon: the epsilon of norms whose modules hold none.
         value_rows: the rows of ``value`` that hold the value weights: ``all``, the ``last`` ones of a fused ``q, k, v``,
-            or ``last_of_head`` if the ``q, k, v`` of each head are stored together.
+            ``last_of_head`` if the ``q, k, v`` of each head are stored together, or ``middle_of_four`` if four blocks
+            hold ``q, v, k`` each.
         gate_rows: the rows of ``gate`` that hold the gate weights: ``all``, or the ``first_half`` of a fused ``gate, up``.
         parallel: whether attention and MLP both read the layer's input: True, False, or the name of the config's flag.
+        residual_factor: the name of the config's number that multiplies what a sublayer adds to the residual stream.
+        logit_factor, logit_divisor: the names of the config's numbers that the head's output is multiplied and divided by.
+        requires: pairs of a name and the value that it must have in the config; models with another are refused.
     """
 
     backbone: str = "model"
@@ -49,12 +57,18 @@ class Family:
     down: str = "mlp.down_proj"
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
+    parallel_mlp_norm: str | None = None
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     norm: NormKind = "rms"
+    epsilon: float | None = None
     value_rows: ValueRows = "all"
     gate_rows: GateRows = "all"
     parallel: str | bool = False
+    residual_factor: str | None = None
+    logit_factor: str | None = None
+    logit_divisor: str | None = None
+    requires: tuple[tuple[str, object], ...] = ()
 
 
 LLAMA = Family()
@@ -64,30 +78,102 @@ GEMMA = Family(
     mlp_post_norm="post_feedforward_layernorm",
     norm="rms_plus_one",
 )
+OLMO2 = Family(
+    attention_norm=None,
+    mlp_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
+COHERE = Family(mlp_norm="input_layernorm", norm="layer", parallel=True, logit_factor="logit_scale")
+GPT2 = Family(
+    backbone="transformer", layers="h", final_norm="ln_f", attention="attn", value="attn.c_attn", value_rows="last",
+    output="attn.c_proj", gate="mlp.c_fc", down="mlp.c_proj", attention_norm="ln_1", mlp_norm="ln_2", norm="layer",
+)  # fmt: skip
+GPTJ = Family(
+    backbone="transformer", layers="h", final_norm="ln_f", attention="attn", value="attn.v_proj", output="attn.out_proj",
+    gate="mlp.fc_in", down="mlp.fc_out", attention_norm="ln_1", mlp_norm="ln_1", norm="layer", parallel=True,
+)  # fmt: skip
+OPT = Family(
+    backbone="model.decoder", final_norm="final_layer_norm", output="self_attn.out_proj", gate="fc1", down="fc2",
+    attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", norm="layer",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {  # by the config's model_type
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "ministral": LLAMA,
+    "ministral3": LLAMA,
+    "seed_oss": LLAMA,
+    "cwm": LLAMA,
+    "ernie4_5": LLAMA,
+    "helium": LLAMA,
+    "hunyuan_v1_dense": LLAMA,
+    "exaone": LLAMA,
+    "internlm3": LLAMA,
+    "iquestcoder": LLAMA,
+    "granite": Family(residual_factor="residual_multiplier", logit_divisor="logits_scaling"),
+    "hyperclovax": Family(
+        attention_post_norm="post_norm1", mlp_post_norm="post_norm2", residual_factor="residual_multiplier",
+        logit_factor="logits_scaling",
+    ),
+    "gemma": Family(norm="rms_plus_one"),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "vaultgemma": Family(mlp_norm="pre_feedforward_layernorm", norm="rms_plus_one"),
     "phi3": Family(
         value="self_attn.qkv_proj", value_rows="last", gate="mlp.gate_up_proj", gate_rows="first_half"
     ),
-    "olmo2": Family(
-        attention_norm=None,
-        mlp_norm=None,
-        attention_post_norm="post_attention_layernorm",
-        mlp_post_norm="post_feedforward_layernorm",
+    "glm": Family(gate="mlp.gate_up_proj", gate_rows="first_half"),
+    "glm4": Family(
+        gate="mlp.gate_up_proj", gate_rows="first_half", attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
     ),
+    "olmo": Family(norm="layer", epsilon=1e-5, requires=(("clip_qkv", None),)),
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "exaone4": OLMO2,
+    "arcee": Family(gate="mlp.up_proj"),
+    "apertus": Family(gate="mlp.up_proj", attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
+    "nanochat": Family(gate="mlp.fc1", down="mlp.fc2"),
+    "nemotron": Family(gate="mlp.up_proj", norm="layer_plus_one"),
+    "jais2": Family(gate="mlp.up_proj", norm="layer"),
     "starcoder2": Family(gate="mlp.c_fc", down="mlp.c_proj", norm="layer"),
-    "gpt2": Family(
-        backbone="transformer", layers="h", final_norm="ln_f", attention="attn", value="attn.c_attn", value_rows="last",
-        output="attn.c_proj", gate="mlp.c_fc", down="mlp.c_proj", attention_norm="ln_1", mlp_norm="ln_2", norm="layer",
+    "stablelm": Family(norm="layer", parallel="use_parallel_residual", parallel_mlp_norm="input_layernorm"),
+    "cohere": COHERE,
+    "cohere2": COHERE,
+    "phi": Family(
+        final_norm="final_layernorm", output="self_attn.dense", gate="mlp.fc1", down="mlp.fc2",
+        mlp_norm="input_layernorm", norm="layer", parallel=True,
     ),
+    "persimmon": Family(
+        final_norm="final_layernorm", value="self_attn.query_key_value", value_rows="last_of_head",
+        output="self_attn.dense", gate="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", norm="layer",
+    ),
+    "gpt2": GPT2,
+    "gpt_bigcode": replace(GPT2, requires=(("multi_query", True),)),
     "gpt_neox": Family(
         backbone="gpt_neox", final_norm="final_layer_norm", attention="attention", value="attention.query_key_value",
         value_rows="last_of_head", output="attention.dense", gate="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
         norm="layer", parallel="use_parallel_residual",
     ),
+    "gptj": GPTJ,
+    "codegen": replace(GPTJ, value="attn.qkv_proj", value_rows="middle_of_four"),
+    "opt": replace(OPT, requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False))),
+    "biogpt": replace(OPT, backbone="biogpt", final_norm="layer_norm"),
 }  # fmt: skip
+
+_NO_INTERFACE = "its attention does not call transformers' AttentionInterface, which gives DePass the attention pattern"
+UNSUPPORTED: dict[str, str] = {  # by model_type: why no declaration fits
+    "falcon": _NO_INTERFACE,
+    "gpt_neo": _NO_INTERFACE,
+    "bloom": _NO_INTERFACE,
+    "mpt": _NO_INTERFACE,
+    "xglm": _NO_INTERFACE,
+    "diffllama": "its heads subtract two attention patterns, and a norm stands between them and the output projection",
+    "bitnet": "a norm stands between its attention pattern and the output projection",
+    "lfm2": "some of its layers have a convolution in place of attention",
+    "doge": "its layers scale the residual stream itself",
+    "minicpm3": "its values are projected twice, from a latent vector, and it scales the vectors that its head reads",
+}

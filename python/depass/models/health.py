@@ -9,6 +9,9 @@ from depass_kernels.ops import FLOATS
 from ..errors import ModelError
 from .bound import BoundModel
 
+# of modules that call torch.nn.functional.dropout, or skip layers, while they train
+_RATES = ("attention_dropout", "residual_dropout", "dropout", "activation_dropout", "attn_dropout", "layerdrop")
+
 
 def blame(bound: BoundModel) -> str:
     """Explain why a model's numbers are not finite: names a weight that is not, or else the dtype."""
@@ -33,6 +36,6 @@ def refuse_dropout(bound: BoundModel) -> None:
     """Raise a ModelError where dropout is active."""
     training = [module for module in bound.model.modules() if module.training]
     rates = [module.p for module in training if isinstance(module, torch.nn.Dropout)]
-    rates += [getattr(module, name, 0.0) for module in training for name in ("attention_dropout", "residual_dropout")]
+    rates += [getattr(module, name, 0.0) for module in training for name in _RATES]
     if any(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
         raise ModelError(f"{bound.name} is in training mode with dropout, so its logits are random; call model.eval()")

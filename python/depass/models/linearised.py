@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..errors import ModelError
 from ..rules import PathWeights
 from . import weights
-from .bound import BoundModel, Layer, Norm
+from .bound import BoundModel, Layer, Norm, epsilon_of
 from .capture import eager_with_patterns, of_this_thread, refuse_nested, running
 from .health import refuse_dropout
 from .trace import NORMS
@@ -76,7 +76,7 @@ def refuse(bound: BoundModel) -> None:
 
     Raises:
         ModelError: dropout or gradient checkpointing is at work; weights were made in inference mode, are quantised,
-            offloaded or streamed; or a norm inside a layer has no weight.
+            offloaded or streamed; or a norm inside a layer has no epsilon.
     """
     refuse_dropout(bound)
     name = bound.name
@@ -126,7 +126,9 @@ class _Normed(torch.autograd.Function):
     """A norm's own output, with the gradient of ``γ ⊙ x · r`` for a frozen ``r``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, own: tuple[Tensor], scale: Tensor, gamma: Tensor, is_centred: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, own: tuple[Tensor], scale: Tensor, gamma: Tensor | None, is_centred: bool
+    ) -> Tensor:
         ctx.save_for_backward(scale, gamma)
         ctx.dtype, ctx.is_centred = x.dtype, is_centred
         return own[0]  # in a tuple, so that it is no input and the output no view of one
@@ -134,7 +136,8 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         scale, gamma = ctx.saved_tensors
-        of_x = gradient.to(scale.dtype) * gamma * scale
+        of_x = gradient.to(scale.dtype)
+        of_x = of_x * scale if gamma is None else of_x * gamma * scale
         if ctx.is_centred:
             of_x = of_x - of_x.mean(-1, keepdim=True)
         return of_x.to(ctx.dtype), None, None, None, None
@@ -167,26 +170,26 @@ def _only(x: Tensor, weight: float) -> Tensor:
 
 
 def _norms(bound: BoundModel) -> list[_FrozenNorm]:
-    """The norms of all layers, those on queries and keys too, and the final norm.
+    """The norms of all layers, those on queries and keys too, and the final norm, each module once.
 
     Raises:
-        ModelError: a norm has no weight.
+        ModelError: a norm has no epsilon.
     """
-    found = []
+    found, epsilon = [], bound.family.epsilon
     for index, layer in enumerate(bound.layers):
-        declared = [norm for name in NORMS if (norm := getattr(layer, name)) is not None]
-        found += [_FrozenNorm(bound, norm) for norm in declared]
-        ids = {id(norm.module) for norm in declared}
+        # attention and MLP may read the stream through one norm
+        declared = {id(norm.module): norm for name in NORMS if (norm := getattr(layer, name)) is not None}
+        found += [_FrozenNorm(bound, norm) for norm in declared.values()]
         for path, module in layer.module.named_modules():
-            if id(module) in ids or "norm" not in type(module).__name__.lower() or next(module.children(), None):
+            if id(module) in declared or "norm" not in type(module).__name__.lower() or next(module.children(), None):
                 continue
-            if getattr(module, "weight", None) is None:
+            if epsilon_of(module, epsilon) is None:
                 raise ModelError(
-                    f"{path} of layer {index} of {bound.name} ({type(module).__name__}) has no weight; linear rules need "
-                    "norms with one"
+                    f"{path} of layer {index} of {bound.name} ({type(module).__name__}) has no eps, which linear rules "
+                    "need; declare it: depass.Family(epsilon=...)"
                 )
             kind = "layer" if isinstance(module, nn.LayerNorm) else bound.final_norm.kind
-            found.append(_FrozenNorm(bound, Norm(module, kind), f"{path} of layer {index}"))
+            found.append(_FrozenNorm(bound, Norm(module, kind, epsilon), f"{path} of layer {index}"))
     return [*found, _FrozenNorm(bound, bound.final_norm)]
 
 
@@ -206,13 +209,15 @@ class _FrozenNorm:
         with torch.no_grad():
             scale = self.norm.scale(x, dtype)[..., None]
             self._check(x, scale, output)
-        gamma = self.norm.gamma(dtype).detach()
-        return _Normed.apply(x, (output.detach(),), scale, gamma, self.norm.kind == "layer")  # type: ignore[no-untyped-call, no-any-return]
+            gamma = self.norm.gamma(dtype)
+        return _Normed.apply(x, (output.detach(),), scale, gamma, self.norm.is_centred)  # type: ignore[no-untyped-call, no-any-return]
 
     def _check(self, x: Tensor, scale: Tensor, output: Tensor) -> None:
         if self.undeclared is None:
             return
-        first, beta = (0,) * (x.dim() - 1), self.norm.beta()
+        gamma, beta = self.norm.gamma(), self.norm.beta()
+        of_weight = 1 if gamma is None else gamma.dim()  # 2 where each head has a weight of its own
+        first = (0,) * (x.dim() - of_weight)
         expected = self.norm.of_parts(x[first].to(scale), scale[first])
         expected = expected if beta is None else expected + beta.to(expected)
         missed, size = (expected - output[first].to(expected)).norm(), expected.norm()

@@ -95,9 +95,9 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
 
     def copied(projection: Projection, post_norm: Norm | None = None) -> int:
         size = projection.shape.numel()
-        if post_norm is not None:
+        if post_norm is not None or projection.factor != 1:
             return size * (number + dtype.itemsize)
-        sliced = projection.rows == "last_of_head"  # not a view
+        sliced = projection.rows in ("last_of_head", "middle_of_four")  # not a view
         return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
 
     attention = copied(layer.value) + copied(layer.output, layer.attention_post_norm)

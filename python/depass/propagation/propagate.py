@@ -233,13 +233,13 @@ class Propagation:
         rows: Tensor | None = None,
     ) -> Tensor:
         """Rows of a state through a norm, ``[R', D]`` in the dtype of the products, for the positions of ``layout``."""
-        backend = backends.named_for("normed", self.sharing.backend)
+        backend, gamma = backends.named_for("normed", self.sharing.backend), None if norm is None else norm.gamma()
         return normed(
             state,
             layout,
             scale=scale,
-            weight=None if norm is None else norm.gamma().to(state.device),
-            centred=norm is not None and norm.kind == "layer",
+            weight=None if gamma is None else gamma.to(state.device),
+            centred=norm is not None and norm.is_centred,
             rows=rows,
             out=state.new_empty(layout.rows, state.shape[1], dtype=self.bound.product_dtype),
             backend=backend,
@@ -261,7 +261,7 @@ class Propagation:
         bias = bias.to(self.state.dtype)
         if post_norm is not None:
             assert post_scale is not None
-            bias = bias * post_norm.gamma(bias.dtype) * post_scale[:, None]
+            bias = post_norm.weighted(bias) * post_scale[:, None]
         assert self.layout is not None
         rows = _bias_rows(self.layout, self.state)
         self.state[rows] += bias

@@ -185,7 +185,7 @@ def _output_bias(projection: Projection, norm: Norm | None, scale: Tensor | None
         return None
     bias = bias.to(torch.float64 if bias.dtype == torch.float64 else torch.float32)
     if norm is not None and scale is not None:
-        return bias * norm.gamma(bias.dtype) * scale[:, None]
+        return norm.weighted(bias) * scale[:, None]
     return bias.expand(len(trace.stream), -1)
 
 

@@ -1,0 +1,67 @@
+"""Writes the table of the families into docs/models.md: ``python tests/support/family_table.py docs/models.md``.
+
+All of it follows from ``depass.FAMILIES``, but the versions of transformers, which are those of the small models.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import models
+
+from depass import FAMILIES, Family
+
+BEGIN, END = "<!-- the families: begin -->", "<!-- the families: end -->"
+NORMS = {"rms": "RMSNorm", "rms_plus_one": "RMSNorm, 1 + w", "layer": "LayerNorm", "layer_plus_one": "LayerNorm, 1 + w"}
+
+
+def places(family: Family) -> str:
+    """Where the norms of a family are."""
+    before, after = family.attention_norm is not None, family.attention_post_norm is not None
+    return "before and after" if before and after else "after" if after else "before"
+
+
+def reads(family: Family) -> str:
+    """What the MLP reads."""
+    if isinstance(family.parallel, str):
+        return f"the layer's input with `{family.parallel}`"
+    return "the layer's input" if family.parallel else "after the attention"
+
+
+def special(family: Family) -> str:
+    """What else a family has."""
+    found = []
+    if family.value_rows != "all":
+        found.append("fused values")
+    if family.gate_rows != "all":
+        found.append("fused gate")
+    if family.epsilon is not None:
+        found.append(f"epsilon {family.epsilon}")
+    found += [f"factor `{name}`" for name in (family.residual_factor, family.logit_factor) if name]
+    found += [f"divisor `{name}`" for name in (family.logit_divisor,) if name]
+    found += [f"only `{name}={value}`" for name, value in family.requires]
+    return ", ".join(found)
+
+
+def lines() -> Iterator[str]:
+    """The table, a row for each family."""
+    yield "| `model_type` | norm | norms on sublayers | the MLP reads | special | transformers |"
+    yield "|---|---|---|---|---|---|"
+    for kind, family in FAMILIES.items():
+        cells = (NORMS[family.norm], places(family), reads(family), special(family), models.since(kind))
+        yield f"| `{kind}` | {' | '.join(cells)} |"
+
+
+def written(text: str) -> str:
+    """A document with the table between its markers."""
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"the document has no markers; add {BEGIN} and {END} where the table goes")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    return f"{head}{BEGIN}\n" + "\n".join(lines()) + f"\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    document = Path(sys.argv[1])
+    document.write_text(written(document.read_text()))
