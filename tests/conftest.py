@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from depass import DePass, ModelError
-from depass.models import smollm2
+from depass import DePass, ModelError, OptionError
+from depass.models import builtin
 from depass.propagation.blocks import TRAITS
 from depass_kernels import backends
 
@@ -160,12 +160,26 @@ def published_directory(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
+    return built_in("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma_folder() -> Path:
+    return built_in("gemma3-270m")
+
+
+def built_in(name: str) -> Path:
     try:
-        return smollm2.folder()
-    except ModelError as error:
-        pytest.skip(f"the default model cannot be had here: {error}")
+        return Path(builtin.path(name))
+    except (ModelError, OptionError) as error:
+        pytest.skip(f"the model {name!r} cannot be had here: {error}")
 
 
 @pytest.fixture(scope="session")
 def smollm2_dp(smollm2_folder: Path, device: str) -> Any:
     return DePass.from_pretrained(dtype=torch.float32, device_map=None if device == "cpu" else device)
+
+
+@pytest.fixture(scope="session")
+def gemma_dp(gemma_folder: Path, device: str) -> Any:
+    return DePass.from_pretrained("gemma3-270m", dtype=torch.float32, device_map=None if device == "cpu" else device)

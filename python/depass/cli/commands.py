@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from .. import rules
-from ..arguments import DIGITS, ModelOptions, check_stream, device_name, load_model, read_options, say
+from ..arguments import DIGITS, ModelOptions, check_stream, device_name, load_model, read_options, say, say_aside
 from ..errors import OptionError, PromptError, TargetError
 from ..files import check_writable
 
@@ -86,7 +86,7 @@ def _plan(options: argparse.Namespace) -> None:
     is_number = options.sources.isdecimal() and len(options.sources) <= DIGITS
     sources = int(options.sources) if is_number else options.sources
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    bound = empty_model(options.model, dtype, options.quantization, options.trust_remote_code)
+    bound = empty_model(options.model, dtype, options.quantization, options.trust_remote_code, say=say_aside)
     if budget is None and device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory
     if budget is None:

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..arguments import ModelOptions, add_options
+from ..arguments import MODELS, ModelOptions, add_options
 from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
+from ..models.builtin import DEFAULT
 from .commands import _attribute, _attribute_dataset, _backends, _plan, _view
 from .quiet import add_verbose, quiet
 
@@ -143,7 +144,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     plan = _command(commands, "plan", "print the rows, memory and time that an attribution needs; loads no weights")
     plan.set_defaults(run=_plan)
     add = plan.add_argument
-    add("-m", "--model", default="smollm2", help="a directory or a Hugging Face Hub name; its weights are not loaded")
+    add("-m", "--model", default=DEFAULT, help=f"{MODELS} (default: {DEFAULT}); its weights are not loaded")
     add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
     add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
     add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")

@@ -1,8 +1,9 @@
-"""Loading models with transformers, with weights or as shapes only: from safetensors, never from pickles."""
+"""Loading models with transformers, with weights or as shapes only: from safetensors or GGUF, never from pickles."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..device_memory import asked_bytes
 from ..errors import DePassError, MemoryLimitError, ModelError, OptionError, first_line
-from . import smollm2
+from . import builtin, gguf_file
 from .bind import bind, quantization_method
 from .bound import BoundModel, Projection
 from .weights import QUANTIZATIONS
@@ -26,14 +27,16 @@ def empty_model(
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda message: None,
 ) -> BoundModel:
     """A model with shapes only, from its configuration; no weight is loaded.
 
     Args:
-        name_or_path: a directory, a name on the hub, or ``"smollm2"``.
-        dtype: the dtype of the weights; by default the saved one.
+        name_or_path: a directory, a GGUF file, a name on the hub, or a short name (``depass.models.builtin``).
+        dtype: the dtype of the weights; by default the saved one, or fp32 for a GGUF file.
         quantization: ``"8bit"`` or ``"4bit"`` as by bitsandbytes, which need not be installed; by default as saved.
         trust_remote_code: whether to run code from the model's directory or repository.
+        say: a function that is called with one line of text before each slow step.
 
     Raises:
         ModelError: the configuration cannot be read, or the family is unknown.
@@ -42,12 +45,20 @@ def empty_model(
     import transformers
 
     name = os.fspath(name_or_path)
-    path = os.fspath(smollm2.folder()) if name == smollm2.NAME else name
+    path = builtin.path(name, say)
+    is_gguf = gguf_file.is_meant(path)
+    if is_gguf:
+        _refuse_quantization(name, quantization)
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if is_gguf:
+            config = gguf_file.config_of(name, path)
+        else:
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model = model.to(dtype or _saved_dtype(config))
+    except DePassError:
+        raise
     except Exception as error:  # transformers may raise anything
         raise ModelError(f"cannot read the configuration of {name!r}: {_said(error)}") from error
     method = _method(name, config, quantization)
@@ -65,15 +76,15 @@ def load(
     quantization: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a directory or a hub name; options as for :meth:`DePass.from_pretrained`.
+    """Load a model and its tokenizer from a directory, a GGUF file or a hub name.
+
+    The options are those of :meth:`DePass.from_pretrained`.
 
     Raises:
         ModelError: the model does not exist, is incomplete, or cannot be loaded safely.
         MemoryLimitError: the model does not fit into memory.
         OptionError: an option does not fit the model, or a package that it needs is not installed.
     """
-    import transformers
-
     # one device needs no device_map, which transformers leaves to accelerate
     spread = isinstance(device_map, dict) or device_map in SPREAD
     if spread:
@@ -84,27 +95,17 @@ def load(
         raise OptionError(
             f"max_memory={max_memory!r} has no effect with a dict as device_map, which assigns every module; leave it out"
         )
-    _refuse_pickles(name, path)
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory} if spread else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        method = _method(name, config, quantization)
-        if method is not None:
-            _require("accelerate", "a quantised model", "quantized")
-            _require(method, f"a model quantised by {method}", "quantized")
-            options["quantization_config"] = _quantization_config(quantization, dtype, config)
-            device_map, spread = device_map if spread else {"": "cpu" if device_map is None else device_map}, True
-        if spread:
-            options |= {"device_map": device_map, "max_memory": max_memory}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-        if device_map is not None and not spread:
+        if gguf_file.is_meant(path):
+            _refuse_quantization(name, quantization)
+            options["dtype"] = torch.float32 if dtype == "auto" else dtype
+            model, tokenizer, loading_info = gguf_file.load(name, path, **_given(options))
+        else:
+            _refuse_other_files(name, path)
+            options = _quantized(name, path, dtype, device_map, quantization, trust_remote_code) | options
+            model, tokenizer, loading_info = _load_safetensors(path, dtype, trust_remote_code, options)
+        if device_map is not None and "device_map" not in options:
             model = model.to(device_map)
     except DePassError:
         raise
@@ -113,7 +114,7 @@ def load(
             raise MemoryLimitError(
                 f"cannot load the model {name!r}: out of memory; `depass plan` shows how much it needs"
             ) from error
-        anew = f"; delete {path} to download it again" if name == smollm2.NAME else ""
+        anew = f"; delete {path} to download it again" if name in builtin.MODELS else ""
         raise ModelError(f"cannot load the model {name!r}: {_said(error)}{anew}") from error
     if missing := sorted(loading_info["missing_keys"]):  # transformers initialises them randomly
         plural = "s" if len(missing) > 1 else ""
@@ -122,6 +123,52 @@ def load(
             "load it from intact files"
         )
     return model, tokenizer
+
+
+def _load_safetensors(
+    path: str, dtype: torch.dtype | str, trust_remote_code: bool, options: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A model, its tokenizer, and what transformers reports about the loading, from a directory or a hub name."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    options = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "use_safetensors": True, **options}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=trust_remote_code, output_loading_info=True, **_given(options)
+    )
+    return model, tokenizer, loading_info
+
+
+def _quantized(
+    name: str, path: str, dtype: torch.dtype | str, device_map: Any, quantization: Any, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What transformers needs to load a model that is quantised, saved so or now; nothing for another model."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    method = _method(name, config, quantization)
+    if method is None:
+        return {}
+    _require("accelerate", "a quantised model", "quantized")
+    _require(method, f"a model quantised by {method}", "quantized")
+    return {
+        "quantization_config": _quantization_config(quantization, dtype, config),
+        "device_map": {"": "cpu" if device_map is None else device_map},
+    }
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _refuse_quantization(name: str, given: Any) -> None:
+    """Raise an OptionError where a quantisation is given for a GGUF file."""
+    if given is not None:
+        raise OptionError(
+            f"quantization={given!r}: {name!r} is a GGUF file, whose weights are quantised already and are unpacked; leave "
+            "it out, or load the original model"
+        )
 
 
 def _method(name: str, config: Any, given: Any) -> str | None:
@@ -200,9 +247,14 @@ def _require(package: str, what: str, extra: str) -> None:
         raise OptionError(f"{what} needs {package}: pip install 'depass-kernels[{extra}]'")
 
 
-def _refuse_pickles(name: str, path: str) -> None:
-    """Raise a ModelError where a directory has weights only as pickles."""
+def _refuse_other_files(name: str, path: str) -> None:
+    """Raise a ModelError where a directory has weights only as pickles or as GGUF files."""
     files = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    packed = [file for file in files if file.endswith(".gguf")]
+    if packed and "config.json" not in files:
+        raise ModelError(
+            f"{name!r} has no config.json but GGUF files; name one of them: {os.path.join(name, packed[0])}"
+        )
     pickles = [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
     if pickles and not any(file.endswith(".safetensors") for file in files):
         raise ModelError(f"{name!r} has its weights only as {pickles[0]}; {_CONVERT}")

