@@ -26,6 +26,7 @@ from depass.propagation.blocks import TRAITS, neurons_at_once
 MEASURED = """
 import sys, torch
 from depass import DePass
+from depass.engine import linear
 
 def read(what):
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1])
@@ -33,11 +34,16 @@ def read(what):
 dp = DePass.from_pretrained(dtype=torch.float32)
 for parameter in dp.model.parameters():
     parameter.sum()  # weights are read from the file when they are first used
-n = int(sys.argv[1])
-plan = dp.plan(n, measure=False)
+n, rule, room = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+weights = dp.plan(n, measure=False).weights_bytes
+linear.room = lambda bound: room
+plan = dp.plan(n, rule=rule, budget_bytes=weights + room, measure=False)
+if rule != "softmax":
+    dp.attribute([5, 6, 7], rule=rule)  # checks the layers, once per model
 open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
 loaded = read("VmRSS")
-dp.attribute(torch.randint(100, 40_000, (n,)), target=5, start_layer=27)  # no layer takes more than another
+start = 27 if rule == "softmax" else 0  # no layer of a decomposition takes more than another
+dp.attribute(torch.randint(100, 40_000, (n,)), target=5, rule=rule, start_layer=start)
 print(plan.total_bytes, read("VmHWM") - loaded + plan.weights_bytes)
 """
 
@@ -52,11 +58,15 @@ def test_blocks_of_neurons_begin_where_products_are_fast(neurons: int, fit: int,
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
-@pytest.mark.parametrize("tokens", [48, 128, 256, 384, 512])
-def test_memory_is_what_was_planned(tokens: int, smollm2_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "rule", "room"),
+    [*((tokens, "softmax", 1 << 34) for tokens in (48, 128, 256, 384, 512)), (512, "half", 1 << 34), (512, "steer", 1 << 34),
+     (1024, "half", 1 << 30), (1024, "steer", 1 << 30)],
+)  # fmt: skip
+def test_memory_is_what_was_planned(tokens: int, rule: str, room: int, smollm2_folder: Path) -> None:
     # the C library would keep freed blocks of up to 32 MB, more or fewer of them from run to run; a plan counts tensors
     returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    command = [sys.executable, "-c", MEASURED, str(tokens)]
+    command = [sys.executable, "-c", MEASURED, str(tokens), rule, str(room)]
     done = subprocess.run(command, env=returned, capture_output=True, text=True, check=True)
     planned, measured = (int(number) for number in done.stdout.split())
     assert abs(planned - measured) <= 0.1 * measured
