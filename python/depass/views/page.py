@@ -116,7 +116,7 @@ def attribution_view(res: Scored) -> View:
     ranked = named[:_KEPT] or list(range(len(res.sources)))  # the sum of the others comes after these
     many = len(ranked) > GRID and bool(named)
     facts = _facts(res.settings)
-    if res.settings.adds_up:
+    if "forward" in res.settings.engine:
         excluded = "first token excluded from later tokens' MLPs"
         facts.append(excluded if res.settings.exclude_bos else "no token excluded from the MLPs")
     if res.settings.aggregated:
