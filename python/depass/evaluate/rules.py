@@ -155,7 +155,7 @@ def _draw(areas: dict[tuple[Variant, str], Mean], folder: Path) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("temperature τ of the softmax rule (pre-activation units)")
         axes.set_ylabel(
-            "probability of the answer, relative to the whole prompt" if curve == CURVES[0] else "", fontsize=9
+            "probability of the answer,\nrelative to the whole prompt" if curve == CURVES[0] else "", fontsize=9
         )
         better = "lower" if curve == "patch" else "higher"
         axes.set_title(f"{curve}-top, area under the curve; {better} is better", fontsize=10)
