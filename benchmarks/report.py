@@ -15,7 +15,7 @@ from typing import Any
 from depass.evaluate.summary import table
 from depass.files import write_atomically
 
-from . import wording
+from . import report_linear, wording
 from .figures import COLOURS, draw, shown
 from .machine import BenchmarkError
 from .ops import OPS
@@ -46,10 +46,13 @@ _MARKER = re.compile(r"^<!-- (begin|end) ([a-z0-9-]+) -->[ \t]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest row of each machine, case, method and backend; and the figures drawn from these rows."""
+    """The newest row of each machine, case, method and backend; the figures drawn from these rows; and those of the linear
+    rules.
+    """
 
     rows: list[Row]
     figures: list[Path]
+    linear_figures: list[Path]
 
 
 def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iterator[Path]:
@@ -63,12 +66,11 @@ def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iter
     for path, text in texts.items():
         _marked(path, text)
     kept = newest(rows)
-    drawn = draw(kept, folder)
+    drawn, of_linear = draw(kept, folder), report_linear.draw(folder)
     for path, text in texts.items():
-        filled = fill(path, text, Newest(kept, drawn))
+        filled = fill(path, text, Newest(kept, drawn, of_linear))
         write_atomically(path, filled.encode())
-    yield from drawn
-    yield from documents
+    yield from (*drawn, *of_linear, *documents)
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
@@ -406,7 +408,11 @@ def _figures(newest: Newest, path: Path) -> str:
     return shown(newest.figures, path) or NOTHING
 
 
+def _linear(newest: Newest, path: Path) -> str:
+    return report_linear.section(newest.linear_figures, path)
+
+
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
     "speed": _speed, "comparison": _comparison, **{name: _question(name) for name in METHODS}, "ops": _ops,
-    "predicted": _predicted, "figures": _figures,
+    "linear": _linear, "predicted": _predicted, "figures": _figures,
 }  # fmt: skip
