@@ -1,4 +1,4 @@
-"""Draws the figures and writes the tables of documents from the results: no number in them is typed by hand.
+"""Writes the tables of documents from the results: no number in them is typed by hand.
 
 A document marks where a table goes with ``<!-- begin tokens -->`` and ``<!-- end tokens -->``, each on its own line. The
 report replaces the text between the markers and nothing else.
@@ -6,7 +6,6 @@ report replaces the text between the markers and nothing else.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from typing import Any
 from depass.evaluate.summary import table
 from depass.files import write_atomically
 
+from . import report_linear, wording
+from .figures import COLOURS, draw, shown
 from .machine import BenchmarkError
-from .ops import OPS, TORCH
+from .ops import OPS
 from .predict import CARDS, card_of, load
 from .registry import METHODS, OURS, SHAPES, UNITS, all_cases
 from .runner import Row
+from .wording import NOTHING
 
-NOTHING = "Not measured yet."
 OFF = (0.8, 1.25)  # measured over predicted: what lies outside is marked
 PLAIN_PYTORCH = "eager"
 GRADIENT = "input_x_gradient"
@@ -41,20 +42,17 @@ CASE_IN_WORDS = {
 }  # fmt: skip
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _MARKER = re.compile(r"^<!-- (begin|end) ([a-z0-9-]+) -->[ \t]*$", re.MULTILINE)
-# fixed order, ours first: a method keeps its colour in every figure
-COLOURS = {
-    OURS: "#0b62a4", "naive": "#c43d3d", "eager": "#d98b19", "compiled": "#8a5cb8", "input_x_gradient": "#5d8a3a",
-    "integrated_gradients_20": "#57a69a", "integrated_gradients_50": "#1f7a6d", "ablation": "#8c8c8c",
-}  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest row of each machine, case, method and backend; and the figures drawn from these rows."""
+    """The newest row of each machine, case, method and backend; the figures drawn from these rows; and those of the linear
+    rules.
+    """
 
     rows: list[Row]
     figures: list[Path]
+    linear_figures: list[Path]
 
 
 def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iterator[Path]:
@@ -68,12 +66,11 @@ def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iter
     for path, text in texts.items():
         _marked(path, text)
     kept = newest(rows)
-    drawn = draw(kept, folder)
+    drawn, of_linear = draw(kept, folder), report_linear.draw(folder)
     for path, text in texts.items():
-        filled = fill(path, text, Newest(kept, drawn))
+        filled = fill(path, text, Newest(kept, drawn, of_linear))
         write_atomically(path, filled.encode())
-    yield from drawn
-    yield from documents
+    yield from (*drawn, *of_linear, *documents)
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
@@ -165,47 +162,11 @@ def _by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _where(rows: Sequence[Row]) -> str:
-    """The machine, the versions, the commits and the dates of a table's rows."""
-    row = rows[-1]
-    commits = sorted(
-        {f"{str(r.get('commit'))[:10]}{' with uncommitted changes' if r.get('changed') else ''}" for r in rows}
-    )
-    dates = sorted({r["date"][:10] for r in rows})
-    cpu = f"{row['threads']} threads, {row['cpu_capability']}"
-    driver = f", driver {row['driver']}" if row.get("driver") else ""
-    limit = sorted({r["memory_limit_bytes"] for r in rows if r.get("memory_limit_bytes")})
-    capped = f", memory capped at {', '.join(f'{b / 1e9:g} GB' for b in limit)}" if limit else ""
-    return (
-        f"Measured on {_machine(row)} ({'GPU' if row['gpu'] else cpu}{driver}{capped}) with torch {row['torch']} and "
-        f"transformers {row['transformers']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
-        f"{'Commit' if len(commits) == 1 else 'Commits'}: {', '.join(commits)}."
-    )
-
-
-def _machine(row: Row) -> str:
-    return str(row["gpu"] or row["cpu"])
-
-
-def _seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{value * 1e6:.3g} µs"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e6:.0f} MB" if value < 1e9 else f"{value / 1e9:.1f} GB"
-
-
-def _model(name: str) -> str:
-    return "SmolLM2-135M-Instruct" if name == "smollm2" else f"{name}, random weights"
-
-
 def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by the model and dtype that stand above their table."""
     by_model: dict[str, list[Row]] = {}
     for row in rows:
-        by_model.setdefault(f"**{_model(row['model'])}, {row['dtype']}**", []).append(row)
+        by_model.setdefault(f"**{wording.model(row['model'])}, {row['dtype']}**", []).append(row)
     return by_model
 
 
@@ -214,7 +175,7 @@ def _question(question: str) -> Callable[[Newest, Path], str]:
         rows = [row for row in newest.rows if row.get("question") == question and row["model"] != "tiny"]
         parts = []
         for of_machine in _by_machine(rows).values():
-            parts.append(f"Command: `python -m benchmarks run '{question}/*'`. {_where(of_machine)}")
+            parts.append(f"Command: `python -m benchmarks run '{question}/*'`. {wording.where(of_machine)}")
             for title, of_model in _by_model(of_machine).items():
                 parts += [title, *_times_and_rates(UNITS[question], of_model)]
         return "\n\n".join(parts) or NOTHING
@@ -245,16 +206,18 @@ def _names(row: Row) -> list[str]:
 def _times(row: Row) -> list[str]:
     if row["status"] == "stopped":
         times = _format(row, "times_ours", "over {:.2f}")
-        return [*_names(row), f"over {_seconds(row['seconds_at_least'])}: stopped", "", "", times, "", "", ""]
+        return [*_names(row), f"over {wording.seconds(row['seconds_at_least'])}: stopped", "", "", times, "", "", ""]
     if row["status"] != "ok":
         reason = row["status"]
         if reason == "oom":
-            reason = "out of memory" + (f": asked for {_bytes(row['asked_bytes'])}" if row["asked_bytes"] else "")
+            asked = row["asked_bytes"]
+            reason = "out of memory" + (f": asked for {wording.size(asked)}" if asked else "")
         return [*_names(row), reason, *[""] * 6]
     return [
-        *_names(row), _seconds(row["seconds_p50"]), f"{_seconds(row['seconds_p20'])} to {_seconds(row['seconds_p80'])}",
+        *_names(row), wording.seconds(row["seconds_p50"]),
+        f"{wording.seconds(row['seconds_p20'])} to {wording.seconds(row['seconds_p80'])}",
         str(row["runs"]), _format(row, "times_ours", "{:.2f}"), _format(row, "share_of_floor", "{:.0%}"),
-        _share_with_the_plain_pass(row), _format(row, "beyond_plain_bytes", _bytes),
+        _share_with_the_plain_pass(row), _format(row, "beyond_plain_bytes", wording.size),
     ]  # fmt: skip
 
 
@@ -288,7 +251,8 @@ def _speed(newest: Newest, _: Path) -> str:
         for model, cases in SPEED_ROWS.items():
             lines = [_in_words(by_case[case]) for case in cases if _measured(by_case.get(case, {}))]
             if lines:
-                parts.append("\n".join([f"{_model(model)}, measured on {_machine(of_machine[-1])}:\n", *lines]))
+                title = f"{wording.model(model)}, measured on {wording.machine(of_machine[-1])}:\n"
+                parts.append("\n".join([title, *lines]))
     return "\n\n".join(parts) or NOTHING
 
 
@@ -335,13 +299,17 @@ def _comparison(newest: Newest, _: Path) -> str:
             by_case = {case: by for case, by in _by_case(of_model).items() if _measured(by)}
             rivals = [name for name in COLOURS if name != OURS and any(name in by for by in by_case.values())]
             lines = [
-                [_short_case(by[OURS]), _seconds(by[OURS]["seconds_p50"]), *(_against(by.get(name)) for name in rivals)]
+                [
+                    _short_case(by[OURS]),
+                    wording.seconds(by[OURS]["seconds_p50"]),
+                    *(_against(by.get(name)) for name in rivals),
+                ]
                 for by in by_case.values()
             ]
             if lines:
                 tables += [title, table(["case", "depass", *(name.replace("_", " ") for name in rivals)], lines)]
         if tables:
-            parts += [*tables, _where(of_machine)]
+            parts += [*tables, wording.where(of_machine)]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -356,7 +324,7 @@ def _against(row: Row | None) -> str:
     if row["status"] not in ("ok", "stopped"):
         return "out of memory" if row["status"] == "oom" else row["status"]
     if "times_ours" not in row:
-        return "" if row["status"] == "ok" else f"over {_seconds(row['seconds_at_least'])}"
+        return "" if row["status"] == "ok" else f"over {wording.seconds(row['seconds_at_least'])}"
     times = f"{row['times_ours']:.0f}×" if row["times_ours"] >= 100 else f"{row['times_ours']:.2g}×"
     return times if row["status"] == "ok" else f"over {times}"
 
@@ -368,7 +336,7 @@ def _ops(newest: Newest, _: Path) -> str:
         first = of_machine[-1]
         lines = [
             [row["op"], f"{row['model']}, {row['dtype']}, N={row['positions']}", row["backend"],
-             _seconds(row["seconds_p50"]), _bytes(row["bytes"]), f"{row['share_of_copy']:.0%}",
+             wording.seconds(row["seconds_p50"]), wording.size(row["bytes"]), f"{row['share_of_copy']:.0%}",
              f"{row['operations'] / 1e9:.3g}", f"{row['share_of_gemm']:.0%}"]
             for row in of_machine
         ]  # fmt: skip
@@ -377,14 +345,14 @@ def _ops(newest: Newest, _: Path) -> str:
         if (card := card_of(first["gpu"])) is not None:
             head.append("predicted time")
             for line, row in zip(lines, of_machine, strict=True):
-                line.append(_seconds(CARDS[card].seconds(row["operations"], row["bytes"])))
+                line.append(wording.seconds(CARDS[card].seconds(row["operations"], row["bytes"])))
         command = f"Command: `pytest benchmarks/test_ops.py --sizes {first['sizes']} --rows FILE`."
         rates = {row["dtype"]: row for row in of_machine}
         said = "; ".join(
             f"in {dtype}, a copy moved {row['copy_bytes_per_second'] / 1e9:.3g} GB/s and a GEMM did "
             f"{row['gemm_operations_per_second'] / 1e12:.3g} TFLOP/s" for dtype, row in rates.items()
         )  # fmt: skip
-        parts.append(f"{command} {_where(of_machine)} In the same session, {said}.\n\n{table(head, lines)}")
+        parts.append(f"{command} {wording.where(of_machine)} In the same session, {said}.\n\n{table(head, lines)}")
     return "\n\n".join(parts) or NOTHING
 
 
@@ -419,17 +387,17 @@ def _predicted(newest: Newest, _: Path) -> str:
 def _prediction(row: Row, ours: Row | None) -> list[str]:
     return [
         _short_case(row), f"{row['rows']:,}", _short(sum(row["operations"].values()) / 1e12),
-        _short(sum(row["bytes"].values()) / 1e9), f"{row['launches']:,}", _seconds(row["seconds"]),
-        _seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}",
-        "not measured" if ours is None else _seconds(ours["seconds_p50"]),
+        _short(sum(row["bytes"].values()) / 1e9), f"{row['launches']:,}", wording.seconds(row["seconds"]),
+        wording.seconds(row["floor_seconds"]), f"{row['floor_seconds'] / row['seconds']:.0%}",
+        "not measured" if ours is None else wording.seconds(ours["seconds_p50"]),
     ]  # fmt: skip
 
 
 def _judged(row: Row, ours: Row) -> list[str]:
     ratio = ours["seconds_p50"] / row["seconds"]
     mark = "" if OFF[0] <= ratio <= OFF[1] else "off"
-    times = [_seconds(row["seconds"]), _seconds(ours["seconds_p50"]), _format(ours, "share_of_floor", "{:.0%}")]
-    return [_short_case(row), *times, f"{ratio:.2f}", mark]
+    times = [wording.seconds(row["seconds"]), wording.seconds(ours["seconds_p50"])]
+    return [_short_case(row), *times, _format(ours, "share_of_floor", "{:.0%}"), f"{ratio:.2f}", mark]
 
 
 def _short(number: float) -> str:
@@ -437,130 +405,14 @@ def _short(number: float) -> str:
 
 
 def _figures(newest: Newest, path: Path) -> str:
-    links = [f"![{figure.stem}]({os.path.relpath(figure, path.parent)})" for figure in newest.figures]
-    return "\n\n".join(links) or NOTHING
+    return shown(newest.figures, path) or NOTHING
+
+
+def _linear(newest: Newest, path: Path) -> str:
+    return report_linear.section(newest.linear_figures, path)
 
 
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
     "speed": _speed, "comparison": _comparison, **{name: _question(name) for name in METHODS}, "ops": _ops,
-    "predicted": _predicted, "figures": _figures,
+    "linear": _linear, "predicted": _predicted, "figures": _figures,
 }  # fmt: skip
-
-
-# Figures.
-
-
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Time and memory against prompt length for each model with two or more sizes, and a roofline of our ops.
-
-    Raises:
-        BenchmarkError: matplotlib is not installed.
-    """
-    series: dict[tuple[str, str, str], list[Row]] = {}
-    rooflines: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["what"] == "op" and row["backend"] == TORCH:
-            continue  # what the library does is in the table
-        if row["what"] == "op":
-            rooflines.setdefault((row["machine"], row["dtype"], row["sizes"]), []).append(row)
-        elif row["question"] == "tokens" and row["model"] != "tiny":
-            series.setdefault((row["machine"], row["model"], row["dtype"]), []).append(row)
-    series = {key: of for key, of in series.items() if len({r["size"] for r in of if r["status"] == "ok"}) > 1}
-    if not series and not rooflines:
-        return []
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BenchmarkError("the figures need matplotlib: pip install 'depass-kernels[plots]'") from error
-    matplotlib.use("agg")
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = [_draw_series(of, folder / f"tokens-{'-'.join(key)}.png") for key, of in series.items()]
-    return drawn + [_draw_roofline(of, folder / f"roofline-{'-'.join(key)}.png") for key, of in rooflines.items()]
-
-
-def _draw_series(rows: Sequence[Row], path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    sizes = sorted({int(row["size"]) for row in rows})
-    for index, (method, colour) in enumerate(COLOURS.items()):
-        of = sorted((r for r in rows if r["method"] == method and r["status"] == "ok"), key=lambda r: int(r["size"]))
-        style: dict[str, Any] = {
-            "color": colour, "marker": _MARKERS[index], "label": method.replace("_", " "), "markersize": 5,
-            "linewidth": 2.4 if method == OURS else 1.3, "zorder": 3 if method == OURS else 2,
-        }  # fmt: skip
-        if of:
-            low, high = [r["seconds_p20"] for r in of], [r["seconds_p80"] for r in of]
-            x = [int(r["size"]) for r in of]
-            left.plot(x, [r["seconds_p50"] for r in of], **style)
-            left.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        # ours may differ between plain passes by less than a page: a log scale has no place for nothing
-        held = [(int(r["size"]), r["beyond_plain_bytes"] / 1e6) for r in of if r.get("beyond_plain_bytes")]
-        if held:
-            right.plot(*zip(*held, strict=True), **style)
-        for row in rows:  # an out-of-memory is a result: a cross at what was asked for
-            if row["method"] == method and row["status"] == "oom" and row.get("asked_bytes"):
-                right.plot(int(row["size"]), row["asked_bytes"] / 1e6, "x", color=colour, markersize=11, mew=2.5)
-            if row["method"] == method and row["status"] == "stopped":
-                left.plot(int(row["size"]), row["seconds_at_least"], "^", color=colour, markersize=11, fillstyle="none")
-    ours = sorted((r for r in rows if r["method"] == OURS and r["status"] == "ok"), key=lambda r: int(r["size"]))
-    if ours:
-        left.plot(
-            [int(r["size"]) for r in ours], [r["floor_seconds"] for r in ours], "k--", linewidth=1.2,
-            label="floor: the GEMMs alone, measured",
-        )  # fmt: skip
-    for axes, what in (
-        (left, "time, s (band: p20 to p80; hollow: stopped)"),
-        (right, "extra memory, MB (x: did not fit)"),
-    ):
-        axes.set(xscale="log", yscale="log", xlabel="prompt length N, tokens", ylabel=what)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    first = rows[-1]
-    figure.suptitle(f"Token attribution, {_model(first['model'])}, {first['dtype']}: {_device(first)}", fontsize=11)
-    return _save(figure, path)
-
-
-def _draw_roofline(rows: Sequence[Row], path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
-    copy, gemm = rows[-1]["copy_bytes_per_second"], rows[-1]["gemm_operations_per_second"]
-    intensity = [row["operations"] / row["bytes"] for row in rows]
-    ends = [min(*intensity, gemm / copy) / 3, max(*intensity, gemm / copy) * 3]
-    axes.plot([ends[0], gemm / copy, ends[1]], [ends[0] * copy / 1e9, gemm / 1e9, gemm / 1e9], "k-", linewidth=1.2,
-              label=f"copy {copy / 1e9:.0f} GB/s, GEMM {gemm / 1e9:.0f} GFLOP/s, measured")  # fmt: skip
-    colours = dict(zip(dict.fromkeys(row["op"] for row in rows), COLOURS.values(), strict=False))
-    shapes = dict(zip(dict.fromkeys(row["backend"] for row in rows), _MARKERS, strict=False))
-    for (op, backend), of in _grouped(rows).items():
-        axes.plot([r["operations"] / r["bytes"] for r in of], [r["operations"] / r["seconds_p50"] / 1e9 for r in of],
-                  shapes[backend], color=colours[op], label=f"{op}, {backend}", linestyle="none", alpha=0.85)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="rate, GFLOP/s")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    models = sorted({row["model"] for row in rows})
-    of = models[0] if len(models) == 1 else f"{len(models)} models"
-    what = f"Kernels at the shapes of {of}, {rows[-1]['dtype']}, N={rows[-1]['positions']}"
-    axes.set_title(f"{what}: {_device(rows[-1])}", fontsize=10)
-    return _save(figure, path)
-
-
-def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["op"], row["backend"]), []).append(row)
-    return found
-
-
-def _device(row: Row) -> str:
-    return row["gpu"] or f"{row['cpu']}, {row['threads']} threads"
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import linear
 from benchmarks.__main__ import main
 from benchmarks.machine import BenchmarkError
 from benchmarks.ops import LIBRARY, TORCH
@@ -50,6 +51,12 @@ OP = {
     "gemm_operations_per_second": 5e14, "share_of_copy": 1.0, "share_of_gemm": 2.0, **WHERE,
 }  # fmt: skip
 TEXT = "# Title\n\nmine\n\n<!-- begin {0} -->\nold\n<!-- end {0} -->\n\nmine, too: <!-- begin nothing\n"
+
+
+@pytest.fixture(autouse=True)
+def no_linear_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their file is not among the rows that a test gives."""
+    monkeypatch.setattr(linear, "FILE", tmp_path / "linear.json")
 
 
 def filled(tmp_path: Path, name: str, rows: list[Row]) -> str:

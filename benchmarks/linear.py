@@ -1,0 +1,177 @@
+"""Times the linear rules in passes: relative to the model's plain eager pass over the same prompt.
+
+    python -m benchmarks.linear [--lengths 10 128 512 2048] [--runs 7] [--threads N] [--out FILE.json]
+
+SmolLM2-135M-Instruct in fp32 attributes one prompt of random tokens per length. Each round runs everything once: the plain
+pass, the linear rules, a survey, a sweep over all heads and input x gradient. The softmax rule, which decomposes, runs on
+short prompts only. A slow method gets fewer rounds. Everything is checked before it is timed, and so warmed up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from depass import DePass, baselines
+from depass.engine import linear
+from depass.files import write_atomically
+from depass.rules import LINEAR
+
+from .machine import ROOT, Machine, commit, percentile
+from .registry import REAL, TARGET, Case, load, plain
+from .runner import CONSERVATION, Options, Row, difference
+
+FILE = ROOT / "benchmarks" / "results" / "linear.json"
+MODEL, DTYPE = REAL, "float32"
+LENGTHS = (10, 128, 512, 2048)
+LONGEST_DECOMPOSED = 128  # tokens; the softmax rule's time grows with their square
+MANY_TARGETS, LENGTH_OF_MANY_TARGETS = 32, 128
+SAME = 1e-4  # the largest difference between two ways to the same scores in fp32, relative to their norm
+PLAIN, AGAIN, GRADIENT = "plain", "half, recomputed", "input_x_gradient"
+
+Works = Mapping[str, Callable[[], Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=_positive, nargs="+", default=LENGTHS, metavar="N",
+                        help=f"tokens of each prompt (default: {' '.join(map(str, LENGTHS))})")  # fmt: skip
+    parser.add_argument(
+        "--runs", type=_positive, default=Options.runs, metavar="N", help="rounds (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's)")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE",
+                        help="file of results (default: benchmarks/results/linear.json)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    code = commit()  # before the runs, in case files change meanwhile
+    lengths = sorted(set(options.lengths))
+    machine = Machine("cpu")
+    cases = [Case("tokens", MODEL, DTYPE, str(length)) for length in lengths]
+    model = load(cases[0], machine)
+    model.set_attn_implementation("eager")
+    dp = DePass(model)
+    refuse_scarce_memory(dp, lengths)
+    check_engines(dp, cases[0])
+    measured: list[Row] = []
+    for case in cases:
+        measured += measure(dp, case, machine, options.runs)
+    row = {
+        "what": "linear", "model": MODEL, "dtype": DTYPE, "lengths": lengths, "runs": options.runs, "measured": measured,
+        **code, **machine.describe(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+    write_atomically(options.out, (json.dumps(row, indent=1) + "\n").encode())
+    print(f"results in {options.out}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def works(dp: DePass, case: Case) -> dict[str, Callable[[], Any]]:
+    """What is timed at one length, by name and in order."""
+    ids = case.prompts[0]
+    half = partial(dp.attribute, ids, TARGET, rule="half")
+    chosen: dict[str, Callable[[], Any]] = {
+        PLAIN: plain(dp.model, case),
+        **{rule: partial(dp.attribute, ids, TARGET, rule=rule) for rule in LINEAR},
+        AGAIN: partial(layers_run_again, half),
+        "survey": partial(dp.survey, ids, TARGET, rule="half"),
+        "sweep heads": partial(dp.sweep, "heads", ids, TARGET, rule="half"),
+        GRADIENT: lambda: baselines.tokens(dp, GRADIENT, [ids], TARGET)[0],
+    }
+    if case.number == LENGTH_OF_MANY_TARGETS:
+        targets = list(range(TARGET, TARGET + MANY_TARGETS))
+        chosen[f"half, {MANY_TARGETS} targets"] = partial(dp.attribute, ids, targets, rule="half")
+    if case.number <= LONGEST_DECOMPOSED:
+        chosen["softmax"] = partial(dp.attribute, ids, TARGET, rule="softmax")
+    return chosen
+
+
+def layers_run_again(work: Callable[[], Any]) -> Any:
+    """Do the work as where the activations of all layers do not fit into memory."""
+    with mock.patch.object(linear, "recomputes", return_value=True):
+        return work()
+
+
+def measure(dp: DePass, case: Case, machine: Machine, runs: int) -> list[Row]:
+    """Check and time everything at one length; a row for each method, in order."""
+    methods = works(dp, case)
+    check({name: work() for name, work in methods.items()})
+    seconds = timed(methods, machine, runs)
+    pass_seconds = statistics.median(seconds[PLAIN])
+    rows = []
+    for name, of in seconds.items():
+        median = statistics.median(of)
+        row = {
+            "method": name, "length": case.number, "runs": len(of), "seconds": of, "seconds_p20": percentile(of, 0.2),
+            "seconds_p50": median, "seconds_p80": percentile(of, 0.8), "times_plain": median / pass_seconds,
+        }  # fmt: skip
+        print(f"{case.number:5} tokens  {name:16} {median:9.4g} s  {row['times_plain']:6.3g} x plain", flush=True)
+        rows.append(row)
+    return rows
+
+
+def timed(methods: Works, machine: Machine, runs: int) -> dict[str, list[float]]:
+    """The seconds of each method's runs, in turn. A method whose next run would exceed its budget gets no more."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(runs):
+        for name, work in methods.items():
+            of = seconds[name]
+            if not of or sum(of) * (1 + 1 / len(of)) <= Options.budget_seconds:
+                of.append(machine.seconds(work))
+    return seconds
+
+
+# Checks. Each ends the program: the times would not be those of what the table names.
+
+
+def refuse_scarce_memory(dp: DePass, lengths: Sequence[int]) -> None:
+    for length in lengths:
+        for rule in LINEAR:
+            if dp.plan(length, rule=rule, measure=False).recomputed:
+                raise SystemExit(
+                    f"too little free memory to keep the activations of {length} tokens under {rule}: every linear rule "
+                    "would run its layers again; free some, or give shorter --lengths"
+                )
+
+
+def check_engines(dp: DePass, case: Case) -> None:
+    """The backward pass and the decomposed state must give taylor the same scores."""
+    ids = case.prompts[0]
+    forward = DePass(dp.model, engine="forward").attribute(ids, TARGET, rule="taylor")
+    check_same("taylor", dp.attribute(ids, TARGET, rule="taylor"), "taylor with a decomposed state", forward)
+
+
+def check(results: Mapping[str, Any]) -> None:
+    """Scores must add up to the logit, and layers that run again must not change them."""
+    for name, result in results.items():
+        if name == GRADIENT and not bool(result.scores.any()):  # its scores do not add up to the logit
+            raise SystemExit(f"all scores of {name} are zero")
+        if name in (PLAIN, GRADIENT):
+            continue
+        error = float(result.conservation_error.max())
+        if not error < CONSERVATION[DTYPE]:
+            raise SystemExit(f"the conservation error of {name} is {error:.1e}, allowed {CONSERVATION[DTYPE]:.0e}")
+    check_same(AGAIN, results[AGAIN], "half", results["half"])
+
+
+def check_same(name: str, result: Any, other: str, expected: Any) -> None:
+    if (off := difference(result.scores, expected.scores)) > SAME:
+        raise SystemExit(f"the scores of {name} and of {other} differ by {off:.1e} of their norm, allowed {SAME:.0e}")
+
+
+if __name__ == "__main__":
+    main()
