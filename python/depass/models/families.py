@@ -97,7 +97,7 @@ OPT = Family(
     backbone="model.decoder", final_norm="final_layer_norm", output="self_attn.out_proj", gate="fc1", down="fc2",
     attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", norm="layer",
 )  # fmt: skip
-FAMILIES: dict[str, Family] = {  # by the config's model_type
+FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's config
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
@@ -113,6 +113,9 @@ FAMILIES: dict[str, Family] = {  # by the config's model_type
     "exaone": LLAMA,
     "internlm3": LLAMA,
     "iquestcoder": LLAMA,
+    "qwen2_vl_text": LLAMA,
+    "qwen2_5_vl_text": LLAMA,
+    "qwen3_vl_text": LLAMA,
     "granite": Family(residual_factor="residual_multiplier", logit_divisor="logits_scaling"),
     "hyperclovax": Family(
         attention_post_norm="post_norm1", mlp_post_norm="post_norm2", residual_factor="residual_multiplier",
@@ -175,5 +178,6 @@ UNSUPPORTED: dict[str, str] = {  # by model_type: why no declaration fits
     "bitnet": "a norm stands between its attention pattern and the output projection",
     "lfm2": "some of its layers have a convolution in place of attention",
     "doge": "its layers scale the residual stream itself",
+    "paligemma": "its attention looks ahead in the prompt, whose tokens all read each other",
     "minicpm3": "its values are projected twice, from a latent vector, and it scales the vectors that its head reads",
 }
