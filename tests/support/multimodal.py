@@ -30,6 +30,7 @@ QWEN3 = {
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
 }  # fmt: skip
 _IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 3, "vision_end_token_id": 4}
+_GLM = {**_IDS, "image_start_token_id": 3, "image_end_token_id": 4, "video_start_token_id": 5, "video_end_token_id": 6}
 _INDEX = {"image_token_index": IMAGE}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _MROPE = {("rope_parameters" if int(tf.__version__[0]) >= 5 else "rope_scaling"): _ROPE}
@@ -43,6 +44,7 @@ EVERY: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any], dict[str
     "mistral3": ("Mistral3", "mistral", {}, PIXTRAL, _INDEX),
     "qwen2_vl": ("Qwen2VL", None, _MROPE, QWEN2, _IDS),
     "qwen2_5_vl": ("Qwen2_5_VL", None, _MROPE, QWEN2_5, _IDS),
+    "glm4v": ("Glm4v", None, {**_MROPE, "pad_token_id": 0}, {**QWEN2_5, "spatial_merge_size": 1, "image_size": 8}, _GLM),
     "qwen3_vl": ("Qwen3VL", None, {**_MROPE, "head_dim": 8}, QWEN3, _IDS),
 }
 SINCE = {"qwen3_vl": "4.57"}

@@ -101,15 +101,15 @@ def check_unit(unit: str) -> None:
         raise SourceError(f"unknown unit {unit!r}; choose one of: {', '.join(UNITS)}")
 
 
-def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
+def encode(prompt: Any, tokenizer: Any, bound: BoundModel, generated: bool = False) -> Prompt:
     """Make a :class:`Prompt` from a string, chat messages (a list of dicts), ids or what a tokenizer returns.
 
     Ids are a list of ints or a tensor; a tokenizer returns those or a ``BatchEncoding``, whose padding is left out. A batch
-    dimension must have size one.
+    dimension must have size one. In ids that the model ``generated`` may be any of its tokens.
 
     Raises:
-        PromptError: the prompt is empty, a batch, longer than the model's positions, or text without a tokenizer; or an
-            id is outside the vocabulary.
+        PromptError: the prompt is empty, a batch, longer than the model's positions, or text without a tokenizer; it has
+            an image, a video or a sound; or an id is outside the vocabulary.
     """
     template: Mapping[str, Any] = {}
     if isinstance(prompt, Chat):
@@ -133,7 +133,7 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
         )
     vocabulary = bound.vocab_size
     for index, token in enumerate(encoded.ids):
-        if token in bound.placeholders:
+        if token in bound.placeholders and not generated:
             raise PromptError(
                 f"id {token} at position {index} stands for {bound.placeholders[token]} in {bound.name}; DePass attributes "
                 "text alone: leave it out"

@@ -84,6 +84,10 @@ OLMO2 = Family(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+GLM4 = Family(
+    gate="mlp.gate_up_proj", gate_rows="first_half", attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
+)  # fmt: skip
 COHERE = Family(mlp_norm="input_layernorm", norm="layer", parallel=True, logit_factor="logit_scale")
 GPT2 = Family(
     backbone="transformer", layers="h", final_norm="ln_f", attention="attn", value="attn.c_attn", value_rows="last",
@@ -129,10 +133,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
         value="self_attn.qkv_proj", value_rows="last", gate="mlp.gate_up_proj", gate_rows="first_half"
     ),
     "glm": Family(gate="mlp.gate_up_proj", gate_rows="first_half"),
-    "glm4": Family(
-        gate="mlp.gate_up_proj", gate_rows="first_half", attention_post_norm="post_self_attn_layernorm",
-        mlp_post_norm="post_mlp_layernorm",
-    ),
+    "glm4": GLM4,
+    "glm4v_text": GLM4,
     "olmo": Family(norm="layer", epsilon=1e-5, requires=(("clip_qkv", None),)),
     "olmo2": OLMO2,
     "olmo3": OLMO2,

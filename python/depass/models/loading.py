@@ -150,8 +150,9 @@ def _auto_class(config: Any) -> Any:
     for name, mapping in (
         ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
         ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),  # absent before transformers 5
     ):
-        if type(config) in getattr(transformers, mapping):
+        if type(config) in getattr(transformers, mapping, ()):
             return getattr(transformers, name)
     return transformers.AutoModelForCausalLM
 
