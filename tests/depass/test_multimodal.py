@@ -158,7 +158,7 @@ def test_images_in_chat_messages_are_refused_by_name() -> None:
 def test_ids_that_stand_for_images_are_refused(token: int) -> None:
     dp, what = DePass(multimodal.make("qwen2_vl")), "an image" if token == multimodal.IMAGE else "a video"
     ids = [*models.prompt(3), token]
-    with pytest.raises(PromptError, match=f"id {token} at position 3 stands for {what} in .*; DePass attributes text"):
+    with pytest.raises(PromptError, match=rf"id {token} at position 3 stands for {what} in .*; DePass attributes text"):
         dp.attribute(ids, 5)
     good, bad = dp.attribute_many([ids[:3], ids], 5, errors="return")
     assert isinstance(bad, PromptError)
@@ -172,7 +172,9 @@ def test_attention_that_looks_ahead_is_found() -> None:
         return LLAVA.forward(self, input_ids=input_ids, attention_mask=everything, **others)
 
     for rule in ("softmax", "half"):
-        with pytest.raises(ModelError, match=r"its text decoder \(model.language_model\) .*: its attention looks ahead"):
+        with pytest.raises(
+            ModelError, match=r"its text decoder \(model.language_model\) .*: its attention looks ahead"
+        ):
             DePass(like_llava(forward)).attribute(models.prompt(4), 5, rule=rule)
 
 
@@ -180,7 +182,7 @@ def test_a_model_that_changes_what_its_decoder_gets_is_found() -> None:
     def forward(self: Any, input_ids: Any, **others: Any) -> Any:
         return LLAVA.forward(self, inputs_embeds=2 * self.get_input_embeddings()(input_ids), **others)
 
-    with pytest.raises(ModelError, match="given ids alone: it changes what its text decoder gets .*limit 1e-04"):
+    with pytest.raises(ModelError, match=r"given ids alone: it changes what its text decoder gets .*limit 1e-04"):
         DePass(like_llava(forward)).attribute(models.prompt(4), 5)
 
 
@@ -188,21 +190,23 @@ def test_a_model_that_needs_an_image_is_refused() -> None:
     def forward(self: Any, pixel_values: Any, **others: Any) -> Any:
         return LLAVA.forward(self, pixel_values=pixel_values, **others)
 
-    with pytest.raises(ModelError, match="does not run on token ids alone: .*pixel_values"):
+    with pytest.raises(ModelError, match=r"does not run on token ids alone: .*pixel_values"):
         DePass(like_llava(forward)).attribute(models.prompt(4), 5)
 
 
 def test_paligemma_is_refused_by_name() -> None:
     text = {**models.EVERY["gemma"][1], "model_type": "gemma"}
     config = tf.PaliGemmaConfig(text_config=text, vision_config=dict(multimodal.SIGLIP), projection_dim=32)
-    with pytest.raises(ModelError, match="'paligemma' models .* are not supported: its attention looks ahead"):
+    with pytest.raises(ModelError, match=r"'paligemma' models .* are not supported: its attention looks ahead"):
         DePass(tf.PaliGemmaForConditionalGeneration(config))
 
 
 def test_the_model_of_two_text_decoders_asks_for_one() -> None:
     model = multimodal.make("llava-llama")
     model.model.second = tf.LlamaModel(model.config.text_config)
-    with pytest.raises(ModelError, match=r"has several text decoders \(model.language_model, model.second\); choose one"):
+    with pytest.raises(
+        ModelError, match=r"has several text decoders \(model.language_model, model.second\); choose one"
+    ):
         DePass(model)
     chosen = DePass(model, family=Family(backbone="model.language_model"))
     assert chosen.attribute(models.prompt(4), 5).conservation_error.max() < limit(chosen.bound.layers[0])

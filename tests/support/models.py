@@ -116,9 +116,9 @@ _MODELS = dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "Llama")
 # the first transformers with a family whose attention calls the interface; the others are older than OLDEST
 SINCE = {
     "ernie4_5": "4.54", "exaone4": "4.54", "gpt_bigcode": "4.54", "apertus": "4.56", "hunyuan_v1_dense": "4.56",
-    "seed_oss": "4.56",
+    "seed_oss": "4.56", "qwen3_vl_text": "4.57",
     "ministral": "4.57", "olmo3": "4.57", "vaultgemma": "4.57", "cwm": "5.0", "jais2": "5.0", "ministral3": "5.0",
-    "nanochat": "5.0", "qwen3_vl_text": "4.57", "stablelm": "5.0", "hyperclovax": "5.9", "nemotron": "5.13", "internlm3": "5.23",
+    "nanochat": "5.0", "stablelm": "5.0", "hyperclovax": "5.9", "nemotron": "5.13", "internlm3": "5.23",
     "iquestcoder": "5.23", "codegen": "5.24", "exaone": "5.24", "gptj": "5.24",
 }  # fmt: skip
 OLDEST = "4.53"  # of the supported transformers

@@ -10,7 +10,7 @@ import transformers as tf
 
 from depass.models.bind import bind
 
-IMAGE, VIDEO = models.VOCABULARY, models.VOCABULARY + 1  # the ids that stand for images and videos; no prompt of models has them
+IMAGE, VIDEO = models.VOCABULARY, models.VOCABULARY + 1  # of no prompt of models
 PIXTRAL = {
     "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "head_dim": 8, "image_size": 8, "patch_size": 4,
@@ -19,7 +19,10 @@ CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
 }  # fmt: skip
-SIGLIP = {**{name: value for name, value in CLIP.items() if name != "projection_dim"}, "model_type": "siglip_vision_model"}
+SIGLIP = {
+    **{name: value for name, value in CLIP.items() if name != "projection_dim"},
+    "model_type": "siglip_vision_model",
+}
 QWEN2 = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1, "patch_size": 4}
 QWEN2_5 = {
     "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
@@ -35,8 +38,8 @@ _INDEX = {"image_token_index": IMAGE}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _MROPE = {("rope_parameters" if int(tf.__version__[0]) >= 5 else "rope_scaling"): _ROPE}
 
-# name: (class prefix, name of the small model in models.py whose config the text decoder has, or None, more of the text
-# config, vision config, more of the config)
+# name: (class prefix, the small model of models.py with the text decoder's config or None, more of that config, vision
+# config, more of the whole config)
 EVERY: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("Gemma3", "gemma3", {}, SIGLIP, {**_INDEX, "image_token_id": IMAGE, "mm_tokens_per_image": 1}),
     "llava-llama": ("Llava", "llama-biased", {}, CLIP, _INDEX),
@@ -44,10 +47,15 @@ EVERY: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any], dict[str
     "mistral3": ("Mistral3", "mistral", {}, PIXTRAL, _INDEX),
     "qwen2_vl": ("Qwen2VL", None, _MROPE, QWEN2, _IDS),
     "qwen2_5_vl": ("Qwen2_5_VL", None, _MROPE, QWEN2_5, _IDS),
-    "glm4v": ("Glm4v", None, {**_MROPE, "pad_token_id": 0}, {**QWEN2_5, "spatial_merge_size": 1, "image_size": 8}, _GLM),
+    "glm4v": (
+        "Glm4v",
+        None,
+        {**_MROPE, "pad_token_id": 0},
+        {**QWEN2_5, "spatial_merge_size": 1, "image_size": 8},
+        _GLM,
+    ),
     "qwen3_vl": ("Qwen3VL", None, {**_MROPE, "head_dim": 8}, QWEN3, _IDS),
 }
-SINCE = {"qwen3_vl": "4.57"}
 NOT_HERE = [name for name, (prefix, *_) in EVERY.items() if not hasattr(tf, f"{prefix}Config")]
 NAMES = [name for name in EVERY if name not in NOT_HERE]
 

@@ -164,7 +164,9 @@ def _known_family(model: Any) -> Family:
         if each in UNSUPPORTED:
             raise ModelError(f"{each!r} models ({type(model).__name__}) are not supported: {UNSUPPORTED[each]}")
     if kind not in FAMILIES:
-        paths = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(located(model, LLAMA)))
+        paths = ", ".join(
+            f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(located(model, LLAMA))
+        )
         raise ModelError(
             f"unknown model family {kind!r} ({type(model).__name__}); known: {', '.join(FAMILIES)}. Of the Llama family's "
             f"paths it has (+) or lacks (-): {paths}. Describe the model with depass.Family and pass family=..."

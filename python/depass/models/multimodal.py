@@ -61,7 +61,9 @@ def located(model: Any, family: Family) -> Family:
     paths = [
         path
         for path, module in modules.items()
-        if isinstance(module, PreTrainedModel) and module.config.model_type == kind and f"{path}.{family.layers}" in modules
+        if isinstance(module, PreTrainedModel)
+        and module.config.model_type == kind
+        and f"{path}.{family.layers}" in modules
     ]
     if len(paths) > 1:
         raise ModelError(
