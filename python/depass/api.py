@@ -28,7 +28,7 @@ from .models import builtin, gguf_file, streaming
 from .models.bind import bind
 from .models.bound import BoundModel
 from .models.families import Family
-from .models.loading import load
+from .models.loading import load, tokenizer_of
 from .propagation.cuda_graphs import Recordings, lies_on, refuse_graphs
 from .propagation.needs import room
 from .results.attribution import Attribution
@@ -45,7 +45,7 @@ class DePass:
 
     Args:
         model: a causal language model of HuggingFace transformers; it is not modified.
-        tokenizer: its tokenizer, or None if all prompts and targets are token ids.
+        tokenizer: its tokenizer or processor, or None if all prompts and targets are token ids.
         rule: the rule by which scores are shared. ``softmax`` (the paper's, equation 5), ``max``, ``relu`` and ``linear``
             share an MLP neuron's output among the sources (docs/method.md, equation 4). The linear rules ``taylor``,
             ``half``, ``up``, ``steer``, ``dual_path`` and :class:`PathWeights` need one backward pass for any number of
@@ -91,6 +91,7 @@ class DePass:
         self.model = model
         name: str = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         bound = bind(model, family)
+        tokenizer = tokenizer_of(tokenizer)
         if not (tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decode", "bos_token_id"))):
             raise OptionError(f"tokenizer must be a transformers tokenizer or None, got {type(tokenizer).__name__}")
         if workspace_bytes is not None and integer("workspace_bytes", workspace_bytes, OptionError) < 1:

@@ -13,7 +13,7 @@ VOCABULARY = 101
 LAYERS = 3
 WINDOW = 5  # shorter than most prompts of the tests
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -26,15 +26,15 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GEMMA = {**_SIZES, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
+_GEMMA = {**SIZES, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
 
 _GPT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "n_embd": 32, "n_inner": 56, "n_layer": LAYERS, "n_head": 4, "n_positions": 320,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GPTJ = {**_GPT, "tie_word_embeddings": False}
-_BIASED = {**_SIZES, "attention_bias": True, "mlp_bias": True}
-_NO_GROUPS = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
+_BIASED = {**SIZES, "attention_bias": True, "mlp_bias": True}
+_NO_GROUPS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 _WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _FACTORS = {"embedding_multiplier": 0.7, "attention_multiplier": 0.3, "residual_multiplier": 0.4}
 _YARN = {
@@ -44,59 +44,59 @@ _YARN = {
 
 # name: (class prefix, config), of the families that the installed transformers has
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", _SIZES),
+    "llama": ("Llama", SIZES),
     "llama-biased": ("Llama", _BIASED),
-    "llama-tied-wide-heads": ("Llama", {**_SIZES, "head_dim": 12, "tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "mistral": ("Mistral", {**_SIZES, "sliding_window": WINDOW}),
-    "qwen2": ("Qwen2", {**_SIZES, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {**_SIZES, "head_dim": 8}),
+    "llama-tied-wide-heads": ("Llama", {**SIZES, "head_dim": 12, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {**SIZES, "sliding_window": WINDOW}),
+    "qwen2": ("Qwen2", {**SIZES, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {**SIZES, "head_dim": 8}),
     "gemma2": ("Gemma2", {**_GEMMA, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 4.0}),
     "gemma3": ("Gemma3", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "phi3": ("Phi3", {**_SIZES, "sliding_window": None}),
-    "phi3-sliding": ("Phi3", {**_SIZES, "sliding_window": WINDOW}),
-    "olmo2": ("Olmo2", _SIZES),
-    "starcoder2": ("Starcoder2", {**_SIZES, "sliding_window": WINDOW}),
+    "phi3": ("Phi3", {**SIZES, "sliding_window": None}),
+    "phi3-sliding": ("Phi3", {**SIZES, "sliding_window": WINDOW}),
+    "olmo2": ("Olmo2", SIZES),
+    "starcoder2": ("Starcoder2", {**SIZES, "sliding_window": WINDOW}),
     "gpt2": ("GPT2", _GPT),
     "gpt-neox": ("GPTNeoX", {**_NO_GROUPS, "use_parallel_residual": True}),
     "gpt-neox-sequential": ("GPTNeoX", {**_NO_GROUPS, "use_parallel_residual": False}),
     # factors on what sublayers add and on logits; with norms on outputs
     "granite": ("Granite", {**_BIASED, **_FACTORS, "logits_scaling": 3.0}),
     "hyperclovax": ("HyperCLOVAX", {**_BIASED, **_FACTORS, "logits_scaling": 1.7, "use_post_norm": True, "head_dim": 8}),
-    "olmo": ("Olmo", _SIZES),  # LayerNorms without weight and epsilon
+    "olmo": ("Olmo", SIZES),  # LayerNorms without weight and epsilon
     "nemotron": ("Nemotron", _BIASED),  # LayerNorms that store w and multiply by 1 + w
     # one norm for attention and MLP, biases everywhere; a factor on logits; values in the middle of fused weights
-    "phi": ("Phi", {**_SIZES, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
-    "cohere": ("Cohere", {**_SIZES, "attention_bias": True, "use_qk_norm": True, "logit_scale": 0.3}),
+    "phi": ("Phi", {**SIZES, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "cohere": ("Cohere", {**SIZES, "attention_bias": True, "use_qk_norm": True, "logit_scale": 0.3}),
     "codegen": ("CodeGen", {**_GPTJ, "n_head": 8, "rotary_dim": 2}),
 }  # fmt: skip
 # Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
 # leave them out; tests/depass/test_families.py has shorter ones.
 SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {**_BIASED, "no_rope_layer_interval": 2}),
-    "ministral": ("Ministral", {**_SIZES, **_WINDOWS, "head_dim": 8}),
-    "ministral3": ("Ministral3", {**_SIZES, "head_dim": 8, "sliding_window": None, "rope_parameters": _YARN}),
+    "ministral": ("Ministral", {**SIZES, **_WINDOWS, "head_dim": 8}),
+    "ministral3": ("Ministral3", {**SIZES, "head_dim": 8, "sliding_window": None, "rope_parameters": _YARN}),
     "seed_oss": ("SeedOss", {**_BIASED, "head_dim": 12, "attention_out_bias": True}),
-    "cwm": ("Cwm", {**_SIZES, **_WINDOWS, "head_dim": 8}),
-    "ernie4_5": ("Ernie4_5", {**_SIZES, "head_dim": 8, "use_bias": True}),
+    "cwm": ("Cwm", {**SIZES, **_WINDOWS, "head_dim": 8}),
+    "ernie4_5": ("Ernie4_5", {**SIZES, "head_dim": 8, "use_bias": True}),
     "helium": ("Helium", {**_BIASED, "head_dim": 8}),
-    "hunyuan_v1_dense": ("HunYuanDenseV1", {**_SIZES, "attention_bias": True, "head_dim": 8}),
-    "exaone": ("Exaone", {**_SIZES, "mlp_bias": True}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {**SIZES, "attention_bias": True, "head_dim": 8}),
+    "exaone": ("Exaone", {**SIZES, "mlp_bias": True}),
     "internlm3": ("InternLM3", {**_BIASED, "head_dim": 8}),
     "iquestcoder": ("IQuestCoder", _BIASED),
-    "hyperclovax-without-post-norms": ("HyperCLOVAX", {**_SIZES, **_FACTORS, "logits_scaling": 1.7, "use_post_norm": False}),
-    "gemma": ("Gemma", {**_SIZES, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "hyperclovax-without-post-norms": ("HyperCLOVAX", {**SIZES, **_FACTORS, "logits_scaling": 1.7, "use_post_norm": False}),
+    "gemma": ("Gemma", {**SIZES, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
     "vaultgemma": ("VaultGemma", {**_GEMMA, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 4.0}),
-    "glm": ("Glm", {**_SIZES, "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}),
-    "glm4": ("Glm4", {**_SIZES, "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}),
-    "olmo3": ("Olmo3", {**_SIZES, **_WINDOWS, "attention_bias": True}),
-    "exaone4": ("Exaone4", {**_SIZES, **_WINDOWS, "head_dim": 8}),
+    "glm": ("Glm", {**SIZES, "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}),
+    "glm4": ("Glm4", {**SIZES, "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}),
+    "olmo3": ("Olmo3", {**SIZES, **_WINDOWS, "attention_bias": True}),
+    "exaone4": ("Exaone4", {**SIZES, **_WINDOWS, "head_dim": 8}),
     "arcee": ("Arcee", {**_BIASED, "head_dim": 8}),
-    "apertus": ("Apertus", {**_SIZES, "attention_bias": True}),
-    "nanochat": ("NanoChat", {**_SIZES, "attention_bias": True, "final_logit_softcapping": 5.0}),  # norms without weight
+    "apertus": ("Apertus", {**SIZES, "attention_bias": True}),
+    "nanochat": ("NanoChat", {**SIZES, "attention_bias": True, "final_logit_softcapping": 5.0}),  # norms without weight
     "jais2": ("Jais2", {**_BIASED, "head_dim": 8}),
-    "stablelm": ("StableLm", {**_SIZES, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
-    "stablelm-sequential": ("StableLm", {**_SIZES, "use_parallel_residual": False, "qk_layernorm": True}),
-    "cohere2": ("Cohere2", {**_SIZES, **_WINDOWS, "attention_bias": True, "logit_scale": 0.3}),
+    "stablelm": ("StableLm", {**SIZES, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm-sequential": ("StableLm", {**SIZES, "use_parallel_residual": False, "qk_layernorm": True}),
+    "cohere2": ("Cohere2", {**SIZES, **_WINDOWS, "attention_bias": True, "logit_scale": 0.3}),
     "gptj": ("GPTJ", {**_GPTJ, "rotary_dim": 4}),
     "gpt_bigcode": ("GPTBigCode", {**_GPT, "multi_query": True}),
     "persimmon": ("Persimmon", {**_NO_GROUPS, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
@@ -116,7 +116,7 @@ _MODELS = dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "Llama")
 # the first transformers with a family whose attention calls the interface; the others are older than OLDEST
 SINCE = {
     "ernie4_5": "4.54", "exaone4": "4.54", "gpt_bigcode": "4.54", "apertus": "4.56", "hunyuan_v1_dense": "4.56",
-    "seed_oss": "4.56",
+    "seed_oss": "4.56", "qwen3_vl_text": "4.57",
     "ministral": "4.57", "olmo3": "4.57", "vaultgemma": "4.57", "cwm": "5.0", "jais2": "5.0", "ministral3": "5.0",
     "nanochat": "5.0", "stablelm": "5.0", "hyperclovax": "5.9", "nemotron": "5.13", "internlm3": "5.23",
     "iquestcoder": "5.23", "codegen": "5.24", "exaone": "5.24", "gptj": "5.24",
@@ -162,9 +162,14 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(tf, model_class)(config).to(torch.float64)
-        for path, parameter in model.named_parameters():
-            parameter.data.copy_(_values(path, parameter, FAMILIES[config.model_type]))
+        fill(model, FAMILIES[config.model_type])
     return model.to(dtype).to(device).eval()
+
+
+def fill(model: Any, family: Family) -> None:
+    """Make all parameters random and nonzero, at sizes that suit their places."""
+    for path, parameter in model.named_parameters():
+        parameter.data.copy_(_values(path, parameter, family))
 
 
 def uncapped(model: Any, logits: torch.Tensor) -> torch.Tensor:

@@ -141,7 +141,7 @@ def _warn_of_switch(bound: BoundModel, prompt: int, last: int) -> None:
 
 def continued(prompt: Prompt, new: Sequence[int], tokenizer: Any, bound: BoundModel) -> Prompt:
     """The prompt followed by new ids; the prompt's own tokens and offsets do not change."""
-    whole, length = encode([*prompt.ids, *new], tokenizer, bound), len(prompt.ids)
+    whole, length = encode([*prompt.ids, *new], tokenizer, bound, generated=True), len(prompt.ids)
     if prompt.text is None or whole.text is None:
         return whole
     tokens = whole.tokens[length:]

@@ -8,7 +8,7 @@ import operator
 import re
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..models.bound import BoundModel
 UNITS = ("token", "word", "sentence")
 _CONTEXT = 8  # preceding tokens that can change how a token decodes
 _OF_THE_CALL = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
+_MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values")  # how names of inputs begin
 _BYTES = 4  # the most bytes of a character in UTF-8
 
 
@@ -100,15 +101,15 @@ def check_unit(unit: str) -> None:
         raise SourceError(f"unknown unit {unit!r}; choose one of: {', '.join(UNITS)}")
 
 
-def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
+def encode(prompt: Any, tokenizer: Any, bound: BoundModel, generated: bool = False) -> Prompt:
     """Make a :class:`Prompt` from a string, chat messages (a list of dicts), ids or what a tokenizer returns.
 
     Ids are a list of ints or a tensor; a tokenizer returns those or a ``BatchEncoding``, whose padding is left out. A batch
-    dimension must have size one.
+    dimension must have size one. In ids that the model ``generated`` may be any of its tokens.
 
     Raises:
-        PromptError: the prompt is empty, a batch, longer than the model's positions, or text without a tokenizer; or an
-            id is outside the vocabulary.
+        PromptError: the prompt is empty, a batch, longer than the model's positions, or text without a tokenizer; it has
+            an image, a video or a sound; or an id is outside the vocabulary.
     """
     template: Mapping[str, Any] = {}
     if isinstance(prompt, Chat):
@@ -132,6 +133,11 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel) -> Prompt:
         )
     vocabulary = bound.vocab_size
     for index, token in enumerate(encoded.ids):
+        if token in bound.placeholders and not generated:
+            raise PromptError(
+                f"id {token} at position {index} stands for {bound.placeholders[token]} in {bound.name}; DePass attributes "
+                "text alone: leave it out"
+            )
         if not 0 <= token < vocabulary:
             raise PromptError(f"id {token} at position {index} is out of range: the vocabulary has {vocabulary} tokens")
     return encoded
@@ -180,6 +186,7 @@ def _needed(tokenizer: Any, what: str) -> Any:
 def _ids(prompt: Any) -> list[int]:
     mask = None
     if hasattr(prompt, "keys"):
+        _refuse_media(name for name in prompt if prompt[name] is not None)
         if "input_ids" not in prompt:
             raise PromptError(f"expected one prompt, got a mapping with {', '.join(map(str, prompt.keys()))}")
         rows, masks = _listed(prompt["input_ids"]), _listed(prompt.get("attention_mask"))
@@ -210,6 +217,16 @@ def _ids(prompt: Any) -> list[int]:
     return ids
 
 
+def _refuse_media(names: Iterable[Any]) -> None:
+    """Raise a PromptError where one of the names of what a processor returns, or of a message's parts, is not of text."""
+    for name in names:
+        if str(name).startswith(_MEDIA):
+            raise PromptError(
+                f"the prompt has {name}; DePass attributes text alone: give text, chat messages or token ids without "
+                "images, videos and sound"
+            )
+
+
 def _listed(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
@@ -234,6 +251,9 @@ def _rows_of(encoding: Any) -> str:
 
 
 def _from_chat(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> Prompt:
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    _refuse_media(part.get("type") for part in parts if isinstance(part, dict))
     try:
         # the last message may be the beginning of the model's own turn, which is then continued
         begun = messages[-1].get("role") == "assistant"

@@ -15,6 +15,7 @@ from . import weights
 from .alterations import refuse_compiled
 from .bound import BoundModel, Layer, Norm, Projection, epsilon_of
 from .families import FAMILIES, LLAMA, UNSUPPORTED, Family
+from .multimodal import is_wrapped, located, placeholders, text_config
 from .packing import takes_positions
 from .positions import switches
 
@@ -26,8 +27,8 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
     """Check that ``model`` can be decomposed, then resolve its family's paths on it.
 
     Args:
-        model: a causal language model of HuggingFace transformers.
-        family: the family to use; by default the one of the config's ``model_type``.
+        model: a causal language model of HuggingFace transformers, or a model with one as its text decoder.
+        family: the family to use; by default the one of the ``model_type`` of the text decoder's config.
         empty: whether the weights may be on the meta device, as shapes only; such a model can be planned but not run.
 
     Raises:
@@ -53,7 +54,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     family = _known_family(model) if family is None else family
     _refuse_declaration(family)
     _refuse_config(config, family, name)
-    family = _as_configured(family, _text_config(config))
+    family = located(model, _as_configured(family, text_config(config)))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
@@ -92,7 +93,7 @@ def _inside(model: Any) -> str:
 def resolve(model: Any, family: Family) -> BoundModel:
     """The modules at a family's paths, for a model and a family that :func:`check` returned."""
     config, head = model.config, model.get_output_embeddings()
-    text = _text_config(config)
+    text = text_config(config)
     backbone: Any = model.get_submodule(family.backbone)
     layers = tuple(_bind_layer(layer, family, text) for layer in _blocks(model, family))
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm, family.epsilon)
@@ -113,14 +114,12 @@ def resolve(model: Any, family: Family) -> BoundModel:
         logit_divisor=_number(text, family.logit_divisor),
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
+        is_wrapped=is_wrapped(config),
+        placeholders=placeholders(config) if is_wrapped(config) else {},
         takes_positions=takes_positions(backbone),
         forwards={type(module): type(module).forward for module in (*backbone.modules(), head)},
         configs=tuple(configs.values()),
     )
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _blocks(model: Any, family: Family) -> list[Any]:
@@ -159,12 +158,15 @@ def _bind_layer(layer: Any, family: Family, config: Any) -> Layer:
 
 
 def _known_family(model: Any) -> Family:
-    """The family of the config's ``model_type``; raises a ModelError where it is unknown."""
-    kind = model.config.model_type
-    if kind in UNSUPPORTED:
-        raise ModelError(f"{kind!r} models ({type(model).__name__}) are not supported: {UNSUPPORTED[kind]}")
+    """The family of the ``model_type`` of the text decoder's config; raises a ModelError where it is unknown."""
+    kind = text_config(model.config).model_type
+    for each in (model.config.model_type, kind):
+        if each in UNSUPPORTED:
+            raise ModelError(f"{each!r} models ({type(model).__name__}) are not supported: {UNSUPPORTED[each]}")
     if kind not in FAMILIES:
-        paths = ", ".join(f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(LLAMA))
+        paths = ", ".join(
+            f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(located(model, LLAMA))
+        )
         raise ModelError(
             f"unknown model family {kind!r} ({type(model).__name__}); known: {', '.join(FAMILIES)}. Of the Llama family's "
             f"paths it has (+) or lacks (-): {paths}. Describe the model with depass.Family and pass family=..."
@@ -212,7 +214,7 @@ def _refuse_missing(model: Any, family: Family) -> None:
 
 def _refuse_config(config: Any, family: Family, name: str) -> None:
     """Raise a ModelError where the config enables a feature that the decomposition does not support."""
-    text = _text_config(config)
+    text = text_config(config)
     for key, value in family.requires:
         if getattr(text, key, None) != value:
             raise ModelError(

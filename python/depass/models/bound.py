@@ -195,6 +195,8 @@ class BoundModel:
     max_positions: int | None
     switches: tuple[Switch, ...]
     takes_positions: bool  # whether prompts of different lengths can share a pass without padding
+    is_wrapped: bool  # whether the layers are those of a text decoder inside the model
+    placeholders: dict[int, str]  # ids that stand for an image, a video or a sound
     configs: tuple[Any, ...] = field(repr=False)
     forwards: dict[type, Any] = field(repr=False)  # of the modules' classes, when DePass was made
     checked: set[int] = field(default_factory=set, repr=False, compare=False)

@@ -10,7 +10,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from ..errors import ModelError
 from .alterations import Alteration, alterations, likely, said_of, within
 from .bound import BoundModel, Norm
 from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
+from .multimodal import must_read_ids_alone
 from .packing import Packing, first_positions
 from .positions import fresh
 from .streaming import streamed
@@ -231,6 +232,9 @@ class Capture(ABC):
         with running, ExitStack() as stack:  # attributions of several threads take turns
             refuse_nested()
             self.altered, self.alterations = {}, alterations(bound)
+            if bound.is_wrapped and not self.alterations and self.is_checked(0):
+                with nullcontext() if bound.stream_to is None else streamed(bound, bound.stream_to):
+                    must_read_ids_alone(bound)
             stack.enter_context(eager_with_patterns(bound))
             layers = [LayerCapture(self, index, self.is_checked(index)) for index in self.layers]
             for layer in layers:

@@ -84,6 +84,10 @@ OLMO2 = Family(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+GLM4 = Family(
+    gate="mlp.gate_up_proj", gate_rows="first_half", attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
+)  # fmt: skip
 COHERE = Family(mlp_norm="input_layernorm", norm="layer", parallel=True, logit_factor="logit_scale")
 GPT2 = Family(
     backbone="transformer", layers="h", final_norm="ln_f", attention="attn", value="attn.c_attn", value_rows="last",
@@ -97,7 +101,7 @@ OPT = Family(
     backbone="model.decoder", final_norm="final_layer_norm", output="self_attn.out_proj", gate="fc1", down="fc2",
     attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", norm="layer",
 )  # fmt: skip
-FAMILIES: dict[str, Family] = {  # by the config's model_type
+FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's config
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
@@ -113,6 +117,9 @@ FAMILIES: dict[str, Family] = {  # by the config's model_type
     "exaone": LLAMA,
     "internlm3": LLAMA,
     "iquestcoder": LLAMA,
+    "qwen2_vl_text": LLAMA,
+    "qwen2_5_vl_text": LLAMA,
+    "qwen3_vl_text": LLAMA,
     "granite": Family(residual_factor="residual_multiplier", logit_divisor="logits_scaling"),
     "hyperclovax": Family(
         attention_post_norm="post_norm1", mlp_post_norm="post_norm2", residual_factor="residual_multiplier",
@@ -126,10 +133,8 @@ FAMILIES: dict[str, Family] = {  # by the config's model_type
         value="self_attn.qkv_proj", value_rows="last", gate="mlp.gate_up_proj", gate_rows="first_half"
     ),
     "glm": Family(gate="mlp.gate_up_proj", gate_rows="first_half"),
-    "glm4": Family(
-        gate="mlp.gate_up_proj", gate_rows="first_half", attention_post_norm="post_self_attn_layernorm",
-        mlp_post_norm="post_mlp_layernorm",
-    ),
+    "glm4": GLM4,
+    "glm4v_text": GLM4,
     "olmo": Family(norm="layer", epsilon=1e-5, requires=(("clip_qkv", None),)),
     "olmo2": OLMO2,
     "olmo3": OLMO2,
@@ -175,5 +180,6 @@ UNSUPPORTED: dict[str, str] = {  # by model_type: why no declaration fits
     "bitnet": "a norm stands between its attention pattern and the output projection",
     "lfm2": "some of its layers have a convolution in place of attention",
     "doge": "its layers scale the residual stream itself",
+    "paligemma": "its attention looks ahead in the prompt, whose tokens all read each other",
     "minicpm3": "its values are projected twice, from a latent vector, and it scales the vectors that its head reads",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,7 @@ from ..errors import DePassError, MemoryLimitError, ModelError, OptionError, fir
 from . import builtin, gguf_file
 from .bind import bind, quantization_method
 from .bound import BoundModel, Projection
+from .multimodal import text_config
 from .weights import QUANTIZATIONS
 
 BITS = {"8bit": 8, "4bit": 4}
@@ -55,7 +57,7 @@ def empty_model(
         else:
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model = model.to(dtype or _saved_dtype(config))
     except DePassError:
         raise
@@ -134,10 +136,39 @@ def _load_safetensors(
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "use_safetensors": True, **options}
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    model, loading_info = _auto_class(config).from_pretrained(
         path, trust_remote_code=trust_remote_code, output_loading_info=True, **_given(options)
     )
     return model, tokenizer, loading_info
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of this configuration: with a text decoder alone, or with more parts."""
+    import transformers
+
+    for name, mapping in (
+        ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),  # absent before transformers 5
+    ):
+        if type(config) in getattr(transformers, mapping, ()):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def tokenizer_of(given: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template if it has none; anything else as it is."""
+    from transformers import ProcessorMixin
+
+    if not isinstance(given, ProcessorMixin):
+        return given
+    tokenizer, template = getattr(given, "tokenizer", None), getattr(given, "chat_template", None)
+    if tokenizer is None or template is None or tokenizer.chat_template is not None:
+        return tokenizer
+    tokenizer = copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def _quantized(
@@ -213,8 +244,11 @@ def _quantization_config(given: Any, dtype: torch.dtype | str, config: Any) -> A
 
 
 def _saved_dtype(config: Any) -> torch.dtype:
-    saved = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    return saved if isinstance(saved, torch.dtype) else torch.float32
+    for part in (config, text_config(config)):
+        saved = getattr(part, "dtype", None) or getattr(part, "torch_dtype", None)
+        if isinstance(saved, torch.dtype):
+            return saved
+    return torch.float32
 
 
 def _saved_bits(name: str, config: Any, method: str) -> int:
