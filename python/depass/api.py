@@ -472,11 +472,9 @@ class DePass:
 
         Raises:
             OptionError: the sources, the rule, the number of tokens or the budget are invalid.
+            ModelError: the rule needs gradients, which the model does not take.
         """
-        bound, defaults = self.bound, self.engine.defaults
-        chosen = rules.read(defaults.rule if rule is None else rule)
-        if defaults.engine == "forward":
-            chosen = replace(chosen, parts=tuple(part._replace(paths=None) for part in chosen.parts))
+        bound, chosen = self.bound, self._options(0, None, rule)
         if budget_bytes is not None and integer("budget_bytes", budget_bytes, OptionError) < 1:
             raise OptionError(f"budget_bytes must be positive, got {budget_bytes}")
         budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes

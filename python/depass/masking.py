@@ -32,8 +32,8 @@ def heads(model: Any, masked: Masked) -> Iterator[None]:
     """Set the outputs of the masked heads to zero inside the ``with`` block.
 
     The head outputs are the inputs of the output projection; its bias is kept. Use this for the model's own forward
-    passes. Attributions in other threads wait until the block ends. An attribution inside the block freezes the
-    patterns of masked heads unchanged, so its scores do not add up.
+    passes. Attributions in other threads wait until the block ends. An attribution inside the block explains
+    the model without these heads.
 
     Args:
         model: a :class:`DePass`, or a supported HuggingFace model.

@@ -8,6 +8,7 @@ rules. docs/method.md says when to take which.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,8 @@ Balance = Literal["pattern", "unassigned"]  # the source that balances the sum o
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max  # an int may be larger than any float
 
 
 def _shown(value: float) -> str:
@@ -111,9 +113,15 @@ class Mixture:
                 raise OptionError(f"unknown rule {rule!r} in a mixture; choose from: {', '.join(_SINGLE)}")
             if not _is_number(weight) or not weight > 0:
                 raise OptionError(f"the weight of {rule} in a mixture must be a positive number, got {weight!r}")
+        if not _is_number(sum(self.weights.values())):
+            raise OptionError(f"the weights of a mixture must have a finite sum, got {self.weights!r}")
+        object.__setattr__(self, "weights", dict(self.weights))  # the caller may change its own
         named = [str(rule) for rule in self.weights]
         if len(set(named)) < len(named):
             raise OptionError(f"a mixture names a rule twice: {', '.join(named)}; add up its weights")
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.weights.items()))
 
     def __str__(self) -> str:
         """The rules joined by ``+``, with their weights unless these are equal, as :func:`read` takes them."""

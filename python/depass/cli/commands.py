@@ -77,9 +77,11 @@ def _plan(options: argparse.Namespace) -> None:
     import torch
 
     from ..checks import byte_count
+    from ..engine import request
     from ..engine.plan import make, measured_rate
     from ..models.loading import empty_model
 
+    rules.read(options.rule)
     check_stream(options.stream, options.quantization)
     device = torch.device(device_name(options.device))
     budget = None if options.budget is None else byte_count(options.budget)
@@ -93,8 +95,8 @@ def _plan(options: argparse.Namespace) -> None:
         budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if options.stream:
         bound = replace(bound, stream_to=device)
-    rule = rules.read(options.rule)
-    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device), rule))
+    chosen = request.options(request.Defaults(options.rule), bound)
+    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device), chosen))
 
 
 def _backends(_: argparse.Namespace) -> None:

@@ -83,7 +83,8 @@ class DePassAttribution(CaptumAttribution):
 
         Returns:
             Attributions ``[B, N]`` in logits, fp32, on the inputs' device. With deltas, a pair of these and the deltas
-            ``[B]``: the sum of the attributions and of the biases' share, which belongs to no input, minus the logit.
+            ``[B]``: the sum of the attributions and of what belongs to no input (biases, ``pattern``, ``unassigned``), minus
+            the logit.
         """
         rows = self._rows(inputs, target, attention_mask)
         attributions = torch.zeros(inputs.shape)
@@ -103,7 +104,7 @@ class DePassAttribution(CaptumAttribution):
     def compute_convergence_delta(
         self, attributions: Tensor, inputs: Tensor, target: Any = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """The deltas ``[B]``: the sum of the attributions ``[B, N]`` and of the biases' share, minus the logit.
+        """The deltas ``[B]``: the sum of the attributions ``[B, N]`` and of what belongs to no input, minus the logit.
 
         This runs the decomposition again to get the biases' share; ``return_convergence_delta=True`` does not.
 

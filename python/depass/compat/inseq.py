@@ -225,7 +225,7 @@ def _check_attributed(attributed_fn: Any) -> None:
 def _tokens(
     dp: DePass, ids: Sequence[int], targets: Sequence[Any], layer: int, exclude_bos: Any, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tokens' scores ``[N, targets]``; and the logits and the biases' scores, ``[targets]`` each."""
+    """The tokens' scores ``[N, targets]``; and the logits and the scores of ``bias`` and the like, ``[targets]`` each."""
     result = dp.attribute(list(ids), list(targets), start_layer=layer, exclude_bos=exclude_bos, **options)
     kinds, beside = [source.kind for source in result.sources], {"logit": result.target_logits}
     beside |= {kind: result.scores[:, i] for i, kind in enumerate(kinds) if kind in BESIDE}

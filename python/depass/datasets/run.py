@@ -6,7 +6,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from .. import arguments
+from .. import arguments, rules
 from ..errors import DataError, DePassError, OptionError
 from ..files import check_writable, write_atomically
 from ..runs import described, hold, progress, say_kept, session, write_json
@@ -47,6 +47,7 @@ def run(options: DatasetOptions) -> str:
     columns = Columns(options.prompt_column, options.target_column, options.id_column)
     data = open_data(options.data, columns, options.subset, options.split)
     settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= {"rule": rules.read(options.rule).name}  # one name, however the rule was written
     settings |= {"columns": vars(columns), "fingerprint": data.fingerprint, "rows": data.count}
     folder = Path(options.out)
     with hold(folder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -31,7 +31,8 @@ def attribute(
 ) -> list[Attribution | DePassError]:
     """Attribute cases in one pass per rule; returns an error in place of the result of a case that fails."""
     found: list[list[Scored]] = []  # by rule and case
-    for told, one in _each(options, progress):
+    layers = options.stop - min(case.parts.layer for case in cases)
+    for (_, one), told in zip(options.rules, _told(progress, [layers] * len(options.rules)), strict=True):
         same = [replace(case, asked=_fixed(case.asked, of_case.targets))
                 for case, of_case in zip(cases, found[0], strict=True)] if found else cases  # fmt: skip
         by = scores.scored if one.paths is None else linear.scored
@@ -54,25 +55,29 @@ def sweep(
 ) -> Sweep:
     """Score the components of layers, in one pass or, for rules with rows, in groups of layers that fit ``budget`` bytes."""
     found: list[Swept] = []  # by rule
-    for told, one in _each(options, progress):
+    groups: list[list[Sequence[Decomposition]]] = []
+    if any(one.paths is None for _, one in options.rules):
+        groups = list(sweeps.grouped(layers, len(prompt.ids), budget, engine.bound, engine.workspace_bytes))
+    ahead, back = sum(options.stop - group[0][0].layer for group in groups), options.stop - layers[0][0].layer
+    totals = [ahead if one.paths is None else back for _, one in options.rules]
+    for (_, one), told in zip(options.rules, _told(progress, totals), strict=True):
         same = _fixed(asked, tuple(readout.target for readout in found[0].readouts)) if found else asked
         if one.paths is None:
-            groups = list(sweeps.grouped(layers, len(prompt.ids), budget, engine.bound, engine.workspace_bytes))
             found.append(sweeps.swept(engine, prompt, groups, same, one, budget, told))
         else:
             found.append(linear.swept(engine, prompt, layers, same, one, told))
     return sweeps.stacked(_mean(found, options), layers, kind, prompt, engine.bound)
 
 
-def _each(options: Options, progress: Progress | None) -> Iterator[tuple[Progress | None, Options]]:
-    """The options of every rule of a mixture, or of the only rule, and how its pass reports its progress."""
-    rules = options.mixture or ((1.0, options),)
-    for number, (_, one) in enumerate(rules):
-        yield None if progress is None else partial(_tell, progress, number, len(rules)), one
+def _told(progress: Progress | None, totals: Sequence[int]) -> list[Progress | None]:
+    """For passes that follow one another, how each reports its progress as a part of all."""
+    if progress is None:
+        return [None] * len(totals)
+    return [partial(_tell, progress, sum(totals[:number]), sum(totals)) for number in range(len(totals))]
 
 
-def _tell(progress: Progress, number: int, count: int, done: int, of: int) -> None:
-    progress(number * of + done, count * of)
+def _tell(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def _fixed(asked: Sequence[Asked], targets: Sequence[Target]) -> tuple[Asked, ...]:
@@ -107,7 +112,16 @@ def _settings(found: Sequence[Settings], options: Options) -> Settings:
         rule=options.sharing.rule,
         engine="+".join(sorted(engines, reverse=True)),  # forward before backward
         exclude_bos=any(each.exclude_bos for each in found),
-        backends={op: backend for each in found for op, backend in each.backends.items()},
+        backends=_joined([each.backends for each in found]),
         altered=next((each.altered for each in found if each.altered is not None), None),
         padded=any(each.padded for each in found),
     )
+
+
+def _joined(backends: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The backends that ran each op, under any of the rules."""
+    names: dict[str, set[str]] = {}
+    for of_rule in backends:
+        for op, backend in of_rule.items():
+            names.setdefault(op, set()).update(backend.split("+"))
+    return {op: "+".join(sorted(own)) for op, own in names.items()}

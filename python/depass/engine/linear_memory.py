@@ -39,15 +39,15 @@ def linear_needs(
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
     (neurons, width), mixed = bound.widest_layer.gate.shape, bound.widest_layer.output.shape[1]
     tokens, pattern = sum(lengths), bound.num_heads * len(lengths) * max(lengths) ** 2
-    in_fp32 = 4 * (number < 4)  # a softmax computes in fp32, and then rounds
+    in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
     layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number
     together = min(targets, group_size(bound, lengths, path_weights))
-    back = together * tokens * (4 * neurons + 8 * width) * number * 3 // 5  # measured: not all exist at once
-    ahead = pattern * (number + in_fp32)
+    back = together * tokens * (4 * neurons + 8 * width) * max(number, state) * 3 // 5  # measured: not all at once
+    ahead = pattern * (number + in_fp32 * 3 // 2)
     working = max(ahead, back)
     if path_weights.steers:  # the softmax's derivative needs its output, and two gradients of the pattern
         layer += tokens * 4 * mixed * number + pattern * in_fp32
-        working = pattern * (number + 4) + back
+        working = together * pattern * (number + 4) + back
     held = tokens * width * (number * layers + 2 * targets * state)
     return LinearNeeds(layer, working, held)
 

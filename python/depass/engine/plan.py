@@ -6,13 +6,13 @@ The plan follows from shapes. No weight is read, so the model may be on the meta
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import rules
 from ..checks import integer
 from ..device_memory import shown
 from ..errors import OptionError
@@ -23,6 +23,7 @@ from ..propagation.blocks import Blocks
 from ..propagation.needs import fitting
 from ..rules import PathWeights
 from .linear_memory import linear_needs, recomputes
+from .request import Options
 
 SOURCES = ("token", "heads", "neurons")
 _MARGIN = 1.15  # measured: the time end to end, relative to that of the matrix products
@@ -120,7 +121,7 @@ def make(
     budget: int,
     workspace_bytes: int | None,
     operations_per_second: float | None = None,
-    rule: rules.Rule | None = None,
+    chosen: Options | None = None,
 ) -> Plan:
     """Plan an attribution.
 
@@ -132,7 +133,7 @@ def make(
         budget: the bytes available, the weights' included.
         workspace_bytes: as for :class:`depass.DePass`.
         operations_per_second: the rate of matrix products on the device, as :func:`measured_rate` returns it.
-        rule: the rule; by default softmax.
+        chosen: the options of the attribution, which say what rule runs and on which engine; None: softmax.
 
     Raises:
         OptionError: the sources or the number of tokens are invalid.
@@ -144,14 +145,10 @@ def make(
             f"tokens must be at most {bound.max_positions}, the positions of {bound.name}, got {positions}"
         )
     sized = partial(
-        _sized,
-        bound,
-        sources=sources,
-        device=device,
-        budget=budget,
-        workspace_bytes=workspace_bytes,
-        rule=rule or rules.read("softmax"),
-    )
+        _sized, bound, sources=sources, device=device, budget=budget, workspace_bytes=workspace_bytes,
+        rule="softmax" if chosen is None else chosen.sharing.rule,
+        paths=(None,) if chosen is None else tuple(one.paths for _, one in chosen.rules),
+    )  # fmt: skip
     plan = sized(positions, rate=operations_per_second)
     low, high = 0, bound.max_positions or 1 << 20
     while low < high:  # the largest that fits
@@ -227,16 +224,17 @@ def _sized(
     device: torch.device,
     budget: int,
     workspace_bytes: int | None,
-    rule: rules.Rule,
+    rule: str,
+    paths: Sequence[PathWeights | None],
     rate: float | None,
 ) -> Plan:
     rows, count = rows_and_sources(bound, positions, sources)
     weights = weight_bytes(bound)
     costs = [
         _forward(bound, positions, rows, count, device, budget - weights, workspace_bytes)
-        if part.paths is None
-        else _backward(bound, positions, budget - weights, part.paths)
-        for part in rule.parts
+        if each is None
+        else _backward(bound, positions, budget - weights, each)
+        for each in paths
     ]
     largest = max(costs, key=lambda cost: cost.total_bytes)
     blocks = next((cost.blocks for cost in costs if cost.blocks is not None), None)
@@ -244,7 +242,7 @@ def _sized(
         model=bound.name,
         device=str(device),
         dtype=str(bound.dtype).removeprefix("torch."),
-        rule=rule.name,
+        rule=rule,
         positions=positions,
         sources=count,
         rows=0 if blocks is None else rows,

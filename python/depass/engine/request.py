@@ -72,6 +72,11 @@ class Options:
     paths: PathWeights | None = None
     mixture: tuple[tuple[float, Options], ...] = ()
 
+    @property
+    def rules(self) -> tuple[tuple[float, Options], ...]:
+        """The options of every rule of a mixture with its share, or these options alone."""
+        return self.mixture or ((1.0, self),)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -134,15 +139,17 @@ def linear_options(defaults: Defaults, bound: BoundModel, rule: AnyRule | None) 
         rule: a linear rule; None means the default rule if it is one, else ``half``.
 
     Raises:
-        OptionError: it is no single linear rule.
+        OptionError: it is no single linear rule, or the forward engine was asked for.
     """
+    if defaults.engine == "forward":
+        raise OptionError("engine='forward' has no surveys; leave engine out")
     chosen = rules.read(defaults.rule if rule is None else rule)
     is_linear = len(chosen.parts) == 1 and chosen.parts[0].paths is not None
     if rule is None and not is_linear:
         chosen = rules.read("half")
     elif not is_linear:
         raise OptionError(
-            f"rule={chosen.name!r} needs a decomposed state for every layer; give one linear rule: "
+            f"a survey takes one linear rule and no mixture, got rule={chosen.name!r}; choose one of: "
             f"{', '.join(rules.LINEAR)}, or PathWeights"
         )
     sharing = MLPSharing(chosen.name, float(defaults.temperature), defaults.backend)

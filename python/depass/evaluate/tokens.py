@@ -258,7 +258,7 @@ def remaining(pair: Pair, ranked: Sequence[int], share: int, curve: str) -> tupl
 
 
 def token_scores(result: Attribution) -> Tensor:
-    """``[N]``: the scores of the tokens, without those of other sources (the biases)."""
+    """``[N]``: the scores of the tokens, without those of other sources (``bias``, ``pattern``, ``unassigned``)."""
     return result.scores[0, [i for i, source in enumerate(result.sources) if source.kind == "token"]]
 
 

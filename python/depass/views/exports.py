@@ -9,11 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import DePassError
-from .drawing import Scored
+from .drawing import AnyScored, Scored, drawn
 
 
 def to_captum(res: Scored) -> Any:
-    """captum's result for language models: one row per target, one column per source (``rest`` and ``bias`` included).
+    """captum's result for language models: one row per target, one column per source (``rest``, ``bias``,
+    ``pattern`` and ``unassigned`` included).
 
     Raises:
         DePassError: captum is not installed.
@@ -63,8 +64,8 @@ def to_inseq(res: Scored) -> Any:
     return FeatureAttributionOutput(sequence_attributions=[sequence], info=info)
 
 
-def to_circuitsvis(res: Scored) -> Any:
-    """CircuitsVis's coloured tokens: point at a target to colour the sources by its scores.
+def to_circuitsvis(res: AnyScored) -> Any:
+    """CircuitsVis's coloured tokens: point at a target to colour the sources by its scores. ``unassigned`` is left out.
 
     A notebook displays the object. ``.local_src`` is HTML that needs no network; ``str()`` gives HTML that loads scripts
     from the network.
@@ -78,6 +79,7 @@ def to_circuitsvis(res: Scored) -> Any:
         raise DePassError(
             f"to_circuitsvis needs circuitsvis ({error}): pip install 'depass-kernels[transformer-lens]'"
         ) from error
+    res, _ = drawn(res)
     return colored_tokens_multi(
         [source.label for source in res.sources], res.scores.T.contiguous(), [target.label for target in res.targets]
     )

@@ -84,8 +84,10 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
     others = f" + rest{' + bias' if bool(sweep.bias.any()) else ''}{f' + {balance}' if balance else ''}"
     parts = f"attention{others} = MLP{others}" if sweep.kind == "modules" else f"{count} {sweep.kind}{others}"
     head = _head(sweep, row, f"{parts}, in each of {len(sweep.layers)} layers")
-    last = max(len(label) for label, _ in columns) + 2 if sweep.kind == "modules" else _NUMBER + 2
-    room = (width - _GUTTER - last * len(columns)) // count
+    widths = [max(_NUMBER, len(label)) + 2 for label, _ in columns]
+    room = (width - _GUTTER - sum(widths)) // count
+    if room < 1 <= (width - _GUTTER) // count:  # the columns beside the components go first
+        columns, widths, room = [], [], (width - _GUTTER) // count
     if count > GRID or room < 1:
         top = sweep.top(_LISTED, row)
         head.append(f"; the {len(top)} largest:", style="not bold")
@@ -95,15 +97,15 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
     size = widest if room >= widest else 2 if room >= 2 else 1
     largest = float(sweep.scores[row].abs().max()) or 1.0
     over = Text("layer".rjust(_GUTTER - 2) + "  " + _ruler(named, size), style="dim")
-    over.append("".join(label.rjust(last) for label, _ in columns))
+    over.append("".join(label.rjust(size_beside) for (label, _), size_beside in zip(columns, widths, strict=True)))
     lines = [head, over]
     for index, layer in enumerate(sweep.layers):
         line = Text(f"{layer:{_GUTTER - 2}}  ")
         for score in sweep.scores[row, index].tolist():
             share = score / largest
             line.append((f"{score:+.2f}" if size >= _NUMBER else _mark(share)).rjust(size), style=colour(share))
-        for _, apart in columns:
-            line.append(f"{float(apart[row, index]):+.2f}".rjust(last), style="dim")
+        for (_, apart), size_beside in zip(columns, widths, strict=True):
+            line.append(f"{float(apart[row, index]):+.2f}".rjust(size_beside), style="dim")
         lines.append(line)
     return [*lines, Text()]
 
@@ -114,7 +116,10 @@ def layers(survey: Layered, row: int, width: int) -> list[Text]:
     Neurons, then heads, are left out where the line is too narrow for them.
     """
     count, heads = len(survey.prompt.tokens), survey.heads[row]  # [L, H]
-    parts = [f"{count} tokens", *(label for label, _ in behind(survey))]
+    parts = [
+        f"{count} tokens",
+        *(f"{label} ({float(scores[row, 0]):+.2f} at the first)" for label, scores in behind(survey)),
+    ]
     head = _head(
         survey, row, f"{' + '.join(parts)}, at the input of each of {len(survey.layers)} layers and at the end"
     )
