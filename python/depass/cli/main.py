@@ -15,7 +15,7 @@ from ..arguments import MODELS, ModelOptions, add_options
 from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from ..models.builtin import DEFAULT
-from .commands import _attribute, _attribute_dataset, _backends, _plan, _view
+from .commands import _attribute, _attribute_dataset, _backends, _family, _plan, _view
 from .quiet import add_verbose, quiet
 
 
@@ -155,6 +155,9 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     dataset = _command(commands, "attribute-dataset", "attribute every row of a data set and write Parquet files")
     dataset.set_defaults(run=_attribute_dataset)
     add_options(dataset, DatasetOptions)
+    family = _command(commands, "family", "print the declaration (depass.Family) of a model, listed or inferred")
+    family.set_defaults(run=_family)
+    add_options(family, ModelOptions)
     backends = _command(commands, "backends", "show which backend runs each op on this machine, and why others can't")
     backends.set_defaults(run=_backends)
     evaluate = _command(commands, "evaluate", "run experiments that test whether the attributions are faithful")

@@ -159,6 +159,8 @@ def _head(res: Explained, row: int, sums: str) -> Text:
         summary = f"{logit} = {sums} (error {float(res.conservation_error[row].max()):.0e})"
     else:
         summary = f"{logit}; scores by {printable(res.settings.method)}, which need not add up to it"
+    if res.settings.family != "declared":
+        summary = f"{summary}; family: {printable(res.settings.family)}"
     where = f" after token {target.position + 1} of {len(res.prompt.tokens)} ({after!r}): "
     return head.append(where + summary, style="not bold")
 
