@@ -62,8 +62,9 @@ class _Trial:
 
     @property
     def linears(self) -> list[_Call]:
-        """The linear layers: modules with a weight of two dimensions that are no norms."""
-        return [call for call in self.calls if _dimensions(call.module) == 2 and not _is_norm(call.module)]
+        """The linear layers: modules with a weight of two dimensions that are no norms. One with an adapter is one."""
+        whole = [call for call in self.calls if not call.path.endswith(".base_layer")]
+        return [call for call in whole if _dimensions(call.module) == 2 and not _is_norm(call.module)]
 
     @property
     def norms(self) -> list[_Call]:
@@ -86,8 +87,8 @@ def infer(model: Any) -> Family:
     attention, values, mixed = _attention(trial)
     value, value_rows = _value(trial, values)
     output = _output(trial, mixed)
-    gate, gate_rows = _gate(trial)
-    down = _down(trial, output, gate)
+    gate, gate_rows, activation = _gate(trial)
+    down = _down(trial, gate, activation)
     attention_norm = _norm_before(trial, value)
     mlp_norm = _norm_before(trial, gate)
     attention_post_norm = _norm_after(trial, output)
@@ -202,6 +203,8 @@ def _tried(model: Any) -> _Trial:
         device = weights.device_of(model.get_input_embeddings())
         logits = model(torch.tensor([_tokens(model)], device=device), use_cache=False).logits
         trial.logits = logits.flatten(0, -2)
+        if not bool(logits.isfinite().all()):
+            raise InferenceError("its logits are not finite")
     return trial
 
 
@@ -241,10 +244,10 @@ def _noted(path: str, calls: list[_Call]) -> Callable[..., None]:
 
 def _attention(trial: _Trial) -> tuple[str, Tensor, Tensor]:
     """Which module calls the attention function? With the values ``[P, K·d]`` that it gives and the output ``[P, H·d]``."""
-    if len(trial.attention) != 1:
-        raise InferenceError(
-            f"its first layer calls transformers' AttentionInterface {len(trial.attention)} times, not once"
-        )
+    if not trial.attention:
+        raise InferenceError("its first layer does not call transformers' AttentionInterface")
+    if len(trial.attention) > 1:
+        raise InferenceError(f"its first layer calls transformers' AttentionInterface {len(trial.attention)} times")
     module, values, mixed = trial.attention[0]
     path = next(path for path, each in trial.layer.module.named_modules() if each is module)
     return path, values, mixed
@@ -275,30 +278,38 @@ def _output(trial: _Trial, mixed: Tensor) -> _Call:
     raise InferenceError("no projection reads the output of the attention function as it is")
 
 
-def _gate(trial: _Trial) -> tuple[_Call, GateRows]:
-    """Which projection's output, or its first half, does the activation function read?"""
+def _gate(trial: _Trial) -> tuple[_Call, GateRows, _Call]:
+    """Which projection's output, or its first half, does the activation function read? With the activation's own call."""
     modules = activations(trial.layer.module)
-    read = [call.read for call in trial.calls if any(call.module is module for module in modules)]
-    found: list[tuple[_Call, GateRows]] = []
+    acts = [call for call in trial.calls if any(call.module is module for module in modules)]
+    found: list[tuple[_Call, GateRows, _Call]] = []
     for call in trial.linears:
-        half = call.written[:, : call.written.shape[1] // 2]
-        choices: tuple[tuple[Tensor, GateRows], ...] = ((call.written, "all"), (half, "first_half"))
-        found += [(call, rows) for part, rows in choices if any(_same(part, each) for each in read)]
-    if len(found) != 1:
-        paths = ", ".join(call.path for call, _ in found) or "no projection"
-        raise InferenceError(
-            f"the activation functions of a layer read the output of {paths}; it must be one projection"
-        )
+        choices: tuple[tuple[Tensor, GateRows], ...] = ((call.written, "all"), (_halves(call)[0], "first_half"))
+        found += [(call, rows, act) for part, rows in choices for act in acts if _same(part, act.read)]
+    if not found:
+        raise InferenceError("no activation module of a layer reads the output of a projection")
+    if len(found) > 1:
+        paths = " and ".join(call.path for call, _, _ in found)
+        raise InferenceError(f"activation modules read the outputs of several projections of a layer, {paths}")
     return found[0]
 
 
-def _down(trial: _Trial, output: _Call, gate: _Call) -> _Call:
-    """Which projection after the gate is the last one that writes into the stream?"""
-    later = trial.linears[trial.linears.index(gate) + 1 :]
-    for call in reversed(later):
-        if call is not output and call.written.shape == trial.layer.read.shape:
+def _down(trial: _Trial, gate: _Call, act: _Call) -> _Call:
+    """Which projection reads the activation's output, or its product with another projection's output?"""
+    factors = [factor for call in trial.linears for factor in (call.written, _halves(call)[1])]
+    products = [act.written * factor for factor in factors if factor.shape == act.written.shape]
+    for call in trial.linears:
+        if any(_same(call.read, hidden) for hidden in (act.written, *products)):
             return call
-    raise InferenceError(f"no projection after {gate.path} writes vectors of the stream's width")
+    raise InferenceError(
+        f"no projection reads the activation of {gate.path}, or its product with another projection's output"
+    )
+
+
+def _halves(call: _Call) -> tuple[Tensor, Tensor]:
+    """The two halves of a projection's output, each ``[P, out / 2]``."""
+    half = call.written.shape[1] // 2
+    return call.written[:, :half], call.written[:, half:]
 
 
 def _norm_before(trial: _Trial, call: _Call) -> _Call | None:
