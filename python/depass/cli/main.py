@@ -141,17 +141,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "-o", "--output", metavar="FILE.html",
         help="the page to write (default: next to the first RESULT, with its name and the suffix .html)",
     )  # fmt: skip
-    plan = _command(commands, "plan", "print the rows, memory and time that an attribution needs; loads no weights")
-    plan.set_defaults(run=_plan)
-    add = plan.add_argument
-    add("-m", "--model", default=DEFAULT, help=f"{MODELS} (default: {DEFAULT}); its weights are not loaded")
-    add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
-    add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
-    add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")
-    add_options(plan, DatasetOptions, ("rule",))
-    add_options(plan, ModelOptions, ("dtype", "device"))
-    add("--stream", action="store_true", help="plan for weights that stay in host memory, as `attribute --stream` does")
-    add_options(plan, ModelOptions, ("quantization", "trust_remote_code"))
+    _add_plan(commands)
     dataset = _command(commands, "attribute-dataset", "attribute every row of a data set and write Parquet files")
     dataset.set_defaults(run=_attribute_dataset)
     add_options(dataset, DatasetOptions)
@@ -166,3 +156,17 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
         add_tasks(evaluate)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _command(commands, "plan", "print the rows, memory and time that an attribution needs; loads no weights")
+    plan.set_defaults(run=_plan)
+    add = plan.add_argument
+    add("-m", "--model", default=DEFAULT, help=f"{MODELS} (default: {DEFAULT}); its weights are not loaded")
+    add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
+    add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
+    add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")
+    add_options(plan, DatasetOptions, ("rule",))
+    add_options(plan, ModelOptions, ("dtype", "device"))
+    add("--stream", action="store_true", help="plan for weights that stay in host memory, as `attribute --stream` does")
+    add_options(plan, ModelOptions, ("quantization", "trust_remote_code"))
