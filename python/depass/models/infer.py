@@ -52,6 +52,7 @@ class _Trial:
     layers: str
     calls: list[_Call] = field(default_factory=list)  # of the layer's modules, in the order in which they ended
     outside: list[_Call] = field(default_factory=list)  # of the norms outside of the layers
+    head: list[_Call] = field(default_factory=list)  # one call
     attention: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)  # module, values, output: [P, ·]
     logits: Tensor | None = None  # [P, V]
 
@@ -93,7 +94,7 @@ def infer(model: Any) -> Family:
     mlp_norm = _norm_before(trial, gate)
     attention_post_norm = _norm_after(trial, output)
     mlp_post_norm = _norm_after(trial, down)
-    final_norm, head = _end(trial, model)
+    final_norm, head = _end(trial)
     norms = [norm for norm in (attention_norm, mlp_norm, attention_post_norm, mlp_post_norm, final_norm) if norm]
     kind, epsilon = _norm_kind(trial, norms)
     added = (attention_post_norm or output).written, (mlp_post_norm or down).written
@@ -182,10 +183,11 @@ def _tried(model: Any) -> _Trial:
     backbone, _, name = path.rpartition(".")
     trial = _Trial(config, backbone, name)
     inside = {id(module) for module in layers.modules()}
-    outside = [
-        (path.removeprefix(f"{backbone}."), module)
-        for path, module in model.get_submodule(backbone).named_modules()
-        if id(module) not in inside and _is_norm(module)
+    outside = model.get_submodule(backbone).named_modules()
+    noted = [
+        *((path, module, trial.calls) for path, module in layers[0].named_modules()),
+        *((path, module, trial.outside) for path, module in outside if id(module) not in inside and _is_norm(module)),
+        ("", model.get_output_embeddings(), trial.head),
     ]
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
 
@@ -194,11 +196,8 @@ def _tried(model: Any) -> _Trial:
             trial.attention.append((module, values.transpose(1, 2).flatten(2)[0], output.flatten(2)[0]))
 
     with running, torch.no_grad(), _failures(), ExitStack() as stack:  # attributions of several threads take turns
-        for path, module in (*_named(layers[0]), (".", model.get_output_embeddings())):
-            calls = trial.calls if path != "." else trial.outside
+        for path, module, calls in noted:
             stack.callback(module.register_forward_hook(_noted(path, calls), with_kwargs=True).remove)
-        for path, module in outside:
-            stack.callback(module.register_forward_hook(_noted(path, trial.outside), with_kwargs=True).remove)
         stack.enter_context(watched(configs, attention))
         device = weights.device_of(model.get_input_embeddings())
         logits = model(torch.tensor([_tokens(model)], device=device), use_cache=False).logits
@@ -216,14 +215,6 @@ def _layers(model: Any, config: Any) -> tuple[str, Any]:
     if not fitting:
         raise InferenceError(f"no list of modules has the length of the config's num_hidden_layers={count}")
     return min(fitting, key=lambda pair: pair[0].count("."))
-
-
-def _named(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a layer by path; the layer itself comes last."""
-    modules = dict(layer.named_modules())
-    own = modules.pop("")
-    yield from modules.items()
-    yield "", own
 
 
 def _noted(path: str, calls: list[_Call]) -> Callable[..., None]:
@@ -322,14 +313,13 @@ def _norm_after(trial: _Trial, call: _Call) -> _Call | None:
     return next((norm for norm in trial.norms if _same(norm.read, call.written)), None)
 
 
-def _end(trial: _Trial, model: Any) -> tuple[_Call, _Call]:
+def _end(trial: _Trial) -> tuple[_Call, _Call]:
     """Which norm's output does the head read? With the head's own call."""
-    head = next((call for call in trial.outside if call.path == "."), None)
-    if head is None:
+    if not trial.head:
         raise InferenceError("its head did not run")
     for call in trial.outside:
-        if call is not head and _same(call.written, head.read):
-            return call, head
+        if _same(call.written, trial.head[0].read):
+            return call, trial.head[0]
     raise InferenceError("no norm's output is what the head reads")
 
 
