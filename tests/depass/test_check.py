@@ -161,10 +161,9 @@ def test_wrong_declarations_of_every_family_are_found_in_every_dtype(name: str) 
         wrong = wrong_declarations(model, family)
         missed = {}
         for change, each in wrong.items():
-            found = differences(
-                resolve(model, each, "given"), (9, 17)
-            )  # one position in half precision does not tell a small mean
-            missed[change] = max(found[0].values()) / found[1]
+            # at one position, half precision does not always tell a LayerNorm from an RMSNorm
+            found, allowed = differences(resolve(model, each, "given"), (9, 17))
+            missed[change] = max(found.values()) / allowed
         assert min(missed.values()) > 1, (dtype, missed)
 
 
