@@ -66,7 +66,8 @@ class DePass:
             the same number of tokens or the same spans. For many short prompts, one by one, on one GPU.
         stream_to: a GPU that runs a model whose weights stay in host memory. The weights are pinned and copied to the GPU
             layer by layer. For prompts whose state leaves no room for the weights.
-        family: the paths of the model's modules, for a model of an unknown family.
+        family: the paths of the model's modules. By default they are those of the model's type in ``depass.FAMILIES`` or,
+            for a type that is not there, inferred from one trial pass; ``settings.family`` of a result says which.
 
     Raises:
         ModelError: the model cannot be attributed.

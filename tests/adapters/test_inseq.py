@@ -198,8 +198,8 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         )
     with pytest.raises(OptionError, match="unknown rule 'mean'"):
         attributed(model, rule="mean")
-    model.model.config.model_type = "unknown"
-    with pytest.raises(ModelError, match="unknown model family 'unknown'"):
+    model.model.config.model_type = "mpt"
+    with pytest.raises(ModelError, match=r"'mpt' models .* are not supported"):
         inseq.load_model(model.model, "depass", tokenizer=tokens.make())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import models
 import pytest
@@ -12,9 +13,11 @@ import transformers as tf
 from check_table import differences
 from torch import Tensor, nn
 
-from depass import DePass, Family, Heads, ModelError, NonFiniteError
-from depass.models.bind import bind
+from depass import FAMILIES, DePass, Family, Heads, ModelError, NonFiniteError
+from depass.models.bind import as_configured, bind, resolve
 from depass.models.check import STEPS
+from depass.models.families import NormKind, ValueRows
+from depass.models.trace import NORMS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES: dict[str, Any] = {
@@ -104,6 +107,64 @@ WRONG: dict[str, tuple[Callable[[], Any], Family | None, str]] = {
                mlp_post_norm="post_feedforward_layernorm"), "values",
     ),
 }  # fmt: skip
+
+
+def sibling(model: Any, family: Family, part: str) -> str | None:
+    """The path of another projection of the same shape in the module that holds one of the family's projections."""
+    layer, path = model.get_submodule(f"{family.backbone}.{family.layers}.0"), getattr(family, part)
+    parent, _, own = path.rpartition(".")
+    shape = layer.get_submodule(path).weight.shape
+    for name, module in layer.get_submodule(parent).named_children():
+        if name != own and "norm" not in name and getattr(getattr(module, "weight", None), "shape", None) == shape:
+            return f"{parent}.{name}"
+    return None
+
+
+def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
+    """A model's family, with each field that matters to it changed to another value that the model has too."""
+    changes: dict[str, dict[str, Any]] = {
+        "parallel": {"parallel": not family.parallel},
+        "norms exchanged": {"attention_norm": family.mlp_norm, "mlp_norm": family.attention_norm},
+        **{f"no {norm}": {norm: None} for norm in NORMS},
+        **{f"norm {kind}": {"norm": kind} for kind in get_args(NormKind)},
+        **{f"value_rows {rows}": {"value_rows": rows} for rows in get_args(ValueRows)},
+        **{
+            f"another {part}": {part: sibling(model, family, part) or getattr(family, part)}
+            for part in ("value", "gate")
+        },
+        "no residual_factor": {"residual_factor": None},
+    }
+    layer = model.get_submodule(f"{family.backbone}.{family.layers}.0")
+    weightless = getattr(model.get_submodule(f"{family.backbone}.{family.final_norm}"), "weight", None) is None
+    wrong = {change: replace(family, **fields) for change, fields in changes.items()}
+    return {
+        change: each
+        for change, each in wrong.items()
+        if each != family
+        and not (weightless and each.norm.endswith("plus_one"))
+        and not (change == "no residual_factor" and getattr(model.config, family.residual_factor or "", 1) == 1)
+        and not (change.startswith("value_rows") and layer.get_submodule(family.value).weight.shape[0] % 3)
+        and not (change.startswith("no ") and isinstance(_norm(layer, family, change[3:]), nn.Identity))
+    }
+
+
+def _norm(layer: Any, family: Family, name: str) -> Any:
+    path = getattr(family, name)
+    return None if name not in NORMS or path is None else layer.get_submodule(path)
+
+
+@pytest.mark.parametrize("name", models.EVERY)
+def test_wrong_declarations_of_every_family_are_found_in_every_dtype(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = models.make(name, dtype)
+        family = as_configured(FAMILIES[model.config.model_type], model.config)
+        wrong = wrong_declarations(model, family)
+        missed = {}
+        for change, each in wrong.items():
+            # at one position, half precision does not always tell a LayerNorm from an RMSNorm
+            found, allowed = differences(resolve(model, each, "given"), (9, 17))
+            missed[change] = max(found.values()) / allowed
+        assert min(missed.values()) > 1, (dtype, missed)
 
 
 def _halves_exchanged() -> Any:

@@ -361,3 +361,11 @@ def test_gim_inside_another_pass_is_refused() -> None:
     with linearised(dp.bound, PathWeights()), pytest.raises(ModelError, match=message):
         scores(dp)
     scores(dp)
+
+
+def test_a_hook_that_passes_no_gradient_on_is_named() -> None:
+    dp = DePass(models.make("llama"))
+    dp.model.model.layers[1].register_forward_hook(lambda _, __, output: output.detach() * 1)
+    for name in ("gim", "input_x_gradient"):
+        with pytest.raises(ModelError, match=r"passes no gradient on to its embeddings, .*hook"):
+            baselines.tokens(dp, name, [IDS], TARGET)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from depass import (
     Attribution,
+    ConservationWarning,
     Contrast,
     DePass,
     Direction,
     Heads,
     Mixture,
+    ModelError,
     Modules,
     Neurons,
     OptionError,
@@ -32,6 +34,7 @@ from depass import (
 )
 from depass.cli.main import main
 from depass.datasets.options import DatasetOptions
+from depass.engine import linear
 
 OWN = PathWeights(q=0.5, k=-0.25, v=0.75, gate=0.25, up=0.5)
 SOURCES: list[Any] = [
@@ -167,13 +170,81 @@ def test_a_mixture_says_what_it_is_made_of() -> None:
 
 
 def test_every_rule_of_a_mixture_explains_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where two tokens tie and the engines' logits are rounded apart."""
-    model = models.make("llama")
-    with torch.no_grad():
-        model.lm_head.weight[:] = model.lm_head.weight[:1]
-    dp, ids = DePass(model), models.prompt(9)
-    res = dp.attribute(ids, TopK(5), rule="softmax+half", strict=True)
-    assert len({target.token_ids for target in res.targets}) == 5
+    """Those that the first rule found, even where another's logits order them otherwise."""
+    dp, ids = DePass(models.make("llama")), models.prompt(9)
+    given: list[Any] = []
+    scored = linear.scored
+
+    def recorded(engine: Any, cases: Any, *others: Any) -> Any:
+        given.extend(cases[0].asked)
+        return scored(engine, cases, *others)
+
+    monkeypatch.setattr(linear, "scored", recorded)
+    res = dp.attribute(ids, [TopK(3), 7, Direction(torch.ones(32))], rule="softmax+half")
+    assert [asked.ids for asked in given] == [target.token_ids for target in res.targets]
+    assert all(asked.ids is not None for asked in given)
+
+
+def test_a_mixture_under_hooks_says_so() -> None:
+    model, ids = models.make("llama"), models.prompt(9)
+    dp = DePass(model)
+    assert dp.attribute(ids, 5, rule="half+softmax").settings.altered is None
+    model.model.layers[1].register_forward_hook(lambda _, __, output: output * 1.5)
+    for rule in ("half+softmax", "softmax+half"):
+        with pytest.warns(ConservationWarning, match="go through this change under the linear rules of the mixture"):
+            assert dp.attribute(ids, 5, rule=rule).settings.altered is not None
+
+
+def test_progress_of_a_sweep_in_groups_only_goes_on() -> None:
+    dp, ids = DePass(models.make("llama")), models.prompt(6)
+    told: list[tuple[int, int]] = []
+    dp.sweep("heads", ids, rule="softmax+half", memory_bytes=33_570_000, progress=lambda *now: told.append(now))
+    assert len({of for _, of in told}) == 1
+    assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
+    assert told[0][1] > 2 * models.LAYERS  # in more than one group
+
+
+def test_a_mixture_does_not_change_with_the_dict_that_it_was_made_of() -> None:
+    weights: dict[Any, float] = {"softmax": 1, "half": 1}
+    mixture = Mixture(weights)
+    weights["softmax"] = -1
+    assert str(mixture) == "softmax+half"
+    assert hash(mixture) == hash(Mixture({"softmax": 1, "half": 1}))
+
+
+@pytest.mark.parametrize("rule", ["1e308*softmax+1e308*half", "1e400*softmax+half"])
+def test_weights_without_a_finite_sum_are_refused(rule: str) -> None:
+    with pytest.raises(OptionError, match=r"must have a finite sum|must be a positive number, got inf"):
+        rules.read(rule)
+    with pytest.raises(OptionError, match="a weight must be a finite number"):
+        PathWeights(q=10**400)
+
+
+@pytest.mark.parametrize("how", ["stream_to", "engine", "hook", "inference"])
+def test_a_plan_is_of_the_engine_that_runs(how: str) -> None:
+    with torch.inference_mode(how == "inference"):
+        model = models.make("llama")
+    options: dict[str, Any] = {"stream_to": {"stream_to": "cpu"}, "engine": {"engine": "forward"}}.get(how, {})
+    dp, ids = DePass(model, **options), models.prompt(20)
+    if how == "hook":
+        model.model.layers[0].register_forward_hook(lambda _, __, output: output)
+    assert dp.plan(20, rule="taylor", measure=False).rows == dp.plan(20, measure=False).rows == 210
+    assert dp.attribute(ids, rule="taylor").settings.engine == "forward"
+    if how != "hook":
+        for call in (lambda: dp.plan(20, rule="half", measure=False), lambda: dp.attribute(ids, rule="half")):
+            with pytest.raises((ModelError, OptionError)):
+                call()
+
+
+def test_a_plan_of_a_mixture_takes_the_time_of_all_and_the_memory_of_the_largest() -> None:
+    dp = DePass(models.make("llama"))
+    softmax, steer, half, mixed = (
+        dp.plan(40, rule=rule, measure=False) for rule in ("softmax", "steer", "half", "softmax+steer")
+    )
+    assert mixed.operations == softmax.operations + steer.operations
+    assert mixed.total_bytes == max(softmax.total_bytes, steer.total_bytes)
+    assert (mixed.rows, mixed.rule) == (softmax.rows, "softmax+steer")
+    assert steer.operations > half.operations  # the pattern's gradient
 
 
 def test_a_mixture_excludes_the_first_token_in_its_forward_rules() -> None:

@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,10 @@ class Differences(Capture):
             self.found[step] = max(self.found.get(step, 0.0), float(difference.max()))
 
 
-def differences(bound: BoundModel) -> tuple[dict[str, float], float]:
+def differences(bound: BoundModel, lengths: Sequence[int] = (1, 2, 17, 40)) -> tuple[dict[str, float], float]:
     """The largest difference of each step over prompts of several lengths, and the limit."""
     found: dict[str, float] = {}
-    for length in (1, 2, 17, 40):
+    for length in lengths:
         run = Differences(bound, models.prompt(length, length))
         with torch.no_grad():
             run.run()

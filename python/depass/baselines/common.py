@@ -91,7 +91,9 @@ def _clean(dp: DePass, cases: Sequence[_Case]) -> list[_Case]:
 
 def _settings(dp: DePass, name: str) -> Settings:
     depth = len(dp.bound.layers)
-    return Settings(dp.name, dtype_name(dp.bound.dtype), "none", 0.0, False, 0, depth, method=name, engine="none")
+    return Settings(
+        dp.name, dtype_name(dp.bound.dtype), "none", 0.0, False, 0, depth, method=name, engine="none", family=dp.bound.origin
+    )  # fmt: skip
 
 
 def _must_be_finite(bound: BoundModel, number: float, label: str) -> None:

@@ -15,6 +15,7 @@ from ..api import DePass
 from ..checks import integer
 from ..errors import DePassError, ModelError, OptionError, PromptError
 from ..models import capture
+from ..models.alterations import alterations, said_of
 from ..models.bound import BoundModel
 from ..models.capture import Capture, Check
 from ..models.linearised import linearised
@@ -179,10 +180,21 @@ def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case], wi
         by_target = []
         for j in range(most):
             logits = [_value(normed[b], case.readouts[j]) for b, case in enumerate(cases) if j < len(case.readouts)]
-            (gradient,) = torch.autograd.grad(torch.stack(logits).sum(), embeddings, retain_graph=j + 1 < most)
+            total = torch.stack(logits).sum()
+            if not total.requires_grad:
+                raise _cut(bound)
+            (gradient,) = torch.autograd.grad(total, embeddings, retain_graph=j + 1 < most, allow_unused=True)
+            if gradient is None:
+                raise _cut(bound)
             by_target.append(gradient)
     stacked = torch.stack(by_target, 1)  # [B, targets, T, D]
     return [stacked[b, : len(case.readouts)] for b, case in enumerate(cases)]
+
+
+def _cut(bound: BoundModel) -> ModelError:
+    found = alterations(bound)
+    why = f": {said_of(found)}" if found else ""
+    return ModelError(f"{bound.name} passes no gradient on to its embeddings, which this baseline needs{why}")
 
 
 def _at_embeddings(_: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import rules
 from ..arguments import DIGITS, ModelOptions, check_stream, device_name, load_model, read_options, say, say_aside
-from ..errors import OptionError, PromptError, TargetError
+from ..errors import OptionError, PromptError, TargetError, escaped
 from ..files import check_writable
 
 PATIENCE = 2.0  # seconds before a progress bar appears
@@ -97,6 +97,15 @@ def _plan(options: argparse.Namespace) -> None:
         bound = replace(bound, stream_to=device)
     chosen = request.options(request.Defaults(options.rule), bound)
     print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device), chosen))
+
+
+def _family(options: argparse.Namespace) -> None:
+    from ..models.families import FAMILIES, written
+
+    bound = load_model(read_options(ModelOptions, options)).bound
+    kind = bound.model.config.model_type
+    print(f"# {escaped(kind)}, family: {bound.origin}")
+    print(written(FAMILIES[kind] if bound.origin == "declared" else bound.family))
 
 
 def _backends(_: argparse.Namespace) -> None:

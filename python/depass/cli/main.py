@@ -15,7 +15,7 @@ from ..arguments import MODELS, ModelOptions, add_options
 from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from ..models.builtin import DEFAULT
-from .commands import _attribute, _attribute_dataset, _backends, _plan, _view
+from .commands import _attribute, _attribute_dataset, _backends, _family, _plan, _view
 from .quiet import add_verbose, quiet
 
 
@@ -141,6 +141,24 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "-o", "--output", metavar="FILE.html",
         help="the page to write (default: next to the first RESULT, with its name and the suffix .html)",
     )  # fmt: skip
+    _add_plan(commands)
+    dataset = _command(commands, "attribute-dataset", "attribute every row of a data set and write Parquet files")
+    dataset.set_defaults(run=_attribute_dataset)
+    add_options(dataset, DatasetOptions)
+    family = _command(commands, "family", "print the declaration (depass.Family) of a model, listed or inferred")
+    family.set_defaults(run=_family)
+    add_options(family, ModelOptions)
+    backends = _command(commands, "backends", "show which backend runs each op on this machine, and why others can't")
+    backends.set_defaults(run=_backends)
+    evaluate = _command(commands, "evaluate", "run experiments that test whether the attributions are faithful")
+    if given[:1] == ["evaluate"]:  # its tasks need torch, which takes seconds to load
+        from .evaluate import add_tasks
+
+        add_tasks(evaluate)
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
     plan = _command(commands, "plan", "print the rows, memory and time that an attribution needs; loads no weights")
     plan.set_defaults(run=_plan)
     add = plan.add_argument
@@ -152,14 +170,3 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add_options(plan, ModelOptions, ("dtype", "device"))
     add("--stream", action="store_true", help="plan for weights that stay in host memory, as `attribute --stream` does")
     add_options(plan, ModelOptions, ("quantization", "trust_remote_code"))
-    dataset = _command(commands, "attribute-dataset", "attribute every row of a data set and write Parquet files")
-    dataset.set_defaults(run=_attribute_dataset)
-    add_options(dataset, DatasetOptions)
-    backends = _command(commands, "backends", "show which backend runs each op on this machine, and why others can't")
-    backends.set_defaults(run=_backends)
-    evaluate = _command(commands, "evaluate", "run experiments that test whether the attributions are faithful")
-    if given[:1] == ["evaluate"]:  # its tasks need torch, which takes seconds to load
-        from .evaluate import add_tasks
-
-        add_tasks(evaluate)
-    return parser

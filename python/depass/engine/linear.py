@@ -153,6 +153,7 @@ class LinearPass(Backward):
             altered=self.altered.get(prompt),
             padded=not self.packing.packed and len(set(self.lengths)) > 1,
             engine="backward",
+            family=self.bound.origin,
         )
 
     def passed(self, layer: int) -> None:

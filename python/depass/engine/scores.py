@@ -280,5 +280,6 @@ def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]
         stop_layer=options.stop,
         backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
         altered=done.altered.get(prompt),
+        family=done.engine.bound.origin,
         padded=not done.packing.packed and len(set(done.lengths)) > 1,
     )

@@ -27,6 +27,8 @@ class Settings:
             unaltered model.
         engine: ``forward`` for a decomposed state, ``backward`` for a linear rule's backward pass, ``forward+backward`` for
             a mixture that has both, ``none`` for a baseline.
+        family: where the model's :class:`depass.Family` comes from: ``declared`` in the list of families, ``inferred`` from
+            a trial pass, or ``given`` by the caller.
         padded: whether the model ran on padded prompts, because it takes no ``position_ids``; False for a single prompt.
     """
 
@@ -43,6 +45,7 @@ class Settings:
     altered: str | None = None
     padded: bool = False
     engine: str = "forward"
+    family: str = "declared"
 
     @property
     def adds_up(self) -> bool:

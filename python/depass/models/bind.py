@@ -14,7 +14,8 @@ from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
 from .bound import BoundModel, Layer, Norm, Projection, epsilon_of
-from .families import FAMILIES, LLAMA, UNSUPPORTED, Family
+from .families import FAMILIES, LLAMA, UNSUPPORTED, Family, Origin
+from .infer import InferenceError, compare, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .packing import takes_positions
 from .positions import switches
@@ -28,33 +29,66 @@ def bind(model: Any, family: Family | None = None, empty: bool = False) -> Bound
 
     Args:
         model: a causal language model of HuggingFace transformers, or a model with one as its text decoder.
-        family: the family to use; by default the one of the ``model_type`` of the text decoder's config.
+        family: the family to use; by default the one of the ``model_type`` of the text decoder's config or, where the list
+            has none, the one that a trial pass shows (:mod:`depass.models.infer`).
         empty: whether the weights may be on the meta device, as shapes only; such a model can be planned but not run.
 
     Raises:
-        ModelError: the model is not a decoder-only language model, its family is unknown, or it lacks a path of its
-            family.
+        ModelError: the model is not a decoder-only language model, its family is unknown and cannot be inferred, or it
+            lacks a path of its family.
     """
-    return resolve(model, check(model, family, empty))
+    _refuse_model(model)
+    if family is not None:
+        return resolve(model, check(model, family, empty), "given")
+    family = _listed(model)
+    return _inferred(model, empty) if family is None else resolve(model, check(model, family, empty), "declared")
 
 
-def check(model: Any, family: Family | None = None, empty: bool = False) -> Family:
-    """Check that a model can be decomposed, and return its family with the config's flags resolved.
+def _inferred(model: Any, empty: bool) -> BoundModel:
+    """A model of an unknown type with the family that a trial pass shows, compared on every layer."""
+    try:
+        if empty:
+            raise InferenceError("a trial pass needs its weights")
+        if is_wrapped(model.config):
+            raise InferenceError("its text decoder is a part of another model")
+        if not model.config.num_hidden_layers:
+            raise InferenceError("it has no layers")
+        bound = resolve(model, check(model, infer(model)), "inferred")
+        compare(bound)
+    except (InferenceError, ModelError) as error:
+        paths = ", ".join(
+            f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(located(model, LLAMA))
+        )
+        evaluate = "; it is in training mode: call model.eval()" if model.training else ""
+        raise ModelError(
+            f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "
+            f"inferred: {error}{evaluate}; known: {', '.join(FAMILIES)}. Of the Llama family's paths it has (+) or lacks "
+            f"(-): {paths}. Describe the model with depass.Family and pass family=..."
+        ) from error
+    return bound
 
-    Arguments and errors as for :func:`bind`.
-    """
+
+def _refuse_model(model: Any) -> None:
+    """Raise a ModelError where a model is not a decoder-only language model of transformers."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"expected a HuggingFace causal language model, got {type(model).__name__}{_inside(model)}")
-    config, name, head = model.config, type(model).__name__, model.get_output_embeddings()
-    _refuse_other_kinds(config, name)
-    if head is None:
+    name = type(model).__name__
+    _refuse_other_kinds(model.config, name)
+    if model.get_output_embeddings() is None:
         raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
-    family = _known_family(model) if family is None else family
+
+
+def check(model: Any, family: Family, empty: bool = False) -> Family:
+    """Check that a language model can be decomposed, and return its family with the config's flags resolved.
+
+    Arguments and errors as for :func:`bind`.
+    """
+    config, name, head = model.config, type(model).__name__, model.get_output_embeddings()
     _refuse_declaration(family)
     _refuse_config(config, family, name)
-    family = located(model, _as_configured(family, text_config(config)))
+    family = located(model, as_configured(family, text_config(config)))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
@@ -69,7 +103,7 @@ def check(model: Any, family: Family | None = None, empty: bool = False) -> Fami
     return family
 
 
-def _as_configured(family: Family, config: Any) -> Family:
+def as_configured(family: Family, config: Any) -> Family:
     """The family of one model: ``parallel`` is True or False, and ``mlp_norm`` the norm that belongs to it."""
     parallel = bool(getattr(config, family.parallel)) if isinstance(family.parallel, str) else family.parallel
     mlp_norm = family.parallel_mlp_norm if parallel and family.parallel_mlp_norm else family.mlp_norm
@@ -90,7 +124,7 @@ def _inside(model: Any) -> str:
     return ""
 
 
-def resolve(model: Any, family: Family) -> BoundModel:
+def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
     """The modules at a family's paths, for a model and a family that :func:`check` returned."""
     config, head = model.config, model.get_output_embeddings()
     text = text_config(config)
@@ -103,6 +137,7 @@ def resolve(model: Any, family: Family) -> BoundModel:
     return BoundModel(
         model=model,
         family=family,
+        origin=origin,
         name=getattr(config, "name_or_path", "") or type(model).__name__,
         backbone=backbone,
         layers=layers,
@@ -157,21 +192,17 @@ def _bind_layer(layer: Any, family: Family, config: Any) -> Layer:
     )
 
 
-def _known_family(model: Any) -> Family:
-    """The family of the ``model_type`` of the text decoder's config; raises a ModelError where it is unknown."""
+def _listed(model: Any) -> Family | None:
+    """The family of the ``model_type`` of the text decoder's config, or None.
+
+    Raises:
+        ModelError: no family describes such models.
+    """
     kind = text_config(model.config).model_type
     for each in (model.config.model_type, kind):
         if each in UNSUPPORTED:
             raise ModelError(f"{each!r} models ({type(model).__name__}) are not supported: {UNSUPPORTED[each]}")
-    if kind not in FAMILIES:
-        paths = ", ".join(
-            f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(located(model, LLAMA))
-        )
-        raise ModelError(
-            f"unknown model family {kind!r} ({type(model).__name__}); known: {', '.join(FAMILIES)}. Of the Llama family's "
-            f"paths it has (+) or lacks (-): {paths}. Describe the model with depass.Family and pass family=..."
-        )
-    return FAMILIES[kind]
+    return FAMILIES.get(kind)
 
 
 def _refuse_declaration(family: Any) -> None:

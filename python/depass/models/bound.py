@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import weights
-from .families import Family, NormKind
+from .families import Family, NormKind, Origin
 from .positions import Switch
 
 
@@ -178,11 +178,13 @@ class Layer:
 class BoundModel:
     """A model with the paths of its family resolved.
 
-    ``checked`` are the layers that :mod:`depass.models.check` has compared with the family.
+    ``checked`` are the layers that :mod:`depass.models.check` has compared with the family. ``origin`` says where the family
+    comes from: the list, a trial pass, or the caller.
     """
 
     model: Any
     family: Family
+    origin: Origin
     name: str
     backbone: Any
     layers: tuple[Layer, ...]

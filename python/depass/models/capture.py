@@ -35,6 +35,7 @@ _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pas
 running = threading.RLock()  # held during a pass
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values
+Watch = Callable[[nn.Module, Tensor, Tensor], None]  # of the values [B, K, T, d] and the output [B, T, H, d]
 
 
 def _attention(
@@ -57,6 +58,9 @@ def _attention(
         output, pattern = eager(module, query, key, value, mask, **options)
     if module in _at_work:
         _at_work[module].attention(pattern, value)
+    watch = _watch.get()
+    if watch is not None:
+        watch(module, value, output)
     return output if packing is None else packing.gather(output), pattern
 
 
@@ -81,6 +85,7 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)  # of this thread's pass over one row
 _carry: ContextVar[Carry | None] = ContextVar("carry", default=None)  # how gradients of this thread's pass flow
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)  # sees the attention of this thread's trial pass
 _captured: ContextVar[frozenset[int]] = ContextVar("captured", default=frozenset())  # this thread's configs, by id
 
 
@@ -153,6 +158,24 @@ def eager_with_patterns(bound: BoundModel, carry: Carry | None = None) -> Iterat
         yield
     finally:
         _carry.reset(before)
+        _captured.reset(token)
+
+
+@contextmanager
+def watched(configs: Sequence[Any], watch: Watch) -> Iterator[None]:
+    """Inside the ``with`` block this thread's passes use our attention function, and ``watch`` sees each call.
+
+    Args:
+        configs: the configs of a model's modules.
+        watch: a function that is called with the attention module, its values and its output.
+    """
+    refuse_nested()
+    token = _captured.set(_captured.get() | {id(config) for config in configs})
+    before = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(before)
         _captured.reset(token)
 
 

@@ -6,12 +6,13 @@ fused weights, transposes those of GPT-2 and adds the 1 of ``1 + w``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_plus_one"]
 ValueRows = Literal["all", "last", "last_of_head", "middle_of_four"]
 GateRows = Literal["all", "first_half"]
+Origin = Literal["declared", "inferred", "given"]  # by the list, by a trial pass, by the caller
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class Family:
     logit_factor: str | None = None
     logit_divisor: str | None = None
     requires: tuple[tuple[str, object], ...] = ()
+
+
+def written(family: Family) -> str:
+    """A family as Python code, with the fields that differ from Llama's, one a line."""
+    differing = [each.name for each in fields(family) if getattr(family, each.name) != each.default]
+    lines = "".join(f"    {name}={getattr(family, name)!r},\n" for name in differing)
+    return f"Family(\n{lines})" if lines else "Family()"
 
 
 LLAMA = Family()

@@ -388,12 +388,15 @@ class _Cells:
 
 
 def _facts(settings: Settings) -> list[str]:
+    model = [settings.model, settings.dtype]
+    if settings.family != "declared":
+        model.append(f"family: {settings.family}")
     if not settings.adds_up:
-        return [settings.model, settings.dtype, f"baseline {settings.method}"]
+        return [*model, f"baseline {settings.method}"]
     tempered = any(part.rule == "softmax" for part in rules.read(settings.rule).parts)
     rule = f"{settings.rule}, temperature {settings.temperature:g}" if tempered else settings.rule
     layers = f"layers {settings.start_layer} to {settings.stop_layer}"
-    return [settings.model, settings.dtype, f"rule {rule}", layers]
+    return [*model, f"rule {rule}", layers]
 
 
 def _words(settings: Settings, sums: str) -> dict[str, str]:

@@ -116,10 +116,7 @@ def layers(survey: Layered, row: int, width: int) -> list[Text]:
     Neurons, then heads, are left out where the line is too narrow for them.
     """
     count, heads = len(survey.prompt.tokens), survey.heads[row]  # [L, H]
-    parts = [
-        f"{count} tokens",
-        *(f"{label} ({float(scores[row, 0]):+.2f} at the first)" for label, scores in behind(survey)),
-    ]
+    parts = [f"{count} tokens", *(label for label, _ in behind(survey))]
     head = _head(
         survey, row, f"{' + '.join(parts)}, at the input of each of {len(survey.layers)} layers and at the end"
     )
@@ -152,7 +149,8 @@ def _largest_tokens(survey: Layered, row: int, width: int) -> list[Text]:
     best = scores.abs().argsort(descending=True, stable=True)[:_LISTED]
     title = Text(f"largest tokens at the input of layer {survey.layers[0]}:")
     labels, sizes = [survey.prompt.tokens[index] for index in best.tolist()], scores[best].tolist()
-    return [title, *_strip(labels, sizes, abs(sizes[0]) or 1.0, width)]
+    apart = [Text(f"{label} there: {float(scores[row, 0]):+.2f}") for label, scores in behind(survey)]
+    return [title, *_strip(labels, sizes, abs(sizes[0]) or 1.0, width), *apart]
 
 
 def _head(res: Explained, row: int, sums: str) -> Text:
@@ -164,6 +162,8 @@ def _head(res: Explained, row: int, sums: str) -> Text:
         summary = f"{logit} = {sums} (error {float(res.conservation_error[row].max()):.0e})"
     else:
         summary = f"{logit}; scores by {printable(res.settings.method)}, which need not add up to it"
+    if res.settings.family != "declared":
+        summary = f"{summary}; family: {printable(res.settings.family)}"
     where = f" after token {target.position + 1} of {len(res.prompt.tokens)} ({after!r}): "
     return head.append(where + summary, style="not bold")
 

@@ -1,0 +1,270 @@
+"""Families that are not in the list: inferred from one trial pass, compared on every layer, and said to be inferred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import tokens
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from depass import FAMILIES, DePass, Family, ModelError, cli
+from depass.models import infer
+from depass.models.bind import as_configured, check, resolve
+from depass.models.bound import epsilon_of
+from depass.views.terminal import strip
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+# one for each kind of rows, norms and factors
+KINDS = (
+    "llama",
+    "gemma2",
+    "phi3",
+    "olmo",
+    "gpt2",
+    "gpt-neox",
+    "granite",
+    "hyperclovax",
+    "nemotron",
+    "cohere",
+    "codegen",
+)
+
+
+def resolved(model: Any) -> Family:
+    """The written declaration as it is for one model, without fields that make no difference there."""
+    family = as_configured(FAMILIES[model.config.model_type], model.config)
+    layer = model.get_submodule(f"{family.backbone}.{family.layers}.0")
+    posts = {name: getattr(family, name) for name in ("attention_post_norm", "mlp_post_norm")}
+    absent = dict.fromkeys(
+        name for name, path in posts.items() if path and isinstance(layer.get_submodule(path), nn.Identity)
+    )
+    norm = model.get_submodule(f"{family.backbone}.{family.final_norm}")
+    epsilon = family.epsilon if epsilon_of(norm, None) is None else None
+    return replace(family, parallel_mlp_norm=None, requires=(), epsilon=epsilon, **absent)
+
+
+def unknown(name: str, dtype: torch.dtype = torch.float32, **others: Any) -> Any:
+    """A model whose type is not in the list."""
+    model = models.make(name, dtype, **others)
+    model.config.model_type = "a-new-one"
+    return model
+
+
+def own(name: str, **more: Any) -> Any:
+    """A random model of a family of transformers that is not in the list."""
+    config = getattr(tf, f"{name}Config")(**{**SIZES, **more})
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(tf, {"CTRL": "CTRLLMHeadModel"}.get(name, f"{name}ForCausalLM"))(config).eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", models.EVERY)
+def test_the_inferred_family_is_the_written_one(name: str, dtype: torch.dtype) -> None:
+    model = models.make(name, dtype)
+    family = infer.infer(model)
+    assert family == resolved(model)
+    infer.compare(resolve(model, check(model, family), "inferred"))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name in models.EVERY])
+def test_an_unknown_type_gets_the_scores_of_its_declaration(name: str) -> None:
+    listed, inferred, ids = DePass(models.make(name)), DePass(unknown(name)), models.prompt(9)
+    assert (listed.bound.origin, inferred.bound.origin) == ("declared", "inferred")
+    for rule, engine in (("softmax", "forward"), ("half", "backward")):
+        expected, found = (dp.attribute(ids, 5, rule=rule) for dp in (listed, inferred))
+        assert torch.equal(found.scores, expected.scores)
+        assert found.conservation_error.max() < 1e-5
+        assert found.settings == replace(expected.settings, family="inferred")
+        assert found.settings.engine == engine
+
+
+@pytest.mark.skipif(bool(models.NOT_HERE), reason="older transformers lack them, or their attention's interface")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("CTRL", {"n_embd": 32, "dff": 48, "n_layer": 3, "n_head": 4}), ("Moshi", {"ffn_dim": 48})],
+)
+def test_families_of_transformers_that_are_not_in_the_list_are_inferred(name: str, more: dict[str, Any]) -> None:
+    dp = DePass(own(name, **more))
+    for rule in ("softmax", "taylor", "half"):
+        found = dp.attribute(models.prompt(9), 5, rule=rule)
+        assert found.conservation_error.max() < 1e-5
+        assert found.settings.family == "inferred"
+
+
+def test_a_result_says_where_its_family_comes_from(tmp_path: Path) -> None:
+    model = unknown("llama")
+    inferred = DePass(model).attribute(models.prompt(5), 5)
+    given = DePass(model, family=Family()).attribute(models.prompt(5), 5)
+    listed = DePass(models.make("llama")).attribute(models.prompt(5), 5)
+    for result, said in ((inferred, "inferred"), (given, "given")):
+        assert result.settings.family == said
+        assert f"family: {said}" in result.page_view()["facts"]
+        assert f"; family: {said}" in strip(result, 0, 80)[0].plain
+        result.save(tmp_path / "result.safetensors")
+        assert type(result).load(tmp_path / "result.safetensors").settings.family == said
+    assert listed.settings.family == "declared"
+    assert "family" not in listed.page_view()["facts"] + strip(listed, 0, 80)[0].plain
+
+
+def with_its_mlp(forward: Callable[[Any, Tensor], Tensor]) -> Any:
+    """An unknown model whose last layer's MLP computes something else."""
+    model = unknown("llama")
+    for layer in model.model.layers[-1:]:
+        layer.mlp.__class__ = type("Other", (type(layer.mlp),), {"forward": forward})
+    return model
+
+
+def scaled_stream() -> Any:
+    model = unknown("llama")
+    kind = type(model.model.layers[0])
+    forward = kind.forward
+    for layer in model.model.layers:
+        layer.__class__ = type("Scaled", (kind,), {"forward": lambda *args, **more: 1.5 * forward(*args, **more)})
+    return model
+
+
+def scaled_logits() -> Any:
+    model = unknown("llama")
+    kind = type(model)
+
+    class Scaled(kind):  # type: ignore[misc,valid-type]
+        def forward(self, *args: Any, **more: Any) -> Any:
+            output = super().forward(*args, **more)
+            output.logits = 1.7 * output.logits
+            return output
+
+    model.__class__ = Scaled
+    return model
+
+
+def functional_activation() -> Any:
+    model = unknown("llama")
+    kind = type(model.model.layers[0].mlp)
+
+    class Functional(kind):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Functional
+    return model
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "another MLP in the last layer": (
+        lambda: with_its_mlp(lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(2 * x)) * mlp.up_proj(x))),
+        "layer 2: the output of mlp.gate_proj is not that of its weights",
+    ),
+    "gate and up exchanged in the last layer": (
+        lambda: with_its_mlp(lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))),
+        "layer 2: its activation function does not get the output of mlp.gate_proj",
+    ),
+    "a scaled stream": (scaled_stream, "what a layer adds to the stream is not what its projections write"),
+    "scaled logits": (scaled_logits, "the logits are not the head's output, times 1 or a number of the config"),
+    "no module for the activation": (functional_activation, "no activation module of a layer reads the output"),
+    "experts": (
+        lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1), "no activation module of a layer reads",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_be_inferred_is_one_line_with_the_reason(case: str) -> None:
+    make, says = IMPOSSIBLE[case]
+    with pytest.raises(ModelError, match=r"unknown model family .*it cannot be inferred: .*family=\.\.\.$") as error:
+        DePass(make())
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_that_are_not_finite_are_not_accepted() -> None:
+    model = unknown("llama")
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"it cannot be inferred: .*not finite"):
+        DePass(model)
+
+
+def test_a_model_that_trains_is_told_to_stop() -> None:
+    model = unknown("gpt2").train()
+    with pytest.raises(ModelError, match=r"it is in training mode: call model.eval\(\)"):
+        DePass(model)
+
+
+def test_the_trial_leaves_the_model_alone() -> None:
+    model = unknown("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    dp = DePass(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert model.config._attn_implementation == "eager"
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert dp.bound.checked == set()  # the first run compares again
+    dp.attribute(models.prompt(9), 5)
+    assert dp.bound.checked == {0, 1, 2}
+
+
+def saved(folder: Path, model: Any, kind: str | None = None) -> str:
+    """A model's directory; ``kind`` is another type, whose code lies beside it."""
+    model.save_pretrained(folder)
+    tokens.make().save_pretrained(folder)
+    if kind is not None:
+        (folder / "own.py").write_text(
+            f"from transformers import {type(model.config).__name__} as C, {type(model).__name__} as M\n"
+            f"class Own(C):\n    model_type = {kind!r}\nclass Model(M):\n    config_class = Own\n"
+        )
+        config = (folder / "config.json").read_text()
+        auto = '{"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"},'
+        config = config.replace(f'"{model.config.model_type}"', f'"{kind}"').replace("{", auto, 1)
+        (folder / "config.json").write_text(config)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "stablelm"])
+def test_the_command_prints_a_listed_declaration(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name not in models.EVERY:
+        pytest.skip(f"{name} needs transformers {models.since(name)}")
+    folder = saved(tmp_path, models.make(name))
+    capsys.readouterr()  # the bar of transformers, which counts what it writes
+    assert cli.main(["family", "-m", folder]) == 0
+    out, err = capsys.readouterr()
+    assert eval(out, {"Family": Family}) == FAMILIES[name]
+    assert out.startswith(f"# {name}, family: declared\n")
+    assert err == ""
+
+
+def test_the_command_prints_an_inferred_declaration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = models.make("granite")
+    folder = saved(tmp_path, model, "a-new-one")
+    capsys.readouterr()
+    assert cli.main(["family", "-m", folder, "--trust-remote-code"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("# a-new-one, family: inferred\n")
+    family = eval(out, {"Family": Family})
+    assert family == resolved(model)
+    assert DePass(model, family=family).attribute(models.prompt(5), 5).settings.family == "given"
+    assert cli.main(["attribute", "the cat", "-m", folder, "--trust-remote-code"]) == 0
+    assert "family: inferred" in capsys.readouterr().out
+
+
+def test_the_command_says_why_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path, own("Mixtral", num_local_experts=2, num_experts_per_tok=1))
+    capsys.readouterr()
+    assert cli.main(["family", "-m", folder]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "it cannot be inferred: no activation module of a layer reads the output of a projection" in err
