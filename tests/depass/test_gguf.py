@@ -195,9 +195,9 @@ def test_a_gguf_file_that_cannot_be_loaded_is_one_line(
 
 
 def test_a_family_that_depass_does_not_know_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gguf_files.write(tmp_path / "x.gguf", architecture="stablelm")
+    gguf_files.write(tmp_path / "x.gguf", architecture="falcon")
     said = fails(["plan", "--tokens", "3", "-m", str(tmp_path / "x.gguf")], capsys)
-    assert "stablelm" in said
+    assert "falcon" in said
 
 
 @pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.9, 0.999])
