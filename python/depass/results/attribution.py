@@ -15,7 +15,7 @@ from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import BESIDE, Source
 from ..views.page import View, attribution_view
-from .common import ScoredResult, check_shape, common, judged, listed
+from .common import ScoredResult, check_shape, common, described, judged, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +97,8 @@ class Attribution(ScoredResult):
         """The result as a dict of plain values, as ``depass attribute --json`` prints it."""
         return {
             "format": self.FORMAT,
-            "settings": asdict(self.settings),
-            "prompt": {**asdict(self.prompt), "special": sorted(self.prompt.special)},
+            **described(self),
             "sources": [asdict(source) for source in self.sources],
-            "targets": [asdict(target) for target in self.targets],
             "target_logits": self.target_logits.tolist(),
             "conservation_error": listed(self.conservation_error),
             "scores": self.scores.tolist(),

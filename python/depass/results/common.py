@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sized
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import Source
+from ..views.drawing import Explained
 from ..views.page import View, framed, render
 from .saved import kind_of, load_result, save_result
 
@@ -171,24 +173,31 @@ def check_shape(scores: Tensor, *axes: Sized) -> None:
         raise ValueError(f"its scores have shape {tuple(scores.shape)}, but its labels have shape {wanted}")
 
 
-def common(described: dict[str, Any]) -> dict[str, Any]:
-    """Targets, prompt and settings of a result, from the values of ``to_dict``.
+def described(result: Explained) -> dict[str, Any]:
+    """Settings, prompt and targets of a result as plain values; :func:`common` reads them."""
+    return {
+        "settings": asdict(result.settings),
+        "prompt": {**asdict(result.prompt), "special": sorted(result.prompt.special)},
+        "targets": [asdict(target) for target in result.targets],
+    }
+
+
+def common(said: dict[str, Any]) -> dict[str, Any]:
+    """Targets, prompt and settings of a result, from the values of :func:`described`.
 
     Raises:
         ValueError: the position of a target is out of range.
     """
-    prompt = described["prompt"]
-    for target in described["targets"]:
+    prompt = said["prompt"]
+    for target in said["targets"]:
         if not 0 <= target["position"] < len(prompt["tokens"]):
             raise ValueError(
                 f"its target position {target['position']} is out of range: its prompt has {len(prompt['tokens'])} tokens"
             )
-    settings = Settings(**described["settings"])
+    settings = Settings(**said["settings"])
     _ = settings.balance  # an unknown rule raises
     return {
-        "targets": tuple(
-            Target(**{**fields, "token_ids": tuple(fields["token_ids"])}) for fields in described["targets"]
-        ),
+        "targets": tuple(Target(**{**fields, "token_ids": tuple(fields["token_ids"])}) for fields in said["targets"]),
         "prompt": Prompt(
             ids=tuple(prompt["ids"]),
             tokens=tuple(prompt["tokens"]),

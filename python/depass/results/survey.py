@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sized
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import Source
 from ..views.page import View, survey_view
-from .common import TargetedResult, check_shape, common, judged, listed
+from .common import TargetedResult, check_shape, common, described, judged, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +133,7 @@ class Survey(TargetedResult):
         return {
             "format": self.FORMAT,
             "layers": list(self.layers),
-            "settings": asdict(self.settings),
-            "prompt": {**asdict(self.prompt), "special": sorted(self.prompt.special)},
-            "targets": [asdict(target) for target in self.targets],
+            **described(self),
             **{name: listed(getattr(self, name)) for name in self.TENSORS},
         }
 

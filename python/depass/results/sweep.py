@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import Source
 from ..views.page import View, sweep_view
-from .common import ScoredResult, check_shape, common, judged, listed
+from .common import ScoredResult, check_shape, common, described, judged, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +113,7 @@ class Sweep(ScoredResult):
             "kind": self.kind,
             "layers": list(self.layers),
             "columns": list(self.columns),
-            "settings": asdict(self.settings),
-            "prompt": {**asdict(self.prompt), "special": sorted(self.prompt.special)},
-            "targets": [asdict(target) for target in self.targets],
+            **described(self),
             **{name: listed(getattr(self, name)) for name in self.TENSORS},
         }
 
