@@ -82,8 +82,8 @@ from depass.rules import LINEAR
 def read(what):
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1])
 
-n, rule, count, dtype = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), getattr(torch, sys.argv[4])
-dp, targets = DePass.from_pretrained(dtype=dtype), list(range(5, 5 + count))
+n, rule, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+dp, targets = DePass.from_pretrained(dtype=torch.float32), list(range(5, 5 + count))
 for parameter in dp.model.parameters():
     parameter.sum()  # weights are read from the file when they are first used
 linear.recomputes = lambda *_: True
@@ -97,17 +97,11 @@ print(needed.total(1), read("VmHWM") - loaded)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
-@pytest.mark.parametrize(
-    ("tokens", "rule", "targets", "dtype"),
-    [(512, "steer", 8, "float32"), (512, "half", 8, "float32"), (1024, "half", 1, "bfloat16"),
-     (1024, "steer", 1, "bfloat16")],
-)  # fmt: skip
-def test_memory_of_several_targets_and_of_bf16_is_what_was_estimated(
-    tokens: int, rule: str, targets: int, dtype: str, smollm2_folder: Path
-) -> None:
+@pytest.mark.parametrize("rule", ["steer", "half"])
+def test_memory_of_several_targets_is_what_was_estimated(rule: str, smollm2_folder: Path) -> None:
     """Besides the weights. The product library keeps some buffers of its own, so the bounds are wider."""
     returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    command = [sys.executable, "-c", ESTIMATED, str(tokens), rule, str(targets), dtype]
+    command = [sys.executable, "-c", ESTIMATED, "512", rule, "8"]
     done = subprocess.run(command, env=returned, capture_output=True, text=True, check=True)
     estimated, measured = (int(number) for number in done.stdout.split())
     assert 0.75 * measured <= estimated <= 1.3 * measured
