@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.set_attn_implementation("eager")
     dp = DePass(model)
     refuse_scarce_memory(dp, lengths)
-    check_engines(dp, cases[0])
+    check_engines(dp, Case("tokens", MODEL, DTYPE, str(LENGTHS[0])))
     measured: list[Row] = []
     for case in cases:
         measured += measure(dp, case, machine, options.runs)
@@ -149,7 +149,7 @@ def refuse_scarce_memory(dp: DePass, lengths: Sequence[int]) -> None:
 
 
 def check_engines(dp: DePass, case: Case) -> None:
-    """The backward pass and the decomposed state must give taylor the same scores."""
+    """The backward pass and the decomposed state must give taylor the same scores; on a short prompt, whatever is timed."""
     ids = case.prompts[0]
     forward = DePass(dp.model, engine="forward").attribute(ids, TARGET, rule="taylor")
     check_same("taylor", dp.attribute(ids, TARGET, rule="taylor"), "taylor with a decomposed state", forward)
