@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import rules
+from ..checks import OF
 from ..arguments import ModelOptions, argument
 
 
@@ -17,6 +18,9 @@ class DatasetOptions(ModelOptions):
         out: the output directory.
         prompt_column: the column with the prompts: texts, chat messages or token ids.
         target_column: the column with the tokens to explain; None: ``target``, if there is such a column.
+        answer_column: the column with answers, texts or token ids; None: a target is explained. A row then has the sums over
+            the answer's tokens.
+        of: what is explained of a token: ``logit``, ``logprob`` or ``contrast``.
         id_column: the column with the rows' ids; None: ``id``, if there is such a column, else the row numbers.
         subset: the configuration of a Hugging Face data set.
         split: the split of a Hugging Face data set; None: ``train``.
@@ -51,6 +55,17 @@ class DatasetOptions(ModelOptions):
     target_column: str | None = field(
         default=None,
         metadata=argument("column with the tokens to explain (default: target, if there is one)", metavar="NAME"),
+    )
+    answer_column: str | None = field(
+        default=None,
+        metadata=argument("column with answers to explain, as sums over their tokens, instead of targets", metavar="NAME"),
+    )
+    of: str = field(
+        default="logit",
+        metadata=argument(
+            "what is explained of a token: its logit (default), its logprob, or its contrast with the likeliest other token",
+            choices=OF,
+        ),
     )
     id_column: str | None = field(
         default=None,

@@ -113,7 +113,8 @@ class Worker:
 
         rows = [Row(**row) for row in json.loads(described)]
         try:
-            return first, attributed(self.dp, rows, named(self.options.sources, self.options.language), self.tokens)
+            sources = named(self.options.sources, self.options.language)
+            return first, attributed(self.dp, rows, sources, self.tokens, check_of(self.options.of))
         except DePassError as error:
             return first, error
 

@@ -20,6 +20,7 @@ from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import blame
 from ..results.attribution import Attribution
+from ..results.common import conservation_error
 from ..results.survey import Survey
 from ..results.sweep import Sweep
 from ..sources.source import Source
@@ -225,13 +226,6 @@ def _through_the_norm(
 def _padded(scores: Tensor, sources: int) -> Tensor:
     """Append zeros for the sources that have not started."""
     return torch.cat([scores, scores.new_zeros(sources - len(scores))])
-
-
-def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
-    """``|Σ scores - logit| / max(|logit|, Σ |scores|)`` over the last dimension of ``scores``, in fp64."""
-    total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
-    size = torch.maximum(logits.abs().expand_as(spread), spread).clamp(min=torch.finfo(torch.float64).tiny)
-    return (total - logits).abs() / size
 
 
 def must_be_finite(target: Target, logit: float, bound: BoundModel) -> None:

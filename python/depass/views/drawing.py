@@ -177,6 +177,24 @@ def summed(scores: Tensor, columns: list[tuple[int, int]]) -> Tensor:
     return torch.stack([scores[:, :, begin:end].sum(2) for begin, end in columns], 2)
 
 
+def place(res: Explained, row: int) -> str:
+    """Where a target is: after which token, or over which tokens its sum runs; and the model's own probability of it."""
+    target = res.targets[row]
+    after = f"after token {target.position + 1} of {len(res.prompt.tokens)} ({res.prompt.tokens[target.position]!r})"
+    if target.kind == "sum":
+        count = len(target.token_ids)
+        after = f"sum over {count} token{'s' if count > 1 else ''}, the last {after}"
+    if target.probability is None:
+        return after
+    rank = "" if target.rank is None else f", rank {target.rank:,}"
+    return f"{after}, probability {target.probability:.2g}{rank}"
+
+
+def quantity(target: Target) -> str:
+    """What the scores of a target add up to."""
+    return "logit less the mean" if target.kind == "logprob" else "logit"
+
+
 def largest_elsewhere(scores: Tensor, columns: list[tuple[int, int]], position: int) -> float:
     """The largest of one target's ``scores`` ``[layers + 1, columns]`` outside the column of its own ``position``.
 
