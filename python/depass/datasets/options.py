@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import rules
-from ..checks import OF
 from ..arguments import ModelOptions, argument
+from ..checks import OF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,9 @@ class DatasetOptions(ModelOptions):
     )
     answer_column: str | None = field(
         default=None,
-        metadata=argument("column with answers to explain, as sums over their tokens, instead of targets", metavar="NAME"),
+        metadata=argument(
+            "column with answers to explain, as sums over their tokens, instead of targets", metavar="NAME"
+        ),
     )
     of: str = field(
         default="logit",

@@ -186,7 +186,7 @@ def place(res: Explained, row: int) -> str:
         after = f"sum over {count} token{'s' if count > 1 else ''}, the last {after}"
     if target.probability is None:
         return after
-    rank = "" if target.rank is None else f", rank {target.rank:,}"
+    rank = "" if target.rank in (None, 1) else f", rank {target.rank:,}"
     return f"{after}, probability {target.probability:.2g}{rank}"
 
 
