@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .checks import integer, integers
+from .checks import Of, integer, integers
 from .engine import attribute, request, scores
 from .engine import plan as plans
-from .engine.batches import Many, with_targets
-from .engine.generate import generate
+from .engine.batches import Many, paired
+from .engine.generate import answered, generate
 from .engine.passes import Engine
 from .engine.plan import Plan
 from .engine.request import Defaults, Progress, callable_or_none, components_of_layer, decomposed_layers
 from .engine.states import KeptStates
 from .engine.survey import survey
 from .errors import DePassError, ModelError, OptionError
+from .inputs.answer import with_answer
 from .inputs.prompt import encode, refuse_encoding, with_template
 from .inputs.targets import check
 from .models import builtin, gguf_file, streaming
@@ -37,7 +38,7 @@ from .results.states import States
 from .results.survey import Survey
 from .results.sweep import Sweep
 from .rules import FORWARD, AnyRule
-from .sources.decompose import COMPONENTS, check_kind, decompose_components
+from .sources.decompose import check_kind, decompose_components
 
 
 class DePass:
@@ -170,6 +171,7 @@ class DePass:
         prompt: Any,
         target: Any = None,
         *,
+        of: Of = "logit",
         sources: Any = "token",
         start_layer: int = 0,
         stop_layer: int | None = None,
@@ -189,9 +191,12 @@ class DePass:
                 tokenizer returns for one text.
             target: the logits to explain: None (the model's own next token), a string or a token id, :class:`TopK`,
                 :class:`Token`, :class:`Contrast`, :class:`Direction`, or a list of these.
-            sources: the parts of the prompt: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or
-                :class:`Spans`; or the parts of the residual stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`,
-                :class:`Subspace`, :class:`Custom`.
+            of: what is explained of a target token: ``"logit"``; ``"logprob"``, its logit less the mean logit under the
+                model's own probabilities; or ``"contrast"``, its logit less that of the likeliest other token
+                (docs/explain.md).
+            sources: the parts of the prompt: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences`, ``"message"`` and
+                ``"document"`` of a chat, or :class:`Spans`; or the parts of the residual stream: :class:`Heads`,
+                :class:`Neurons`, :class:`Modules`, :class:`Subspace`, :class:`Custom`.
             start_layer: the layer whose input is decomposed, from 0.
             stop_layer: one past the last layer that runs; by default all layers run. With fewer, the scores are read from
                 the residual stream there through the final norm and the head (a logit lens).
@@ -212,7 +217,7 @@ class DePass:
             ConservationError: with ``strict``, the scores do not add up.
             MemoryLimitError: the device has too little memory.
         """
-        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
+        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos, of)
         prompt = with_template(prompt, chat_template_kwargs)
         case = request.case(self.bound, self.tokenizer, prompt, target, sources, options)
         (result,) = attribute.attribute(self.engine, [case], options, callable_or_none("progress", progress))
@@ -227,6 +232,8 @@ class DePass:
         target: Any = None,
         *,
         targets: Iterable[Any] | None = None,
+        answers: Iterable[Any] | None = None,
+        of: Of = "logit",
         sources: Any = "token",
         batch_tokens: int = 1024,
         errors: Literal["raise", "return"] = "raise",
@@ -237,7 +244,7 @@ class DePass:
         exclude_bos: bool | Literal["auto"] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         strict: bool = False,
-    ) -> Iterator[Attribution | DePassError]:
+    ) -> Iterator[Any]:
         """Attribute many prompts, several in one forward pass; each result equals that of a separate run up to rounding.
 
         Prompts are taken from the iterable as needed, and results come in the same order. The model runs on one row
@@ -248,6 +255,8 @@ class DePass:
             prompts: an iterable of prompts, each as for :meth:`attribute`.
             target: the target of every prompt, as for :meth:`attribute`.
             targets: an iterable with one target per prompt, instead of ``target``.
+            answers: an iterable with one answer per prompt, as for :meth:`explain`, instead of targets.
+            of: as for :meth:`attribute`.
             sources: as for :meth:`attribute`.
             batch_tokens: the most tokens in one pass, counted as if padded, as its attention patterns are; a longer prompt
                 runs alone. With tokens as sources, a prompt of ``N`` tokens has about ``N / 2`` rows of state per token.
@@ -262,19 +271,20 @@ class DePass:
             strict: see :meth:`attribute`.
 
         Yields:
-            An :class:`Attribution` for each prompt, or with ``errors="return"`` possibly the error instead.
+            An :class:`Attribution` for each prompt, or with ``answers`` a :class:`Generation`; with ``errors="return"``
+            possibly the error instead.
 
         Raises:
             OptionError: an option has an invalid value (raised at once), or there are no prompts.
             DePassError: with ``errors="raise"``, the error of :meth:`attribute`, with the prompt's index from 0.
         """
-        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos)
+        options = self._options(start_layer, stop_layer, rule, temperature, exclude_bos, of)
         check_kind(sources)
         if integer("batch_tokens", batch_tokens, OptionError) < 1:
             raise OptionError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
         if errors not in ("raise", "return"):
             raise OptionError(f"errors must be 'raise' or 'return', got {errors!r}")
-        for name, given in (("prompts", prompts), ("targets", targets)):
+        for name, given in (("prompts", prompts), ("targets", targets), ("answers", answers)):
             if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
                 raise OptionError(
                     f"{name} must be an iterable of {name}, got {type(given).__name__}; for a single prompt use attribute()"
@@ -283,10 +293,14 @@ class DePass:
         with_template(None, chat_template_kwargs)
         if targets is not None and target is not None:
             raise OptionError("give either target= for all prompts or targets= with one per prompt, not both")
+        if answers is not None and (targets is not None or target is not None):
+            raise OptionError("give either answers= or a target, not both: every token of an answer is a target")
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
-        many = Many(self.engine, sources, batch_tokens, errors, options, strict)
-        pairs = with_targets(prompts, target, targets)
+        many = Many(self.engine, sources, batch_tokens, errors, options, strict, answers is not None)
+        pairs = (
+            paired(prompts, "answers", answers) if answers is not None else paired(prompts, "targets", targets, target)
+        )
         return many.results((with_template(prompt, chat_template_kwargs), target) for prompt, target in pairs)
 
     @torch.no_grad()
@@ -296,6 +310,7 @@ class DePass:
         prompt: Any,
         target: Any = None,
         *,
+        of: Of = "logit",
         layers: Sequence[int] | None = None,
         ids: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
@@ -313,6 +328,7 @@ class DePass:
                 (attention and MLP as :class:`Modules`).
             prompt: as for :meth:`attribute`.
             target: as for :meth:`attribute`; probe targets are not supported in sweeps.
+            of: as for :meth:`attribute`.
             layers: the layers to decompose; by default all.
             ids: the heads or neurons of each layer; by default all.
             positions: the positions whose outputs count, as for :class:`Heads`.
@@ -335,13 +351,13 @@ class DePass:
             ConservationError: with ``strict``, the scores of a layer do not add up.
         """
         bound = self.bound
-        options = self._options(0, None, rule, temperature, False)
+        options = self._options(0, None, rule, temperature, False, of)
         if not isinstance(kind, str) or kind not in ("heads", "neurons", "modules"):
             raise OptionError(f"unknown kind of sweep {kind!r}; choose one of: 'heads', 'neurons', 'modules'")
         if kind == "modules" and ids is not None:
             raise OptionError(f"ids={ids!r} selects heads or neurons; leave it out of a sweep of modules")
         encoded = encode(with_template(prompt, chat_template_kwargs), self.tokenizer, bound)
-        targets = check(target, len(encoded.ids), range(0), self.tokenizer, bound)
+        targets = check(target, len(encoded.ids), range(0), self.tokenizer, bound, options.of)
         wanted = list(range(len(bound.layers))) if layers is None else integers("layers", layers, OptionError)
         ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
         if not wanted or len(set(wanted)) < len(wanted):
@@ -368,6 +384,7 @@ class DePass:
         prompt: Any,
         target: Any = None,
         *,
+        of: Of = "logit",
         rule: AnyRule | None = None,
         neurons: int = 20,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -379,6 +396,7 @@ class DePass:
         Args:
             prompt: as for :meth:`attribute`.
             target: as for :meth:`attribute`; probe targets are not supported in surveys.
+            of: as for :meth:`attribute`.
             rule: a linear rule; by default the constructor's, or ``half`` where that is not linear.
             neurons: how many neurons of each layer are kept, those with the largest absolute scores.
             chat_template_kwargs: see :meth:`attribute`.
@@ -393,9 +411,9 @@ class DePass:
             PromptError, TargetError, OptionError, ModelError: an argument or the model is not usable.
             NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
         """
-        options = request.linear_options(self.engine.defaults, self.bound, rule)
+        options = request.linear_options(self.engine.defaults, self.bound, rule, of)
         encoded = encode(with_template(prompt, chat_template_kwargs), self.tokenizer, self.bound)
-        targets = check(target, len(encoded.ids), range(0), self.tokenizer, self.bound)
+        targets = check(target, len(encoded.ids), range(0), self.tokenizer, self.bound, options.of)
         count = integer("neurons", neurons, OptionError)
         result = survey(self.engine, encoded, targets, options, count, callable_or_none("progress", progress))
         scores.judge(result, strict, self.bound.tolerance)
@@ -407,6 +425,7 @@ class DePass:
         prompt: Any,
         *,
         max_new_tokens: int = 20,
+        of: Of = "logit",
         sources: Any = "token",
         rule: AnyRule | None = None,
         temperature_of_shares: float | None = None,
@@ -421,8 +440,9 @@ class DePass:
         Args:
             prompt: as for :meth:`attribute`.
             max_new_tokens: the most tokens to generate; the model may stop earlier.
-            sources: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or :class:`Spans` of the prompt. Every
-                generated token is a separate source for the later ones.
+            of: as for :meth:`attribute`.
+            sources: as for :meth:`attribute`, of the prompt; no components. Every generated token is a separate source for
+                the later ones.
             rule: replaces the constructor's rule for this call; so do ``temperature_of_shares`` and ``exclude_bos``.
             temperature_of_shares: the temperature of the softmax rule; ``temperature`` is the sampling temperature.
             exclude_bos: see :class:`DePass`.
@@ -439,16 +459,56 @@ class DePass:
             PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
             NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
         """
-        options = self._options(0, None, rule, temperature_of_shares, exclude_bos)
-        if isinstance(sources, COMPONENTS):
-            raise OptionError(
-                f"generate() does not support {type(sources).__name__} as sources; use 'token', 'word', 'sentence' or "
-                "Spans, or call attribute()"
-            )
+        options = self._options(0, None, rule, temperature_of_shares, exclude_bos, of)
         prompt = with_template(prompt, chat_template_kwargs)
         result = generate(
             self.engine, prompt, max_new_tokens, sources, options, sampling, callable_or_none("progress", progress)
         )
+        scores.judge(result.attribution, strict, self.bound.tolerance)
+        return result
+
+    @torch.no_grad()
+    def explain(
+        self,
+        prompt: Any,
+        answer: Any = None,
+        *,
+        of: Of = "logit",
+        sources: Any = "token",
+        rule: AnyRule | None = None,
+        temperature: float | None = None,
+        exclude_bos: bool | Literal["auto"] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> Generation:
+        """Attribute every token of a given answer, perhaps from another engine, in a single pass.
+
+        Args:
+            prompt: as for :meth:`attribute`; or, without ``answer``, chat messages, the last of which is the assistant's.
+            answer: the answer, as text or token ids. A text follows the prompt's text directly, so it begins with the space
+                that precedes its first word, if there is one.
+            of: as for :meth:`attribute`.
+            sources: as for :meth:`generate`.
+            rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``.
+            temperature: the temperature of the softmax rule.
+            exclude_bos: see :class:`DePass`.
+            chat_template_kwargs: see :meth:`attribute`.
+            strict: see :meth:`attribute`.
+            progress: see :meth:`attribute`.
+
+        Returns:
+            The answer and an attribution with one target per token of it.
+
+        Raises:
+            PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
+            NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
+        """
+        options = self._options(0, None, rule, temperature, exclude_bos, of)
+        prompt = with_template(prompt, chat_template_kwargs)
+        encoded, ids = with_answer(prompt, answer, self.tokenizer, self.bound)
+        report = callable_or_none("progress", progress)
+        result = answered(self.engine, encoded, ids, sources, options, report)
         scores.judge(result.attribution, strict, self.bound.tolerance)
         return result
 

@@ -5,12 +5,26 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import DePassError, OptionError
 
 UNITS = {"": 1, **{unit: 1000**power for power, unit in enumerate("KMGT", 1)}}  # bytes by unit prefix
 UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", 1)}
+Of = Literal["logit", "logprob", "contrast"]  # what is explained of a token
+OF: tuple[Of, ...] = get_args(Of)
+
+
+def check_of(of: Any) -> Of:
+    """What is explained of a token, checked.
+
+    Raises:
+        OptionError: it is unknown.
+    """
+    for known in OF:
+        if isinstance(of, str) and of == known:
+            return known
+    raise OptionError(f"of must be one of: {', '.join(OF)}; got {of!r}")
 
 
 def integer(name: str, value: Any, error: type[DePassError]) -> int:

@@ -16,6 +16,7 @@ WRITES = {
     "subspace": ["subspace.txt"],
     "generation": ["generation.html"],
     "chat": ["chat.html"],
+    "answer_of_vllm": ["answer-0.html"],
 }
 
 

@@ -35,7 +35,35 @@ def _attribute(options: argparse.Namespace) -> None:
 
     sources = named(options.sources, options.language)
     with _Progress() as progress:
-        result = dp.attribute(prompt, target=targets, sources=sources, progress=progress.update)
+        result = dp.attribute(prompt, target=targets, of=options.of, sources=sources, progress=progress.update)
+    _give(options, result)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    for path in (options.save_path, options.viz_path):
+        if path is not None:
+            check_writable(path)
+    if options.prompt == options.answer == "-":
+        raise OptionError("the prompt and the answer cannot both be read from standard input; give one of them as text")
+    prompt, answer = (_standard_input() if given == "-" else given for given in (options.prompt, options.answer))
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one token")
+    if not answer:
+        raise PromptError("the answer is empty; give at least one token")
+    rules.read(options.rule)
+
+    gc.disable()  # as above
+    dp = load_model(read_options(ModelOptions, options), rule=options.rule, temperature=options.temperature)
+    from ..sources.spans import named  # needs torch
+
+    sources = named(options.sources, options.language)
+    with _Progress() as progress:
+        result = dp.explain(prompt, answer, of=options.of, sources=sources, progress=progress.update)
+    _give(options, result)
+
+
+def _give(options: argparse.Namespace, result: Any) -> None:
+    """Print a result, and write the files that the options name."""
     if options.json:
         print(json.dumps(result.to_dict()))
     else:

@@ -15,7 +15,7 @@ from ..arguments import MODELS, ModelOptions, add_options
 from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from ..models.builtin import DEFAULT
-from .commands import _attribute, _attribute_dataset, _backends, _family, _plan, _view
+from .commands import _attribute, _attribute_dataset, _backends, _explain, _family, _plan, _view
 from .quiet import add_verbose, quiet
 
 
@@ -129,10 +129,14 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         "--target", action="append", metavar="TARGET",
         help="the token to explain: text (' Europe'), id:1910 or top:5; may be repeated (default: the model's next token)",
     )  # fmt: skip
-    add_options(attribute, DatasetOptions, ("sources", "language", "rule", "temperature"))
-    add("--save-path", metavar="FILE", help="save the result as safetensors (Attribution.load reads it)")
-    add("--viz-path", metavar="FILE.html", help="write a standalone HTML page")
-    add("--json", action="store_true", help="print the result as JSON instead of coloured text")
+    _add_output(attribute)
+    explain = _command(commands, "explain", "score how much each part of a prompt contributed to a given answer")
+    explain.set_defaults(run=_explain)
+    add = explain.add_argument
+    add("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    add("--answer", required=True, metavar="TEXT", help="the answer that follows it; - reads it from standard input")
+    add_options(explain, ModelOptions)
+    _add_output(explain)
     view = _command(commands, "view", "write saved results as one standalone HTML page")
     view.set_defaults(run=_view)
     add = view.add_argument
@@ -156,6 +160,15 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
         add_tasks(evaluate)
     return parser
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    """The options of what is scored and of what becomes of the result."""
+    add_options(command, DatasetOptions, ("of", "sources", "language", "rule", "temperature"))
+    add = command.add_argument
+    add("--save-path", metavar="FILE", help="save the result as safetensors (depass view reads it)")
+    add("--viz-path", metavar="FILE.html", help="write a standalone HTML page")
+    add("--json", action="store_true", help="print the result as JSON instead of coloured text")
 
 
 def _add_plan(commands: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..checks import Of, check_of
 from ..errors import DePassError
 from .options import DatasetOptions
 from .rows import Row, load_pyarrow
@@ -24,10 +25,11 @@ def local(dp: DePass, options: DatasetOptions) -> Engine:
     from ..sources.spans import named  # needs torch
 
     tokens, sources = options.batch_tokens or batch_tokens(dp), named(options.sources, options.language)
+    of = check_of(options.of)
 
     def work(shards: Iterator[Shard], tell: Callable[[int], None]) -> Work:
         for first, rows in shards:
-            yield first, attributed(dp, rows, sources, tokens, tell)
+            yield first, attributed(dp, rows, sources, tokens, of, tell)
 
     return work
 
@@ -55,7 +57,12 @@ def batch_tokens(dp: DePass, processes: int = 1) -> int:
 
 
 def attributed(
-    dp: DePass, rows: Sequence[Row], sources: Any, tokens: int, tell: Callable[[int], None] = lambda done: None
+    dp: DePass,
+    rows: Sequence[Row],
+    sources: Any,
+    tokens: int,
+    of: Of = "logit",
+    tell: Callable[[int], None] = lambda done: None,
 ) -> bytes:
     """Attribute the rows and return their Parquet file, one record per row, in order.
 
@@ -63,23 +70,32 @@ def attributed(
 
     Args:
         dp: the model.
-        rows: the prompts. A row that is broken or cannot be attributed becomes a record with its error.
+        rows: the prompts, each with its answer if one has. A row that is broken or cannot be attributed becomes a record
+            with its error.
         sources: ``"token"``, ``"word"`` or :class:`depass.Sentences`.
         tokens: tokens of one pass, padding included.
+        of: what is explained of a token.
         tell: called with the number of rows that are done.
     """
     records = [_failed(row, row.broken) for row in rows]
     whole = [index for index, row in enumerate(rows) if row.broken is None]
     whole.sort(key=lambda index: len(str(rows[index].prompt)))  # prompts of similar length need little padding
+    explained = [rows[index] for index in whole]
+    has_answers = any(row.answer is not None for row in explained)
     results = dp.attribute_many(
-        [rows[index].prompt for index in whole],
-        targets=[rows[index].target for index in whole],
+        [row.prompt for row in explained],
+        targets=None if has_answers else [row.target for row in explained],
+        answers=[row.answer for row in explained] if has_answers else None,
+        of=of,
         sources=sources,
         batch_tokens=tokens,
         errors="return",
     ) if whole else ()  # fmt: skip
     for done, (index, result) in enumerate(zip(whole, results, strict=True), len(rows) - len(whole) + 1):
-        records[index] = _failed(rows[index], result) if isinstance(result, DePassError) else _ok(rows[index], result)
+        if isinstance(result, DePassError):
+            records[index] = _failed(rows[index], result)
+        else:
+            records[index] = _ok(rows[index], result.total() if has_answers else result)
         tell(done)
     return _parquet(records)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from .. import rules
 from ..arguments import ModelOptions, argument
+from ..checks import OF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +18,13 @@ class DatasetOptions(ModelOptions):
         out: the output directory.
         prompt_column: the column with the prompts: texts, chat messages or token ids.
         target_column: the column with the tokens to explain; None: ``target``, if there is such a column.
+        answer_column: the column with answers, texts or token ids; None: a target is explained. A row then has the sums over
+            the answer's tokens.
+        of: what is explained of a token: ``logit``, ``logprob`` or ``contrast``.
         id_column: the column with the rows' ids; None: ``id``, if there is such a column, else the row numbers.
         subset: the configuration of a Hugging Face data set.
         split: the split of a Hugging Face data set; None: ``train``.
-        sources: ``token``, ``word`` or ``sentence``.
+        sources: ``token``, ``word``, ``sentence``, or ``message`` of chats.
         language: the language of sentences, as its code.
         rule: the rule by which scores are shared, as text: one of :data:`depass.rules.RULES`, a mixture such as
             ``softmax+half``, or the weights of :class:`depass.PathWeights` such as ``q=0.5,k=0.5``.
@@ -52,6 +56,19 @@ class DatasetOptions(ModelOptions):
         default=None,
         metadata=argument("column with the tokens to explain (default: target, if there is one)", metavar="NAME"),
     )
+    answer_column: str | None = field(
+        default=None,
+        metadata=argument(
+            "column with answers to explain, as sums over their tokens, instead of targets", metavar="NAME"
+        ),
+    )
+    of: str = field(
+        default="logit",
+        metadata=argument(
+            "what is explained of a token: its logit (default), its logprob, or its contrast with the likeliest other token",
+            choices=OF,
+        ),
+    )
     id_column: str | None = field(
         default=None,
         metadata=argument("column with the rows' ids (default: id, if there is one, else row numbers)", metavar="NAME"),
@@ -64,7 +81,9 @@ class DatasetOptions(ModelOptions):
     )
     sources: str = field(
         default="token",
-        metadata=argument("the parts of the prompt to score (default: token)", choices=("token", "word", "sentence")),
+        metadata=argument(
+            "the parts of the prompt to score (default: token)", choices=("token", "word", "sentence", "message")
+        ),
     )
     language: str = field(
         default="en", metadata=argument("language of --sources sentence, as its code (default: en)", metavar="CODE")

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .. import arguments
+from ..checks import check_of
 from ..errors import DePassError, OptionError, WorkerError, first_line
 from .local import attributed, batch_tokens
 from .options import DatasetOptions
@@ -113,7 +114,8 @@ class Worker:
 
         rows = [Row(**row) for row in json.loads(described)]
         try:
-            return first, attributed(self.dp, rows, named(self.options.sources, self.options.language), self.tokens)
+            sources = named(self.options.sources, self.options.language)
+            return first, attributed(self.dp, rows, sources, self.tokens, check_of(self.options.of))
         except DePassError as error:
             return first, error
 

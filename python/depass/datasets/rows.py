@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,17 @@ _BUFFER = 1 << 20  # bytes of a Parquet file that are read at once
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns. None: ``target`` and ``id``, if the data have such columns."""
+    """The names of the columns. None: ``target`` and ``id``, if the data have such columns; no answers."""
 
     prompt: str = "prompt"
     target: str | None = None
     id: str | None = None
+    answer: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are named."""
+        return [name for name in vars(self).values() if name is not None]
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,14 @@ class Row:
         id: its id in the data, or its row number, counted from 0.
         prompt: a prompt for :meth:`depass.DePass.attribute`.
         target: a token's text or id; None: the model's own next token.
+        answer: an answer's text or token ids; None: a target is explained.
         broken: why the row has no prompt; None if it has one.
     """
 
     id: str
     prompt: Any = None
     target: str | int | None = None
+    answer: Any = None
     broken: str | None = None
 
 
@@ -93,9 +101,10 @@ def open_data(source: str, columns: Columns, subset: str | None = None, split: s
         raise DataError(f"cannot read {source}: {_first_line(error)}") from error
     if path.suffix == ".parquet":
         count, names = _parquet_head(path)
-        records = partial(_parquet, path, [name for name in _wanted(source, columns, names) if name is not None])
+        records = partial(_parquet, path, _wanted(source, columns, names).names)
     else:
-        records = partial(_csv, path, columns.prompt) if path.suffix == ".csv" else partial(_jsonl, path)
+        lists = [name for name in (columns.prompt, columns.answer) if name is not None]
+        records = partial(_csv, path, lists) if path.suffix == ".csv" else partial(_jsonl, path)
         count, names = _looked_through(records())
 
     def check() -> None:
@@ -122,14 +131,14 @@ def _data(
 ) -> Data:
     if not count:
         raise DataError(f"{source} has no rows")
-    of_prompt, of_target, of_id = _wanted(source, columns, names)
+    wanted = _wanted(source, columns, names)
 
     def read() -> Iterator[Row]:
         number = -1
         try:
             check()
             for number, record in enumerate(itertools.islice(records(), count)):
-                yield _row(number, record, of_prompt, of_target, of_id)
+                yield _row(number, record, wanted)
             check()
         except OSError as error:
             raise DataError(f"cannot read {source}: {_first_line(error)}") from error
@@ -150,37 +159,39 @@ def _looked_through(records: Iterator[Record]) -> tuple[int, list[str]]:
     return count, list(names)
 
 
-def _wanted(source: str, columns: Columns, names: Sequence[str]) -> tuple[str, str | None, str | None]:
-    """The columns of the prompts, targets and ids; None for a column that the data do not have.
+def _wanted(source: str, columns: Columns, names: Sequence[str]) -> Columns:
+    """The columns that the data have; None for one that they do not have.
 
     Raises:
         DataError: the data lack a column that was named.
     """
-    for option, name in (("prompt", columns.prompt), ("target", columns.target), ("id", columns.id)):
+    for option, name in vars(columns).items():
         if name is not None and name not in names:
             existing = ", ".join(map(repr, names)) or "none"
             raise DataError(
                 f"{source} has no column {name!r}; its columns: {existing}; name one of them with --{option}-column"
             )
-    target = columns.target or ("target" if "target" in names else None)
-    return columns.prompt, target, columns.id or ("id" if "id" in names else None)
+    target = columns.target or ("target" if "target" in names and columns.answer is None else None)
+    return replace(columns, target=target, id=columns.id or ("id" if "id" in names else None))
 
 
-def _row(number: int, record: Record, of_prompt: str, of_target: str | None, of_id: str | None) -> Row:
+def _row(number: int, record: Record, columns: Columns) -> Row:
     if isinstance(record, str):
         return Row(str(number), broken=record)
-    given = record.get(of_id) if of_id else None
+    prompt, target, given, answer = (record.get(name) if name else None for name in vars(columns).values())
     name = str(number) if given is None else str(given)
-    prompt, target = record.get(of_prompt), record.get(of_target) if of_target else None
     if prompt is None:
-        return Row(name, broken=f"no {of_prompt!r} in this row")
+        return Row(name, broken=f"no {columns.prompt!r} in this row")
     if not isinstance(prompt, (str, list)):
         return Row(name, broken=f"a prompt must be text, chat messages or token ids, got {type(prompt).__name__}")
     if isinstance(target, bool) or not isinstance(target, (str, int, type(None))):
         return Row(name, broken=f"a target must be a token's text or id, got {type(target).__name__}")
     if isinstance(target, str) and (match := re.fullmatch(r"id:(\d{1,18})", target)):
         target = int(match[1])  # as the command's --target reads it
-    return Row(name, _messages(prompt) or prompt, target)
+    if columns.answer is not None and not isinstance(answer, (str, list)):
+        had = f"no {columns.answer!r} in this row" if answer is None else f"got {type(answer).__name__}"
+        return Row(name, broken=f"an answer must be text or token ids, {had}")
+    return Row(name, _messages(prompt) or prompt, target, answer)
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]] | None:
@@ -223,7 +234,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
             yield row if isinstance(row, dict) else f"line {number} is not a JSON object"
 
 
-def _csv(path: Path, of_prompt: str) -> Iterator[Record]:
+def _csv(path: Path, lists: Sequence[str]) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     # bytes that are not UTF-8 become surrogates; the prompt's check then reports them as the row's error
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -250,8 +261,7 @@ def _csv(path: Path, of_prompt: str) -> Iterator[Record]:
             else:
                 # CSV has no lists and no null: a list of ids is text, and an empty cell is a missing one
                 row: dict[str, Any] = {name: cell or None for name, cell in zip(names, cells, strict=True)}
-                prompt = row.get(of_prompt)
-                yield row if prompt is None else {**row, of_prompt: _ids(prompt) or prompt}
+                yield row | {name: _ids(row[name]) or row[name] for name in lists if row.get(name) is not None}
 
 
 def load_pyarrow() -> Any:
@@ -315,7 +325,7 @@ def _library(source: str, columns: Columns, subset: str | None, split: str | Non
         raise
     except Exception as error:  # a data set's own code may raise anything
         raise DataError(f"cannot read the data set {source!r}: {_first_line(error)}") from error
-    names = [name for name in _wanted(source, columns, dataset.column_names) if name is not None]
+    names = _wanted(source, columns, dataset.column_names).names
 
     def records() -> Iterator[Record]:
         try:

@@ -21,6 +21,7 @@ SETTINGS = (
     "model",
     "dtype",
     "quantization",
+    "of",
     "sources",
     "language",
     "rule",
@@ -44,7 +45,9 @@ def run(options: DatasetOptions) -> str:
         ModelError: there is no such model.
     """
     load_pyarrow()
-    columns = Columns(options.prompt_column, options.target_column, options.id_column)
+    if options.answer_column is not None and options.target_column is not None:
+        raise OptionError("--answer-column explains answers and --target-column targets; give one of them")
+    columns = Columns(options.prompt_column, options.target_column, options.id_column, options.answer_column)
     data = open_data(options.data, columns, options.subset, options.split)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {"rule": rules.read(options.rule).name}  # one name, however the rule was written

@@ -85,7 +85,7 @@ def _fixed(asked: Sequence[Asked], targets: Sequence[Target]) -> tuple[Asked, ..
     found, fixed = iter(targets), list[Asked]()
     for each in asked:
         own = [next(found) for _ in range(each.k or 1)]
-        fixed += [each] if each.ids is not None else [Asked("token", t.position, t.token_ids) for t in own]
+        fixed += [each] if each.w is not None else [Asked(each.kind, t.position, t.token_ids) for t in own]
     return tuple(fixed)
 
 

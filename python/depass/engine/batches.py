@@ -10,9 +10,12 @@ from typing import Any, Literal
 import torch
 
 from ..errors import DePassError, OptionError
+from ..inputs.answer import with_answer
 from ..models.bound import BoundModel
 from ..results.attribution import Attribution
+from ..results.generation import Generation
 from .attribute import attribute
+from .generate import case_of_answer
 from .passes import Engine
 from .request import Case, Options, case
 from .scores import judge
@@ -43,9 +46,10 @@ class Many:
     errors: Literal["raise", "return"]
     options: Options
     strict: bool
+    answers: bool = False
 
-    def results(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[Attribution | DePassError]:
-        """The results of pairs of prompt and target, in order.
+    def results(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[Attribution | Generation | DePassError]:
+        """The results of pairs of prompt and target, or of prompt and answer, in order.
 
         Raises:
             OptionError: there are no prompts.
@@ -54,7 +58,7 @@ class Many:
         batch, index, taken = _Batch(), -1, iter(pairs)
         while True:
             try:
-                prompt, target = next(taken)
+                prompt, second = next(taken)
             except StopIteration:
                 break
             except Exception:  # from the caller's iterable; the prompts before it still get their results
@@ -62,9 +66,7 @@ class Many:
                 raise
             index += 1
             try:
-                checked: Case | DePassError = case(
-                    self.engine.bound, self.engine.tokenizer, prompt, target, self.sources, self.options
-                )
+                checked: Case | DePassError = self._case(prompt, second)
             except Exception as error:  # a tokenizer's code, for example, may raise anything
                 checked = _of_one_prompt(error)
             length = len(checked.prompt.ids) if isinstance(checked, Case) else 0
@@ -79,7 +81,15 @@ class Many:
             raise OptionError("prompts is empty; give at least one")
         yield from self._of(batch)
 
-    def _of(self, batch: _Batch) -> Iterator[Attribution | DePassError]:
+    def _case(self, prompt: Any, second: Any) -> Case:
+        """The case of a prompt and its target or answer, checked."""
+        bound, tokenizer = self.engine.bound, self.engine.tokenizer
+        if not self.answers:
+            return case(bound, tokenizer, prompt, second, self.sources, self.options)
+        encoded, ids = with_answer(prompt, second, tokenizer, bound)
+        return case_of_answer(bound, tokenizer, encoded, ids, self.sources, self.options)
+
+    def _of(self, batch: _Batch) -> Iterator[Attribution | Generation | DePassError]:
         """The results of one pass."""
         results = iter(self._together([checked for checked in batch.cases if isinstance(checked, Case)]))
         tolerance = self.engine.bound.tolerance
@@ -94,7 +104,10 @@ class Many:
                     result = _of_one_prompt(error)
             if isinstance(result, DePassError) and self.errors == "raise":
                 raise type(result)(f"prompt {index}: {result}") from result
-            yield result
+            if isinstance(checked, Case) and checked.answer is not None and isinstance(result, Attribution):
+                yield Generation(checked.answer, result)
+            else:
+                yield result
 
     @torch.no_grad()
     def _together(self, cases: Sequence[Case]) -> list[Attribution | DePassError]:
@@ -118,19 +131,23 @@ def _of_one_prompt(error: Exception) -> DePassError:
     return unexpected
 
 
-def with_targets(prompts: Iterable[Any], target: Any, targets: Iterable[Any] | None) -> Iterator[tuple[Any, Any]]:
-    """Pair each prompt with its target.
+def paired(
+    prompts: Iterable[Any], name: str, seconds: Iterable[Any] | None, default: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """Pair each prompt with its target or answer, of which ``name`` says which; without any, with the default.
 
     Raises:
-        OptionError: there are more prompts than targets, or fewer.
+        OptionError: there are more prompts than targets or answers, or fewer.
     """
-    if targets is None:
+    if seconds is None:
         for prompt in prompts:
-            yield prompt, target
+            yield prompt, default
         return
     nothing = object()
-    for index, (prompt, own_target) in enumerate(itertools.zip_longest(prompts, targets, fillvalue=nothing)):
-        if prompt is nothing or own_target is nothing:
-            shorter, longer = ("prompts", "targets") if prompt is nothing else ("targets", "prompts")
-            raise OptionError(f"{shorter} ends after {index}, but {longer} has more; give one target per prompt")
-        yield prompt, own_target
+    for index, (prompt, second) in enumerate(itertools.zip_longest(prompts, seconds, fillvalue=nothing)):
+        if prompt is nothing or second is nothing:
+            shorter, longer = ("prompts", name) if prompt is nothing else (name, "prompts")
+            raise OptionError(
+                f"{shorter} ends after {index}, but {longer} has more; give one {name.removesuffix('s')} per prompt"
+            )
+        yield prompt, second

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from depass_kernels.names import NAMES
 
 from .. import rules
-from ..checks import integer
+from ..checks import Of, check_of, integer
 from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Asked, check
@@ -63,6 +63,7 @@ class Options:
         exclude: whether the first token is excluded from the MLPs of later positions.
         paths: how gradients flow, where a backward pass scores the sources; None where a decomposed state does.
         mixture: the options of the rules whose scores are averaged, with their shares; empty for a single rule.
+        of: what is explained of a token; see :func:`depass.inputs.targets.check`.
     """
 
     start: int
@@ -71,6 +72,7 @@ class Options:
     exclude: Exclude
     paths: PathWeights | None = None
     mixture: tuple[tuple[float, Options], ...] = ()
+    of: Of = "logit"
 
     @property
     def rules(self) -> tuple[tuple[float, Options], ...]:
@@ -80,11 +82,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, its decomposition and its targets, all checked."""
+    """A prompt, its decomposition and its targets, all checked; the ``answer``, where these are its tokens."""
 
     prompt: Prompt
     parts: Decomposition
     asked: tuple[Asked, ...]
+    answer: Prompt | None = None
 
 
 def options(
@@ -95,6 +98,7 @@ def options(
     rule: AnyRule | None = None,
     temperature: float | None = None,
     exclude_bos: Exclude | None = None,
+    of: str = "logit",
 ) -> Options:
     """The options of a call; None means the default.
 
@@ -109,6 +113,7 @@ def options(
             f"start_layer={start}, stop_layer={stop}: need 0 <= start_layer < stop_layer <= {depth}, the number of layers "
             f"of {bound.name}"
         )
+    explained = check_of(of)
     exclude = _check_exclude(defaults.exclude_bos if exclude_bos is None else exclude_bos)
     degree = _check_temperature(defaults.temperature if temperature is None else temperature)
     chosen = rules.read(defaults.rule if rule is None else rule)
@@ -116,27 +121,28 @@ def options(
     for part in chosen.parts:
         paths = part.paths if _is_linear(part, defaults.engine, bound) else None
         sharing = MLPSharing(part.rule, degree, defaults.backend)
-        singles.append((part.share, Options(start, stop, sharing, exclude if paths is None else False, paths)))
-    excludes = next((one.exclude for _, one in singles if one.paths is None), None)
-    if excludes is None and exclude is True and (exclude_bos is True or rule is None):
+        excludes = exclude if paths is None else False
+        singles.append((part.share, Options(start, stop, sharing, excludes, paths, of=explained)))
+    of_mixture = next((one.exclude for _, one in singles if one.paths is None), None)
+    if of_mixture is None and exclude is True and (exclude_bos is True or rule is None):
         raise OptionError(
             f"exclude_bos=True has no effect under rule={chosen.name!r}, where sources do not compete for a neuron; leave "
             "it out"
         )
     if len(singles) == 1:
         return singles[0][1]
-    return Options(
-        start, stop, MLPSharing(chosen.name, degree, defaults.backend), excludes or False, None, tuple(singles)
-    )
+    sharing = MLPSharing(chosen.name, degree, defaults.backend)
+    return Options(start, stop, sharing, of_mixture or False, None, tuple(singles), explained)
 
 
-def linear_options(defaults: Defaults, bound: BoundModel, rule: AnyRule | None) -> Options:
+def linear_options(defaults: Defaults, bound: BoundModel, rule: AnyRule | None, of: str = "logit") -> Options:
     """The options of a call that only a backward pass serves, over all layers.
 
     Args:
         defaults: the options of calls that leave them out.
         bound: the model.
         rule: a linear rule; None means the default rule if it is one, else ``half``.
+        of: what is explained of a token.
 
     Raises:
         OptionError: it is no single linear rule, or the forward engine was asked for.
@@ -153,7 +159,7 @@ def linear_options(defaults: Defaults, bound: BoundModel, rule: AnyRule | None) 
             f"{', '.join(rules.LINEAR)}, or PathWeights"
         )
     sharing = MLPSharing(chosen.name, float(defaults.temperature), defaults.backend)
-    return Options(0, len(bound.layers), sharing, False, chosen.parts[0].paths)
+    return Options(0, len(bound.layers), sharing, False, chosen.parts[0].paths, of=check_of(of))
 
 
 def _is_linear(part: rules.Part, engine: str, bound: BoundModel) -> bool:
@@ -199,7 +205,7 @@ def case(bound: BoundModel, tokenizer: Any, prompt: Any, target: Any, sources: A
     """
     encoded = encode(prompt, tokenizer, bound)
     parts = decompose(bound, tokenizer, encoded, sources, chosen)
-    targets = check(target, len(encoded.ids), decomposed_layers(parts, chosen.stop), tokenizer, bound)
+    targets = check(target, len(encoded.ids), decomposed_layers(parts, chosen.stop), tokenizer, bound, chosen.of)
     return Case(encoded, parts, tuple(targets))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConservationError, ConservationWarning, NonFiniteError
+from ..errors import ConservationError, ConservationWarning, NonFiniteError, warn
 from ..inputs import targets
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout, Target
@@ -20,6 +19,7 @@ from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import blame
 from ..results.attribution import Attribution
+from ..results.common import conservation_error
 from ..results.survey import Survey
 from ..results.sweep import Sweep
 from ..sources.source import Source
@@ -227,13 +227,6 @@ def _padded(scores: Tensor, sources: int) -> Tensor:
     return torch.cat([scores, scores.new_zeros(sources - len(scores))])
 
 
-def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
-    """``|Σ scores - logit| / max(|logit|, Σ |scores|)`` over the last dimension of ``scores``, in fp64."""
-    total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
-    size = torch.maximum(logits.abs().expand_as(spread), spread).clamp(min=torch.finfo(torch.float64).tiny)
-    return (total - logits).abs() / size
-
-
 def must_be_finite(target: Target, logit: float, bound: BoundModel) -> None:
     """Raise a NonFiniteError where a target's logit is NaN or infinite."""
     if not math.isfinite(logit):
@@ -264,7 +257,7 @@ def judge(result: Attribution | Sweep | Survey, strict: bool, tolerance: float) 
         )
     if strict:
         raise ConservationError(message)
-    warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+    warn(message, ConservationWarning)
 
 
 def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]], prompt: int = 0) -> Settings:

@@ -12,12 +12,13 @@ from ..errors import NonFiniteError, OptionError
 from ..inputs.prompt import Prompt
 from ..inputs.targets import Asked
 from ..models.health import blame
+from ..results.common import conservation_error
 from ..results.survey import Survey
 from .backward import LayerGradients, StreamGradient
 from .linear import LinearPass, repeated
 from .passes import Engine
 from .request import Options, Progress
-from .scores import conservation_error, must_be_finite
+from .scores import must_be_finite
 
 
 def survey(

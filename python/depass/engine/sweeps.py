@@ -18,12 +18,13 @@ from ..models.bound import BoundModel
 from ..models.health import blame
 from ..propagation.blocks import blocks_of
 from ..propagation.needs import needs
+from ..results.common import conservation_error
 from ..results.sweep import Sweep
 from ..sources.decompose import COMPONENT_BYTES
 from ..sources.source import Decomposition
 from .passes import Engine, Pass
 from .request import Options, Progress
-from .scores import conservation_error, must_be_finite, readouts_in, scores_of, settings
+from .scores import must_be_finite, readouts_in, scores_of, settings
 
 
 def grouped(

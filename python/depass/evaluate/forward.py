@@ -82,6 +82,4 @@ def _stream(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:
     """fp32 logits ``[..., V]``, soft-capped if the model does so."""
-    logits = dp.bound.logits(stream).float()
-    cap = getattr(dp.bound.model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return dp.bound.capped(dp.bound.logits(stream).float())

@@ -6,20 +6,37 @@ import bisect
 import itertools
 import operator
 import re
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line
+from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line, warn
 from ..models.bound import BoundModel
 
 UNITS = ("token", "word", "sentence")
 _CONTEXT = 8  # preceding tokens that can change how a token decodes
 _OF_THE_CALL = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values")  # how names of inputs begin
+_MARK = "Depassmark{}Z"
 _BYTES = 4  # the most bytes of a character in UTF-8
+
+
+@dataclass(frozen=True)
+class Section:
+    """A message of a chat or a document in a prompt.
+
+    Attributes:
+        kind: ``message`` or ``document``.
+        label: the message's role, or the document's title or text.
+        begin: the position of its first token.
+        end: one past that of its last.
+    """
+
+    kind: Literal["message", "document"]
+    label: str
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,8 @@ class Prompt:
         text: the prompt as text, special tokens included, or None without a tokenizer.
         offsets: ``[N]`` half-open character ranges in ``text``, without the space before a word; empty without text.
         special: positions of special tokens.
+        sections: the messages of a chat, and the documents that its template was given, where the template keeps their
+            texts.
     """
 
     ids: tuple[int, ...]
@@ -40,6 +59,23 @@ class Prompt:
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] = ()
     special: frozenset[int] = frozenset()
+    sections: tuple[Section, ...] = ()
+
+    def part(self, begin: int, end: int) -> Prompt:
+        """The tokens from position ``begin`` to ``end``, and their text, as a prompt of their own."""
+        special = frozenset(index - begin for index in self.special if begin <= index < end)
+        ids, tokens = self.ids[begin:end], self.tokens[begin:end]
+        if self.text is None:
+            return Prompt(ids, tokens, special=special)
+        first = self.offsets[begin - 1][1] if begin else 0
+        last = self.offsets[end - 1][1] if end else 0
+        offsets = tuple((max(a - first, 0), b - first) for a, b in self.offsets[begin:end])
+        return Prompt(ids, tokens, self.text[first:last], offsets, special)
+
+    def positions(self, begin: int, end: int) -> tuple[int, int]:
+        """The half-open token range that overlaps a character range of the text; ``(0, 0)`` if there is none."""
+        touched = [index for index, (a, b) in enumerate(self.offsets) if a < end and begin < b]
+        return (touched[0], touched[-1] + 1) if touched else (0, 0)
 
     def segments(self, unit: str, language: str = "en") -> list[tuple[int, int]]:
         """Half-open token ranges of the prompt's tokens, words or sentences; a special token has its own range.
@@ -95,10 +131,10 @@ class Prompt:
         return ends
 
 
-def check_unit(unit: str) -> None:
+def check_unit(unit: str, units: Sequence[str] = UNITS) -> None:
     """Raise a SourceError where the unit is unknown."""
-    if unit not in UNITS:
-        raise SourceError(f"unknown unit {unit!r}; choose one of: {', '.join(UNITS)}")
+    if unit not in units:
+        raise SourceError(f"unknown unit {unit!r}; choose one of: {', '.join(units)}")
 
 
 def encode(prompt: Any, tokenizer: Any, bound: BoundModel, generated: bool = False) -> Prompt:
@@ -114,16 +150,25 @@ def encode(prompt: Any, tokenizer: Any, bound: BoundModel, generated: bool = Fal
     template: Mapping[str, Any] = {}
     if isinstance(prompt, Chat):
         prompt, template = prompt.messages, prompt.template
-        if not _is_chat(prompt):
+        if not is_chat(prompt):
             raise PromptError(
                 f"chat_template_kwargs need a prompt of chat messages (a list of dicts), got {type(prompt).__name__}"
             )
     if isinstance(prompt, str):
-        encoded = _from_text(prompt, _needed(tokenizer, "a text prompt"), special=True)
-    elif _is_chat(prompt):
-        encoded = _from_chat(prompt, template, _needed(tokenizer, "a chat prompt"))
+        encoded = _from_text(prompt, needed(tokenizer, "a text prompt"), special=True)
+    elif is_chat(prompt):
+        encoded = _from_chat(prompt, template, needed(tokenizer, "a chat prompt"))
     else:
-        encoded = _from_ids(_ids(prompt), tokenizer)
+        encoded = _from_ids(token_ids(prompt), tokenizer)
+    return checked(encoded, bound, generated)
+
+
+def checked(encoded: Prompt, bound: BoundModel, generated: bool = False) -> Prompt:
+    """A prompt whose ids the model takes.
+
+    Raises:
+        PromptError: it is empty, longer than the model's positions, or an id is outside the vocabulary or no text's.
+    """
     limit = bound.max_positions
     if not encoded.ids:
         raise PromptError("the prompt is empty; give at least one token")
@@ -173,17 +218,28 @@ def refuse_encoding(name: str, prompts: Any) -> None:
         raise OptionError(f"{name} must be an iterable of prompts, got {type(prompts).__name__}; {_rows_of(prompts)}")
 
 
-def _is_chat(prompt: Any) -> bool:
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is chat messages."""
     return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
 
 
-def _needed(tokenizer: Any, what: str) -> Any:
+def needed(tokenizer: Any, what: str) -> Any:
+    """The tokenizer, which ``what`` needs.
+
+    Raises:
+        PromptError: there is none.
+    """
     if tokenizer is None:
         raise PromptError(f"{what} needs a tokenizer: pass one, DePass(model, tokenizer), or give token ids")
     return tokenizer
 
 
-def _ids(prompt: Any) -> list[int]:
+def token_ids(prompt: Any) -> list[int]:
+    """The ids of a list, a tensor, or what a tokenizer returns for one text, without its padding.
+
+    Raises:
+        PromptError: they are something else, or several rows.
+    """
     mask = None
     if hasattr(prompt, "keys"):
         _refuse_media(name for name in prompt if prompt[name] is not None)
@@ -251,6 +307,93 @@ def _rows_of(encoding: Any) -> str:
 
 
 def _from_chat(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> Prompt:
+    return from_rendered(rendered(messages, template, tokenizer), messages, template, tokenizer)
+
+
+def from_rendered(text: str, messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> Prompt:
+    """The prompt of chat messages, from their text by :func:`rendered`."""
+    prompt = _from_text(text, tokenizer, special=False)
+    sections = list[Section]()
+    for kind, label, begin, end in _sections(text, messages, template, tokenizer):
+        sections.append(Section(kind, label, *prompt.positions(begin, end)))
+    return replace(prompt, sections=tuple(sections))
+
+
+def content(message: Mapping[str, Any]) -> str:
+    """The text of a message, without the white space around it."""
+    return "".join(_texts(message.get("content"))).strip()
+
+
+def _texts(said: Any) -> list[str]:
+    """The texts of a message's content: one, or those of its parts."""
+    if isinstance(said, list):
+        return [part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return [said] if isinstance(said, str) else []
+
+
+def _sections(
+    text: str, messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any
+) -> list[tuple[Literal["message", "document"], str, int, int]]:
+    """The kind, label and character range of the messages and documents in their rendered ``text``.
+
+    The template renders them once more with a mark in place of each text. What lies between the marks must then lie between
+    the texts, too; where it does not, as when the template changes a text, there are no sections.
+    """
+    marks = _Marks()
+    spoken = [{**message, "content": marks.of(message.get("content"), "message", str(message.get("role")))}
+              for message in messages]  # fmt: skip
+    documents = [marks.document(each) for each in template.get("documents") or ()]
+    try:
+        marked = rendered(spoken, {**template, "documents": documents} if documents else template, tokenizer)
+    except PromptError:
+        return []
+    between = re.split(_MARK.format("([0-9]+)"), marked)
+    found = list[tuple[Literal["message", "document"], str, int, int]]()
+    if not text.startswith(between[0]):
+        return []
+    at = len(between[0])
+    for number, after in zip(between[1::2], between[2::2], strict=True):
+        kind, label, original = marks.known[int(number)]
+        tried = (original, original.strip(), original.rstrip())  # a template may cut white space
+        its = next((its for its in tried if text.startswith(its + after, at)), None)
+        if its is None:
+            return []
+        if its.strip():
+            found.append((kind, label, at, at + len(its)))
+        at += len(its) + len(after)
+    return found if at == len(text) else []
+
+
+class _Marks:
+    """Marks that stand for the texts of messages and documents; ``known`` has the kind, label and text of each."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[Literal["message", "document"], str, str]] = []
+
+    def of(self, said: Any, kind: Literal["message", "document"], label: str) -> Any:
+        """A text, or a list of parts, with a mark in place of every text that is not empty."""
+        if isinstance(said, list):
+            return [{**part, "text": self.of(part["text"], kind, label)} if _texts([part]) else part for part in said]
+        if not isinstance(said, str) or not said.strip():
+            return said
+        self.known.append((kind, label, said))
+        return _MARK.format(len(self.known) - 1)
+
+    def document(self, document: Any) -> Any:
+        """A document, as chat templates take them, with a mark in place of its text."""
+        if not isinstance(document, Mapping):
+            return self.of(document, "document", str(document))
+        of_text = "text" if "text" in document else "content"
+        text = document.get(of_text)
+        return {**document, of_text: self.of(text, "document", str(document.get("title") or text))}
+
+
+def rendered(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> str:
+    """Chat messages as text, by the tokenizer's template.
+
+    Raises:
+        PromptError: the template refuses them, or they have an image, a video or a sound.
+    """
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     _refuse_media(part.get("type") for part in parts if isinstance(part, dict))
@@ -260,10 +403,10 @@ def _from_chat(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], 
         turn = {"add_generation_prompt": not begun, "continue_final_message": begun}
         if turn.keys() & template.keys():
             turn = dict.fromkeys(turn, False)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **{**turn, **template})
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **{**turn, **template})
     except Exception as error:  # a template is code by the model's authors and may raise anything
         raise PromptError(f"the tokenizer's chat template rejected these messages: {first_line(error)}") from error
-    return _from_text(text, tokenizer, special=False)
+    return text
 
 
 def _from_text(text: str, tokenizer: Any, special: bool) -> Prompt:
@@ -314,10 +457,10 @@ def _warn_of_two(text: str, ids: list[int], tokenizer: Any) -> None:
     for where in sorted(twice):
         if added[where]:
             token = tokenizer.decode(ids[:1] if where == "begins" else ids[-1:])
-            warnings.warn(
+            warn(
                 f"the prompt {where} with {token!r}, and the tokenizer adds another; to have one, pass chat messages, or "
                 "the ids tokenizer(prompt, add_special_tokens=False)['input_ids']",
-                PromptWarning, stacklevel=2,
+                PromptWarning
             )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Targets: the logits of tokens, differences of two logits, or custom directions, at positions of the prompt."""
+"""Targets: logits or log-probabilities of tokens, differences of two logits, or directions, at positions of the prompt."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from depass_kernels.ops import FLOATS
 
-from ..checks import integer
+from ..checks import Of, integer
 from ..errors import TargetError
 from ..models.bound import BoundModel
 from .prompt import shown
 
-TargetKind = Literal["token", "contrast", "direction", "probe"]
+TargetKind = Literal["token", "logprob", "contrast", "direction", "probe", "sum"]
+_KINDS: dict[Of, TargetKind] = {"logit": "token", "logprob": "logprob", "contrast": "contrast"}
+_AT_ONCE = 8192  # rows of the unembedding that are converted at once
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ class Target:
 
     Attributes:
         label: the text that results show for it.
-        kind: ``token``, ``contrast``, ``direction`` or ``probe``.
-        position: the position whose next token is scored, from 0.
-        token_ids: the id of the token, the two ids of a contrast, or empty.
+        kind: ``token`` for a token's logit, ``logprob`` for its logit less the mean logit under the model's probabilities,
+            ``contrast``, ``direction`` or ``probe``; ``sum`` for the sum over several tokens of a generated or given answer.
+        position: the position whose next token is scored, from 0; of a sum, that of its last token.
+        token_ids: the id of the token, the two ids of a contrast, the ids of a sum, or empty.
         layer: the layer of a probe, else None.
         intercept: the intercept of a probe, which is not part of the scores.
+        probability: the model's own probability of the token, or of the first token of a contrast; of a sum, the product.
+            None for directions and probes.
+        rank: the token's rank among all tokens by probability, from 1; None for sums, directions and probes.
     """
 
     label: str
@@ -85,10 +91,16 @@ class Target:
     token_ids: tuple[int, ...] = ()
     layer: int | None = None
     intercept: float = 0.0
+    probability: float | None = field(default=None, compare=False)
+    rank: int | None = field(default=None, compare=False)
 
 
 class Asked(NamedTuple):
-    """A checked target. If ``ids`` is None it stands for ``k`` targets, which the model's logits determine."""
+    """A checked target.
+
+    If ``ids`` is None it stands for ``k`` targets, which the model's logits determine. A contrast with one id has the
+    likeliest other token as its second.
+    """
 
     kind: TargetKind
     position: int
@@ -100,7 +112,7 @@ class Asked(NamedTuple):
     intercept: float = 0.0
 
 
-def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> list[Asked]:
+def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel, of: Of = "logit") -> list[Asked]:
     """Check the targets of a call before the model runs.
 
     Args:
@@ -109,6 +121,7 @@ def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundM
         layers: the layers at whose input the state is decomposed, and one past the last.
         tokenizer: the tokenizer for targets given as text; may be None.
         bound: the model.
+        of: what is explained of a token: its logit, its log-probability, or its contrast with the likeliest other token.
 
     Raises:
         TargetError: a string is not one token, or an id, a position or a probe's layer is out of range.
@@ -116,10 +129,10 @@ def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundM
     targets = target if isinstance(target, (list, tuple)) else [target]
     if not targets:
         raise TargetError("target is an empty list; leave it out to explain the model's own next token")
-    return [_check(each, length, layers, tokenizer, bound) for each in targets]
+    return [_check(each, length, layers, tokenizer, bound, of) for each in targets]
 
 
-def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel) -> Asked:
+def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel, of: Of) -> Asked:
     if target is None:
         target = TopK(1)
     elif isinstance(target, str) or (hasattr(target, "__index__") and not isinstance(target, bool)):
@@ -139,12 +152,14 @@ def _check(target: Any, length: int, layers: range, tokenizer: Any, bound: Bound
         k = integer("k of TopK", target.k, TargetError)
         if not 1 <= k <= bound.vocab_size:
             raise TargetError(f"TopK({k}): k must be from 1 to {bound.vocab_size}, the size of the vocabulary")
-        return Asked("token", position, None, k)
+        return Asked(_KINDS[of], position, None, k)
     if isinstance(target, Token):
-        return Asked("token", position, (token_id(target.token, tokenizer, bound),))
+        return Asked(_KINDS[of], position, (token_id(target.token, tokenizer, bound),))
     if isinstance(target, Contrast):
         ids = tuple(token_id(token, tokenizer, bound) for token in (target.token, target.other))
         return Asked("contrast", position, ids)
+    if of != "logit":
+        raise TargetError(f"of={of!r} needs tokens as targets, got a Direction; leave of out")
     return _check_direction(target, position, layers, bound.hidden_size)
 
 
@@ -235,7 +250,7 @@ class Readout(NamedTuple):
     target: Target
     w: Tensor  # [D], in the state's dtype
     constant: float  # the head's bias times the factor on logits, which belongs to the bias source
-    logit: float  # the model's own, before any soft-capping of the head
+    logit: float  # the model's own value of the target, before any soft-capping of the head
 
 
 def fill(
@@ -253,15 +268,19 @@ def fill(
     Returns:
         The readouts of each target.
     """
-    ids, unembedding = _ids(asked, logits), bound.unembedding
+    ids = _ids(asked, logits)
     flat = [(row, token) for row, of_row in enumerate(ids) for its in of_row for token in its]
-    rows, tokens = [row for row, _ in flat], [token for _, token in flat]
+    rows, tokens, unembedding = [row for row, _ in flat], [token for _, token in flat], bound.unembedding
     directions = bound.scaled(unembedding.weight[tokens].detach().to(vectors))  # [tokens, D]
     own = logits[rows, tokens]
     bias = torch.zeros_like(own) if unembedding.bias is None else bound.scaled(unembedding.bias[tokens].to(own))
-    numbers = iter(zip(directions, *torch.stack([bias, own]).tolist(), strict=True))  # one copy to the host
+    logprobs = bound.log_probabilities(logits)
+    rank = 1 + (logits[rows] > own[:, None]).sum(1)
+    found = torch.stack([bias, own, logprobs[rows, tokens].exp(), rank.to(own)])
+    numbers = iter(zip(directions, *found.tolist(), strict=True))  # one copy to the host
+    means = _means(asked, logprobs, bound)
     readouts: list[list[Readout]] = []
-    for each, of_row, vector in zip(asked, ids, vectors, strict=True):
+    for row, (each, of_row, vector) in enumerate(zip(asked, ids, vectors, strict=True)):
         readouts.append([])
         for its in of_row:
             label = " - ".join(shown(tokenizer, token) for token in its) or each.label
@@ -269,24 +288,62 @@ def fill(
             if each.w is not None:
                 w, constant, logit = each.w.to(vector), 0.0, float(each.w.to(vector) @ vector)
             else:
-                w, constant, logit = next(numbers)
+                w, constant, logit, probability, place = next(numbers)
+                target = replace(target, probability=probability, rank=int(place))
             if each.kind == "contrast":
-                other, its_constant, its_logit = next(numbers)
+                other, its_constant, its_logit, _, _ = next(numbers)
                 w, constant, logit = w - other, constant - its_constant, logit - its_logit
+            elif each.kind == "logprob":  # its small value would drown in the rounding of two large logits
+                w, constant = w - means[row][0], constant - means[row][1]
+                logit = float(w @ vector) + constant
             readouts[-1].append(Readout(target, w, constant, logit))
     return readouts
 
 
+def _means(asked: Sequence[Asked], logprobs: Tensor, bound: BoundModel) -> dict[int, tuple[Tensor, float]]:
+    """For every log-probability by its row: the means, under the model's probabilities, of directions and biases."""
+    rows = [row for row, each in enumerate(asked) if each.kind == "logprob"]
+    if not rows:
+        return {}
+    p, unembedding = logprobs[rows].exp(), bound.unembedding
+    weight = unembedding.weight.detach()
+    w = p.new_zeros(len(rows), weight.shape[1])
+    for begin in range(0, len(weight), _AT_ONCE):  # in the state's dtype the whole weight may not fit
+        some = weight[begin : begin + _AT_ONCE].to(p)
+        w += p[:, begin : begin + len(some)] @ some
+    zero = p.new_zeros(len(rows))
+    bias = zero if unembedding.bias is None else bound.scaled(p @ unembedding.bias.detach().to(p))
+    return dict(zip(rows, zip(bound.scaled(w), bias.tolist(), strict=True), strict=True))
+
+
 def _ids(asked: Sequence[Asked], logits: Tensor) -> list[list[tuple[int, ...]]]:
     """The token ids of every readout of each target: one, the two of a contrast, or none of a direction."""
+    top = _top(asked, logits)
+    return [[its if _is_complete(each) else (*its, _likeliest_other(its[0], logits[row]))
+             for its in ([(token,) for token in top[row]] if each.ids is None else [each.ids])]
+            for row, each in enumerate(asked)]  # fmt: skip
+
+
+def _is_complete(asked: Asked) -> bool:
+    """Whether a contrast has its second id, which the model's logits may have to determine."""
+    return asked.kind != "contrast" or (asked.ids is not None and len(asked.ids) == 2)
+
+
+def _likeliest_other(token: int, logits: Tensor) -> int:
+    """The token with the largest logit besides one."""
+    first, second = logits.topk(2).indices.tolist()
+    return int(second if first == token else first)
+
+
+def _top(asked: Sequence[Asked], logits: Tensor) -> dict[int, list[int]]:
+    """The ids of the most likely tokens of every target that asks for them, by its row."""
     by_k: dict[int, list[int]] = {}  # rows of equal k: where logits tie, another k may order them otherwise
     for row, each in enumerate(asked):
         if each.ids is None:
             by_k.setdefault(each.k, []).append(row)
-    top: dict[int, list[int]] = {}
-    if by_k:  # of all rows at once: reading the ids makes the host wait for the device
-        best = [logits[rows].topk(k).indices.flatten() for k, rows in by_k.items()]
-        read = iter(torch.cat(best).tolist())
-        top = {row: [next(read) for _ in range(k)] for k, rows in by_k.items() for row in rows}
-    return [[(token,) for token in top[row]] if each.ids is None else [each.ids]
-            for row, each in enumerate(asked)]  # fmt: skip
+    if not by_k:
+        return {}
+    # of all rows at once: reading the ids makes the host wait for the device
+    best = [logits[rows].topk(k).indices.flatten() for k, rows in by_k.items()]
+    read = iter(torch.cat(best).tolist())
+    return {row: [next(read) for _ in range(k)] for k, rows in by_k.items() for row in rows}

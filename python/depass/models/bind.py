@@ -147,6 +147,7 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         logit_factor=_number(text, family.logit_factor),
         logit_divisor=_number(text, family.logit_divisor),
+        logit_cap=getattr(text, "final_logit_softcapping", None),
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
         is_wrapped=is_wrapped(config),

@@ -194,6 +194,7 @@ class BoundModel:
     has_bias: bool
     logit_factor: float  # what the model multiplies the head's output by
     logit_divisor: float  # what it divides it by
+    logit_cap: float | None  # the soft cap on the logits, after the factor and divisor
     max_positions: int | None
     switches: tuple[Switch, ...]
     takes_positions: bool  # whether prompts of different lengths can share a pass without padding
@@ -232,6 +233,14 @@ class BoundModel:
         if self.logit_factor != 1:
             of_head = of_head * self.logit_factor
         return of_head if self.logit_divisor == 1 else of_head / self.logit_divisor
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """The model's own log-probabilities ``[..., V]`` of the next token, from its logits before a soft cap."""
+        return self.capped(logits).log_softmax(-1)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits after the soft cap of the model's head, if it has one."""
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     @property
     def vocab_size(self) -> int:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sized
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import DePassError, SourceError, TargetError
-from ..inputs.prompt import Prompt
+from ..inputs.prompt import Prompt, Section
 from ..inputs.settings import Settings
 from ..inputs.targets import Target
 from ..sources.source import Source
@@ -157,6 +158,13 @@ def judged(settings: Settings, error: Tensor) -> str:
     return f"conservation error {float(error.max()):.1e}" if settings.adds_up else f"by {settings.method}"
 
 
+def conservation_error(scores: Tensor, logits: Tensor) -> Tensor:
+    """``|Σ scores - logit| / max(|logit|, Σ |scores|)`` over the last dimension of ``scores``, in fp64."""
+    total, spread = scores.double().sum(-1), scores.double().abs().sum(-1)
+    size = torch.maximum(logits.abs().expand_as(spread), spread).clamp(min=torch.finfo(torch.float64).tiny)
+    return (total - logits).abs() / size
+
+
 def listed(numbers: Tensor) -> Any:
     """Nested lists, or None where all are NaN (a baseline's): JSON has no NaN."""
     return None if bool(numbers.isnan().all()) else numbers.tolist()
@@ -177,7 +185,7 @@ def described(result: Explained) -> dict[str, Any]:
     """Settings, prompt and targets of a result as plain values; :func:`common` reads them."""
     return {
         "settings": asdict(result.settings),
-        "prompt": {**asdict(result.prompt), "special": sorted(result.prompt.special)},
+        "prompt": prompt_values(result.prompt),
         "targets": [asdict(target) for target in result.targets],
     }
 
@@ -198,12 +206,23 @@ def common(said: dict[str, Any]) -> dict[str, Any]:
     _ = settings.balance  # an unknown rule raises
     return {
         "targets": tuple(Target(**{**fields, "token_ids": tuple(fields["token_ids"])}) for fields in said["targets"]),
-        "prompt": Prompt(
-            ids=tuple(prompt["ids"]),
-            tokens=tuple(prompt["tokens"]),
-            text=prompt["text"],
-            offsets=tuple((begin, end) for begin, end in prompt["offsets"]),
-            special=frozenset(prompt["special"]),
-        ),
+        "prompt": read_prompt(prompt),
         "settings": settings,
     }
+
+
+def prompt_values(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as plain values; :func:`read_prompt` reads them."""
+    return {**asdict(prompt), "special": sorted(prompt.special)}
+
+
+def read_prompt(said: dict[str, Any]) -> Prompt:
+    """A prompt from the values of :func:`prompt_values`."""
+    return Prompt(
+        ids=tuple(said["ids"]),
+        tokens=tuple(said["tokens"]),
+        text=said["text"],
+        offsets=tuple((begin, end) for begin, end in said["offsets"]),
+        special=frozenset(said["special"]),
+        sections=tuple(Section(**section) for section in said["sections"]),
+    )

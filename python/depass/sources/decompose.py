@@ -12,13 +12,13 @@ from torch import Tensor
 from depass_kernels import SourceLayout
 
 from ..errors import SourceError
-from ..inputs.prompt import check_unit
+from ..inputs.prompt import UNITS, check_unit
 from ..models.bound import BoundModel
 from ..models.trace import Trace
 from .components import Heads, Modules, Neurons, _heads, _modules, _neurons
 from .parts import _indices, _named, _Parts, check_layer
 from .source import Decomposition, Source
-from .spans import Sentences, Spans
+from .spans import SECTIONS, Sentences, Spans
 from .subspaces import Custom, Subspace, _given, _subspace
 
 COMPONENT_BYTES = 32 << 20  # of temporary memory while the outputs of components are computed
@@ -99,9 +99,9 @@ def check_kind(sources: Any) -> None:
         SourceError: the argument is not a unit, :class:`Spans` or a component spec.
     """
     if isinstance(sources, str):
-        check_unit(sources)
+        check_unit(sources, UNITS + SECTIONS)
     elif not isinstance(sources, (Spans, Sentences, *COMPONENTS)):
         raise SourceError(
-            "sources must be 'token', 'word', 'sentence', Sentences(language), Spans([...]), or an instance of Heads, "
-            f"Neurons, Modules, Subspace or Custom, got {sources!r}"
+            f"sources must be {', '.join(map(repr, UNITS + SECTIONS))}, Sentences(language), Spans([...]), or an instance "
+            f"of Heads, Neurons, Modules, Subspace or Custom, got {sources!r}"
         )

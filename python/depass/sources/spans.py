@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from ..models.trace import Trace
 
 
+SECTIONS = ("message", "document")  # the sources that a chat has
+_NEEDS = {
+    "message": "a prompt of chat messages whose texts the chat template keeps",
+    "document": "documents in chat_template_kwargs whose texts the chat template keeps",
+}
+
+
 @dataclass(frozen=True)
 class Spans:
     """Spans of a prompt as sources, half-open and in any order; the tokens outside all spans are the source ``rest``.
@@ -81,7 +88,8 @@ def decompose_prompt(
 
     Args:
         prompt: a prompt of ``N`` tokens.
-        sources: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or :class:`Spans`.
+        sources: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences`, ``"message"``, ``"document"`` or
+            :class:`Spans`.
         layer: the layer whose input is decomposed.
         has_bias: whether the model has biases, and so a bias source.
         exclude: whether the first token is excluded from the MLPs of later positions. ``"auto"`` excludes it if it is
@@ -92,15 +100,8 @@ def decompose_prompt(
         SourceError: the sources are unknown, or spans are empty, overlap or are outside the prompt.
     """
     length = len(prompt.ids)
-    kind: Literal["token", "span"] = "span"
-    labels: Sequence[str] | None = None
-    if isinstance(sources, Spans):
-        ranges = token_ranges(prompt, sources)
-        labels = check_labels(sources.labels, len(ranges), "Spans")
-    elif isinstance(sources, str) and sources == "token":
-        ranges, kind = [(t, t + 1) for t in range(length)], "token"
-    else:
-        ranges = unit_ranges(prompt, sources)
+    kind: Literal["token", "span"] = "token" if isinstance(sources, str) and sources == "token" else "span"
+    ranges, labels = named_ranges(prompt, sources)
 
     order = sorted(range(len(ranges)), key=lambda i: ranges[i])
     for before, after in pairwise(order):
@@ -117,8 +118,7 @@ def decompose_prompt(
     for index in order:
         begin, end = ranges[index]
         owner[begin:end] = len(parts)
-        label = "".join(prompt.tokens[begin:end]) if labels is None else labels[index]
-        parts.append(Source(label, kind, begin, end))
+        parts.append(Source(labels[index], kind, begin, end))
 
     own = next((i for i, source in enumerate(parts) if (source.start, source.end) == (0, 1)), None)
     if exclude == "auto":
@@ -135,6 +135,27 @@ def decompose_prompt(
         rows[where.to(rows.device)] = trace.stream.to(rows.dtype)
 
     return Decomposition(tuple(parts), layout, excluded, layer, "start", fill)
+
+
+def named_ranges(prompt: Prompt, sources: Any) -> tuple[list[tuple[int, int]], Sequence[str]]:
+    """The token ranges of a prompt's parts, and a label for each.
+
+    Raises:
+        SourceError: the sources are unknown or not there, or spans are empty or outside the prompt.
+    """
+    labels: Sequence[str] | None = None
+    if isinstance(sources, Spans):
+        ranges = token_ranges(prompt, sources)
+        labels = check_labels(sources.labels, len(ranges), "Spans")
+    elif isinstance(sources, str) and sources in SECTIONS:
+        sections = [section for section in prompt.sections if section.kind == sources]
+        if not sections:
+            raise SourceError(f"sources={sources!r} needs {_NEEDS[sources]}; give token or character Spans instead")
+        ranges = [(section.begin, section.end) for section in sections]
+        labels = [section.label for section in sections]
+    else:
+        ranges = unit_ranges(prompt, sources)
+    return ranges, labels or ["".join(prompt.tokens[begin:end]) for begin, end in ranges]
 
 
 def unit_ranges(prompt: Prompt, unit: str | Sentences) -> list[tuple[int, int]]:
@@ -174,10 +195,10 @@ def token_ranges(prompt: Prompt, spans: Spans) -> list[tuple[int, int]]:
                 f"span ({begin}, {end}) is empty or outside the prompt, which has {length} {spans.unit}s (0 to {length})"
             )
         if spans.unit == "char":
-            touched = [i for i, (a, b) in enumerate(prompt.offsets) if a < end and begin < b]
-            if not touched:
+            touched = prompt.positions(begin, end)
+            if touched == (0, 0):
                 raise SourceError(f"no token overlaps the character span ({begin}, {end}); choose another span")
-            begin, end = touched[0], touched[-1] + 1
+            begin, end = touched
         ranges.append((begin, end))
     if not ranges:
         raise SourceError("Spans([]) is empty; give at least one span")

@@ -177,6 +177,28 @@ def summed(scores: Tensor, columns: list[tuple[int, int]]) -> Tensor:
     return torch.stack([scores[:, :, begin:end].sum(2) for begin, end in columns], 2)
 
 
+def place(res: Explained, row: int) -> str:
+    """Where a target is: after which token, or over how many tokens its sum runs."""
+    target = res.targets[row]
+    after = f"after token {target.position + 1} ({res.prompt.tokens[target.position]!r})"
+    if target.kind != "sum":
+        return after
+    count = len(target.token_ids)
+    return f"sum over {count} token{'s' if count > 1 else ''}, the last {after}"
+
+
+def likelihood(target: Target) -> str:
+    """The model's own probability of a target, and its rank where another token is likelier; empty without one."""
+    if target.probability is None:
+        return ""
+    return f"p {target.probability:.2g}" + ("" if target.rank in (None, 1) else f", rank {target.rank:,}")
+
+
+def quantity(target: Target) -> str:
+    """What the scores of a target add up to."""
+    return "logit less the mean" if target.kind == "logprob" else "logit"
+
+
 def largest_elsewhere(scores: Tensor, columns: list[tuple[int, int]], position: int) -> float:
     """The largest of one target's ``scores`` ``[layers + 1, columns]`` outside the column of its own ``position``.
 

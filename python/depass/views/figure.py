@@ -13,7 +13,19 @@ from torch import Tensor
 
 from ..errors import DePassError, OutputError
 from ..files import write_atomically
-from .drawing import GRID, NUMBERED, Explained, Grid, Layered, headings, largest_elsewhere, numbers, spans, summed
+from .drawing import (
+    GRID,
+    NUMBERED,
+    Explained,
+    Grid,
+    Layered,
+    headings,
+    largest_elsewhere,
+    numbers,
+    quantity,
+    spans,
+    summed,
+)
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _RAISES, _LOWERS = "#da6662", "#6283da"  # the pages' red and blue on white
@@ -59,7 +71,10 @@ def _write(path: str | os.PathLike[str], res: Explained, target: int, draw: Call
     figure = Figure(layout="constrained")
     explained = res.targets[target]
     logit = float(res.target_logits[target])
-    title = f"Target {explained.label!r} after token {explained.position + 1}: logit {logit:.2f}"
+    after = f"after token {explained.position + 1}"
+    if explained.kind == "sum":
+        after = f"over {len(explained.token_ids)} tokens"
+    title = f"Target {explained.label!r} {after}: {quantity(explained)} {logit:.2f}"
     figure.suptitle(title, fontsize=10, parse_math=False)
     draw(figure)
     image = io.BytesIO()

@@ -156,7 +156,7 @@ function draw(view) {
   }
   if (view.use) section.append(make("p", "hint", view.use));
   if (view.generated)
-    section.append(make("p", "hint", "Choose a generated token with a click or the arrow keys to see what contributed to it."));
+    section.append(make("p", "hint", "Choose a token of the answer with a click or the arrow keys to see what contributed to it."));
   section.append(figure);
 
   let tokens = [];  // without a number until one is asked for
@@ -180,11 +180,11 @@ function draw(view) {
   let generated = [];
   if (view.generated) {
     const after = text(view.generated);
-    after.setAttribute("aria-label", "generated tokens");
+    after.setAttribute("aria-label", "tokens of the answer");
     generated = [...after.children];
     generated.forEach(token => token.classList.add("choice"));
     tokens.push(...generated.filter(token => token.dataset.index));
-    figure.append(make("h2", "", "Generated tokens"), after);
+    figure.append(make("h2", "", "Answer"), after);
     radios(after, generated, select);
   }
 

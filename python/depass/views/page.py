@@ -36,7 +36,10 @@ from .drawing import (
     drawn,
     headings,
     largest_elsewhere,
+    likelihood,
     numbers,
+    place,
+    quantity,
     scale,
     spans,
     summed,
@@ -128,7 +131,7 @@ def attribution_view(res: Scored) -> View:
         **_words(
             res.settings, f"They {'' if unassigned is None else 'and what is unassigned '}add up to the target's logit."
         ),
-        "targets": [_target(res, row, _after(res, row), unassigned) for row in range(len(res.targets))],
+        "targets": [_target(res, row, place(res, row), unassigned) for row in range(len(res.targets))],
         "scores": _rounded(res.scores),
         "largest": largest,
         "names": [_short(name(source)) for source in res.sources],
@@ -141,13 +144,16 @@ def attribution_view(res: Scored) -> View:
 
 
 def generation_view(res: Scored, tokens: Sequence[str]) -> View:
-    """The view of a generation: the prompt, and the generated ``tokens``, each with its own scores."""
-    begin = len(res.prompt.tokens) - len(tokens) + 1  # the last generated token is not a source
+    """The view of an answer: the prompt, and the answer's ``tokens``, each with its own scores."""
+    begin = len(res.prompt.tokens) - len(tokens) + 1  # the last token of the answer is not a source
     sources, (_, unassigned) = {source.start: index for index, source in enumerate(res.sources)}, drawn(res)
     return {
         **attribution_view(res),
-        "question": "How much the text before each generated token contributed to it",
-        "targets": [_target(res, row, f"generated token {row + 1}", unassigned) for row in range(len(res.targets))],
+        "question": "How much the text before each token of the answer contributed to it",
+        "targets": [
+            _target(res, row, f"token {row + 1} of the answer, {place(res, row)}", unassigned)
+            for row in range(len(res.targets))
+        ],
         "prompt": _pieces(res, begin),
         "generated": [[_seen(text) or "·", sources.get(begin + row)] for row, text in enumerate(tokens)],
     }
@@ -170,7 +176,7 @@ def sweep_view(sweep: Grid) -> View:
         "question": f"How much each {_SINGULAR[kind]} contributed to the target, layer by layer",
         "facts": " · ".join([*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {kind}"]),
         **_words(sweep.settings, sums),
-        "targets": [_target(sweep, row, _after(sweep, row)) for row in rows],
+        "targets": [_target(sweep, row, place(sweep, row)) for row in rows],
         "scores": _rounded(cells.scores),
         "largest": cells.largest,
         "names": cells.names,
@@ -225,7 +231,7 @@ def survey_view(survey: Layered) -> View:
         **_words(survey.settings, sums),
         "use": "Choose a cell to colour the prompt by its layer's tokens, or by its head at each token. Choose a token to "
         "see the heads there, and again to see their sums.",
-        "targets": [_target(survey, row, _after(survey, row)) for row in range(len(survey.targets))],
+        "targets": [_target(survey, row, place(survey, row)) for row in range(len(survey.targets))],
         "scores": _rounded(torch.cat([tokens.cells, heads.cells, torch.tensor([*neurons.values()]).T, by_position], 1)),
         "largest": heads.largest,
         "names": names,
@@ -413,13 +419,9 @@ def _target(res: Explained, row: int, where: str, unassigned: Tensor | None = No
     error = f", conservation error {float(res.conservation_error[row].max()):.0e}" if res.settings.adds_up else ""
     logit = f"{float(res.target_logits[row]):.2f}".replace("-", "−")
     apart = "" if unassigned is None else f", unassigned {float(unassigned[row]):.2f}".replace("-", "−")
-    about = f"{where}, logit {logit}{apart}{error}"
+    likely = likelihood(res.targets[row])
+    about = f"{where}, {quantity(res.targets[row])} {logit}{f', {likely}' if likely else ''}{apart}{error}"
     return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": about}
-
-
-def _after(res: Explained, row: int) -> str:
-    position = res.targets[row].position
-    return f"after token {position + 1} ({res.prompt.tokens[position]!r})"
 
 
 def _pieces(res: Scored, end: int) -> list[list[Any]]:

@@ -23,6 +23,9 @@ from .drawing import (
     components,
     drawn,
     headings,
+    likelihood,
+    place,
+    quantity,
     scale,
 )
 
@@ -31,6 +34,7 @@ _FAINT = 0.05  # share of the largest score; a smaller score gets no colour
 _LONGEST = 24  # cells; longer labels are cut in the middle
 _MANY, _FEW = 60, 40  # with more than _MANY components, only the _FEW largest are shown
 _LISTED = 20  # components listed for a sweep that is too wide for a grid
+_SOURCES = 3  # sources shown for each token of an answer
 _NEURONS, _NEURON = 3, 16  # neurons shown for each layer of a survey, and the width in cells of each
 _NUMBER, _GUTTER = 7, 7  # width in cells of a score and of a layer's number
 
@@ -59,6 +63,16 @@ def show_survey(survey: Layered, file: TextIO | None = None, width: int | None =
             _print(console, layers(survey, row, console.width))
 
 
+def show_answer(
+    res: Scored, tokens: Sequence[str], total: Scored, file: TextIO | None = None, width: int | None = None
+) -> None:
+    """Print an answer's ``tokens`` with their logits, probabilities, ranks and largest sources, then the ``total``."""
+    console = Console(file=file, width=width, highlight=False)
+    with console:
+        _print(console, answer(res, tokens, console.width))
+        _print(console, strip(total, 0, console.width))
+
+
 def _print(console: Console, lines: Sequence[Text]) -> None:
     console.print(lines[0])
     for line in lines[1:]:
@@ -74,6 +88,26 @@ def strip(res: Scored, row: int, width: int) -> list[Text]:
     if len(components(res)) > _MANY:
         res = abridged(res, res.scores[row].abs(), _FEW)
     return [head, *_strip([name(source) for source in res.sources], res.scores[row].tolist(), largest, width), Text()]
+
+
+def answer(res: Scored, tokens: Sequence[str], width: int) -> list[Text]:
+    """One line for each token of an answer, with its largest sources."""
+    said = "logit" if all(target.kind == "token" for target in res.targets) else "value"
+    labels = [_cut(printable(token.strip() or token)) or "·" for token in tokens]
+    widest = max(5, *map(cell_len, labels))
+    lines = [Text(f"{'token':{widest}}  {said:>8}  probability    rank  largest sources", style="bold")]
+    for row, (label, target) in enumerate(zip(labels, res.targets, strict=True)):
+        line = Text(label + " " * (widest - cell_len(label)))
+        line.append(f"  {float(res.target_logits[row]):8.2f}  {target.probability or 0.0:11.2g}  {target.rank or 0:6,}")
+        scores = res.scores[row]
+        for index in scores.abs().argsort(descending=True, stable=True)[:_SOURCES].tolist():
+            share = float(scores[index]) / scale(res, row)
+            its = name(res.sources[index])
+            entry = Text(f"{_cut(printable(its.strip() or its))} {float(scores[index]):+.2f}", style=colour(share))
+            if line.cell_len + entry.cell_len + 2 <= width:
+                line.append("  ").append(entry)
+        lines.append(line)
+    return [*lines, Text()]
 
 
 def grid(sweep: Grid, row: int, width: int) -> list[Text]:
@@ -155,17 +189,17 @@ def _largest_tokens(survey: Layered, row: int, width: int) -> list[Text]:
 
 def _head(res: Explained, row: int, sums: str) -> Text:
     target = res.targets[row]
-    after = printable(res.prompt.tokens[target.position])
     head = Text(f"{printable(target.label)!r}", style="bold")
-    logit = f"logit {float(res.target_logits[row]):.2f}"
+    logit = f"{quantity(target)} {float(res.target_logits[row]):.2f}"
     if res.settings.adds_up:
         summary = f"{logit} = {sums} (error {float(res.conservation_error[row].max()):.0e})"
     else:
         summary = f"{logit}; scores by {printable(res.settings.method)}, which need not add up to it"
     if res.settings.family != "declared":
         summary = f"{summary}; family: {printable(res.settings.family)}"
-    where = f" after token {target.position + 1} of {len(res.prompt.tokens)} ({after!r}): "
-    return head.append(where + summary, style="not bold")
+    likely = likelihood(target)
+    where = f"{f' ({likely})' if likely else ''} {printable(place(res, row))}"
+    return head.append(f"{where}: {summary}", style="not bold")
 
 
 def _strip(labels: Sequence[str], scores: Sequence[float], largest: float, width: int) -> list[Text]:
