@@ -134,6 +134,23 @@ def compare(bound: BoundModel) -> None:
     bound.checked.clear()  # the first run compares again
 
 
+def first_layer(model: Any) -> Any:
+    """The first layer of a model, or None where no list of modules has as many as its config says."""
+    try:
+        return _layers(model, model.config.get_text_config())[1][0]
+    except InferenceError:
+        return None
+
+
+def experts_of(model: Any) -> str | None:
+    """The path of the first module that holds the experts of an MLP, or None."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name == "experts" or "experts" in type(module).__name__.lower():
+            return str(path)
+    return None
+
+
 class _Comparison(Check):
     """A pass that compares all positions and lets nothing pass, hooks or not."""
 
