@@ -52,14 +52,16 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
             raise InferenceError("a trial pass needs its weights")
         if is_wrapped(model.config):
             raise InferenceError("its text decoder is a part of another model")
-        if not model.config.num_hidden_layers:
+        if getattr(model.config, "num_hidden_layers", None) == 0:
             raise InferenceError("it has no layers")
         bound = resolve(model, check(model, infer(model)), "inferred")
         compare(bound)
     except (InferenceError, ModelError) as error:
         evaluate = "; it is in training mode: call model.eval()" if model.training else ""
         layer, experts = first_layer(model), experts_of(model)
-        reason = f"it is a mixture of experts ({experts}), and DePass decomposes one MLP per layer" if experts else error
+        reason = (
+            f"it is a mixture of experts ({experts}), and DePass decomposes one MLP per layer" if experts else error
+        )
         near = nearest(model, layer)
         raise ModelError(
             f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "

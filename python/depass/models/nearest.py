@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..errors import ModelError
 from .families import FAMILIES, Family
+from .multimodal import located
 
 _OUTSIDE = ("layers", "final_norm")
 _INSIDE = (
@@ -35,14 +38,18 @@ class Nearest(NamedTuple):
         count = len(self.held) + len(set(self.lacking.values()))
         if not self.lacking:
             return f"The nearest listed family is {self.name!r}: the model has all {count} modules that it names"
-        there = f"; in their place it has {_listed(self.instead)}" if self.instead else ""
+        absent = list(dict.fromkeys(self.lacking.values()))
+        place = "their place" if len(absent) > 1 else "its place"
+        there = f"; in {place} it has {_listed(self.instead)}" if self.instead else ""
         return (
             f"The nearest listed family is {self.name!r}: of the {count} modules that it names, the model lacks "
-            f"{_listed(list(dict.fromkeys(self.lacking.values())))}{there}"
+            f"{_listed(absent)}{there}"
         )
 
     def written(self) -> str:
         """The start of a declaration, as Python code."""
+        if len(self.lacking) > len(self.held):
+            return "depass.Family(...)"
         changed = "".join(f", {field}=..." for field in self.lacking)
         return f"dataclasses.replace(depass.FAMILIES[{self.name!r}]{changed or ', ...'})"
 
@@ -60,6 +67,8 @@ def nearest(model: nn.Module, layer: nn.Module | None) -> Nearest:
 
 
 def _beside(name: str, family: Family, model: nn.Module, layer: nn.Module | None) -> Nearest:
+    with suppress(ModelError):  # several parts could be the decoder
+        family = located(model, family)
     held: list[str] = []
     lacking: dict[str, str] = {}
     for field in (*_OUTSIDE, *_INSIDE):
@@ -74,7 +83,8 @@ def _beside(name: str, family: Family, model: nn.Module, layer: nn.Module | None
         if has(place, path):
             held.append(path)
         else:
-            lacking[field] = path
+            whole = field == "layers" and not has(model, family.backbone)
+            lacking["backbone" if whole else field] = path
     return Nearest(name, list(dict.fromkeys(held)), lacking, [])
 
 
