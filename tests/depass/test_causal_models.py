@@ -13,7 +13,7 @@ from causal_models import OUTCOMES, Row
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 VERSION, ROWS = causal_models.read(DOCUMENT.read_text(encoding="utf-8"))
-same_version = pytest.mark.skipif(VERSION != tf.__version__, reason=f"the list was made with transformers {VERSION}")
+same_version = pytest.mark.skipif(tf.__version__ != VERSION, reason=f"the list was made with transformers {VERSION}")
 
 
 def sample() -> list[Row]:

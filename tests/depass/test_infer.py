@@ -271,7 +271,9 @@ NEAREST: dict[str, tuple[Callable[[], Any], str, str, str]] = {
         lambda: _functional("gemma2"), "'gemma2': the model has all 11 modules that it names", "",
         "dataclasses.replace(depass.FAMILIES['gemma2'], ...)",
     ),
-    "a class of one's own": (own_class, "'llama': of the 9 modules", "in their place it has norm and mixer. ", "depass.Family(...)"),
+    "a class of one's own": (
+        own_class, "'llama': of the 9 modules", "in their place it has norm and mixer. ", "depass.Family(...)",
+    ),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Writes the list of transformers' causal models into docs/models.md: ``python tests/support/causal_models.py docs/models.md``.
+"""Writes the list of transformers' causal models into a document: ``python tests/support/causal_models.py docs/models.md``.
 
-Each model type of the installed transformers is made as a small random model and attributed. A type works if ``DePass`` takes
+Each model type of the installed transformers is made as a small random model and attributed. A type works if DePass takes
 the model, the scores add up to the model's own logit under two rules, and a prompt in a batch gets the scores that it gets
 alone. Models run in a process of their own: one that crashes or hangs costs its own row.
 """
@@ -220,7 +220,7 @@ def fault_of(dp: DePass, model: Any, ids: list[int]) -> str:
         missed = abs(float(alone.target_logits[0]) - float(logits[5])) / size
         if not missed < TOLERANCE:
             return f"the target's logit is not the model's own ({missed:.0e})"
-        together = list(dp.attribute_many([ids, ids[:7]], 5, rule=rule))[0]
+        together = next(iter(dp.attribute_many([ids, ids[:7]], 5, rule=rule)))
         missed = float((together.scores - alone.scores).norm() / alone.scores.norm())  # type: ignore[union-attr]
         if not missed < 10 * TOLERANCE:
             return f"under {rule} a prompt in a batch has other scores ({missed:.0e})"

@@ -98,8 +98,9 @@ def cell(measure: Callable[[], BoundModel]) -> str:
 
 def wide(name: str) -> dict[str, Any]:
     """The sizes of a quantised model."""
-    own = models.EVERY[name][1] if name in models.EVERY else models.SIZES
-    return {size: number for size, number in WIDE.items() if size in own}
+    if name in MULTIMODAL:  # the sections of their positions hold for heads of 8
+        return {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return {size: number for size, number in WIDE.items() if size in models.EVERY[name][1]}
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
@@ -108,6 +109,9 @@ def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
 
 
 def loaded(name: str, config: Any, dtype: torch.dtype) -> BoundModel:
+    """A row's model, saved and loaded again in a kind of quantisation."""
+    if name in MULTIMODAL and hasattr(config, "modules_to_not_convert"):
+        config.modules_to_not_convert = ["lm_head", "model.visual"]  # the small vision part has no groups of 32
     with tempfile.TemporaryDirectory() as folder:
         made(name, **wide(name)).save_pretrained(folder)
         tokens.make().save_pretrained(folder)
