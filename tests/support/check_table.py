@@ -100,7 +100,8 @@ def wide(name: str) -> dict[str, Any]:
     """The sizes of a quantised model."""
     if name in MULTIMODAL:  # the sections of their positions hold for heads of 8
         return {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return {size: number for size, number in WIDE.items() if size in models.EVERY[name][1]}
+    sizes = WIDE | ({"head_dim": 32} if name.endswith("wide-heads") else {})
+    return {size: number for size, number in sizes.items() if size in models.EVERY[name][1]}
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
