@@ -208,8 +208,8 @@ def _projected(projection: Projection, x: Tensor) -> Tensor:
 def _by_kernel(projection: Projection, x: Tensor) -> Tensor:
     """The same; where the kernel rounds its inputs to 8 bits, what it computes.
 
-    The size of this rounding has no bound: a few large numbers in ``x`` leave few bits to all others. ``x`` has the dtype that
-    the model gives the kernel.
+    The size of this rounding has no bound: a few large numbers in ``x`` leave few bits to all others. ``x`` has the dtype
+    that the model gives the kernel.
     """
     if not weights.rounds_inputs(projection.module):
         return _projected(projection, x)
