@@ -134,9 +134,13 @@ def with_its_mlp(forward: Callable[[Any, Tensor], Tensor]) -> Any:
 def scaled_stream() -> Any:
     model = unknown("llama")
     kind = type(model.model.layers[0])
-    forward = kind.forward
+
+    def scaled(*args: Any, **more: Any) -> Any:
+        output = kind.forward(*args, **more)
+        return (1.5 * output[0], *output[1:]) if isinstance(output, tuple) else 1.5 * output  # as older transformers
+
     for layer in model.model.layers:
-        layer.__class__ = type("Scaled", (kind,), {"forward": lambda *args, **more: 1.5 * forward(*args, **more)})
+        layer.__class__ = type("Scaled", (kind,), {"forward": scaled})
     return model
 
 
@@ -254,7 +258,7 @@ NEAREST: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     "experts": (
         lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1),
         "'llama': of the 9 modules that it names, the model lacks mlp.gate_proj and mlp.down_proj",
-        "it has mlp.",
+        "in their place it has ",
         "dataclasses.replace(depass.FAMILIES['llama'], gate=..., down=...)",
     ),
     "no activation module": (
