@@ -10,10 +10,11 @@ import models
 import pytest
 import torch
 import transformers as tf
-from check_table import differences
+from check_table import differences, loaded, made, quantised, wide
 from torch import Tensor, nn
 
 from depass import FAMILIES, DePass, Family, Heads, ModelError, NonFiniteError
+from depass.models import weights
 from depass.models.bind import as_configured, bind, resolve
 from depass.models.check import STEPS
 from depass.models.families import NormKind, ValueRows
@@ -53,7 +54,7 @@ def test_right_declarations_stay_far_below_the_limit(name: str) -> None:
         for seed in range(3):
             found = worst(models.make(name, dtype, seed=seed))
             assert max(found.values()) < 1 / 4, (dtype, seed, found)
-            steps = STEPS.keys() - {"activation"}  # found only where it differs
+            steps = STEPS.keys() - {"activation", "weights"}  # found where it differs, and where kernels round inputs
             assert found.keys() == steps
 
 
@@ -165,6 +166,57 @@ def test_wrong_declarations_of_every_family_are_found_in_every_dtype(name: str) 
             found, allowed = differences(resolve(model, each, "given"), (9, 17))
             missed[change] = max(found.values()) / allowed
         assert min(missed.values()) > 1, (dtype, missed)
+
+
+KINDS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "torchao int8, dynamic")
+# of several kinds: norms before, after, on both sides, with 1 + w, LayerNorms, parallel layers, fused values, factors
+SOME = ("gemma2", "olmo3", "granite", "nemotron", "phi", "codegen", "opt", "biogpt", "phi3")
+
+
+def packed(name: str, kind: str, dtype: torch.dtype) -> Any:
+    """A small model in a kind of quantisation, whose library is installed."""
+    for library in ("accelerate", kind.split()[0]):
+        pytest.importorskip(library, reason=f"{library} is not installed (extra: quantized)")
+    return loaded(name, dict(quantised())[kind](), dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in SOME if name in models.EVERY])
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_declarations_of_quantised_models_are_found(kind: str, name: str) -> None:
+    dense = made(name, **wide(name))
+    family = as_configured(FAMILIES[dense.config.model_type], dense.config)
+    for dtype in (torch.float32, torch.bfloat16):
+        bound = packed(name, kind, dtype)
+        right, allowed = differences(bound, (1, 9, 17))
+        assert max(right.values()) < allowed / 2, (dtype, right)
+        for change, each in wrong_declarations(dense, family).items():
+            found, allowed = differences(resolve(bound.model, each, "given"), (9, 17))
+            assert max(found.values()) > allowed, (dtype, change, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_numbers_that_leave_few_bits_to_others_are_no_false_alarm(kind: str) -> None:
+    """As at the first token of most language models: rounding to 8 bits then loses most of a product."""
+    bound = packed("llama", kind, torch.bfloat16)
+    with torch.no_grad():
+        bound.model.model.embed_tokens.weight[:, :2] *= 1000
+        for layer in bound.layers:
+            layer.module.input_layernorm.weight[:2] = layer.module.post_attention_layernorm.weight[:2] = 1
+    found, allowed = differences(bound, (1, 9))
+    assert max(found.values()) < allowed / 2
+
+
+def test_quantised_weights_that_are_read_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound, read = packed("llama", "bitsandbytes 8-bit", torch.float32), weights.dense
+
+    def wrongly(module: Any, name: str = "weight") -> Any:
+        return 1.1 * read(module) if name == "weight" and weights.rounds_inputs(module) else read(module, name)
+
+    monkeypatch.setattr(weights, "dense", wrongly)
+    with pytest.raises(ModelError, match=r"layer 0: the products of .*correct the family"):
+        DePass(bound.model).attribute(models.prompt(9), 5)
+    found, allowed = differences(bound, (9,))
+    assert {step for step, difference in found.items() if difference > allowed} == {"weights"}
 
 
 def _halves_exchanged() -> Any:

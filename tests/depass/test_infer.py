@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import models
 import pytest
@@ -18,6 +19,7 @@ from depass import FAMILIES, DePass, Family, ModelError, cli
 from depass.models import infer
 from depass.models.bind import as_configured, check, resolve
 from depass.models.bound import epsilon_of
+from depass.models.nearest import nearest
 from depass.views.terminal import strip
 
 SIZES: dict[str, Any] = {
@@ -132,9 +134,13 @@ def with_its_mlp(forward: Callable[[Any, Tensor], Tensor]) -> Any:
 def scaled_stream() -> Any:
     model = unknown("llama")
     kind = type(model.model.layers[0])
-    forward = kind.forward
+
+    def scaled(*args: Any, **more: Any) -> Any:
+        output = kind.forward(*args, **more)
+        return (1.5 * output[0], *output[1:]) if isinstance(output, tuple) else 1.5 * output  # as older transformers
+
     for layer in model.model.layers:
-        layer.__class__ = type("Scaled", (kind,), {"forward": lambda *args, **more: 1.5 * forward(*args, **more)})
+        layer.__class__ = type("Scaled", (kind,), {"forward": scaled})
     return model
 
 
@@ -153,7 +159,11 @@ def scaled_logits() -> Any:
 
 
 def functional_activation() -> Any:
-    model = unknown("llama")
+    return _functional("llama")
+
+
+def _functional(name: str) -> Any:
+    model = unknown(name)
     kind = type(model.model.layers[0].mlp)
 
     class Functional(kind):  # type: ignore[misc,valid-type]
@@ -178,7 +188,8 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], Any], str]] = {
     "scaled logits": (scaled_logits, "the logits are not the head's output, times 1 or a number of the config"),
     "no module for the activation": (functional_activation, "no activation module of a layer reads the output"),
     "experts": (
-        lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1), "no activation module of a layer reads",
+        lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1),
+        "it is a mixture of experts (model.layers.0.",
     ),
 }  # fmt: skip
 
@@ -186,10 +197,108 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_what_cannot_be_inferred_is_one_line_with_the_reason(case: str) -> None:
     make, says = IMPOSSIBLE[case]
-    with pytest.raises(ModelError, match=r"unknown model family .*it cannot be inferred: .*family=\.\.\.$") as error:
+    with pytest.raises(
+        ModelError, match=r"unknown model family .*it cannot be inferred: .*pass family=\S.*\)$"
+    ) as error:
         DePass(make())
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def renamed_attention() -> Any:
+    """A model whose attention is declared nowhere under its name, and whose MLP cannot be inferred."""
+    model = functional_activation()
+    kind = type(model.model.layers[0])
+
+    class Renamed(kind):  # type: ignore[misc,valid-type]
+        def forward(self, *args: Any, **more: Any) -> Any:
+            parts = {**self._modules, "self_attn": self.mixer}
+            return kind.forward(SimpleNamespace(**parts), *args, **more)
+
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        del layer.self_attn
+        layer.__class__ = Renamed
+        layer.mixer = attention
+    return model
+
+
+def own_class() -> Any:
+    """A model of somebody's own class, whose backbone, layers and MLP have other names."""
+
+    class Own(tf.PreTrainedModel):
+        config_class = tf.GPT2Config
+        _no_split_modules: ClassVar[list[str]] = []
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.net = nn.Module()
+            block = {"norm": nn.LayerNorm(32), "mixer": nn.Linear(32, 32)}
+            self.net.blocks = nn.ModuleList(nn.ModuleDict(block) for _ in range(3))
+            self.embedding, self.head = nn.Embedding(101, 32), nn.Linear(32, 101)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embedding
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, ids: Tensor, use_cache: bool = False) -> Any:
+            x = self.embedding(ids)
+            for block in self.net.blocks:
+                x = x + block["mixer"](block["norm"](x))
+            return tf.modeling_outputs.CausalLMOutput(logits=self.head(x))
+
+    config = tf.GPT2Config(vocab_size=101, n_embd=32, n_layer=3, n_head=4)
+    config.model_type = "of-my-own"
+    return Own(config).eval()
+
+
+NEAREST: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+    "experts": (
+        lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1),
+        "'llama': of the 9 modules that it names, the model lacks mlp.gate_proj and mlp.down_proj",
+        "in their place it has ",
+        "dataclasses.replace(depass.FAMILIES['llama'], gate=..., down=...)",
+    ),
+    "no activation module": (
+        functional_activation, "'llama': the model has all 9 modules that it names. ", "",
+        "dataclasses.replace(depass.FAMILIES['llama'], ...)",
+    ),
+    "a renamed attention": (
+        renamed_attention,
+        "'llama': of the 9 modules that it names, the model lacks self_attn, self_attn.v_proj and self_attn.o_proj",
+        "in their place it has mixer. ",
+        "dataclasses.replace(depass.FAMILIES['llama'], attention=..., value=..., output=...)",
+    ),
+    "norms of Gemma": (
+        lambda: _functional("gemma2"), "'gemma2': the model has all 11 modules that it names", "",
+        "dataclasses.replace(depass.FAMILIES['gemma2'], ...)",
+    ),
+    "a class of one's own": (
+        own_class, "'llama': of the 9 modules", "in their place it has norm and mixer. ", "depass.Family(...)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEAREST)
+def test_the_error_names_the_nearest_family_and_what_differs(case: str) -> None:
+    make, near, instead, declaration = NEAREST[case]
+    with pytest.raises(ModelError) as error:
+        DePass(make())
+    said = str(error.value)
+    assert f"The nearest listed family is {near}" in said
+    assert instead in said
+    assert said.endswith(f"If a depass.Family describes the model, pass family={declaration}")
+
+
+def test_every_listed_family_is_nearest_to_its_own_model() -> None:
+    """Or one listed before it that names the same modules."""
+    for name in models.EVERY:
+        model = models.make(name)
+        found, family = nearest(model, infer.first_layer(model)), resolved(model)
+        assert not found.lacking, name
+        assert {family.attention, family.value, family.output, family.gate, family.down} <= set(found.held), name
 
 
 def test_numbers_that_are_not_finite_are_not_accepted() -> None:
@@ -267,4 +376,4 @@ def test_the_command_says_why_there_is_none(tmp_path: Path, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "it cannot be inferred: no activation module of a layer reads the output of a projection" in err
+    assert "it cannot be inferred: it is a mixture of experts" in err

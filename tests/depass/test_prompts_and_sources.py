@@ -377,7 +377,7 @@ SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden
             lambda: transformers.OpenAIGPTLMHeadModel(
                 transformers.OpenAIGPTConfig(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=9)
             ),
-            r"unknown model family 'openai-gpt'.*known: llama, .*lacks \(-\).*-model.layers.0.self_attn.v_proj",
+            r"unknown model family 'openai-gpt'.* nearest .* is 'gpt2': .* lacks transformer.ln_f\. .*final_norm=",
         ),
         (
             lambda: transformers.GPT2LMHeadModel(

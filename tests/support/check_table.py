@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import multimodal
 import tokens
 import torch
 
@@ -26,7 +27,13 @@ from depass.models.capture import Capture
 
 BEGIN, END = "<!-- the check: begin -->", "<!-- the check: end -->"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit kernels want whole blocks
+# sizes of quantised models, by their names in the configs: 4-bit kernels want whole blocks of 64
+WIDE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "n_embd": 64, "n_inner": 128, "ffn_dim": 128, "word_embed_proj_dim": 64,
+    "head_dim": 16,
+}  # fmt: skip
+MULTIMODAL = [name for name in multimodal.NAMES if name.endswith("vl") or name == "glm4v"]  # with decoders of their own
+NAMES = [*models.EVERY, *MULTIMODAL]
 
 
 class Differences(Capture):
@@ -89,10 +96,25 @@ def cell(measure: Callable[[], BoundModel]) -> str:
     return f"**{worst:.0e}**" if worst > allowed else f"{worst:.0e}"
 
 
+def wide(name: str) -> dict[str, Any]:
+    """The sizes of a quantised model."""
+    if name in MULTIMODAL:  # the sections of their positions hold for heads of 8
+        return {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes = WIDE | ({"head_dim": 32} if name.endswith("wide-heads") else {})
+    return {size: number for size, number in sizes.items() if size in models.EVERY[name][1]}
+
+
+def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    """A small model of a table's row."""
+    return (multimodal if name in MULTIMODAL else models).make(name, dtype, **sizes)
+
+
 def loaded(name: str, config: Any, dtype: torch.dtype) -> BoundModel:
-    wide = {"n_embd": 64, "n_inner": 128} if name.startswith("gpt2") else WIDE
+    """A row's model, saved and loaded again in a kind of quantisation."""
+    if name in MULTIMODAL and hasattr(config, "modules_to_not_convert"):
+        config.modules_to_not_convert = ["lm_head", "model.visual"]  # the small vision part has no groups of 32
     with tempfile.TemporaryDirectory() as folder:
-        models.make(name, **wide).save_pretrained(folder)
+        made(name, **wide(name)).save_pretrained(folder)
         tokens.make().save_pretrained(folder)
         return DePass.from_pretrained(folder, dtype=dtype, quantization=config).bound
 
@@ -101,14 +123,14 @@ def lines() -> Iterator[str]:
     """Two tables: dense weights by dtype, and quantised weights in a model of fp32 and of bf16."""
     yield f"| model | {' | '.join(DTYPES)} |"
     yield f"|---|{'---|' * len(DTYPES)}"
-    for name in models.EVERY:
+    for name in NAMES:
         bounds = (partial(dense, name, dtype) for dtype in DTYPES.values())
         yield f"| {name} | {' | '.join(map(cell, bounds))} |"
     yield ""
     kinds = dict(quantised())
     yield f"| quantised, fp32 / bf16 | {' | '.join(kinds)} |"
     yield f"|---|{'---|' * len(kinds)}"
-    for name in models.CONFIGS:
+    for name in NAMES:
         pairs = [
             " / ".join(cell(partial(loaded, name, make(), dtype)) for dtype in (torch.float32, torch.bfloat16))
             for make in kinds.values()
@@ -117,7 +139,7 @@ def lines() -> Iterator[str]:
 
 
 def dense(name: str, dtype: torch.dtype) -> BoundModel:
-    return bind(models.make(name, dtype))
+    return bind(made(name, dtype))
 
 
 def main(path: Path) -> None:

@@ -14,9 +14,10 @@ from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
 from .bound import BoundModel, Layer, Norm, Projection, epsilon_of
-from .families import FAMILIES, LLAMA, UNSUPPORTED, Family, Origin
-from .infer import InferenceError, compare, infer
+from .families import FAMILIES, UNSUPPORTED, Family, Origin
+from .infer import InferenceError, compare, experts_of, first_layer, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
+from .nearest import has, nearest
 from .packing import takes_positions
 from .positions import switches
 
@@ -51,19 +52,21 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
             raise InferenceError("a trial pass needs its weights")
         if is_wrapped(model.config):
             raise InferenceError("its text decoder is a part of another model")
-        if not model.config.num_hidden_layers:
+        if getattr(model.config, "num_hidden_layers", None) == 0:
             raise InferenceError("it has no layers")
         bound = resolve(model, check(model, infer(model)), "inferred")
         compare(bound)
     except (InferenceError, ModelError) as error:
-        paths = ", ".join(
-            f"{'+' if _has(model, path) else '-'}{path}" for path in _example_paths(located(model, LLAMA))
-        )
         evaluate = "; it is in training mode: call model.eval()" if model.training else ""
+        layer, experts = first_layer(model), experts_of(model)
+        reason = (
+            f"it is a mixture of experts ({experts}), and DePass decomposes one MLP per layer" if experts else error
+        )
+        near = nearest(model, layer)
         raise ModelError(
             f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "
-            f"inferred: {error}{evaluate}; known: {', '.join(FAMILIES)}. Of the Llama family's paths it has (+) or lacks "
-            f"(-): {paths}. Describe the model with depass.Family and pass family=..."
+            f"inferred: {reason}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
+            f"family={near.written()}"
         ) from error
     return bound
 
@@ -231,10 +234,10 @@ def _is_positive(number: object) -> bool:
 
 def _refuse_missing(model: Any, family: Family) -> None:
     """Raise a ModelError where the model lacks a path of its family, or the family's norms are not supported."""
-    missing = [path for path in _example_paths(family) if not _has(model, path)]
+    missing = [path for path in _example_paths(family) if not has(model, path)]
     if not missing:
         others = range(1, len(_blocks(model, family)))
-        missing = [path for index in others for path in _layer_paths(family, index) if not _has(model, path)]
+        missing = [path for index in others for path in _layer_paths(family, index) if not has(model, path)]
     if missing:
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
@@ -383,11 +386,3 @@ def _example_paths(family: Family) -> list[str]:
 def _layer_paths(family: Family, index: int) -> list[str]:
     inner = [getattr(family, part) for part in ("attention", "value", "output", "gate", "down", *_LAYER_NORMS)]
     return [f"{family.backbone}.{family.layers}.{index}.{path}" for path in inner if path is not None]
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
+from . import weights
 from .alterations import Alteration, alterations, likely, said_of, within
 from .bound import BoundModel, Norm
 from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
@@ -368,6 +369,8 @@ class LayerCapture:
                 each.register_forward_pre_hook(self.activation, with_kwargs=True)
                 for each in activations(modules.module)
             ]
+            if weights.rounds_inputs(modules.value.module):
+                hooks.append(modules.value.module.register_forward_pre_hook(self.read_by_value))
         for hook in hooks:
             stack.callback(hook.remove)
 
@@ -421,7 +424,13 @@ class LayerCapture:
         if self.run.with_gate_total:
             self.trace.gate_total = gate
         if self.seen is not None:
-            self.seen.gate = gate
+            self.seen.gate, self.seen.read_by_gate = gate, self.run.packing.flat(args[0])
+
+    @of_this_thread
+    def read_by_value(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the input of the value projection, whose kernel rounds it."""
+        if self.seen is not None:
+            self.seen.read_by_value = self.run.packing.flat(args[0])
 
     @of_this_thread
     def activation(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ def infer(model: Any) -> Family:
     """
     trial = _tried(model)
     attention, values, mixed = _attention(trial)
+    _refuse_heads_by_layer(trial.config)
     value, value_rows = _value(trial, values)
     output = _output(trial, mixed)
     gate, gate_rows, activation = _gate(trial)
@@ -99,6 +100,7 @@ def infer(model: Any) -> Family:
     kind, epsilon = _norm_kind(trial, norms)
     added = (attention_post_norm or output).written, (mlp_post_norm or down).written
     logit_factor, logit_divisor = _logit_names(trial, head)
+    _compare_modules(model, trial, [value.path, output.path, gate.path, down.path, *map(_path, norms[:-1])])
     return Family(
         backbone=trial.backbone,
         layers=trial.layers,
@@ -132,6 +134,39 @@ def compare(bound: BoundModel) -> None:
     with torch.no_grad(), _failures():
         _Comparison(bound, [_tokens(bound.model)], range(len(bound.layers))).run()
     bound.checked.clear()  # the first run compares again
+
+
+def _refuse_heads_by_layer(config: Any) -> None:
+    try:
+        _ = config.num_attention_heads
+    except Exception as error:  # a config with numbers for each layer raises more than AttributeError
+        raise InferenceError("its config has no num_attention_heads that holds for all layers") from error
+
+
+def _compare_modules(model: Any, trial: _Trial, paths: Sequence[str | None]) -> None:
+    """Does every layer have the modules that were found in the first one?"""
+    for index, layer in enumerate(_layers(model, trial.config)[1]):
+        modules = dict(layer.named_modules())
+        for path in paths:
+            if path not in modules:
+                raise InferenceError(f"layer {index} lacks {path}, which the first layer has")
+
+
+def first_layer(model: Any) -> Any:
+    """The first layer of a model, or None where no list of modules has as many as its config says."""
+    try:
+        return _layers(model, model.config.get_text_config())[1][0]
+    except InferenceError:
+        return None
+
+
+def experts_of(model: Any) -> str | None:
+    """The path of the first module that holds the experts of an MLP, or None."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name == "experts" or "experts" in type(module).__name__.lower():
+            return str(path)
+    return None
 
 
 class _Comparison(Check):
@@ -320,7 +355,9 @@ def _end(trial: _Trial) -> tuple[_Call, _Call]:
     for call in trial.outside:
         if _same(call.written, trial.head[0].read):
             return call, trial.head[0]
-    raise InferenceError("no norm's output is what the head reads")
+    if any(_same(norm.written, trial.layer.written) for norm in trial.norms):
+        raise InferenceError("its layers end with a norm of the residual stream itself, not of what a sublayer adds")
+    raise InferenceError("no norm's output is what the head reads; other modules stand between them")
 
 
 def _norm_kind(trial: _Trial, norms: Sequence[_Call]) -> tuple[NormKind, float | None]:

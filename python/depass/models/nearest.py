@@ -1,0 +1,118 @@
+"""Which listed family comes nearest to a model that none describes, and what differs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..errors import ModelError
+from .families import FAMILIES, Family
+from .multimodal import located
+
+_OUTSIDE = ("layers", "final_norm")
+_INSIDE = (
+    "attention", "value", "output", "gate", "down", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm",
+)  # fmt: skip
+_MOST = 4  # names of a list that a message holds
+
+
+class Nearest(NamedTuple):
+    """A listed family beside a model, with the paths that the family names: those of a layer's modules begin there.
+
+    Attributes:
+        name: of the family.
+        held: the paths that the model has.
+        lacking: by field of the family, those that it lacks.
+        instead: what the first layer has where it lacks them.
+    """
+
+    name: str
+    held: list[str]
+    lacking: dict[str, str]
+    instead: list[str]
+
+    def said(self) -> str:
+        """The family and the difference, in a sentence."""
+        count = len(self.held) + len(set(self.lacking.values()))
+        if not self.lacking:
+            return f"The nearest listed family is {self.name!r}: the model has all {count} modules that it names"
+        absent = list(dict.fromkeys(self.lacking.values()))
+        place = "their place" if len(absent) > 1 else "its place"
+        there = f"; in {place} it has {_listed(self.instead)}" if self.instead else ""
+        return (
+            f"The nearest listed family is {self.name!r}: of the {count} modules that it names, the model lacks "
+            f"{_listed(absent)}{there}"
+        )
+
+    def written(self) -> str:
+        """The start of a declaration, as Python code."""
+        if len(self.lacking) > len(self.held):
+            return "depass.Family(...)"
+        changed = "".join(f", {field}=..." for field in self.lacking)
+        return f"dataclasses.replace(depass.FAMILIES[{self.name!r}]{changed or ', ...'})"
+
+
+def nearest(model: nn.Module, layer: nn.Module | None) -> Nearest:
+    """The listed family that names most of a model's modules; of several, the one that names fewest others, then the first.
+
+    Args:
+        model: the model.
+        layer: its first layer, or None where it is not known.
+    """
+    found = [_beside(name, family, model, layer) for name, family in FAMILIES.items()]
+    best = min(found, key=lambda each: (-len(each.held), len(each.lacking)))  # the first of equals
+    return best._replace(instead=[] if layer is None else _instead(best, layer))
+
+
+def _beside(name: str, family: Family, model: nn.Module, layer: nn.Module | None) -> Nearest:
+    with suppress(ModelError):  # several parts could be the decoder
+        family = located(model, family)
+    held: list[str] = []
+    lacking: dict[str, str] = {}
+    for field in (*_OUTSIDE, *_INSIDE):
+        path = getattr(family, field)
+        if path is None:
+            continue
+        place = model
+        if field in _OUTSIDE:
+            path = f"{family.backbone}.{path}"
+        elif layer is not None:
+            place = layer
+        if has(place, path):
+            held.append(path)
+        else:
+            whole = field == "layers" and not has(model, family.backbone)
+            lacking["backbone" if whole else field] = path
+    return Nearest(name, list(dict.fromkeys(held)), lacking, [])
+
+
+def _instead(beside: Nearest, layer: nn.Module) -> list[str]:
+    """The modules of a layer that stand beside those that it lacks, and that the family does not name."""
+    found: list[str] = []
+    for field, path in beside.lacking.items():
+        parent = path.rpartition(".")[0]
+        while parent and not has(layer, parent):
+            parent = parent.rpartition(".")[0]
+        if field in _INSIDE:
+            children = layer.get_submodule(parent).named_children()
+            found += [f"{parent}.{child}" if parent else child for child, _ in children]
+    named = [f"{path}." for path in beside.held]
+    return [path for path in dict.fromkeys(found) if not any(each.startswith(f"{path}.") for each in named)]
+
+
+def has(model: Any, path: str) -> bool:
+    """Whether a model has a module at a path."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _listed(names: list[str]) -> str:
+    """``a, b and c``, shortened where there are many."""
+    if len(names) > _MOST + 1:
+        return f"{', '.join(names[:_MOST])} and {len(names) - _MOST} others"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
