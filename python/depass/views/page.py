@@ -158,6 +158,97 @@ def generation_view(res: Scored, tokens: Sequence[str]) -> View:
     }
 
 
+def citations_view(
+    res: Scored,
+    tokens: Sequence[str],
+    ranges: Sequence[tuple[int, int]],
+    documents: Sequence[tuple[str, Sequence[int]]],
+    asked: str,
+) -> View:
+    """The view of citations: the answer beside the documents.
+
+    Args:
+        res: one target for each sentence of the answer.
+        tokens: the answer's tokens.
+        ranges: the sentences' tokens, from 0 in the answer.
+        documents: the title of each document, and the columns of its sentences.
+        asked: the question.
+    """
+    begin = len(res.prompt.tokens) - len(tokens) + 1
+    res, unassigned = drawn(res)
+    sentences = [column for _, columns in documents for column in columns]
+    sums = [(title, res.scores[:, list(columns)].sum(1)) for title, columns in documents]
+    others = _others(res, begin, set(sentences))
+    apart = [score for _, score in (*sums, *others)]
+    scores = torch.cat([res.scores[:, sentences], torch.stack(apart, 1)], 1)
+    labels = [_short(res.sources[column].label) for column in sentences]
+    names = [*labels, *(f"all of {_short(title)}" for title, _ in sums), *(f"[{name}]" for name, _ in others)]
+    places = [f"{_short(title)}, {n}" for title, columns in documents for n in range(1, len(columns) + 1)]
+    texts, first = [], 0
+    for number, (title, columns) in enumerate(documents):
+        pieces = _prose(res, begin, columns, first)
+        texts.append({"title": _short(title), "sum": len(sentences) + number, "pieces": pieces})
+        first += len(columns)
+    summands = ", ".join(["The documents' sentences", *(f"[{name}]" for name, _ in others)])
+    unit = f"{summands}{'' if unassigned is None else ' and what is unassigned'} add up to the sentence's logit, the sum over its tokens."
+    return {
+        "question": "How much each sentence of the documents contributed to the answer",
+        "facts": " · ".join([*_facts(res.settings), f"{len(documents)} documents, {len(sentences)} sentences"]),
+        "asked": _seen(asked),
+        **_words(res.settings, f"{unit} A share is a score divided by the sum of all sentences' absolute scores."),
+        "targets": [_target(res, row, place(res, row), unassigned) for row in range(len(res.targets))],
+        "scores": _rounded(scores),
+        "largest": [size or 1.0 for size in scores[:, : len(sentences)].abs().amax(1).tolist()],
+        "names": names,
+        "places": [*places, *[""] * len(apart)],
+        "ranked": list(range(len(sentences))),
+        "listed": _LISTED,
+        "answer": _claims(tokens, ranges),
+        "documents": texts,
+        "chips": list(range(len(sentences) + len(sums), len(names))),
+    }
+
+
+def _others(res: Scored, begin: int, cited: set[int]) -> list[tuple[str, Tensor]]:
+    """The names and the scores ``[targets]`` of what is no sentence of a document; the answer's tokens are one sum."""
+    sums: dict[str, Tensor] = {}
+    for column, source in enumerate(res.sources):
+        if column not in cited:
+            is_answer = source.start is not None and source.start >= begin
+            label = "answer" if is_answer else "rest" if source.kind == "span" else source.kind
+            sums[label] = sums.get(label, 0) + res.scores[:, column]
+    return list(sums.items())
+
+
+def _prose(res: Scored, begin: int, columns: Sequence[int], first: int) -> list[list[Any]]:
+    """The pieces of a document: its sentences with their numbers from ``first``, and the space between them."""
+    pieces: list[list[Any]] = []
+    for number, column in enumerate(columns, first):
+        source = res.sources[column]
+        text = "".join(res.prompt.tokens[source.start : source.end])
+        bare = text.strip()
+        before, _, after = text.partition(bare) if bare else ("", "", "")
+        pieces += [[before, None], [bare or "·", number], [after, None]]
+    pieces = [[_seen(text).replace("↵\n", "\n"), number] for text, number in pieces if text]
+    while pieces and pieces[0][1] is None:
+        del pieces[0]
+    return pieces
+
+
+def _claims(tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[list[Any]]:
+    """The pieces of an answer: its sentences with their numbers, and what lies between them."""
+    pieces: list[list[Any]] = []
+    at = 0
+    for number, (begin, end) in enumerate([*ranges, (len(tokens), len(tokens))]):
+        text = "".join(tokens[begin:end])
+        bare = text.strip()
+        before, _, after = text.partition(bare) if bare else ("", "", "")
+        pieces += [["".join(tokens[at:begin]) + before, None]]
+        pieces += [[bare or "·", number], [after, None]] if number < len(ranges) else []
+        at = end
+    return [[_seen(text).replace("↵\n", "\n"), number] for text, number in pieces if text]
+
+
 def sweep_view(sweep: Grid) -> View:
     """The view of a sweep: a map of layers and components, or their sums by layer where a map would be too wide."""
     kind, rows = sweep.kind, range(len(sweep.targets))
