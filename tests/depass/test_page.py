@@ -8,13 +8,11 @@ import os
 import re
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import browser as browsers
 import models
 import pytest
 import tokens
@@ -277,16 +275,6 @@ def test_what_cannot_be_viewed_is_one_line(
         assert says in err
         assert (out, err.count("\n")) == ("", 1)
     assert sorted(os.listdir(tmp_path)) == ["made.html", "other", "text", "torn"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = browsers.find()
-    if program is None:
-        pytest.skip("there is no Chromium here (apt install chromium)")
-    made = Browser(program, tmp_path_factory.mktemp("browser"))
-    yield made
-    made.close()
 
 
 WORDS = ("the", " cat", " sat", ".")

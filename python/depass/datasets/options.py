@@ -82,7 +82,7 @@ class DatasetOptions(ModelOptions):
         metadata=argument("the parts of the prompt to score (default: token)", choices=("token", "word", "sentence")),
     )
     language: str = field(
-        default="en", metadata=argument("language of --sources sentence, as its code (default: en)", metavar="CODE")
+        default="en", metadata=argument("language of sentences, as its code (default: en)", metavar="CODE")
     )
     rule: str = field(
         default="softmax",

@@ -67,8 +67,8 @@ class Question:
         at = (encoded.text or "").rfind(self.text)
         if at < 0:
             raise PromptError(
-                f"the {'chat template' if self.is_chat else 'tokenizer'} changes the text of the documents; write the prompt "
-                "yourself, and call explain(prompt, answer, sources=Spans(...))"
+                f"the {'chat template' if self.is_chat else 'tokenizer'} changes the text of the documents; write the "
+                "prompt yourself, and call explain(prompt, answer, sources=Spans(...))"
             )
         segments, found = encoded.segments("sentence", language), list[Passage]()
         for document, (begin, end) in enumerate(self.ranges):
@@ -112,7 +112,9 @@ def _documents(given: Any) -> dict[str, str]:
     elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         named = {f"Document {number}": text for number, text in enumerate(given, 1)}
     else:
-        raise PromptError(f"documents must be a list of texts, or a dict from titles to texts; got {type(given).__name__}")
+        raise PromptError(
+            f"documents must be a list of texts, or a dict from titles to texts; got {type(given).__name__}"
+        )
     if not named:
         raise PromptError("there are no documents; give at least one")
     for title, text in named.items():
@@ -125,9 +127,7 @@ def _documents(given: Any) -> dict[str, str]:
     return {title: text.strip() for title, text in named.items()}
 
 
-def _sentences(
-    prompt: Prompt, segments: Sequence[tuple[int, int]], begin: int, end: int
-) -> list[tuple[int, int, str]]:
+def _sentences(prompt: Prompt, segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int, str]]:
     """The sentences between two characters of a prompt: their token ranges and texts."""
     first, last = prompt.positions(begin, end)
     found = list[tuple[int, int, str]]()

@@ -96,6 +96,8 @@ class Cited(Protocol):
     """What a sentence of a document contributed to a sentence of an answer."""
 
     @property
+    def document(self) -> int: ...  # noqa: D102
+    @property
     def title(self) -> str: ...  # noqa: D102
     @property
     def sentence(self) -> int: ...  # noqa: D102

@@ -183,7 +183,7 @@ function draw(view) {
   if (view.chips.length) {
     const chips = make("p", "chips", ...view.chips.map(index =>
       mark("span", view.ranked.includes(index) ? "" : "beside", index, view.names[index], true)));
-    figure.append(chips);
+    (figure.querySelector(".sides > :first-child") ?? figure).append(chips);
     if (view.answer) arrows(chips, [...chips.children]);
   }
   if (!view.strips && !view.answer) arrows(figure, [...marks]);
@@ -322,7 +322,8 @@ function draw(view) {
 
   function percent(index) {
     const total = view.ranked.reduce((sum, each) => sum + size(each), 0) || 1;
-    return (view.scores[row][index] < 0 ? "−" : "") + Math.round(100 * size(index) / total) + "%";
+    const whole = Math.round(100 * size(index) / total);
+    return (whole && view.scores[row][index] < 0 ? "−" : "") + whole + "%";
   }
 
   function size(index) {

@@ -189,14 +189,15 @@ def citations_view(
         pieces = _prose(res, begin, columns, first)
         texts.append({"title": _short(title), "sum": len(sentences) + number, "pieces": pieces})
         first += len(columns)
-    summands = ", ".join(["The documents' sentences", *(f"[{name}]" for name, _ in others)])
-    unit = f"{summands}{'' if unassigned is None else ' and what is unassigned'} add up to the sentence's logit, the sum over its tokens."
+    summands = ["The documents' sentences", *(f"[{name}]" for name, _ in others)]
+    summands += [] if unassigned is None else ["what is unassigned"]
+    unit = f"{', '.join(summands)} add up to the sentence's logit, the sum over its tokens."
     return {
         "question": "How much each sentence of the documents contributed to the answer",
         "facts": " · ".join([*_facts(res.settings), f"{len(documents)} documents, {len(sentences)} sentences"]),
         "asked": _seen(asked),
         **_words(res.settings, f"{unit} A share is a score divided by the sum of all sentences' absolute scores."),
-        "targets": [_target(res, row, place(res, row), unassigned) for row in range(len(res.targets))],
+        "targets": _of_claims(res, unassigned),
         "scores": _rounded(scores),
         "largest": [size or 1.0 for size in scores[:, : len(sentences)].abs().amax(1).tolist()],
         "names": names,
@@ -207,6 +208,17 @@ def citations_view(
         "documents": texts,
         "chips": list(range(len(sentences) + len(sums), len(names))),
     }
+
+
+def _of_claims(res: Scored, unassigned: Tensor | None) -> list[dict[str, str]]:
+    """The labels of an answer's sentences, and what is said of each."""
+    targets = []
+    for row, target in enumerate(res.targets):
+        count = len(target.token_ids)
+        where = f"sentence {row + 1} of {len(res.targets)}, {count} token{'s' if count > 1 else ''}"
+        said = _target(res, row, f"{where}, probability {target.probability or 0.0:.2g}", unassigned)
+        targets.append({**said, "label": _short(target.label.strip())})
+    return targets
 
 
 def _others(res: Scored, begin: int, cited: set[int]) -> list[tuple[str, Tensor]]:

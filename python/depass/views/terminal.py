@@ -74,9 +74,7 @@ def show_answer(
         _print(console, strip(total, 0, console.width))
 
 
-def show_citations(
-    claims: Sequence[Claimed], of: str, file: TextIO | None = None, width: int | None = None
-) -> None:
+def show_citations(claims: Sequence[Claimed], of: str, file: TextIO | None = None, width: int | None = None) -> None:
     """Print each sentence of an answer, what its ``of`` (logit) is the sum of, and its largest sources."""
     console = Console(file=file, width=width, highlight=False)
     with console:
@@ -129,12 +127,14 @@ def citations(claim: Claimed, of: str, width: int) -> list[Text]:
     said = " ".join(f"{score:+.2f} {name}" for name, score in sums.items())
     head.append(f" {of} {claim.logit:.2f} = {said}; probability {claim.probability:.2g}", style="not bold")
     best = claim.sources[:_CITED]
-    largest = abs(best[0].score) or 1.0
-    places = [f"{_cut(printable(source.title))}, {source.sentence + 1}" for source in best]
+    largest = abs(best[0].score) or 1.0  # there is a source, because no document is empty
+    titles = [printable(source.title) for source in best]
+    titles = [t if _cut(t) == t else f"{s.document + 1}: {_cut(t)}" for s, t in zip(best, titles, strict=True)]
+    places = [f"{title}, {source.sentence + 1}" for source, title in zip(best, titles, strict=True)]
     widest = max(map(cell_len, places))
     lines = [head]
-    for source, place in zip(best, places, strict=True):
-        line = Text(f"  {source.score:+8.2f} {source.share:+5.0%}  {place}{' ' * (widest - cell_len(place))}  ")
+    for source, where in zip(best, places, strict=True):
+        line = Text(f"  {source.score:+8.2f} {source.share:+5.0%}  {where}{' ' * (widest - cell_len(where))}  ")
         text = Text(printable(source.text), style=colour(source.score / largest))
         text.truncate(max(8, width - line.cell_len), overflow="ellipsis")
         lines.append(line.append(text))
