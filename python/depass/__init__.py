@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import TargetError as TargetError
     from .errors import WorkerError as WorkerError
     from .inputs.prompt import Prompt as Prompt
+    from .inputs.prompt import Section as Section
     from .inputs.settings import Settings as Settings
     from .inputs.targets import Contrast as Contrast
     from .inputs.targets import Direction as Direction
@@ -69,7 +70,7 @@ _MODULES = {
         "MemoryLimitError", "MemoryLimitWarning", "ModelError", "NonFiniteError", "OptionError", "OutputError",
         "PromptError", "PromptWarning", "PublishedDifferenceWarning", "SourceError", "TargetError", "WorkerError",
     ),
-    "inputs.prompt": ("Prompt",),
+    "inputs.prompt": ("Prompt", "Section"),
     "inputs.settings": ("Settings",),
     "inputs.targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
     "models.families": ("FAMILIES", "Family"),

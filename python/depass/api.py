@@ -194,12 +194,12 @@ class DePass:
                 tokenizer returns for one text.
             target: the logits to explain: None (the model's own next token), a string or a token id, :class:`TopK`,
                 :class:`Token`, :class:`Contrast`, :class:`Direction`, or a list of these.
-            of: what is explained of a target token: ``"logit"``; ``"logprob"``, its logit less the mean logit under the model's
-                own probabilities, which does not change when all logits shift; or ``"contrast"``, its logit less that of the
-                likeliest other token (docs/explain.md).
+            of: what is explained of a target token: ``"logit"``; ``"logprob"``, its logit less the mean logit under the
+                model's own probabilities; or ``"contrast"``, its logit less that of the likeliest other token
+                (docs/explain.md).
             sources: the parts of the prompt: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences`, ``"message"`` and
-                ``"document"`` of a chat, or :class:`Spans`; or the parts of the residual stream: :class:`Heads`, :class:`Neurons`, :class:`Modules`,
-                :class:`Subspace`, :class:`Custom`.
+                ``"document"`` of a chat, or :class:`Spans`; or the parts of the residual stream: :class:`Heads`,
+                :class:`Neurons`, :class:`Modules`, :class:`Subspace`, :class:`Custom`.
             start_layer: the layer whose input is decomposed, from 0.
             stop_layer: one past the last layer that runs; by default all layers run. With fewer, the scores are read from
                 the residual stream there through the final norm and the head (a logit lens).
@@ -301,7 +301,9 @@ class DePass:
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
         many = Many(self.engine, sources, batch_tokens, errors, options, strict, answers is not None)
-        pairs = paired(prompts, "answers", answers) if answers is not None else paired(prompts, "targets", targets, target)
+        pairs = (
+            paired(prompts, "answers", answers) if answers is not None else paired(prompts, "targets", targets, target)
+        )
         return many.results((with_template(prompt, chat_template_kwargs), target) for prompt, target in pairs)
 
     @torch.no_grad()

@@ -83,7 +83,7 @@ def test_a_log_probability_is_the_logit_less_the_mean_under_the_models_probabili
         assert torch.allclose(found.scores[row].double(), expected, atol=1e-5, rtol=1e-5)
         value = every.target_logits[token].double() - p @ every.target_logits.double()
         assert float(found.target_logits[row]) == pytest.approx(float(value), abs=1e-5)
-    assert float(found.conservation_error.max()) < (1e-5 if name == "cohere" else 1e-8)
+    assert float(found.conservation_error.max()) < 2e-6  # norms compute in fp32
 
 
 def test_a_log_probability_does_not_change_when_all_logits_shift() -> None:
@@ -125,7 +125,10 @@ def test_what_is_explained_goes_through_every_call(dp: DePass) -> None:
 def test_a_text_follows_the_prompt(dp: DePass, made: Generation) -> None:
     assert made.text == ANSWER
     assert made.attribution.prompt.text == PROMPT + ANSWER[:-1]
-    whole = dp.attribute(PROMPT + ANSWER[:-1], [Token(token, 3 + i) for i, token in enumerate(made.ids)])
+    whole = dp.attribute(
+        PROMPT + ANSWER[:-1],
+        [Token(token, len(made.attribution.prompt.ids) - len(made.ids) + i) for i, token in enumerate(made.ids)],
+    )
     assert torch.allclose(made.attribution.scores, whole.scores, atol=1e-6)
     assert made.attribution.conservation_error.max() < 1e-6
 
@@ -148,14 +151,19 @@ def test_tokens_that_would_cross_the_border_are_split_there(tokenizer: Any, prom
 
 
 def test_a_chat_may_end_with_its_answer(dp: DePass) -> None:
-    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " a cat sat"}]
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a cat sat"}]
     found = dp.explain(chat)
     assert found.text == "a cat sat"
-    assert found.attribution.prompt.text == "<bos>user the cat<eos><bos>assistant a cat sa"
+    assert found.attribution.prompt.text == "<bos>user the cat<eos><bos>assistant a cat s"
     same = dp.explain("<bos>user the cat<eos><bos>assistant ", "a cat sat")
     assert found.ids == same.ids
-    for wrong, says in ((chat[:1], "the last of them the assistant's"), (PROMPT, "the prompt must be chat messages"),
-                        (chat[1:], "the answer is the only message"), ([*chat[:1], {"role": "assistant", "content": " "}], "empty")):  # fmt: skip
+    refused = [
+        (chat[:1], "the last of them the assistant's"),
+        (PROMPT, "the prompt must be chat messages"),
+        (chat[1:], "the answer is the only message"),
+        ([*chat[:1], {"role": "assistant", "content": " "}], "the answer is empty"),
+    ]
+    for wrong, says in refused:
         with pytest.raises(PromptError, match=says):
             dp.explain(wrong)
 
@@ -165,7 +173,7 @@ def test_a_chat_may_end_with_its_answer(dp: DePass) -> None:
     [
         ("", "the answer is empty"),
         ([], "the answer is empty"),
-        ([5] * 317, "the prompt has 4 tokens and the answer 317, but .* has 320 positions"),
+        ([5] * 317, "the prompt has 7 tokens and the answer 317, but .* has 320 positions"),
         ([5, 101], "id 101 at position 1 of the answer is out of range"),
         ([0.5], "token ids must be integers"),
         ("\ud800", "the answer is not text"),
@@ -191,7 +199,12 @@ def test_text_needs_a_tokenizer_and_components_another_call(dp: DePass) -> None:
 
 def test_a_phrase_is_the_sum_of_its_tokens(made: Generation) -> None:
     of = made.attribution
-    for phrase, begin, end in (("cat", 1, 2), (" cat. A", 1, 5), (slice(2, 4), 2, 4), (slice(-1, None), len(made.ids) - 1, None)):
+    for phrase, begin, end in (
+        ("cat", 1, 2),
+        (" cat. A", 1, 5),
+        (slice(2, 4), 2, 4),
+        (slice(-1, None), len(made.ids) - 1, None),
+    ):
         found = made.phrase(phrase)
         assert torch.allclose(found.scores[0], of.scores[begin:end].sum(0), atol=1e-5)
         assert torch.allclose(found.target_logits[0], of.target_logits[begin:end].sum(), atol=1e-5)
@@ -200,11 +213,17 @@ def test_a_phrase_is_the_sum_of_its_tokens(made: Generation) -> None:
         assert float(found.conservation_error) < 1e-6
     assert made.phrase("cat", occurrence=1).targets[0].position > made.phrase("cat").targets[0].position
     assert torch.allclose(made.total().scores[0], of.scores.sum(0), atol=1e-5)
-    for wrong, says in (("dog", "'dog' occurs 0 times in the answer"), ("", "must be a text"), (slice(9, 9), "takes no token"),
-                        (slice(0, 4, 2), "takes no token of the answer, or not every one"), (3, "must be a text")):  # fmt: skip
+    refused: list[tuple[Any, str]] = [
+        ("dog", "'dog' occurs 0 times in the answer"),
+        ("", "must be a text"),
+        (3, "must be a text"),
+        (slice(9, 9), "takes no token"),
+        (slice(0, 4, 2), "takes no token of the answer, or not every one"),
+    ]
+    for wrong, says in refused:
         with pytest.raises(TargetError, match=says):
-            made.phrase(wrong)  # type: ignore[arg-type]
-    with pytest.raises(TargetError, match="occurs 2 times .* no occurrence 2"):
+            made.phrase(wrong)
+    with pytest.raises(TargetError, match=r"occurs 2 times .* no occurrence 2"):
         made.phrase("cat", occurrence=2)
 
 
@@ -237,7 +256,11 @@ def test_a_matrix_keeps_the_prompts_spans(dp: DePass) -> None:
 def _by_paths(made: Generation, token: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What reaches each source of the prompt, and what stays at each token of the answer, path by path."""
     of, begin = made.attribution, len(made.attribution.prompt.ids) + 1 - len(made.ids)
-    own = {source.start - begin: i for i, source in enumerate(of.sources) if source.start is not None and source.start >= begin}
+    own = {
+        source.start - begin: i
+        for i, source in enumerate(of.sources)
+        if source.start is not None and source.start >= begin
+    }
     given = [i for i, source in enumerate(of.sources) if source.start is not None and source.start < begin]
     scores = of.scores.double()
     reached, stays = scores[token].clone(), torch.zeros(len(of.sources), dtype=torch.float64)
@@ -272,23 +295,51 @@ def test_a_chain_follows_every_path_back_to_the_prompt(name: str, sources: Any) 
 
 
 def test_messages_and_documents_of_a_chat_are_sources(dp: DePass) -> None:
-    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}, {"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    chat = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "the cat"},
+    ]
     found = dp.attribute(chat, sources="message")
-    assert [(source.label, source.kind) for source in found.sources] == [("rest", "rest"), ("user", "span"), ("assistant", "span"), ("user", "span")]
+    assert [(source.label, source.kind) for source in found.sources] == [
+        ("rest", "rest"),
+        ("user", "span"),
+        ("assistant", "span"),
+        ("user", "span"),
+    ]
     texts = ["".join(found.prompt.tokens[s.start : s.end]).strip() for s in found.sources[1:]]
     assert texts == ["the cat", "sat", "the cat"]
     assert float(found.conservation_error) < 1e-6
     made = dp.explain(chat, " cat sat", sources="message")
     assert [source.label for source in made.attribution.sources[:4]] == ["rest", "user", "assistant", "user"]
-    for prompt, sources, says in ((PROMPT, "message", "needs a prompt of chat messages"), (chat, "document", "needs documents"), (chat, "page", "unknown unit 'page'")):
+    for prompt, sources, says in (
+        (PROMPT, "message", "needs a prompt of chat messages"),
+        (chat, "document", "needs documents"),
+        (chat, "page", "unknown unit 'page'"),
+    ):
         with pytest.raises(SourceError, match=says):
             dp.attribute(prompt, sources=sources)
     tokenizer = tokens.make()
-    tokenizer.chat_template = "{% for d in documents %}<{{ d['title'] }}> {{ d['text'] }}{% endfor %}{% for m in messages %}<bos>{{ m['content'] | upper }}{% endfor %}"
+    of_documents = "{% for d in documents %}<{{ d['title'] }}> {{ d['text'] }}{% endfor %}"
+    tokenizer.chat_template = of_documents + "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}"
     other = DePass(dp.model, tokenizer)
     documents = {"documents": [{"title": "a", "text": "the cat"}, {"title": "b", "text": "sat at"}]}
     found = other.attribute(chat[:1], sources="document", chat_template_kwargs=documents)
     assert [source.label for source in found.sources] == ["rest", "a", "b"]
+    tokenizer.chat_template = tokenizer.chat_template.replace("d['text']", "d['text'] | upper")
+    for sources in ("message", "document"):
+        with pytest.raises(SourceError, match="whose texts the chat template keeps"):
+            other.attribute(chat[:1], sources=sources, chat_template_kwargs=documents)
+    short = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "s"},
+        {"role": "user", "content": "the cat "},
+    ]
+    found = dp.attribute(short, sources="message")  # the text of each occurs earlier
+    assert found.prompt.text is not None
+    begins = [found.prompt.offsets[source.start or 0][0] for source in found.sources[1:]]
+    assert [found.prompt.text[:begin].count("<bos>") for begin in begins] == [1, 2, 3]
+    assert found.prompt.text[begins[0] - 5 : begins[0] + 1] == "user a"
     with pytest.raises(SourceError, match="whose texts the chat template keeps"):  # it changes the messages
         other.attribute(chat[:1], sources="message", chat_template_kwargs=documents)
 
@@ -296,7 +347,9 @@ def test_messages_and_documents_of_a_chat_are_sources(dp: DePass) -> None:
 @pytest.mark.parametrize("rule", ["softmax", "half"])
 def test_many_answers_are_each_ones_own(dp: DePass, rule: str) -> None:
     prompts, answers = [PROMPT, "the", models.prompt(5)], [ANSWER, " cat", models.prompt(3, 1)]
-    for found, prompt, answer in zip(dp.attribute_many(prompts, answers=answers, rule=rule), prompts, answers, strict=True):
+    for found, prompt, answer in zip(
+        dp.attribute_many(prompts, answers=answers, rule=rule), prompts, answers, strict=True
+    ):
         alone = dp.explain(prompt, answer, rule=rule)
         assert isinstance(found, Generation)
         assert found.ids == alone.ids
@@ -334,17 +387,50 @@ def test_the_command_explains_an_answer(dp: DePass, tmp_path: Path, capsys: pyte
     said = json.loads(capsys.readouterr().out)
     assert said["answer"]["text"] == ANSWER
     assert {target["kind"] for target in said["targets"]} == {"logprob"}
-    assert cli.main(["explain", PROMPT, "--answer", ANSWER, "-m", str(folder), "--save-path", str(tmp_path / "a"), "--viz-path", str(tmp_path / "a.html")]) == 0
+    assert (
+        cli.main(
+            [
+                "explain",
+                PROMPT,
+                "--answer",
+                ANSWER,
+                "-m",
+                str(folder),
+                "--save-path",
+                str(tmp_path / "a"),
+                "--viz-path",
+                str(tmp_path / "a.html"),
+            ]
+        )
+        == 0
+    )
     assert Generation.load(tmp_path / "a").text == ANSWER
     assert "rank" in capsys.readouterr().out
-    for wrong, says in ((["-", "--answer", "-"], "cannot both be read"), ([PROMPT, "--answer", ""], "the answer is empty")):
+    for wrong, says in (
+        (["-", "--answer", "-"], "cannot both be read"),
+        ([PROMPT, "--answer", ""], "the answer is empty"),
+    ):
         assert cli.main(["explain", *wrong, "-m", str(folder)]) == 2
         assert says in capsys.readouterr().err
     pq = pytest.importorskip("pyarrow.parquet")
-    rows = [{"prompt": PROMPT, "answer": ANSWER}, {"prompt": "the", "answer": [24, 25]}, {"prompt": "the"}, {"prompt": "the", "answer": ""}]
+    rows = [
+        {"prompt": PROMPT, "answer": ANSWER},
+        {"prompt": "the", "answer": [24, 25]},
+        {"prompt": "the"},
+        {"prompt": "the", "answer": ""},
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out"
-    given = ["attribute-dataset", str(tmp_path / "data.jsonl"), "--out", str(out), "-m", str(folder), "--answer-column", "answer"]
+    given = [
+        "attribute-dataset",
+        str(tmp_path / "data.jsonl"),
+        "--out",
+        str(out),
+        "-m",
+        str(folder),
+        "--answer-column",
+        "answer",
+    ]
     assert cli.main(given) == 0
     table = pq.read_table(out / "rows").to_pylist()
     assert [row["status"] for row in table] == ["ok", "ok", "error", "error"]

@@ -53,7 +53,8 @@ def test_it_shows_saves_and_draws(folder: str, tmp_path: Path, capsys: pytest.Ca
         == 0
     )
     out, err = capsys.readouterr()
-    assert "' cat' after token" in out
+    assert "' cat' (p " in out
+    assert " after token 5 ('at')" in out
     assert err == ""
     res = Attribution.load(saved)
     assert [s.label for s in res.sources] == ["the", " cat", " sat"]
@@ -74,7 +75,7 @@ def test_json_is_all_that_is_printed(folder: str, capsys: pytest.CaptureFixture[
     ("arguments", "code", "says"),
     [
         (["attribute"], 2, "the following arguments are required: PROMPT"),
-        (["explain", "x"], 2, "invalid choice: 'explain'"),
+        (["explane", "x"], 2, "invalid choice: 'explane'"),
         (["attribute", "x", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
         (["attribute", "x", "--sources", "page"], 2, "invalid choice: 'page'"),
         (["attribute", "x", "--target", "id:many"], 2, "'many' is not a number"),

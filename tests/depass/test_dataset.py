@@ -718,7 +718,8 @@ def test_a_prompt_that_is_nested_too_deep_for_ray_is_a_row_with_its_error() -> N
     for _ in range(100_000):
         nested = [nested]
     assert json.loads(_described_row(Row("a", nested))) == {"id": "a", "broken": "the prompt is nested too deep"}
-    assert json.loads(_described_row(Row("b", [5, 6], 7))) == {"id": "b", "prompt": [5, 6], "target": 7, "broken": None}
+    whole = {"id": "b", "prompt": [5, 6], "target": 7, "answer": None, "broken": None}
+    assert json.loads(_described_row(Row("b", [5, 6], 7))) == whole
 
 
 def test_a_worker_that_gets_pickled_options_makes_the_shard_that_this_process_makes(model: str, dp: DePass) -> None:

@@ -216,7 +216,7 @@ def test_a_generation_saved_and_loaded_is_the_same(device: str, tmp_path: Path) 
     for field in dataclasses.fields(Attribution):
         ours, theirs = getattr(made.attribution, field.name), getattr(loaded.attribution, field.name)
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-    assert json.loads(json.dumps(made.to_dict()))["ids"] == list(made.ids)
+    assert json.loads(json.dumps(made.to_dict()))["answer"]["ids"] == list(made.ids)
     for other in (Attribution, Sweep):
         with pytest.raises(OutputError, match="is not a saved"):
             other.load(tmp_path / "made")

@@ -106,4 +106,5 @@ def generation(prompt: tuple[str, ...], new: tuple[str, ...]) -> Generation:
     made = token_attribution((*prompt, *new[:-1]), targets)
     for row in range(len(new)):
         made.scores[row, len(prompt) + row :] = 0
-    return Generation("".join(new), new, tuple(range(len(new))), made)
+    answer = Prompt(tuple(range(len(new))), tuple(new), "".join(new))
+    return Generation(answer, made)

@@ -70,7 +70,8 @@ def attributed(
 
     Args:
         dp: the model.
-        rows: the prompts, each with its answer if one has. A row that is broken or cannot be attributed becomes a record with its error.
+        rows: the prompts, each with its answer if one has. A row that is broken or cannot be attributed becomes a record
+            with its error.
         sources: ``"token"``, ``"word"`` or :class:`depass.Sentences`.
         tokens: tokens of one pass, padding included.
         of: what is explained of a token.

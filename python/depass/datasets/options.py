@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import rules
-from ..checks import OF
 from ..arguments import ModelOptions, argument
+from ..checks import OF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class DatasetOptions(ModelOptions):
         id_column: the column with the rows' ids; None: ``id``, if there is such a column, else the row numbers.
         subset: the configuration of a Hugging Face data set.
         split: the split of a Hugging Face data set; None: ``train``.
-        sources: ``token``, ``word`` or ``sentence``.
+        sources: ``token``, ``word``, ``sentence``, or ``message`` of chats.
         language: the language of sentences, as its code.
         rule: the rule by which scores are shared, as text: one of :data:`depass.rules.RULES`, a mixture such as
             ``softmax+half``, or the weights of :class:`depass.PathWeights` such as ``q=0.5,k=0.5``.
@@ -58,7 +58,9 @@ class DatasetOptions(ModelOptions):
     )
     answer_column: str | None = field(
         default=None,
-        metadata=argument("column with answers to explain, as sums over their tokens, instead of targets", metavar="NAME"),
+        metadata=argument(
+            "column with answers to explain, as sums over their tokens, instead of targets", metavar="NAME"
+        ),
     )
     of: str = field(
         default="logit",
@@ -79,7 +81,9 @@ class DatasetOptions(ModelOptions):
     )
     sources: str = field(
         default="token",
-        metadata=argument("the parts of the prompt to score (default: token)", choices=("token", "word", "sentence")),
+        metadata=argument(
+            "the parts of the prompt to score (default: token)", choices=("token", "word", "sentence", "message")
+        ),
     )
     language: str = field(
         default="en", metadata=argument("language of sentences, as its code (default: en)", metavar="CODE")

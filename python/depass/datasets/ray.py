@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .. import arguments
+from ..checks import check_of
 from ..errors import DePassError, OptionError, WorkerError, first_line
 from .local import attributed, batch_tokens
 from .options import DatasetOptions

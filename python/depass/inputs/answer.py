@@ -10,6 +10,7 @@ from ..errors import PromptError, PromptWarning
 from ..models.bound import BoundModel
 from .prompt import Chat, Prompt, checked, content, encode, from_rendered, is_chat, needed, rendered, token_ids
 
+_OF_THE_TURN = ("add_generation_prompt", "continue_final_message")  # keyword arguments of a chat template
 _BEFORE = ("\n", "|", "a")  # texts that may precede an answer, so that a tokenizer adds no space to it
 
 
@@ -70,15 +71,16 @@ def _last_message(prompt: Any, tokenizer: Any, bound: BoundModel) -> tuple[Promp
         )
     if len(messages) == 1:
         raise PromptError("the answer is the only message; give the messages before it, too")
+    template = {name: value for name, value in template.items() if name not in _OF_THE_TURN}
     said, whole = content(messages[-1]), rendered(messages, template, needed(tokenizer, "a chat prompt"))
     if not said:
         return encode(messages[:-1], tokenizer, bound), []
-    begin = whole.rfind(said)
-    if begin < 0:
+    if not whole.endswith(said):
         raise PromptError(
             "the chat template changes the text of the answer; give the prompt and the answer separately: "
             "explain(messages, answer)"
         )
+    begin = len(whole) - len(said)
     before = checked(from_rendered(whole[:begin], messages[:-1], template, tokenizer), bound)
     return before, _text(before, whole[begin:], tokenizer)
 

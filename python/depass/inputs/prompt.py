@@ -19,6 +19,7 @@ UNITS = ("token", "word", "sentence")
 _CONTEXT = 8  # preceding tokens that can change how a token decodes
 _OF_THE_CALL = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values")  # how names of inputs begin
+_MARK = "Depassmark{}Z"
 _BYTES = 4  # the most bytes of a character in UTF-8
 
 
@@ -310,45 +311,82 @@ def _from_chat(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], 
     return from_rendered(rendered(messages, template, tokenizer), messages, template, tokenizer)
 
 
-def from_rendered(
-    text: str, messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any
-) -> Prompt:
+def from_rendered(text: str, messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> Prompt:
     """The prompt of chat messages, from their text by :func:`rendered`."""
     prompt = _from_text(text, tokenizer, special=False)
-    spoken = [(str(message.get("role")), content(message)) for message in messages]
-    written = [_document(each) for each in template.get("documents") or ()]
-    return replace(prompt, sections=(*_sections("message", spoken, prompt), *_sections("document", written, prompt)))
+    sections = list[Section]()
+    for kind, label, begin, end in _sections(text, messages, template, tokenizer):
+        sections.append(Section(kind, label, *prompt.positions(begin, end)))
+    return replace(prompt, sections=tuple(sections))
 
 
 def content(message: Mapping[str, Any]) -> str:
-    """The text of a message."""
-    said = message.get("content")
+    """The text of a message, without the white space around it."""
+    return "".join(_texts(message.get("content"))).strip()
+
+
+def _texts(said: Any) -> list[str]:
+    """The texts of a message's content: one, or those of its parts."""
     if isinstance(said, list):
-        said = "".join(str(part.get("text", "")) for part in said if isinstance(part, dict))
-    return said.strip() if isinstance(said, str) else ""
-
-
-def _document(document: Any) -> tuple[str, str]:
-    """The label and the text of a document, as chat templates take them: a dict with ``title`` and ``text``, or a text."""
-    if not isinstance(document, Mapping):
-        return str(document), str(document).strip()
-    text = str(document.get("text") or document.get("content") or "").strip()
-    return str(document.get("title") or text), text
+        return [part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return [said] if isinstance(said, str) else []
 
 
 def _sections(
-    kind: Literal["message", "document"], named: Sequence[tuple[str, str]], prompt: Prompt
-) -> tuple[Section, ...]:
-    """Where the texts are in a prompt, in order; none if one of them is not there. An empty text has no section."""
-    found, at = list[Section](), 0
-    for label, text in named:
-        begin = (prompt.text or "").find(text, at)
-        if begin < 0:
-            return ()
-        at = begin + len(text)
-        if text:
-            found.append(Section(kind, label, *prompt.positions(begin, at)))
-    return tuple(found)
+    text: str, messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any
+) -> list[tuple[Literal["message", "document"], str, int, int]]:
+    """The kind, label and character range of the messages and documents in their rendered ``text``.
+
+    The template renders them once more with a mark in place of each text. What lies between the marks must then lie between
+    the texts, too; where it does not, as when the template changes a text, there are no sections.
+    """
+    marks = _Marks()
+    spoken = [{**message, "content": marks.of(message.get("content"), "message", str(message.get("role")))}
+              for message in messages]  # fmt: skip
+    documents = [marks.document(each) for each in template.get("documents") or ()]
+    try:
+        marked = rendered(spoken, {**template, "documents": documents} if documents else template, tokenizer)
+    except PromptError:
+        return []
+    between = re.split(_MARK.format("([0-9]+)"), marked)
+    found = list[tuple[Literal["message", "document"], str, int, int]]()
+    if not text.startswith(between[0]):
+        return []
+    at = len(between[0])
+    for number, after in zip(between[1::2], between[2::2], strict=True):
+        kind, label, original = marks.known[int(number)]
+        tried = (original, original.strip(), original.rstrip())  # a template may cut white space
+        its = next((its for its in tried if text.startswith(its + after, at)), None)
+        if its is None:
+            return []
+        if its.strip():
+            found.append((kind, label, at, at + len(its)))
+        at += len(its) + len(after)
+    return found if at == len(text) else []
+
+
+class _Marks:
+    """Marks that stand for the texts of messages and documents; ``known`` has the kind, label and text of each."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[Literal["message", "document"], str, str]] = []
+
+    def of(self, said: Any, kind: Literal["message", "document"], label: str) -> Any:
+        """A text, or a list of parts, with a mark in place of every text that is not empty."""
+        if isinstance(said, list):
+            return [{**part, "text": self.of(part["text"], kind, label)} if _texts([part]) else part for part in said]
+        if not isinstance(said, str) or not said.strip():
+            return said
+        self.known.append((kind, label, said))
+        return _MARK.format(len(self.known) - 1)
+
+    def document(self, document: Any) -> Any:
+        """A document, as chat templates take them, with a mark in place of its text."""
+        if not isinstance(document, Mapping):
+            return self.of(document, "document", str(document))
+        of_text = "text" if "text" in document else "content"
+        text = document.get(of_text)
+        return {**document, of_text: self.of(text, "document", str(document.get("title") or text))}
 
 
 def rendered(messages: Sequence[dict[str, Any]], template: Mapping[str, Any], tokenizer: Any) -> str:

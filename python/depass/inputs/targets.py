@@ -112,9 +112,7 @@ class Asked(NamedTuple):
     intercept: float = 0.0
 
 
-def check(
-    target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel, of: Of = "logit"
-) -> list[Asked]:
+def check(target: Any, length: int, layers: range, tokenizer: Any, bound: BoundModel, of: Of = "logit") -> list[Asked]:
     """Check the targets of a call before the model runs.
 
     Args:

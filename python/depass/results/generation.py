@@ -10,7 +10,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ..errors import SourceError, TargetError
+from ..checks import integer
+from ..errors import TargetError
 from ..inputs.prompt import Prompt
 from ..inputs.targets import Target
 from ..sources.source import Source
@@ -68,8 +69,8 @@ class Generation(Result):
     def phrase(self, phrase: str | slice, occurrence: int = 0) -> Attribution:
         """The attribution of a phrase of the answer: one target, the sum over the phrase's tokens.
 
-        A source's score is the sum of its scores for these tokens, and the logit is the sum of their logits. So tokens of the
-        phrase are sources of its later tokens.
+        A source's score is the sum of its scores for these tokens, and the logit is the sum of their logits. So tokens of
+        the phrase are sources of its later tokens.
 
         Args:
             phrase: a text of the answer, or a slice of its tokens. A token that holds only a part of the text counts.
@@ -124,14 +125,18 @@ class Generation(Result):
         Raises:
             TargetError: the text does not occur, or the slice is empty.
         """
-        if isinstance(target, int) and not isinstance(target, bool):
-            count = len(self.ids)
-            if not -count <= target < count:
-                raise TargetError(f"token {target} is out of range: the answer has {count} tokens")
-            target = slice(target % count, target % count + 1)
-        part = self.phrase(slice(None) if target is None else target, occurrence)
+        if target is None:
+            target = slice(None)
+        elif not isinstance(target, (str, slice)):
+            token, count = integer("target", target, TargetError), len(self.ids)
+            if not -count <= token < count:
+                raise TargetError(f"token {token} is out of range: the answer has {count} tokens")
+            target = slice(token % count, token % count + 1)
+        part = self.phrase(target, occurrence)
         own = [i for i, source in enumerate(self.attribution.sources) if self._is_of_answer(source)]
-        given = [i for i, source in enumerate(self.attribution.sources) if source.start is not None and i not in set(own)]
+        given = [
+            i for i, source in enumerate(self.attribution.sources) if source.start is not None and i not in set(own)
+        ]
         rows, x = self.attribution.scores[: len(own)].double(), part.scores[0].double()
         rows = rows / rows.abs().sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         a, b = rows[:, given], rows[:, own]
@@ -184,7 +189,9 @@ class Generation(Result):
         if isinstance(phrase, slice):
             chosen = range(len(self.ids))[phrase]
             if chosen.step != 1 or not chosen:
-                raise TargetError(f"{phrase} takes no token of the answer, or not every one; it has {len(self.ids)} tokens")
+                raise TargetError(
+                    f"{phrase} takes no token of the answer, or not every one; it has {len(self.ids)} tokens"
+                )
             return chosen.start, chosen.stop
         if not isinstance(phrase, str) or not phrase:
             raise TargetError(f"a phrase must be a text of the answer or a slice of its tokens, got {phrase!r}")
@@ -198,8 +205,8 @@ class Generation(Result):
             if at < 0:
                 count = self.answer.text.count(phrase)
                 raise TargetError(
-                    f"the phrase {phrase!r} occurs {count} times in the answer {self.answer.text!r}, so it has no occurrence "
-                    f"{occurrence}"
+                    f"the phrase {phrase!r} occurs {count} times in the answer {self.answer.text!r}, so it has no "
+                    f"occurrence {occurrence}"
                 )
         return self.answer.positions(at, at + len(phrase))
 
@@ -231,7 +238,9 @@ class Generation(Result):
         if any(source.kind == "token" for source in sources):
             units = sums.prompt.part(0, begin).segments(unit, language) + units
         else:
-            units = [(s.start, s.end or 0) for s in sources if s.start is not None and not self._is_of_answer(s)] + units
+            units = [
+                (s.start, s.end or 0) for s in sources if s.start is not None and not self._is_of_answer(s)
+            ] + units
         labels = {source.start: source.label for source in sources if not self._is_of_answer(source)}
         tokens = sums.prompt.tokens
         grouped = list[tuple[Source, list[int]]]()

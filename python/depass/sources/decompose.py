@@ -102,6 +102,6 @@ def check_kind(sources: Any) -> None:
         check_unit(sources, UNITS + SECTIONS)
     elif not isinstance(sources, (Spans, Sentences, *COMPONENTS)):
         raise SourceError(
-            f"sources must be {', '.join(map(repr, UNITS + SECTIONS))}, Sentences(language), Spans([...]), or an instance of "
-            f"Heads, Neurons, Modules, Subspace or Custom, got {sources!r}"
+            f"sources must be {', '.join(map(repr, UNITS + SECTIONS))}, Sentences(language), Spans([...]), or an instance "
+            f"of Heads, Neurons, Modules, Subspace or Custom, got {sources!r}"
         )

@@ -211,16 +211,20 @@ def summed(scores: Tensor, columns: list[tuple[int, int]]) -> Tensor:
 
 
 def place(res: Explained, row: int) -> str:
-    """Where a target is: after which token, or over which tokens its sum runs; and the model's own probability of it."""
+    """Where a target is: after which token, or over how many tokens its sum runs."""
     target = res.targets[row]
-    after = f"after token {target.position + 1} of {len(res.prompt.tokens)} ({res.prompt.tokens[target.position]!r})"
-    if target.kind == "sum":
-        count = len(target.token_ids)
-        after = f"sum over {count} token{'s' if count > 1 else ''}, the last {after}"
-    if target.probability is None:
+    after = f"after token {target.position + 1} ({res.prompt.tokens[target.position]!r})"
+    if target.kind != "sum":
         return after
-    rank = "" if target.rank is None else f", rank {target.rank:,}"
-    return f"{after}, probability {target.probability:.2g}{rank}"
+    count = len(target.token_ids)
+    return f"sum over {count} token{'s' if count > 1 else ''}, the last {after}"
+
+
+def likelihood(target: Target) -> str:
+    """The model's own probability of a target, and its rank where another token is likelier; empty without one."""
+    if target.probability is None:
+        return ""
+    return f"p {target.probability:.2g}" + ("" if target.rank in (None, 1) else f", rank {target.rank:,}")
 
 
 def quantity(target: Target) -> str:

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from ..errors import DePassError, OutputError
 from ..files import write_atomically
-from .drawing import GRID, NUMBERED, Explained, Grid, Layered, headings, largest_elsewhere, numbers, quantity, spans, summed
+from .drawing import (
+    GRID,
+    NUMBERED,
+    Explained,
+    Grid,
+    Layered,
+    headings,
+    largest_elsewhere,
+    numbers,
+    quantity,
+    spans,
+    summed,
+)
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _RAISES, _LOWERS = "#da6662", "#6283da"  # the pages' red and blue on white

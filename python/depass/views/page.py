@@ -36,6 +36,7 @@ from .drawing import (
     drawn,
     headings,
     largest_elsewhere,
+    likelihood,
     numbers,
     place,
     quantity,
@@ -521,7 +522,8 @@ def _target(res: Explained, row: int, where: str, unassigned: Tensor | None = No
     error = f", conservation error {float(res.conservation_error[row].max()):.0e}" if res.settings.adds_up else ""
     logit = f"{float(res.target_logits[row]):.2f}".replace("-", "−")
     apart = "" if unassigned is None else f", unassigned {float(unassigned[row]):.2f}".replace("-", "−")
-    about = f"{where}, {quantity(res.targets[row])} {logit}{apart}{error}"
+    likely = likelihood(res.targets[row])
+    about = f"{where}, {quantity(res.targets[row])} {logit}{f', {likely}' if likely else ''}{apart}{error}"
     return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": about}
 
 

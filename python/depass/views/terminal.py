@@ -24,6 +24,7 @@ from .drawing import (
     components,
     drawn,
     headings,
+    likelihood,
     place,
     quantity,
     scale,
@@ -228,7 +229,9 @@ def _head(res: Explained, row: int, sums: str) -> Text:
         summary = f"{logit}; scores by {printable(res.settings.method)}, which need not add up to it"
     if res.settings.family != "declared":
         summary = f"{summary}; family: {printable(res.settings.family)}"
-    return head.append(f" {printable(place(res, row))}: {summary}", style="not bold")
+    likely = likelihood(target)
+    where = f"{f' ({likely})' if likely else ''} {printable(place(res, row))}"
+    return head.append(f"{where}: {summary}", style="not bold")
 
 
 def _strip(labels: Sequence[str], scores: Sequence[float], largest: float, width: int) -> list[Text]:
