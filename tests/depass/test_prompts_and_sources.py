@@ -77,7 +77,8 @@ def test_a_token_with_line_breaks_belongs_to_the_sentence_before_them() -> None:
     tokens = ("A", " b", ".\n\n", "C", "\n---\n", "D", ".")  # as in tokenizers that join punctuation and line breaks
     offsets = ((0, 1), (2, 3), (3, 6), (6, 7), (8, 12), (12, 13), (13, 14))
     made = Prompt(tuple(range(7)), tokens, "".join(tokens), offsets)
-    for unit, expected in (("sentence", ["A b.\n\n", "C", "\n---\n", "D."]), ("word", ["A", " b.\n\n", "C", "\n---\n", "D."])):
+    lines = ["C", "\n---\n", "D."]
+    for unit, expected in (("sentence", ["A b.\n\n", *lines]), ("word", ["A", " b.\n\n", *lines])):
         assert ["".join(tokens[begin:end]) for begin, end in made.segments(unit)] == expected
 
 

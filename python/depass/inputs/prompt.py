@@ -107,7 +107,8 @@ class Prompt:
         previous = None
         for index, (begin, end) in enumerate(self.offsets):
             # a token belongs to the word, counted from the space before it, of its first character that is no space
-            key = ("special", index) if index in self.special else ("unit", bisect.bisect_left(begins, min(begin + 1, end)))
+            unit_at = bisect.bisect_left(begins, min(begin + 1, end))
+            key = ("special", index) if index in self.special else ("unit", unit_at)
             if key == previous:
                 ranges[-1] = (ranges[-1][0], index + 1)
             else:
