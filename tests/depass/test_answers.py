@@ -440,3 +440,15 @@ def test_the_command_explains_an_answer(dp: DePass, tmp_path: Path, capsys: pyte
     assert "no 'answer' in this row" in table[2]["error"]
     assert "the answer is empty" in table[3]["error"]
     assert cli.main([*given, "--target-column", "prompt"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["softmax", "half"])
+def test_a_likely_tokens_log_probability_adds_up_in_narrow_dtypes(dtype: torch.dtype, rule: str, smollm2_folder: Path) -> None:
+    """Its value is small: the difference of two large logits would be mostly their rounding."""
+    dp = DePass.from_pretrained(str(smollm2_folder), dtype=dtype, rule=rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = dp.explain("The Eiffel Tower is in Paris. The Colosseum is in", " Rome, in Italy.", of="logprob")
+    assert float(made.probabilities[0]) > 0.9
+    assert float(made.attribution.target_logits[0]) == pytest.approx(0.18, abs=0.05)

@@ -278,7 +278,7 @@ def fill(
     rank = 1 + (logits[rows] > own[:, None]).sum(1)
     found = torch.stack([bias, own, logprobs[rows, tokens].exp(), rank.to(own)])
     numbers = iter(zip(directions, *found.tolist(), strict=True))  # one copy to the host
-    means = _means(asked, logprobs, logits, bound)
+    means = _means(asked, logprobs, bound)
     readouts: list[list[Readout]] = []
     for row, (each, of_row, vector) in enumerate(zip(asked, ids, vectors, strict=True)):
         readouts.append([])
@@ -292,18 +292,16 @@ def fill(
                 target = replace(target, probability=probability, rank=int(place))
             if each.kind == "contrast":
                 other, its_constant, its_logit, _, _ = next(numbers)
-            elif each.kind == "logprob":
-                other, its_constant, its_logit = means[row]
-            if each.kind in ("contrast", "logprob"):
                 w, constant, logit = w - other, constant - its_constant, logit - its_logit
+            elif each.kind == "logprob":  # its small value would drown in the rounding of two large logits
+                w, constant = w - means[row][0], constant - means[row][1]
+                logit = float(w @ vector) + constant
             readouts[-1].append(Readout(target, w, constant, logit))
     return readouts
 
 
-def _means(
-    asked: Sequence[Asked], logprobs: Tensor, logits: Tensor, bound: BoundModel
-) -> dict[int, tuple[Tensor, float, float]]:
-    """For every log-probability by its row: the means, under the model's probabilities, of direction, bias and logit."""
+def _means(asked: Sequence[Asked], logprobs: Tensor, bound: BoundModel) -> dict[int, tuple[Tensor, float]]:
+    """For every log-probability by its row: the means, under the model's probabilities, of directions and biases."""
     rows = [row for row, each in enumerate(asked) if each.kind == "logprob"]
     if not rows:
         return {}
@@ -315,8 +313,7 @@ def _means(
         w += p[:, begin : begin + len(some)] @ some
     zero = p.new_zeros(len(rows))
     bias = zero if unembedding.bias is None else bound.scaled(p @ unembedding.bias.detach().to(p))
-    logit = (p * logits[rows]).sum(-1)
-    return dict(zip(rows, zip(bound.scaled(w), bias.tolist(), logit.tolist(), strict=True), strict=True))
+    return dict(zip(rows, zip(bound.scaled(w), bias.tolist(), strict=True), strict=True))
 
 
 def _ids(asked: Sequence[Asked], logits: Tensor) -> list[list[tuple[int, ...]]]:
