@@ -368,7 +368,7 @@ def test_the_page_is_used_with_a_keyboard_alone(browser: Browser, made: Citation
     scores = made.attribution.scores
     column = made.documents[0].sources[1]
     every = [index for document in made.documents for index in document.sources]
-    expected = (scores[:, column] / scores[:, every].abs().amax(1)).abs().tolist()
+    expected = (scores[:, column] / scores[:, every].abs().max()).abs().tolist()
     assert strengths(browser, CLAIMS) == pytest.approx(expected, abs=0.01)  # the answer is coloured by this sentence
     for _ in range(3):  # to the picture, the numbers and the list
         browser.press("Tab")

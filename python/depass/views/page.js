@@ -296,14 +296,17 @@ function draw(view) {
       if (box && (box.top < frame.top || box.bottom > frame.bottom)) documents.scrollTop += box.top - frame.top - frame.height / 4;
     };
     answer.setAttribute("aria-label", "sentences of the answer");
+    documents.setAttribute("role", "group");
+    documents.setAttribute("aria-label", "sentences of the documents");
     radios(answer, claims, index => { chosen = index; select(index); reveal(); });
     const preview = index => { claims.forEach((claim, at) => claim.classList.toggle("shown", at === index)); select(index); };
     claims.forEach((claim, index) => {
       claim.onpointerenter = () => preview(index);
       claim.onpointerleave = () => { preview(chosen); claims[chosen].classList.remove("shown"); };
     });
+    const largest = Math.max(...view.largest);
     const colour = index => claims.forEach((claim, at) => {
-      claim.style.backgroundColor = index === undefined ? "" : ink(view.scores[at][index] / view.largest[at]);
+      claim.style.backgroundColor = index === undefined ? "" : ink(view.scores[at][index] / largest);
     });
     for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
       documents.addEventListener(begin, event => colour(event.target.closest(".text .mark")?.dataset.index));

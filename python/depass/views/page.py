@@ -49,6 +49,7 @@ View: TypeAlias = dict[str, Any]  # the data of one result, as ``page.js`` reads
 _KEPT = 200  # components of an attribution that are shown; the others become one sum
 _LISTED, _LISTED_COMPONENTS = 12, 50  # lengths of the list of largest contributions
 _LONGEST = 60  # characters of a name; longer names are cut in the middle
+_SENTENCE = 160  # characters of a sentence in a list; a longer one is cut in the middle
 _WIDEST = 12  # characters of a token over its column
 _BY_POSITION = 150_000  # scores by position of heads and modules on a survey's page, about a megabyte and a half
 _DIGITS = 5  # significant digits of a score
@@ -182,7 +183,7 @@ def citations_view(
     others = _others(res, begin, set(sentences))
     apart = [score for _, score in (*sums, *others)]
     scores = torch.cat([res.scores[:, sentences], torch.stack(apart, 1)], 1)
-    labels = [_short(res.sources[column].label) for column in sentences]
+    labels = [_short(res.sources[column].label, _SENTENCE) for column in sentences]
     names = [*labels, *(f"all of {_short(title)}" for title, _ in sums), *(f"[{name}]" for name, _ in others)]
     places = [f"{_short(title)}, {n}" for title, columns in documents for n in range(1, len(columns) + 1)]
     texts, first = [], 0
@@ -217,7 +218,7 @@ def _of_claims(res: Scored, unassigned: Tensor | None) -> list[dict[str, str]]:
     for row, target in enumerate(res.targets):
         count = len(target.token_ids)
         where = f"sentence {row + 1} of {len(res.targets)}, {count} token{'s' if count > 1 else ''}"
-        said = _target(res, row, f"{where}, probability {target.probability or 0.0:.2g}", unassigned)
+        said = _target(res, row, where, unassigned)
         targets.append({**said, "label": _short(target.label.strip())})
     return targets
 
@@ -557,9 +558,9 @@ def _seen(text: str) -> str:
     return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), marked)
 
 
-def _short(label: str) -> str:
-    half = _LONGEST // 2
-    cut = label if len(label) <= _LONGEST else f"{label[:half]} … {label[-half:]}"
+def _short(label: str, longest: int = _LONGEST) -> str:
+    half = longest // 2
+    cut = label if len(label) <= longest else f"{label[:half]} … {label[-half:]}"
     return _seen(cut if cut.strip(" ") else "␣" * len(cut)).replace("\n", "") or "·"
 
 
