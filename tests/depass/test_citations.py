@@ -15,6 +15,7 @@ import pytest
 import tokens
 import torch
 from browser import Browser
+from results import citations
 
 from depass import (
     Citations,
@@ -241,6 +242,9 @@ def test_a_template_that_changes_the_documents_is_named() -> None:
         PromptError, match=r"the chat template changes the text of the documents; .*explain\(prompt, answer"
     ):
         make(template="{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").cite(QUESTION, DOCUMENTS, ANSWER)
+    bare = DePass(models.make("llama"), tokens.make())
+    with pytest.raises(PromptError, match="the tokenizer has no token for the document 'b'; leave it out"):
+        bare.cite("the cat", {"a": "the cat", "b": "世"}, "the cat")
     with pytest.raises(PromptError, match="a question about documents needs a tokenizer"):
         DePass(models.make("llama")).cite(QUESTION, DOCUMENTS, ANSWER)
 
@@ -406,6 +410,19 @@ def test_a_chosen_claim_scrolls_to_its_largest_source(browser: Browser, made: Ci
     )
     browser.click(f"{CLAIMS}:last-of-type")
     assert browser.ask(inside)
+
+
+def test_a_thousand_sentences_do_not_stutter(browser: Browser) -> None:
+    texts = {f"document {i}": tuple(f" Sentence {j} of this document." for j in range(100)) for i in range(10)}
+    html = citations(texts, tuple(f" Claim {i} is here." for i in range(30))).to_html()
+    assert len(html) < 600_000
+    browser.open(html)
+    click = (
+        "new Promise(done => {{ const began = performance.now(); document.querySelectorAll('[role=radio]')[{}].click();"
+        " requestAnimationFrame(() => setTimeout(() => done(performance.now() - began))); }})"
+    )
+    times = sorted(browser.ask(click.format(claim)) for claim in (3, 9, 20))
+    assert times[1] < 250  # ms
 
 
 def test_the_command_cites_files(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import PromptError, PromptWarning
 from ..models.bound import BoundModel
-from .prompt import Prompt, encode, needed, with_template
+from .prompt import Prompt, encode, with_template
 
 INSTRUCTION = "Answer the question from the documents."
 ANSWER = "Answer:"  # ends the prompt of a model without a chat template
@@ -61,7 +61,8 @@ class Question:
         """The checked prompt, and the sentences of the documents in their order.
 
         Raises:
-            PromptError: the prompt is too long, or the chat template or the tokenizer changes the documents.
+            PromptError: the prompt is too long, the chat template or the tokenizer changes the documents, or the tokenizer
+                has no token for one of them.
         """
         encoded = encode(self.prompt, tokenizer, bound)
         at = (encoded.text or "").rfind(self.text)
@@ -73,6 +74,10 @@ class Question:
         segments, found = encoded.segments("sentence", language), list[Passage]()
         for document, (begin, end) in enumerate(self.ranges):
             own = _sentences(encoded, segments, at + begin, at + end)
+            if not own:
+                raise PromptError(
+                    f"the tokenizer has no token for the document {self.titles[document]!r}; leave it out"
+                )
             found += [Passage(document, *each) for each in own]
             _warn_of_special(encoded, self.titles[document], own)
         return encoded, found
@@ -89,7 +94,8 @@ def question(given: Any, documents: Any, tokenizer: Any, template: Mapping[str, 
     if not given.strip():
         raise PromptError("the question is empty; give a text")
     named = _documents(documents)
-    needed(tokenizer, "a question about documents")
+    if tokenizer is None:
+        raise PromptError("a question about documents needs a tokenizer; pass one: DePass(model, tokenizer)")
     text, ranges = f"{INSTRUCTION}\n\n", list[tuple[int, int]]()
     for number, (title, document) in enumerate(named.items(), 1):
         text += f"Document {number}\n" if title == f"Document {number}" else f"Document {number}: {title}\n"

@@ -126,7 +126,7 @@ def citations(claim: Claimed, of: str, width: int) -> list[Text]:
     sums = {"documents": sum(source.score for source in claim.sources), **apart}
     head = Text(repr(printable(claim.text)), style="bold")
     said = " ".join(f"{score:+.2f} {name}" for name, score in sums.items())
-    head.append(f" {of} {claim.logit:.2f} = {said}; probability {claim.probability:.2g}", style="not bold")
+    head.append(f" {of} {claim.logit:.2f} = {said}; p {claim.probability:.2g}", style="not bold")
     best = claim.sources[:_CITED]
     largest = abs(best[0].score) or 1.0  # there is a source, because no document is empty
     titles = [printable(source.title) for source in best]
