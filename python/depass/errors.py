@@ -1,5 +1,10 @@
 """The errors and warnings of DePass. Every message is one line: what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import sys
+import warnings
+
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message, or the error's type where the message is empty."""
@@ -80,3 +85,11 @@ class DataError(DePassError, ValueError):
 
 class WorkerError(DePassError, RuntimeError):
     """A cluster worker could not start, or died twice on the same rows."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called this package: the first frame outside of it and of torch's decorators."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("depass", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

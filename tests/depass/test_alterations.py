@@ -75,6 +75,7 @@ def test_a_hook_that_changes_the_model_is_named(case: str, dtype: torch.dtype) -
     with hooked(dp.model, path, kind, hook):
         with pytest.warns(ConservationWarning) as caught:
             found = dp.attribute(IDS, 5)
+        assert {warning.filename for warning in caught} == {__file__}
         (message,) = {str(warning.message) for warning in caught}
         assert said in message
         assert re.search(rf"{path} has a forward (pre-)?hook \({hook.__name__}\)", message)

@@ -243,6 +243,11 @@ def test_memory_that_runs_out_is_answered_with_less_at_a_time(monkeypatch: pytes
     monkeypatch.setattr(segment.Segment, "go_back", failing)
     with pytest.warns(MemoryLimitWarning, match="while allocating 3.22 GB; retrying with the activations of one layer"):
         close(dp.attribute(ids, TopK(3)), expected, 1e-6)
+    for work in (lambda: dp.sweep("heads", ids, TopK(3)), lambda: next(dp.attribute_many([ids], TopK(3)))):
+        with pytest.warns(MemoryLimitWarning) as caught:
+            found = work()
+        assert {warning.filename for warning in caught} == {__file__}  # the line of the call, however deep
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
     with pytest.warns(MemoryLimitWarning):
         torch.testing.assert_close(dp.sweep("heads", ids, TopK(3)).scores, heads.scores, rtol=1e-5, atol=1e-6)
     most = 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -27,7 +26,15 @@ from depass_kernels.names import RULES
 
 from ..api import DePass
 from ..checks import integer
-from ..errors import NonFiniteError, OptionError, PromptError, PublishedDifferenceWarning, SourceError, TargetError
+from ..errors import (
+    NonFiniteError,
+    OptionError,
+    PromptError,
+    PublishedDifferenceWarning,
+    SourceError,
+    TargetError,
+    warn,
+)
 from ..inputs.prompt import encode
 from ..inputs.targets import token_id
 from ..models.bind import bind
@@ -453,4 +460,4 @@ def _tell_once() -> None:
     global _told
     if not _told:
         _told = True
-        warnings.warn(_NOTICE, PublishedDifferenceWarning, stacklevel=3)
+        warn(_NOTICE, PublishedDifferenceWarning)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..checks import integer
-from ..errors import DePassError, GenerationWarning, MemoryLimitError, OptionError, first_line
+from ..errors import DePassError, GenerationWarning, MemoryLimitError, OptionError, first_line, warn
 from ..inputs.answer import continued
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Token, check
@@ -167,11 +166,11 @@ def _warn_of_switch(bound: BoundModel, prompt: int, last: int) -> None:
     """Warn where the position encoding changed between the first generated token and the last."""
     if bound.regime(prompt) != bound.regime(last):
         switch = next(switch for switch in bound.switches if switch.regime(prompt) != switch.regime(last))
-        warnings.warn(
+        warn(
             f"the model's position encoding ({switch.kind}) changes beyond {switch.positions} tokens; the tokens are "
             f"explained by one pass over {last} tokens, whose logits differ from those that earlier tokens were generated "
             "with; for those, generate fewer tokens",
-            GenerationWarning, stacklevel=4,
+            GenerationWarning
         )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..device_memory import asked_bytes, shown
-from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning
+from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, warn
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked
@@ -79,9 +78,9 @@ def repeated(make: Callable[[bool], AnyPass]) -> AnyPass:
         if failed is None or isinstance(error, DePassError):
             raise
     # outside the handler, so that the error no longer holds the memory that was allocated
-    warnings.warn(
+    warn(
         f"out of memory{f' while allocating {shown(failed)}' if failed else ''}; retrying with the activations of one layer "
-        "and one target at a time", MemoryLimitWarning, stacklevel=5,
+        "and one target at a time", MemoryLimitWarning
     )  # fmt: skip
     sparing = make(True)
     if sparing.bound.device.type == "cuda":

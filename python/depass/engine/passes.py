@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from depass_kernels import BackendError
 
 from ..device_memory import asked_bytes, shown
-from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, OptionError
+from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, OptionError, warn
 from ..inputs.prompt import Prompt
 from ..models.bound import BoundModel
 from ..models.capture import Capture
@@ -109,9 +108,9 @@ class Pass(Capture):
             if failed is None or isinstance(error, DePassError):
                 raise
         # outside the handler, so that the error no longer holds the memory that was allocated
-        warnings.warn(
+        warn(
             f"out of memory{f' while allocating {shown(failed)}' if failed else ''}; retrying with blocks of {shown(fewer)} "
-            f"instead of {shown(blocks)} (workspace_bytes=)", MemoryLimitWarning, stacklevel=5,
+            f"instead of {shown(blocks)} (workspace_bytes=)", MemoryLimitWarning
         )  # fmt: skip
         del self.propagation
         if self.bound.device.type == "cuda":

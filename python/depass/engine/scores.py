@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConservationError, ConservationWarning, NonFiniteError
+from ..errors import ConservationError, ConservationWarning, NonFiniteError, warn
 from ..inputs import targets
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout, Target
@@ -258,7 +257,7 @@ def judge(result: Attribution | Sweep | Survey, strict: bool, tolerance: float) 
         )
     if strict:
         raise ConservationError(message)
-    warnings.warn(message, ConservationWarning, stacklevel=4)  # past torch's decorator, to the caller
+    warn(message, ConservationWarning)
 
 
 def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]], prompt: int = 0) -> Settings:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import PromptError, PromptWarning
+from ..errors import PromptError, PromptWarning, warn
 from ..models.bound import BoundModel
 from .prompt import Chat, Prompt, checked, content, encode, from_rendered, is_chat, needed, rendered, token_ids
 
@@ -96,10 +95,10 @@ def _text(prompt: Prompt, answer: str, tokenizer: Any) -> list[int]:
     whole = _ids_of((prompt.text or "") + answer, tokenizer)
     if whole[: len(before)] == before and list(prompt.ids[len(prompt.ids) - len(before) :]) == before:
         return whole[len(before) :]
-    warnings.warn(
+    warn(
         f"the tokenizer joins the end of the prompt ({prompt.tokens[-1]!r}) and the beginning of the answer "
         f"({answer[:20]!r}); the answer was tokenized on its own, as if the model had continued the prompt",
-        PromptWarning, stacklevel=6,
+        PromptWarning
     )  # fmt: skip
     for text in _BEFORE:
         alone, joined = _ids_of(text, tokenizer), _ids_of(text + answer, tokenizer)

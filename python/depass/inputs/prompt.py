@@ -6,13 +6,12 @@ import bisect
 import itertools
 import operator
 import re
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line
+from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line, warn
 from ..models.bound import BoundModel
 
 UNITS = ("token", "word", "sentence")
@@ -459,10 +458,10 @@ def _warn_of_two(text: str, ids: list[int], tokenizer: Any) -> None:
     for where in sorted(twice):
         if added[where]:
             token = tokenizer.decode(ids[:1] if where == "begins" else ids[-1:])
-            warnings.warn(
+            warn(
                 f"the prompt {where} with {token!r}, and the tokenizer adds another; to have one, pass chat messages, or "
                 "the ids tokenizer(prompt, add_special_tokens=False)['input_ids']",
-                PromptWarning, stacklevel=2,
+                PromptWarning
             )  # fmt: skip
 
 

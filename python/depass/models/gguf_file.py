@@ -6,7 +6,6 @@ import mmap
 import os
 import struct
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ..errors import ModelError, OptionError, PromptWarning
+from ..errors import ModelError, OptionError, PromptWarning, warn
 
 # older versions build tokenizers that add no BOS token, or merge other pieces
 _TRANSFORMERS = (5, 23)
@@ -218,11 +217,10 @@ def _warn_of_other_splits(name: str, fields: dict[str, Any]) -> None:
         return
     split = fields.get("tokenizer.ggml.pre")
     if fields["tokenizer.ggml.model"] == "gpt2" and split is not None and split not in (*KNOWN, *_LIKE_GPT2):
-        warnings.warn(
+        warn(
             f"the GGUF file {name!r} splits text as {split!r} does, which transformers does not know: it splits as GPT-2 "
             "does, so some tokens may differ from those of the original tokenizer",
             PromptWarning,
-            stacklevel=2,
         )
 
 
