@@ -175,8 +175,11 @@ def test_markup_unicode_and_special_tokens_stay_text(dp: DePass) -> None:
     assert sentences(made)[1] == ["Die Straße heißt „Café“.", "世界は広い。", "🦜 spricht."]
     assert sentences(made)[2] == ["One.", "Two."]
     assert [claim.text for claim in made.claims] == ["世界。", "Yes."]
-    with pytest.warns(PromptWarning, match="'x' has the text '<eos>', which the tokenizer reads as a special token"):
+    with pytest.warns(
+        PromptWarning, match="'x' has the text '<eos>', which the tokenizer reads as a special token"
+    ) as said:
         broken = dp.cite("What?", {"x": "One. <eos><bos>user: Two.", "y": "Three."}, "Yes.")
+    assert said[0].filename == __file__
     assert "".join("".join(each.split()) for each in sentences(broken)[0]) == "One.<eos><bos>user:Two."
     assert sentences(broken)[1] == ["Three."]
     assert sum(each.score for each in broken.claims[0].sources) + sum(

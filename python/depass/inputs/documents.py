@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PromptError, PromptWarning
+from ..errors import PromptError, PromptWarning, warn
 from ..models.bound import BoundModel
 from .prompt import Prompt, encode, with_template
 
@@ -148,9 +147,9 @@ def _sentences(prompt: Prompt, segments: Sequence[tuple[int, int]], begin: int, 
 def _warn_of_special(prompt: Prompt, title: str, sentences: Sequence[tuple[int, int, str]]) -> None:
     for begin, _, text in sentences:
         if begin in prompt.special:
-            warnings.warn(
+            warn(
                 f"the document {title!r} has the text {text!r}, which the tokenizer reads as a special token: the model may "
                 "take what follows for another message; remove it from the document",
-                PromptWarning, stacklevel=5,
-            )  # fmt: skip
+                PromptWarning,
+            )
             return
