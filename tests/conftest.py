@@ -6,11 +6,12 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import browser as browsers
 import published
 import pytest
 import torch
@@ -166,6 +167,16 @@ def smollm2_folder() -> Path:
 @pytest.fixture(scope="session")
 def gemma_folder() -> Path:
     return built_in("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browsers.Browser]:
+    program = browsers.find()
+    if program is None:
+        pytest.skip("there is no Chromium here (apt install chromium)")
+    made = browsers.Browser(program, tmp_path_factory.mktemp("browser"))
+    yield made
+    made.close()
 
 
 def built_in(name: str) -> Path:

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from .models.families import FAMILIES as FAMILIES
     from .models.families import Family as Family
     from .results.attribution import Attribution as Attribution
+    from .results.citations import Citation as Citation
+    from .results.citations import Citations as Citations
+    from .results.citations import Claim as Claim
+    from .results.citations import Document as Document
     from .results.generation import Generation as Generation
     from .results.states import States as States
     from .results.survey import Survey as Survey
@@ -71,6 +75,7 @@ _MODULES = {
     "inputs.targets": ("Contrast", "Direction", "Target", "Token", "TopK"),
     "models.families": ("FAMILIES", "Family"),
     "results.attribution": ("Attribution",),
+    "results.citations": ("Citation", "Citations", "Claim", "Document"),
     "results.generation": ("Generation",),
     "results.states": ("States",),
     "results.survey": ("Survey",),

@@ -15,6 +15,7 @@ from .checks import Of, integer, integers
 from .engine import attribute, request, scores
 from .engine import plan as plans
 from .engine.batches import Many, paired
+from .engine.citations import cite
 from .engine.generate import answered, generate
 from .engine.passes import Engine
 from .engine.plan import Plan
@@ -23,6 +24,7 @@ from .engine.states import KeptStates
 from .engine.survey import survey
 from .errors import DePassError, ModelError, OptionError
 from .inputs.answer import with_answer
+from .inputs.documents import question as question_about
 from .inputs.prompt import encode, refuse_encoding, with_template
 from .inputs.targets import check
 from .models import builtin, gguf_file, streaming
@@ -33,6 +35,7 @@ from .models.loading import load, tokenizer_of
 from .propagation.cuda_graphs import Recordings, lies_on, refuse_graphs
 from .propagation.needs import room
 from .results.attribution import Attribution
+from .results.citations import Citations
 from .results.generation import Generation
 from .results.states import States
 from .results.survey import Survey
@@ -510,6 +513,59 @@ class DePass:
         report = callable_or_none("progress", progress)
         result = answered(self.engine, encoded, ids, sources, options, report)
         scores.judge(result.attribution, strict, self.bound.tolerance)
+        return result
+
+    @torch.no_grad()
+    def cite(
+        self,
+        question: str,
+        documents: Sequence[str] | Mapping[str, str],
+        answer: Any = None,
+        *,
+        max_new_tokens: int = 100,
+        of: Of = "logit",
+        language: str = "en",
+        rule: AnyRule | None = None,
+        temperature: float | None = None,
+        exclude_bos: bool | Literal["auto"] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> Citations:
+        """Score what each sentence of some documents contributed to each sentence of an answer to a question about them.
+
+        The prompt numbers the documents, and the question follows them (docs/explain.md). It is one message of a chat, or
+        text that ends with ``Answer:`` where the tokenizer has no chat template. Every sentence of a document is a source;
+        the question and all else are the source ``rest``.
+
+        Args:
+            question: the question.
+            documents: the documents: a list of texts, or a dict from titles to texts.
+            answer: the answer, as text or token ids; by default the model's own, without sampling.
+            max_new_tokens: the most tokens of the model's own answer.
+            of: as for :meth:`attribute`.
+            language: the language of the sentences, as for :class:`Sentences`.
+            rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``. For long
+                documents take a linear rule.
+            temperature: the temperature of the softmax rule.
+            exclude_bos: see :class:`DePass`. ``"auto"`` excludes nothing here, because the first token belongs to ``rest``;
+                True makes it a source of its own.
+            chat_template_kwargs: see :meth:`attribute`.
+            strict: see :meth:`attribute`.
+            progress: see :meth:`attribute`.
+
+        Returns:
+            The answer's sentences, each with the documents' sentences, ranked.
+
+        Raises:
+            PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
+            NonFiniteError, ConservationError, MemoryLimitError: see :meth:`attribute`.
+        """
+        options = self._options(0, None, rule, temperature, exclude_bos, of)
+        asked = question_about(question, documents, self.tokenizer, chat_template_kwargs)
+        report = callable_or_none("progress", progress)
+        result = cite(self.engine, asked, answer, max_new_tokens, language, options, report)
+        scores.judge(result.generation.attribution, strict, self.bound.tolerance)
         return result
 
     def plan(

@@ -8,19 +8,17 @@ import os
 import re
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import browser as browsers
 import models
 import pytest
 import tokens
 import torch
 from browser import Browser
-from results import EVIL, KINDS, attribution, generation, survey, sweep, token_attribution
+from results import EVIL, KINDS, attribution, citations, generation, survey, sweep, token_attribution
 
 from depass import Attribution, DePass, Generation, OutputError, Spans, Survey, Sweep, cli
 from depass.results.load import load
@@ -184,8 +182,9 @@ def test_small_scores_keep_their_digits() -> None:
         generation(STRANGE, STRANGE),
         survey(STRANGE),
         survey(STRANGE * 20),
+        citations({EVIL: STRANGE}, STRANGE),
     ],
-    ids=["map", "sums", "components", "tokens", "generation", "survey", "long survey"],
+    ids=["map", "sums", "components", "tokens", "generation", "survey", "long survey", "citations"],
 )
 def test_no_text_breaks_out_of_a_page_and_nothing_is_fetched(made: Any) -> None:
     html = made.to_html()
@@ -263,7 +262,7 @@ def test_what_cannot_be_viewed_is_one_line(
         (["none"], 1, "cannot read none"),
         ([""], 1, "cannot read"),
         ([str(tmp_path)], 1, "cannot read"),
-        ([other], 1, f"{other} is not a saved result (attribution, sweep, survey, generation)"),
+        ([other], 1, f"{other} is not a saved result (attribution, sweep, survey, generation, citations)"),
         ([torn], 1, f"cannot read {torn}"),
         ([text], 1, f"cannot read {text}"),
         ([made], 2, f"the page would overwrite the saved result {made}"),
@@ -279,22 +278,13 @@ def test_what_cannot_be_viewed_is_one_line(
     assert sorted(os.listdir(tmp_path)) == ["made.html", "other", "text", "torn"]
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = browsers.find()
-    if program is None:
-        pytest.skip("there is no Chromium here (apt install chromium)")
-    made = Browser(program, tmp_path_factory.mktemp("browser"))
-    yield made
-    made.close()
-
-
 WORDS = ("the", " cat", " sat", ".")
 PAGES = {
     "tokens": token_attribution(WORDS), "strange": token_attribution(STRANGE), "components": attribution(9),
     "survey": survey(WORDS, rule="dual_path", bias=True), "strange survey": survey(STRANGE),
     "long survey": survey(WORDS * 100), "many": attribution(300, "neuron"),
     "generation": generation(WORDS, (" here", " now", ".")),
+    "citations": citations({"one": WORDS, EVIL: STRANGE, "long": (" A sentence.",) * 200}, (" Here.", " Now", " then.")),
     **{kind: sweep(kind, bias=True) for kind in KINDS}, "dense": sweep(columns=64), "sums": sweep("neurons", columns=100),
 }  # fmt: skip
 COLOURS = "[...document.querySelectorAll('.mark:not(.beside)')].map(mark => getComputedStyle(mark).backgroundColor)"

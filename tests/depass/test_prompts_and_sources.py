@@ -19,6 +19,7 @@ from depass import (
     ModelError,
     Neurons,
     OptionError,
+    Prompt,
     PromptError,
     SourceError,
     Spans,
@@ -70,6 +71,15 @@ def test_words_and_sentences_follow_the_text(dp: DePass) -> None:
     sentences = dp.attribute("<bos>the cat sat. A cat\nsat", sources="sentence")
     assert [s.label for s in sentences.sources] == ["<bos>", "the cat sat.", " A cat", "\nsat"]
     assert words.sources[-1].end == len(words.prompt.ids)
+
+
+def test_a_token_with_line_breaks_belongs_to_the_sentence_before_them() -> None:
+    tokens = ("A", " b", ".\n\n", "C", "\n---\n", "D", ".")  # as in tokenizers that join punctuation and line breaks
+    offsets = ((0, 1), (2, 3), (3, 6), (6, 7), (8, 12), (12, 13), (13, 14))
+    made = Prompt(tuple(range(7)), tokens, "".join(tokens), offsets)
+    lines = ["C", "\n---\n", "D."]
+    for unit, expected in (("sentence", ["A b.\n\n", *lines]), ("word", ["A", " b.\n\n", *lines])):
+        assert ["".join(tokens[begin:end]) for begin, end in made.segments(unit)] == expected
 
 
 def test_character_spans_take_the_tokens_that_they_touch(dp: DePass) -> None:

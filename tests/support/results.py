@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from depass import Attribution, Generation, Prompt, Settings, Source, Survey, Sweep, Target
+from depass import Attribution, Citations, Document, Generation, Prompt, Settings, Source, Survey, Sweep, Target
 
 EVIL = "</script><b>{{DATA}}\x1b[31m$x$\"'"
 PROMPT = Prompt((5, 6, 7), ("the", " cat", EVIL), "the cat" + EVIL, ((0, 3), (4, 7), (7, 30)))
@@ -108,3 +108,19 @@ def generation(prompt: tuple[str, ...], new: tuple[str, ...]) -> Generation:
         made.scores[row, len(prompt) + row :] = 0
     answer = Prompt(tuple(range(len(new))), tuple(new), "".join(new))
     return Generation(answer, made)
+
+
+def citations(documents: dict[str, tuple[str, ...]], new: tuple[str, ...]) -> Citations:
+    """Every sentence of the documents is one token; the first token and the last before the answer are the rest."""
+    sentences = [sentence for document in documents.values() for sentence in document]
+    begin = len(sentences) + 2
+    targets = tuple(Target(token, "token", begin - 1 + i, (i,), probability=0.5, rank=1) for i, token in enumerate(new))
+    made = token_attribution(("Ask:", *sentences, "Answer:", *new[:-1]), targets)
+    rest = made.scores[:, :1] + made.scores[:, begin - 1 : begin]
+    cited = [Source(text.strip(), "span", t, t + 1) for t, text in enumerate(sentences, 1)]
+    further = [Source(token, "span", begin + t, begin + t + 1) for t, token in enumerate(new[:-1])]
+    scores = torch.cat([rest, made.scores[:, 1 : begin - 1], made.scores[:, begin:]], 1)
+    made = replace(made, scores=scores, sources=(Source("rest", "rest"), *cited, *further))
+    columns = iter(range(1, begin - 1))
+    said = tuple(Document(title, tuple(next(columns) for _ in texts)) for title, texts in documents.items())
+    return Citations(Generation(_prompt(new), made), said, EVIL, "en")

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from .. import rules
@@ -60,6 +61,50 @@ def _explain(options: argparse.Namespace) -> None:
     with _Progress() as progress:
         result = dp.explain(prompt, answer, of=options.of, sources=sources, progress=progress.update)
     _give(options, result)
+
+
+def _cite(options: argparse.Namespace) -> None:
+    for path in (options.save_path, options.viz_path):
+        if path is not None:
+            check_writable(path)
+    documents = _documents(options.documents)
+    answer = _standard_input() if options.answer == "-" else options.answer
+    for name, given in (("question", options.question), ("answer", answer)):
+        if given is not None and not given.strip():
+            raise PromptError(f"the {name} is empty; give a text")
+    rules.read(options.rule)
+
+    gc.disable()  # as above
+    dp = load_model(read_options(ModelOptions, options), rule=options.rule, temperature=options.temperature)
+    with _Progress() as progress:
+        result = dp.cite(
+            options.question, documents, answer, max_new_tokens=options.max_new_tokens, of=options.of,
+            language=options.language, progress=progress.update,
+        )  # fmt: skip
+    _give(options, result)
+
+
+def _documents(paths: Sequence[str]) -> dict[str, str]:
+    """The texts of files by their names, or by their paths where two have the same name.
+
+    Raises:
+        PromptError: a file is given twice, empty or not UTF-8, or it cannot be read.
+    """
+    names = [os.path.basename(path) for path in paths]
+    documents: dict[str, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        title = name if names.count(name) == 1 else path
+        if title in documents:
+            raise PromptError(f"--documents: {path} is given twice; leave one out")
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                documents[title] = file.read()
+        except (OSError, ValueError) as error:
+            reason = "it is not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
+            raise PromptError(f"--documents: cannot read {path}: {reason}") from error
+        if not documents[title].strip():
+            raise PromptError(f"--documents: {path} is empty; leave it out")
+    return documents
 
 
 def _give(options: argparse.Namespace, result: Any) -> None:

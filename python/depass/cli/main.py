@@ -15,8 +15,16 @@ from ..arguments import MODELS, ModelOptions, add_options
 from ..datasets.options import DatasetOptions
 from ..errors import DePassError, OptionError, PromptError, SourceError, TargetError, escaped
 from ..models.builtin import DEFAULT
-from .commands import _attribute, _attribute_dataset, _backends, _explain, _family, _plan, _view
+from .commands import _attribute, _attribute_dataset, _backends, _cite, _explain, _family, _plan, _view
 from .quiet import add_verbose, quiet
+
+SCORING = (
+    "of",
+    "sources",
+    "language",
+    "rule",
+    "temperature",
+)  # fields of DatasetOptions that say what is scored and how
 
 
 class Terminated(KeyboardInterrupt):
@@ -137,10 +145,11 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     add("--answer", required=True, metavar="TEXT", help="the answer that follows it; - reads it from standard input")
     add_options(explain, ModelOptions)
     _add_output(explain)
+    _add_cite(commands)
     view = _command(commands, "view", "write saved results as one standalone HTML page")
     view.set_defaults(run=_view)
     add = view.add_argument
-    add("results", nargs="+", metavar="RESULT", help="a saved attribution, sweep or generation")
+    add("results", nargs="+", metavar="RESULT", help="a file that --save-path or a result's save() wrote")
     add(
         "-o", "--output", metavar="FILE.html",
         help="the page to write (default: next to the first RESULT, with its name and the suffix .html)",
@@ -162,9 +171,23 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_output(command: argparse.ArgumentParser) -> None:
+def _add_cite(commands: Any) -> None:
+    cite = _command(
+        commands, "cite", "score how much each sentence of documents contributed to each sentence of an answer"
+    )
+    cite.set_defaults(run=_cite)
+    add = cite.add_argument
+    add("--documents", nargs="+", required=True, metavar="FILE", help="text files in UTF-8; their names are the titles")
+    add("--question", required=True, metavar="TEXT", help="a question about the documents")
+    add("--answer", metavar="TEXT", help="the answer; - reads it from standard input (default: the model's own)")
+    add("--max-new-tokens", type=int, default=100, metavar="N", help="length of the model's own answer (default: 100)")
+    add_options(cite, ModelOptions)
+    _add_output(cite, [name for name in SCORING if name != "sources"])
+
+
+def _add_output(command: argparse.ArgumentParser, scoring: Sequence[str] = SCORING) -> None:
     """The options of what is scored and of what becomes of the result."""
-    add_options(command, DatasetOptions, ("of", "sources", "language", "rule", "temperature"))
+    add_options(command, DatasetOptions, scoring)
     add = command.add_argument
     add("--save-path", metavar="FILE", help="save the result as safetensors (depass view reads it)")
     add("--viz-path", metavar="FILE.html", help="write a standalone HTML page")

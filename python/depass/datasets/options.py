@@ -86,7 +86,7 @@ class DatasetOptions(ModelOptions):
         ),
     )
     language: str = field(
-        default="en", metadata=argument("language of --sources sentence, as its code (default: en)", metavar="CODE")
+        default="en", metadata=argument("language of sentences, as its code (default: en)", metavar="CODE")
     )
     rule: str = field(
         default="softmax",

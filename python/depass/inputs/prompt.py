@@ -104,9 +104,10 @@ class Prompt:
         begins = [0, *ends][:-1]  # each unit begins with the space before it, where the previous unit ends
         ranges: list[tuple[int, int]] = []
         previous = None
-        for index, (_, end) in enumerate(self.offsets):
-            # a token belongs to the last word, counted from the space before it, that begins before the token ends
-            key = ("special", index) if index in self.special else ("unit", bisect.bisect_left(begins, end))
+        for index, (begin, end) in enumerate(self.offsets):
+            # a token belongs to the word, counted from the space before it, of its first character that is no space
+            unit_at = bisect.bisect_left(begins, min(begin + 1, end))
+            key = ("special", index) if index in self.special else ("unit", unit_at)
             if key == previous:
                 ranges[-1] = (ranges[-1][0], index + 1)
             else:

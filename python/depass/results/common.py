@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -145,12 +145,21 @@ class ScoredResult(TargetedResult):
         Raises:
             DePassError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise DePassError("to_dataframe needs pandas: pip install 'depass-kernels[plots]'") from error
-        frame = pandas.DataFrame(list(self.records()))
-        return frame.astype({name: "Int64" for name in ("start", "end") if name in frame})
+        return table(self.records(), ("start", "end"))
+
+
+def table(records: Iterable[dict[str, Any]], integers: Iterable[str]) -> pandas.DataFrame:
+    """A pandas DataFrame of records; the columns ``integers``, where it has them, may lack values.
+
+    Raises:
+        DePassError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise DePassError("to_dataframe needs pandas: pip install 'depass-kernels[plots]'") from error
+    frame = pandas.DataFrame(list(records))
+    return frame.astype({name: "Int64" for name in integers if name in frame})
 
 
 def judged(settings: Settings, error: Tensor) -> str:

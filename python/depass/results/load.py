@@ -6,17 +6,20 @@ import os
 
 from ..errors import OutputError
 from .attribution import Attribution
+from .citations import Citations
 from .common import Result
 from .generation import Generation
 from .saved import kind_of, saved_format
 from .survey import Survey
 from .sweep import Sweep
 
-KINDS: dict[str, type[Result]] = {kind_of(kind.FORMAT): kind for kind in (Attribution, Sweep, Survey, Generation)}
+KINDS: dict[str, type[Result]] = {
+    kind_of(kind.FORMAT): kind for kind in (Attribution, Sweep, Survey, Generation, Citations)
+}
 
 
 def load(path: str | os.PathLike[str]) -> Result:
-    """Read a saved attribution, sweep, survey or generation.
+    """Read a saved attribution, sweep, survey, generation or citations.
 
     Raises:
         OutputError: the file cannot be read or is not a saved result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -89,6 +90,38 @@ class Layered(Explained, Protocol):
     @property
     def layers(self) -> tuple[int, ...]: ...  # noqa: D102
     def top_neurons(self, k: int, target: int) -> list[tuple[Source, float]]: ...  # noqa: D102
+
+
+class Cited(Protocol):
+    """What a sentence of a document contributed to a sentence of an answer."""
+
+    @property
+    def document(self) -> int: ...  # noqa: D102
+    @property
+    def title(self) -> str: ...  # noqa: D102
+    @property
+    def sentence(self) -> int: ...  # noqa: D102
+    @property
+    def text(self) -> str: ...  # noqa: D102
+    @property
+    def score(self) -> float: ...  # noqa: D102
+    @property
+    def share(self) -> float: ...  # noqa: D102
+
+
+class Claimed(Protocol):
+    """A sentence of an answer with its sources; :class:`depass.Claim` describes it."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+    @property
+    def logit(self) -> float: ...  # noqa: D102
+    @property
+    def probability(self) -> float: ...  # noqa: D102
+    @property
+    def sources(self) -> Sequence[Cited]: ...  # noqa: D102
+    @property
+    def others(self) -> dict[str, float]: ...  # noqa: D102
 
 
 AnyScored = TypeVar("AnyScored", bound=Scored)

@@ -146,22 +146,29 @@ function draw(view) {
   }
 
   const caption = make("figcaption", ""), figure = make("figure", "", caption);
+  const most = make("figcaption", ""), lines = make("tbody", ""), listed = [];  // the list of largest contributions
   section.append(make("h1", "", view.question), make("p", "hint", view.facts));
-  if (view.targets.length > 1 && !view.generated) {
+  if (view.targets.length > 1 && !view.generated && !view.answer) {
     const choices = make("div", "targets", ...view.targets.map(target => button(target.label, () => {})));
     [...choices.children].forEach((choice, index) => choice.append(make("span", "", view.targets[index].logit)));
     choices.setAttribute("aria-label", "targets");
     radios(choices, [...choices.children], select);
     section.append(make("h2", "", "Target"), choices);
   }
+  if (view.asked) section.append(make("p", "asked", make("b", "", "Question"), view.asked));
   if (view.use) section.append(make("p", "hint", view.use));
   if (view.generated)
     section.append(make("p", "hint", "Choose a token of the answer with a click or the arrow keys to see what contributed to it."));
+  if (view.answer)
+    section.append(make("p", "hint", "Point at a sentence of the answer to colour the documents by its scores; a click or the " +
+      "arrow keys keep it. Point at a sentence of a document to see which sentences of the answer it contributed to."));
   section.append(figure);
 
   let tokens = [];  // without a number until one is asked for
   if (view.strips) {
     tokens = survey();
+  } else if (view.answer) {
+    tokens = sides();
   } else {
     const prompt = text(view.prompt);
     tokens = [...marks];
@@ -173,10 +180,13 @@ function draw(view) {
       figure.append(prompt);
     }
   }
-  if (view.chips.length)
-    figure.append(make("p", "chips", ...view.chips.map(index =>
-      mark("span", view.ranked.includes(index) ? "" : "beside", index, view.names[index], true))));
-  if (!view.strips) arrows(figure, [...marks]);
+  if (view.chips.length) {
+    const chips = make("p", "chips", ...view.chips.map(index =>
+      mark("span", view.ranked.includes(index) ? "" : "beside", index, view.names[index], true)));
+    (figure.querySelector(".sides > :first-child") ?? figure).append(chips);
+    if (view.answer) arrows(chips, [...chips.children]);
+  }
+  if (!view.strips && !view.answer) arrows(figure, [...marks]);
   let generated = [];
   if (view.generated) {
     const after = text(view.generated);
@@ -200,7 +210,7 @@ function draw(view) {
     };
     tools.append(make("label", "", box, "Show scores"));
   }
-  const lines = make("tbody", ""), most = make("figcaption", ""), largest = make("figure", "", most, make("table", "top", lines));
+  const largest = make("figure", view.answer ? "cited" : "", most, make("table", "top", lines));
   section.append(tools, largest, make("div", "tools", button("Save as SVG", () => save(largest, view.name + "-largest"))));
   section.append(make("p", "hint", view.hint));
 
@@ -261,6 +271,72 @@ function draw(view) {
     return tokens;
   }
 
+  // Citations: the answer beside the documents. A sentence of the answer colours the documents, and a sentence of a document
+  // the answer.
+  function sides() {
+    let chosen = 0;
+    const answer = make("p", "text"), documents = make("div", "documents"), claims = [];
+    answer.dir = "auto";
+    for (const [piece, index] of view.answer) {
+      const shown = make("span", index === null ? "" : "choice", piece);
+      if (index !== null) claims[index] = shown;
+      answer.append(shown);
+    }
+    for (const {title, sum, pieces} of view.documents)
+      documents.append(make("h3", "", title, mark("span", "beside", sum, "", true)), text(pieces));
+    const sentences = [...documents.querySelectorAll(".text .mark")];
+    const left = make("div", "", make("h2", "", "Answer"), answer), right = make("div", "", make("h2", "", "Documents"), documents);
+    figure.append(make("div", "sides", left, right));
+
+    const place = index => view.places[index] || "";
+    said = ({dataset: {index}}) => [place(index) || view.names[index], signed(view.scores[row][index]),
+      place(index) && `share ${percent(index)}`].filter(Boolean).join("  ");
+    const reveal = () => {  // the largest sentence, where the documents are scrolled elsewhere
+      const box = sentences[best()[0]]?.getBoundingClientRect(), frame = documents.getBoundingClientRect();
+      if (box && (box.top < frame.top || box.bottom > frame.bottom)) documents.scrollTop += box.top - frame.top - frame.height / 4;
+    };
+    answer.setAttribute("aria-label", "sentences of the answer");
+    documents.setAttribute("role", "group");
+    documents.setAttribute("aria-label", "sentences of the documents");
+    radios(answer, claims, index => { chosen = index; select(index); reveal(); });
+    const preview = index => { claims.forEach((claim, at) => claim.classList.toggle("shown", at === index)); select(index); };
+    claims.forEach((claim, index) => {
+      claim.onpointerenter = () => preview(index);
+      claim.onpointerleave = () => { preview(chosen); claims[chosen].classList.remove("shown"); };
+    });
+    const largest = Math.max(...view.largest);
+    const colour = index => claims.forEach((claim, at) => {
+      claim.style.backgroundColor = index === undefined ? "" : ink(view.scores[at][index] / largest);
+    });
+    for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
+      documents.addEventListener(begin, event => colour(event.target.closest(".text .mark")?.dataset.index));
+      documents.addEventListener(end, () => colour());
+    }
+    arrows(documents, sentences);
+    arrows(lines, listed);
+    lines.addEventListener("click", go);
+    lines.addEventListener("keydown", event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); go(event); } });
+    function go({target}) {
+      sentences[target.closest("tr")?.dataset.index]?.focus();
+    }
+    requestAnimationFrame(reveal);
+    return sentences;
+  }
+
+  function percent(index) {
+    const total = view.ranked.reduce((sum, each) => sum + size(each), 0) || 1;
+    const whole = Math.round(100 * size(index) / total);
+    return (whole && view.scores[row][index] < 0 ? "−" : "") + whole + "%";
+  }
+
+  function size(index) {
+    return Math.abs(view.scores[row][index]);
+  }
+
+  function best() {
+    return view.ranked.filter(size).sort((a, b) => size(b) - size(a)).slice(0, view.listed);
+  }
+
   function paint() {
     const scores = view.scores[row];
     legends.forEach(write => write());
@@ -278,7 +354,10 @@ function draw(view) {
     const score = view.scores[row][index], bar = make("div", "bar");
     bar.style.width = 100 * Math.min(1, Math.abs(score) / most) + "%";
     bar.style.backgroundColor = ink(Math.sign(score));
-    const line = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)), make("td", "", bar));
+    const line = make("tr", "", make("td", "name", view.names[index]), make("td", "score", signed(score)));
+    if (view.answer) line.append(make("td", "share", percent(index)));
+    line.append(make("td", "", bar));
+    line.dataset.index = index;
     if (view.ranked.some(index => view.places[index])) line.prepend(make("td", "place", view.places[index]));
     const outline = on => () => marks.forEach(mark => mark.classList.toggle("shown", on && mark.dataset.index === String(index)));
     line.onpointerenter = outline(true);
@@ -288,13 +367,14 @@ function draw(view) {
 
   function select(chosen) {
     row = chosen;
-    const size = index => Math.abs(view.scores[row][index]);
     const {label, about} = view.targets[row];
     caption.replaceChildren(make("b", "", label), make("span", "", about));
     most.replaceChildren(view.list ?? "Largest contributions to ", make("b", "", label));
     paint();
-    const best = view.ranked.filter(size).sort((a, b) => size(b) - size(a)).slice(0, view.listed);
-    lines.replaceChildren(...best.map(index => line(index, size(best[0]))));
+    const ranked = best();
+    listed.splice(0, listed.length, ...ranked.map(index => line(index, size(ranked[0]))));
+    if (view.answer) listed.forEach((line, index) => { line.tabIndex = index ? -1 : 0; });
+    lines.replaceChildren(...listed);
   }
 
   for (const [begin, end] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {

@@ -49,6 +49,7 @@ View: TypeAlias = dict[str, Any]  # the data of one result, as ``page.js`` reads
 _KEPT = 200  # components of an attribution that are shown; the others become one sum
 _LISTED, _LISTED_COMPONENTS = 12, 50  # lengths of the list of largest contributions
 _LONGEST = 60  # characters of a name; longer names are cut in the middle
+_SENTENCE = 160  # characters of a sentence in a list; a longer one is cut in the middle
 _WIDEST = 12  # characters of a token over its column
 _BY_POSITION = 150_000  # scores by position of heads and modules on a survey's page, about a megabyte and a half
 _DIGITS = 5  # significant digits of a score
@@ -157,6 +158,109 @@ def generation_view(res: Scored, tokens: Sequence[str]) -> View:
         "prompt": _pieces(res, begin),
         "generated": [[_seen(text) or "·", sources.get(begin + row)] for row, text in enumerate(tokens)],
     }
+
+
+def citations_view(
+    res: Scored,
+    tokens: Sequence[str],
+    ranges: Sequence[tuple[int, int]],
+    documents: Sequence[tuple[str, Sequence[int]]],
+    asked: str,
+) -> View:
+    """The view of citations: the answer beside the documents.
+
+    Args:
+        res: one target for each sentence of the answer.
+        tokens: the answer's tokens.
+        ranges: the sentences' tokens, from 0 in the answer.
+        documents: the title of each document, and the columns of its sentences.
+        asked: the question.
+    """
+    begin = len(res.prompt.tokens) - len(tokens) + 1
+    res, unassigned = drawn(res)
+    sentences = [column for _, columns in documents for column in columns]
+    sums = [(title, res.scores[:, list(columns)].sum(1)) for title, columns in documents]
+    others = _others(res, begin, set(sentences))
+    apart = [score for _, score in (*sums, *others)]
+    scores = torch.cat([res.scores[:, sentences], torch.stack(apart, 1)], 1)
+    labels = [_short(res.sources[column].label, _SENTENCE) for column in sentences]
+    names = [*labels, *(f"all of {_short(title)}" for title, _ in sums), *(f"[{name}]" for name, _ in others)]
+    places = [f"{_short(title)}, {n}" for title, columns in documents for n in range(1, len(columns) + 1)]
+    texts, first = [], 0
+    for number, (title, columns) in enumerate(documents):
+        pieces = _prose(res, begin, columns, first)
+        texts.append({"title": _short(title), "sum": len(sentences) + number, "pieces": pieces})
+        first += len(columns)
+    summands = ["The documents' sentences", *(f"[{name}]" for name, _ in others)]
+    summands += [] if unassigned is None else ["what is unassigned"]
+    unit = f"{', '.join(summands)} add up to the sentence's logit, the sum over its tokens."
+    return {
+        "question": "How much each sentence of the documents contributed to the answer",
+        "facts": " · ".join([*_facts(res.settings), f"{len(documents)} documents, {len(sentences)} sentences"]),
+        "asked": _seen(asked),
+        **_words(res.settings, f"{unit} A share is a score divided by the sum of all sentences' absolute scores."),
+        "targets": _of_claims(res, unassigned),
+        "scores": _rounded(scores),
+        "largest": [size or 1.0 for size in scores[:, : len(sentences)].abs().amax(1).tolist()],
+        "names": names,
+        "places": [*places, *[""] * len(apart)],
+        "ranked": list(range(len(sentences))),
+        "listed": _LISTED,
+        "answer": _claims(tokens, ranges),
+        "documents": texts,
+        "chips": list(range(len(sentences) + len(sums), len(names))),
+    }
+
+
+def _of_claims(res: Scored, unassigned: Tensor | None) -> list[dict[str, str]]:
+    """The labels of an answer's sentences, and what is said of each."""
+    targets = []
+    for row, target in enumerate(res.targets):
+        count = len(target.token_ids)
+        where = f"sentence {row + 1} of {len(res.targets)}, {count} token{'s' if count > 1 else ''}"
+        said = _target(res, row, where, unassigned)
+        targets.append({**said, "label": _short(target.label.strip())})
+    return targets
+
+
+def _others(res: Scored, begin: int, cited: set[int]) -> list[tuple[str, Tensor]]:
+    """The names and the scores ``[targets]`` of what is no sentence of a document; the answer's tokens are one sum."""
+    sums: dict[str, Tensor] = {}
+    for column, source in enumerate(res.sources):
+        if column not in cited:
+            is_answer = source.start is not None and source.start >= begin
+            label = "answer" if is_answer else "rest" if source.kind == "span" else source.kind
+            sums[label] = sums.get(label, 0) + res.scores[:, column]
+    return list(sums.items())
+
+
+def _prose(res: Scored, begin: int, columns: Sequence[int], first: int) -> list[list[Any]]:
+    """The pieces of a document: its sentences with their numbers from ``first``, and the space between them."""
+    pieces: list[list[Any]] = []
+    for number, column in enumerate(columns, first):
+        source = res.sources[column]
+        text = "".join(res.prompt.tokens[source.start : source.end])
+        bare = text.strip()
+        before, _, after = text.partition(bare) if bare else ("", "", "")
+        pieces += [[before, None], [bare or "·", number], [after, None]]
+    pieces = [[_seen(text).replace("↵\n", "\n"), number] for text, number in pieces if text]
+    while pieces and pieces[0][1] is None:
+        del pieces[0]
+    return pieces
+
+
+def _claims(tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[list[Any]]:
+    """The pieces of an answer: its sentences with their numbers, and what lies between them."""
+    pieces: list[list[Any]] = []
+    at = 0
+    for number, (begin, end) in enumerate([*ranges, (len(tokens), len(tokens))]):
+        text = "".join(tokens[begin:end])
+        bare = text.strip()
+        before, _, after = text.partition(bare) if bare else ("", "", "")
+        pieces += [["".join(tokens[at:begin]) + before, None]]
+        pieces += [[bare or "·", number], [after, None]] if number < len(ranges) else []
+        at = end
+    return [[_seen(text).replace("↵\n", "\n"), number] for text, number in pieces if text]
 
 
 def sweep_view(sweep: Grid) -> View:
@@ -454,9 +558,9 @@ def _seen(text: str) -> str:
     return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), marked)
 
 
-def _short(label: str) -> str:
-    half = _LONGEST // 2
-    cut = label if len(label) <= _LONGEST else f"{label[:half]} … {label[-half:]}"
+def _short(label: str, longest: int = _LONGEST) -> str:
+    half = longest // 2
+    cut = label if len(label) <= longest else f"{label[:half]} … {label[-half:]}"
     return _seen(cut if cut.strip(" ") else "␣" * len(cut)).replace("\n", "") or "·"
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from ..sources.source import name
 from .drawing import (
     GRID,
+    Claimed,
     Explained,
     Grid,
     Layered,
@@ -34,6 +35,7 @@ _FAINT = 0.05  # share of the largest score; a smaller score gets no colour
 _LONGEST = 24  # cells; longer labels are cut in the middle
 _MANY, _FEW = 60, 40  # with more than _MANY components, only the _FEW largest are shown
 _LISTED = 20  # components listed for a sweep that is too wide for a grid
+_CITED = 5  # sentences of documents shown for each sentence of an answer
 _SOURCES = 3  # sources shown for each token of an answer
 _NEURONS, _NEURON = 3, 16  # neurons shown for each layer of a survey, and the width in cells of each
 _NUMBER, _GUTTER = 7, 7  # width in cells of a score and of a layer's number
@@ -73,6 +75,14 @@ def show_answer(
         _print(console, strip(total, 0, console.width))
 
 
+def show_citations(claims: Sequence[Claimed], of: str, file: TextIO | None = None, width: int | None = None) -> None:
+    """Print each sentence of an answer, what its ``of`` (logit) is the sum of, and its largest sources."""
+    console = Console(file=file, width=width, highlight=False)
+    with console:
+        for claim in claims:
+            _print(console, citations(claim, of, console.width))
+
+
 def _print(console: Console, lines: Sequence[Text]) -> None:
     console.print(lines[0])
     for line in lines[1:]:
@@ -107,6 +117,28 @@ def answer(res: Scored, tokens: Sequence[str], width: int) -> list[Text]:
             if line.cell_len + entry.cell_len + 2 <= width:
                 line.append("  ").append(entry)
         lines.append(line)
+    return [*lines, Text()]
+
+
+def citations(claim: Claimed, of: str, width: int) -> list[Text]:
+    """One claim's lines: a heading, then one line for each of its largest sources."""
+    apart = {name: score for name, score in claim.others.items() if score}
+    sums = {"documents": sum(source.score for source in claim.sources), **apart}
+    head = Text(repr(printable(claim.text)), style="bold")
+    said = " ".join(f"{score:+.2f} {name}" for name, score in sums.items())
+    head.append(f" {of} {claim.logit:.2f} = {said}; p {claim.probability:.2g}", style="not bold")
+    best = claim.sources[:_CITED]
+    largest = abs(best[0].score) or 1.0  # there is a source, because no document is empty
+    titles = [printable(source.title) for source in best]
+    titles = [t if _cut(t) == t else f"{s.document + 1}: {_cut(t)}" for s, t in zip(best, titles, strict=True)]
+    places = [f"{title}, {source.sentence + 1}" for source, title in zip(best, titles, strict=True)]
+    widest = max(map(cell_len, places))
+    lines = [head]
+    for source, where in zip(best, places, strict=True):
+        line = Text(f"  {source.score:+8.2f} {source.share:+5.0%}  {where}{' ' * (widest - cell_len(where))}  ")
+        text = Text(printable(source.text), style=colour(source.score / largest))
+        text.truncate(max(8, width - line.cell_len), overflow="ellipsis")
+        lines.append(line.append(text))
     return [*lines, Text()]
 
 
