@@ -574,6 +574,7 @@ class DePass:
         *,
         sources: Any = "token",
         rule: AnyRule | None = None,
+        targets: int = 1,
         budget_bytes: int | None = None,
         measure: bool = True,
     ) -> Plan:
@@ -583,12 +584,14 @@ class DePass:
             tokens: the number of tokens ``N`` of the prompt.
             sources: ``"token"``, a number of spans, or ``"heads"`` or ``"neurons"`` of one layer.
             rule: replaces the constructor's rule for this call.
+            targets: the number of targets, such as an answer's tokens. A linear rule goes back once for each; other rules
+                take them for nothing.
             budget_bytes: the bytes available, the model's weights included; by default the memory available now plus the
                 weights. Of a model on several devices: all weights, plus the memory available where it is least.
             measure: whether to time matrix products on this device, so that the plan has an estimate in seconds.
 
         Raises:
-            OptionError: the sources, the rule, the number of tokens or the budget are invalid.
+            OptionError: the sources, the rule, the number of tokens or targets or the budget are invalid.
             ModelError: the rule needs gradients, which the model does not take.
         """
         bound, chosen = self.bound, self._options(0, None, rule)
@@ -596,7 +599,8 @@ class DePass:
             raise OptionError(f"budget_bytes must be positive, got {budget_bytes}")
         budget = streaming.weight_bytes(bound) + room(bound) if budget_bytes is None else budget_bytes
         rate = plans.measured_rate(bound, bound.device) if measure else None
-        return plans.make(bound, tokens, sources, bound.device, budget, self.engine.workspace_bytes, rate, chosen)
+        workspace = self.engine.workspace_bytes
+        return plans.make(bound, tokens, sources, bound.device, budget, workspace, rate, chosen, targets)
 
     @torch.no_grad()
     def states(

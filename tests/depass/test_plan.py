@@ -107,6 +107,17 @@ def test_memory_of_several_targets_is_what_was_estimated(rule: str, smollm2_fold
     assert 0.75 * measured <= estimated <= 1.3 * measured
 
 
+def test_targets_cost_a_backward_pass_each_and_a_decomposed_state_nothing() -> None:
+    dp = DePass(models.make("llama"))
+    for rule, grows in (("half", True), ("softmax", False)):
+        one, two, five = (dp.plan(40, rule=rule, targets=count, measure=False) for count in (1, 2, 5))
+        assert (two.operations > one.operations) == grows
+        assert five.operations - one.operations == 4 * (two.operations - one.operations)
+        assert (five.total_bytes > one.total_bytes) == grows
+    with pytest.raises(OptionError, match="targets must be positive, got 0"):
+        dp.plan(40, targets=0)
+
+
 @pytest.mark.parametrize("name", models.EVERY)
 def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
     dp, ids = DePass(models.make(name)), models.prompt(9)

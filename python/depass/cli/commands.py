@@ -169,7 +169,11 @@ def _plan(options: argparse.Namespace) -> None:
     if options.stream:
         bound = replace(bound, stream_to=device)
     chosen = request.options(request.Defaults(options.rule), bound)
-    print(make(bound, options.tokens, sources, device, budget, None, measured_rate(bound, device), chosen))
+    print(
+        make(
+            bound, options.tokens, sources, device, budget, None, measured_rate(bound, device), chosen, options.targets
+        )
+    )
 
 
 def _family(options: argparse.Namespace) -> None:

@@ -201,6 +201,7 @@ def _add_plan(commands: Any) -> None:
     add("-m", "--model", default=DEFAULT, help=f"{MODELS} (default: {DEFAULT}); its weights are not loaded")
     add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
     add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
+    add("--targets", type=int, default=1, metavar="T", help="targets, such as an answer's tokens (default: 1)")
     add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")
     add_options(plan, DatasetOptions, ("rule",))
     add_options(plan, ModelOptions, ("dtype", "device"))

@@ -122,6 +122,7 @@ def make(
     workspace_bytes: int | None,
     operations_per_second: float | None = None,
     chosen: Options | None = None,
+    targets: int = 1,
 ) -> Plan:
     """Plan an attribution.
 
@@ -134,10 +135,13 @@ def make(
         workspace_bytes: as for :class:`depass.DePass`.
         operations_per_second: the rate of matrix products on the device, as :func:`measured_rate` returns it.
         chosen: the options of the attribution, which say what rule runs and on which engine; None: softmax.
+        targets: the number of targets. A backward pass goes back once for each.
 
     Raises:
-        OptionError: the sources or the number of tokens are invalid.
+        OptionError: the sources or the number of tokens or targets are invalid.
     """
+    if integer("targets", targets, OptionError) < 1:
+        raise OptionError(f"targets must be positive, got {targets}")
     if integer("tokens", positions, OptionError) < 1:
         raise OptionError(f"tokens must be positive, got {positions}")
     if bound.max_positions is not None and positions > bound.max_positions:
@@ -145,7 +149,7 @@ def make(
             f"tokens must be at most {bound.max_positions}, the positions of {bound.name}, got {positions}"
         )
     sized = partial(
-        _sized, bound, sources=sources, device=device, budget=budget, workspace_bytes=workspace_bytes,
+        _sized, bound, sources=sources, device=device, budget=budget, workspace_bytes=workspace_bytes, targets=targets,
         rule="softmax" if chosen is None else chosen.sharing.rule,
         paths=(None,) if chosen is None else tuple(one.paths for _, one in chosen.rules),
     )  # fmt: skip
@@ -224,6 +228,7 @@ def _sized(
     device: torch.device,
     budget: int,
     workspace_bytes: int | None,
+    targets: int,
     rule: str,
     paths: Sequence[PathWeights | None],
     rate: float | None,
@@ -233,7 +238,7 @@ def _sized(
     costs = [
         _forward(bound, positions, rows, count, device, budget - weights, workspace_bytes)
         if each is None
-        else _backward(bound, positions, budget - weights, each)
+        else _backward(bound, positions, budget - weights, each, targets)
         for each in paths
     ]
     largest = max(costs, key=lambda cost: cost.total_bytes)
@@ -281,16 +286,16 @@ def _forward(
     )  # fmt: skip
 
 
-def _backward(bound: BoundModel, positions: int, room: int, path_weights: PathWeights) -> _Cost:
-    """What a backward pass from one target needs."""
+def _backward(bound: BoundModel, positions: int, room: int, path_weights: PathWeights, targets: int) -> _Cost:
+    """What a backward pass from so many targets needs."""
     depth = len(bound.layers)
-    needed = linear_needs(bound, [positions], depth, 1, path_weights)
+    needed = linear_needs(bound, [positions], depth, targets, path_weights)
     recomputed = recomputes(needed, depth, room)
     kept = 1 if recomputed else depth
     products = 2 * positions * sum(numbers(layer.module) for layer in bound.layers)
     mixing = 2 * positions**2 * bound.layers[0].output.shape[1] * depth  # one product of patterns and vectors
     back = products + mixing * (4 if path_weights.steers else 1)
-    operations = (2 if recomputed else 1) * (products + 2 * mixing) + back
+    operations = (2 if recomputed else 1) * (products + 2 * mixing) + targets * back
     return _Cost(
         0,
         needed.held_bytes,

@@ -8,7 +8,7 @@ import operator
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import OptionError, PromptError, PromptWarning, SourceError, first_line, warn
@@ -59,7 +59,7 @@ class Prompt:
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] = ()
     special: frozenset[int] = frozenset()
-    sections: tuple[Section, ...] = ()
+    sections: tuple[Section, ...] = field(default=(), compare=False)
 
     def part(self, begin: int, end: int) -> Prompt:
         """The tokens from position ``begin`` to ``end``, and their text, as a prompt of their own."""
