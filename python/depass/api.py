@@ -42,6 +42,7 @@ from .results.survey import Survey
 from .results.sweep import Sweep
 from .rules import FORWARD, AnyRule
 from .sources.decompose import check_kind, decompose_components
+from .sources.spans import Sentences
 
 
 class DePass:
@@ -236,6 +237,7 @@ class DePass:
         *,
         targets: Iterable[Any] | None = None,
         answers: Iterable[Any] | None = None,
+        by: str | Sentences = "token",
         of: Of = "logit",
         sources: Any = "token",
         batch_tokens: int = 1024,
@@ -259,6 +261,7 @@ class DePass:
             target: the target of every prompt, as for :meth:`attribute`.
             targets: an iterable with one target per prompt, instead of ``target``.
             answers: an iterable with one answer per prompt, as for :meth:`explain`, instead of targets.
+            by: the parts of each answer that are targets, as for :meth:`explain`.
             of: as for :meth:`attribute`.
             sources: as for :meth:`attribute`.
             batch_tokens: the most tokens in one pass, counted as if padded, as its attention patterns are; a longer prompt
@@ -300,7 +303,7 @@ class DePass:
             raise OptionError("give either answers= or a target, not both: every token of an answer is a target")
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise OptionError("prompts is empty; give at least one")
-        many = Many(self.engine, sources, batch_tokens, errors, options, strict, answers is not None)
+        many = Many(self.engine, sources, batch_tokens, errors, options, strict, answers is not None, by)
         pairs = (
             paired(prompts, "answers", answers) if answers is not None else paired(prompts, "targets", targets, target)
         )
@@ -428,6 +431,7 @@ class DePass:
         prompt: Any,
         *,
         max_new_tokens: int = 20,
+        by: str | Sentences = "token",
         of: Of = "logit",
         sources: Any = "token",
         rule: AnyRule | None = None,
@@ -443,6 +447,7 @@ class DePass:
         Args:
             prompt: as for :meth:`attribute`.
             max_new_tokens: the most tokens to generate; the model may stop earlier.
+            by: the parts of the answer that are targets, as for :meth:`explain`.
             of: as for :meth:`attribute`.
             sources: as for :meth:`attribute`, of the prompt; no components. Every generated token is a separate source for
                 the later ones.
@@ -465,7 +470,7 @@ class DePass:
         options = self._options(0, None, rule, temperature_of_shares, exclude_bos, of)
         prompt = with_template(prompt, chat_template_kwargs)
         result = generate(
-            self.engine, prompt, max_new_tokens, sources, options, sampling, callable_or_none("progress", progress)
+            self.engine, prompt, max_new_tokens, sources, options, sampling, callable_or_none("progress", progress), by
         )
         scores.judge(result.attribution, strict, self.bound.tolerance)
         return result
@@ -476,6 +481,7 @@ class DePass:
         prompt: Any,
         answer: Any = None,
         *,
+        by: str | Sentences = "token",
         of: Of = "logit",
         sources: Any = "token",
         rule: AnyRule | None = None,
@@ -485,12 +491,15 @@ class DePass:
         strict: bool = False,
         progress: Progress | None = None,
     ) -> Generation:
-        """Attribute every token of a given answer, perhaps from another engine, in a single pass.
+        """Attribute every part of a given answer, perhaps from another engine, in a single pass.
 
         Args:
             prompt: as for :meth:`attribute`; or, without ``answer``, chat messages, the last of which is the assistant's.
             answer: the answer, as text or token ids. A text follows the prompt's text directly, so it begins with the space
                 that precedes its first word, if there is one.
+            by: the parts of the answer that are targets: ``"token"``, ``"word"``, ``"sentence"``, :class:`Sentences` or the
+                whole ``"answer"``. A part's scores are the sums over its tokens. Under a linear rule each part takes one way
+                back, so larger parts cost less.
             of: as for :meth:`attribute`.
             sources: as for :meth:`generate`.
             rule: replaces the constructor's rule for this call; so do ``temperature`` and ``exclude_bos``.
@@ -501,7 +510,7 @@ class DePass:
             progress: see :meth:`attribute`.
 
         Returns:
-            The answer and an attribution with one target per token of it.
+            The answer and an attribution with one target per part of it.
 
         Raises:
             PromptError, SourceError, OptionError, ModelError: an argument or the model is not usable.
@@ -511,7 +520,7 @@ class DePass:
         prompt = with_template(prompt, chat_template_kwargs)
         encoded, ids = with_answer(prompt, answer, self.tokenizer, self.bound)
         report = callable_or_none("progress", progress)
-        result = answered(self.engine, encoded, ids, sources, options, report)
+        result = answered(self.engine, encoded, ids, sources, options, report, by)
         scores.judge(result.attribution, strict, self.bound.tolerance)
         return result
 

@@ -86,6 +86,7 @@ def attributed(
         [row.prompt for row in explained],
         targets=None if has_answers else [row.target for row in explained],
         answers=[row.answer for row in explained] if has_answers else None,
+        by="answer",
         of=of,
         sources=sources,
         batch_tokens=tokens,

@@ -33,7 +33,7 @@ def attribute(
     found: list[list[Scored]] = []  # by rule and case
     layers = options.stop - min(case.parts.layer for case in cases)
     for (_, one), told in zip(options.rules, _told(progress, [layers] * len(options.rules)), strict=True):
-        same = [replace(case, asked=_fixed(case.asked, of_case.targets))
+        same = [case if case.sums else replace(case, asked=_fixed(case.asked, of_case.targets))
                 for case, of_case in zip(cases, found[0], strict=True)] if found else cases  # fmt: skip
         by = scores.scored if one.paths is None else linear.scored
         found.append(by(engine, same, one, told))

@@ -12,6 +12,7 @@ Every score is a gradient times a value, the balance too; none is taken as what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..inputs.targets import Asked, Readout, Target
+from ..inputs.targets import Asked, Readout, Sum, Target
 from ..models import capture
 from ..models.alterations import alterations
 from ..models.bound import BoundModel, Layer
@@ -203,6 +204,16 @@ class _Seed(NamedTuple):
     constant: float  # the biases behind that stream
 
 
+def _summed(readouts: Sequence[Readout], sums: Sequence[Sum]) -> list[Readout]:
+    """The sums of readouts; a sum has no direction, because each of its targets has its own position."""
+    targets = [readout.target for readout in readouts]
+    return [
+        Readout(each.of(targets), readouts[each.begin].w.new_zeros(0), 0.0,
+                math.fsum(readout.logit for readout in readouts[each.begin : each.end]))
+        for each in sums
+    ]  # fmt: skip
+
+
 class Backward:
     """One pass of the linearised model over prompts, and back from their targets.
 
@@ -220,9 +231,11 @@ class Backward:
         recompute: whether each layer is run again from its stored input on the way back, instead of keeping activations.
         at_once: how many targets of a prompt go back together; by default :func:`group_size`.
         tokenizer: the tokenizer for the targets' labels; may be None.
+        sums: for each prompt, the sums of targets that go back in their place, each as one; by default none.
 
     Attributes:
-        readouts: after :meth:`run`, the targets of each prompt with the model's own logits; a ``TopK`` gives ``k`` of them.
+        readouts: after :meth:`run`, the targets of each prompt with the model's own logits; a ``TopK`` gives ``k`` of them,
+            and sums stand in place of their targets.
         altered: by prompt, what makes the model compute something else than its weights say.
     """
 
@@ -239,7 +252,9 @@ class Backward:
         recompute: bool = False,
         at_once: int | None = None,
         tokenizer: Any = None,
+        sums: Sequence[Sequence[Sum]] = (),
     ) -> None:
+        self.sums = sums or [()] * len(prompts)
         self.bound, self.prompts, self.asked, self.path_weights = bound, prompts, asked, path_weights
         self.start, self.stop = start, len(bound.layers) if stop is None else stop
         self.recompute, self.at_once, self.tokenizer = recompute, at_once, tokenizer
@@ -317,6 +332,11 @@ class Backward:
                 for readout in of_target or [self._probe(asked, segments, at)]:
                     seeds.append(self._seed(readout, b, last[at]))
                     self.readouts[-1].append(readout)
+            if self.sums[b]:
+                own = len(seeds) - len(self.readouts[-1])
+                seeds[own:] = [seeds[own + j]._replace(target=number)
+                               for number, each in enumerate(self.sums[b]) for j in range(each.begin, each.end)]  # fmt: skip
+                self.readouts[-1] = _summed(self.readouts[-1], self.sums[b])
         return seeds
 
     def _probe(self, asked: Asked, segments: Sequence[Segment], at: int) -> Readout:

@@ -14,6 +14,7 @@ from ..inputs.answer import with_answer
 from ..models.bound import BoundModel
 from ..results.attribution import Attribution
 from ..results.generation import Generation
+from ..sources.spans import Sentences
 from .attribute import attribute
 from .generate import case_of_answer
 from .passes import Engine
@@ -47,6 +48,7 @@ class Many:
     options: Options
     strict: bool
     answers: bool = False
+    by: str | Sentences = "token"
 
     def results(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[Attribution | Generation | DePassError]:
         """The results of pairs of prompt and target, or of prompt and answer, in order.
@@ -87,7 +89,7 @@ class Many:
         if not self.answers:
             return case(bound, tokenizer, prompt, second, self.sources, self.options)
         encoded, ids = with_answer(prompt, second, tokenizer, bound)
-        return case_of_answer(bound, tokenizer, encoded, ids, self.sources, self.options)
+        return case_of_answer(bound, tokenizer, encoded, ids, self.sources, self.options, self.by)
 
     def _of(self, batch: _Batch) -> Iterator[Attribution | Generation | DePassError]:
         """The results of one pass."""

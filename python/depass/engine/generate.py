@@ -10,14 +10,14 @@ import torch
 from ..checks import integer
 from ..errors import DePassError, GenerationWarning, MemoryLimitError, OptionError, first_line, warn
 from ..inputs.answer import continued
-from ..inputs.prompt import Prompt, encode
-from ..inputs.targets import Token, check
+from ..inputs.prompt import UNITS, Prompt, check_unit, encode
+from ..inputs.targets import Sum, Token, check
 from ..models.bound import BoundModel
 from ..models.health import refuse_dropout
 from ..models.positions import fresh
 from ..results.generation import Generation
 from ..sources.decompose import COMPONENTS
-from ..sources.spans import Spans, named_ranges
+from ..sources.spans import Sentences, Spans, named_ranges, unit_ranges
 from .attribute import attribute
 from .passes import Engine
 from .request import Case, Options, Progress, decompose, decomposed_layers
@@ -36,8 +36,9 @@ def generate(
     options: Options,
     sampling: dict[str, Any],
     progress: Progress | None = None,
+    by: str | Sentences = "token",
 ) -> Generation:
-    """Generate, then attribute every generated token; see :meth:`depass.DePass.generate`."""
+    """Generate, then attribute what was generated; see :meth:`depass.DePass.generate`."""
     bound, tokenizer = engine.bound, engine.tokenizer
     refuse_dropout(bound)
     encoded = encode(prompt, tokenizer, bound)
@@ -45,7 +46,7 @@ def generate(
     decompose(bound, tokenizer, encoded, sources, options)  # raises before anything is generated
     new = generated_ids(bound, tokenizer, encoded, max_new_tokens, sampling)
     _warn_of_switch(bound, len(encoded.ids), len(encoded.ids) + len(new) - 1)
-    return answered(engine, encoded, new, sources, options, progress)
+    return answered(engine, encoded, new, sources, options, progress, by)
 
 
 def answered(
@@ -55,9 +56,10 @@ def answered(
     sources: Any,
     options: Options,
     progress: Progress | None = None,
+    by: str | Sentences = "token",
 ) -> Generation:
-    """Attribute every token of an answer, given as its ids ``new``, in one pass."""
-    case = case_of_answer(engine.bound, engine.tokenizer, prompt, new, sources, options)
+    """Attribute every part of an answer, given as its ids ``new``, in one pass."""
+    case = case_of_answer(engine.bound, engine.tokenizer, prompt, new, sources, options, by)
     (result,) = attribute(engine, [case], options, progress)
     if isinstance(result, DePassError):
         raise result
@@ -66,12 +68,18 @@ def answered(
 
 
 def case_of_answer(
-    bound: BoundModel, tokenizer: Any, prompt: Prompt, new: Sequence[int], sources: Any, options: Options
+    bound: BoundModel,
+    tokenizer: Any,
+    prompt: Prompt,
+    new: Sequence[int],
+    sources: Any,
+    options: Options,
+    by: str | Sentences = "token",
 ) -> Case:
-    """The case with one target for each token of an answer.
+    """The case with one target for each part of an answer: its tokens, words or sentences, or the whole ``"answer"``.
 
     Raises:
-        SourceError, OptionError: the sources are invalid.
+        SourceError, OptionError: the sources or the parts are invalid, or the answer has no text.
     """
     _refuse_components(sources)
     whole, length = continued(prompt, new, tokenizer, bound), len(prompt.ids)
@@ -80,7 +88,18 @@ def case_of_answer(
     targets = [Token(token, length - 1 + i) for i, token in enumerate(new)]
     layers = decomposed_layers(parts, options.stop)
     asked = check(targets, len(read.ids), layers, tokenizer, bound, options.of)
-    return Case(read, parts, tuple(asked), whole.part(length, len(whole.ids)))
+    answer = whole.part(length, len(whole.ids))
+    return Case(read, parts, tuple(asked), answer, _sums(answer, by))
+
+
+def _sums(answer: Prompt, by: str | Sentences) -> tuple[Sum, ...]:
+    """The parts of an answer, as sums of its tokens; none where the tokens themselves are the parts."""
+    if by == "token":
+        return ()
+    if isinstance(by, str):
+        check_unit(by, (*UNITS, "answer"))
+    ranges = [(0, len(answer.ids))] if by == "answer" else unit_ranges(answer, by)
+    return tuple(Sum("".join(answer.tokens[begin:end]), begin, end) for begin, end in ranges)
 
 
 def _refuse_components(sources: Any) -> None:

@@ -13,7 +13,7 @@ from ..device_memory import asked_bytes, shown
 from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, warn
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
-from ..inputs.targets import Asked
+from ..inputs.targets import Asked, Sum
 from ..models import capture
 from ..models.health import dtype_name
 from ..models.trace import Trace
@@ -33,8 +33,8 @@ AnyPass = TypeVar("AnyPass", bound="LinearPass")
 def scored(engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None) -> list[Scored]:
     """Score cases in one pass there and back."""
     prompts, asked = [case.prompt for case in cases], [case.asked for case in cases]
-    parts = [[case.parts] for case in cases]
-    done = repeated(partial(_SourcesPass, engine, prompts, asked, parts, options, progress))
+    parts, sums = [[case.parts] for case in cases], [case.sums for case in cases]
+    done = repeated(partial(_SourcesPass, engine, prompts, asked, parts, options, progress, sums=sums))
     return [
         Scored(
             targets=tuple(readout.target for readout in readouts),
@@ -113,6 +113,7 @@ class LinearPass(Backward):
         options: the options of the pass.
         progress: a function that is called after each layer with the number of layers done and their total.
         sparing: whether to hold the activations of one layer, and the gradients of one target, at a time.
+        sums: for each prompt, the sums of targets that go back in their place; see :class:`Backward`.
     """
 
     def __init__(
@@ -124,9 +125,11 @@ class LinearPass(Backward):
         options: Options,
         progress: Progress | None,
         sparing: bool = False,
+        sums: Sequence[Sequence[Sum]] = (),
     ) -> None:
         ids = [prompt.ids for prompt in prompts]
-        targets = max(sum(each.k or 1 for each in of_prompt) for of_prompt in asked)
+        counts = [sum(each.k or 1 for each in of_prompt) for of_prompt in asked]
+        targets = max(len(own) or count for own, count in zip(sums or [()] * len(counts), counts, strict=True))
         layers, available = options.stop - start, room(engine.bound)
         assert options.paths is not None
         needed = linear_needs(engine.bound, [len(each) for each in ids], layers, targets, options.paths)
@@ -134,7 +137,7 @@ class LinearPass(Backward):
         recompute = sparing or recomputes(needed, layers, available)
         super().__init__(
             engine.bound, ids, asked, options.paths, start, options.stop, recompute, 1 if sparing else None,
-            engine.tokenizer,
+            engine.tokenizer, sums,
         )  # fmt: skip
         self.engine, self.options, self.progress = engine, options, progress
         self.begins = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
@@ -153,6 +156,7 @@ class LinearPass(Backward):
             padded=not self.packing.packed and len(set(self.lengths)) > 1,
             engine="backward",
             family=self.bound.origin,
+            of=self.options.of,
         )
 
     def passed(self, layer: int) -> None:
@@ -165,7 +169,7 @@ class _SourcesPass(LinearPass):
     """A pass that scores the sources of decompositions.
 
     Args:
-        engine, prompts, asked, options, progress, sparing: see :class:`LinearPass`.
+        engine, prompts, asked, options, progress, sparing, sums: see :class:`LinearPass`.
         parts: the decompositions of each prompt, at least one.
 
     Attributes:
@@ -182,9 +186,10 @@ class _SourcesPass(LinearPass):
         options: Options,
         progress: Progress | None,
         sparing: bool = False,
+        sums: Sequence[Sequence[Sum]] = (),
     ) -> None:
         start = min(each.layer for of_prompt in parts for each in of_prompt)
-        super().__init__(engine, prompts, asked, start, options, progress, sparing)
+        super().__init__(engine, prompts, asked, start, options, progress, sparing, sums)
         self.parts = parts
         self._scores: dict[tuple[int, int], Tensor] = {}
 

@@ -13,7 +13,7 @@ from .. import rules
 from ..checks import Of, check_of, integer
 from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
-from ..inputs.targets import Asked, check
+from ..inputs.targets import Asked, Sum, check
 from ..models.alterations import alterations
 from ..models.bound import BoundModel
 from ..models.linearised import refuse
@@ -82,12 +82,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, its decomposition and its targets, all checked; the ``answer``, where these are its tokens."""
+    """A prompt, its decomposition and its targets, all checked.
+
+    Attributes:
+        prompt, parts, asked: these.
+        answer: the answer whose tokens the targets are, or None.
+        sums: the sums of targets that are scored in their place; empty: the targets themselves.
+    """
 
     prompt: Prompt
     parts: Decomposition
     asked: tuple[Asked, ...]
     answer: Prompt | None = None
+    sums: tuple[Sum, ...] = ()
 
 
 def options(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConservationError, ConservationWarning, NonFiniteError, warn
 from ..inputs import targets
 from ..inputs.settings import Settings
-from ..inputs.targets import Asked, Readout, Target
+from ..inputs.targets import Asked, Readout, Sum, Target
 from ..models import capture
 from ..models.bound import BoundModel
 from ..models.health import blame
@@ -91,13 +91,24 @@ def _scored(done: _ProbedPass, index: int, case: Case, readouts: Sequence[Sequen
             scores, logit = done.probes[index, j]
             found.append((target, _padded(scores, len(case.parts.sources)), logit))
         found += [(readout.target, next(rows_of_readouts), readout.logit) for readout in of_target]
+    targets = tuple(target for target, _, _ in found)
+    logits = torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu")
+    scores = torch.stack([row for _, row, _ in found])
+    if case.sums:
+        targets = tuple(each.of(targets) for each in case.sums)
+        logits, scores = (_summed(values, case.sums) for values in (logits, scores))
     return Scored(
-        targets=tuple(target for target, _, _ in found),
-        logits=torch.tensor([logit for _, _, logit in found], dtype=torch.float64, device="cpu"),
-        rows=[torch.stack([row for _, row, _ in found])],
-        balance=rows.new_zeros(len(found)),
+        targets=targets,
+        logits=logits,
+        rows=[scores],
+        balance=rows.new_zeros(len(targets)),
         settings=settings(done, case.parts.layer, case.parts.excluded, done.propagation.served, index),
     )
+
+
+def _summed(values: Tensor, sums: Sequence[Sum]) -> Tensor:
+    """The sums over ranges of the first dimension."""
+    return torch.stack([values[each.begin : each.end].sum(0) for each in sums])
 
 
 def attribution(case: Case, scored: Scored, bound: BoundModel) -> Attribution | NonFiniteError:
@@ -274,5 +285,6 @@ def settings(done: Pass, start: int, excluded: bool, served: dict[str, set[str]]
         backends={op: "+".join(sorted(names)) for op, names in sorted(served.items())},
         altered=done.altered.get(prompt),
         family=done.engine.bound.origin,
+        of=options.of,
         padded=not done.packing.packed and len(set(done.lengths)) > 1,
     )

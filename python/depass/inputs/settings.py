@@ -29,6 +29,7 @@ class Settings:
             a mixture that has both, ``none`` for a baseline.
         family: where the model's :class:`depass.Family` comes from: ``declared`` in the list of families, ``inferred`` from
             a trial pass, or ``given`` by the caller.
+        of: what was explained of a token: its ``logit``, its ``logprob`` or its ``contrast`` with the likeliest other token.
         padded: whether the model ran on padded prompts, because it takes no ``position_ids``; False for a single prompt.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     padded: bool = False
     engine: str = "forward"
     family: str = "declared"
+    of: str = "logit"
 
     @property
     def adds_up(self) -> bool:

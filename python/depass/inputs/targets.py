@@ -95,6 +95,21 @@ class Target:
     rank: int | None = field(default=None, compare=False)
 
 
+class Sum(NamedTuple):
+    """A sum of neighbouring targets: the text that it is shown by, and the range of targets."""
+
+    label: str
+    begin: int
+    end: int
+
+    def of(self, targets: Sequence[Target]) -> Target:
+        """The target that stands for the sum of its range of ``targets``, each of one token."""
+        own = targets[self.begin : self.end]
+        ids = tuple(target.token_ids[0] for target in own)
+        probability = math.prod(target.probability or 0.0 for target in own)
+        return Target(self.label, "sum", own[-1].position, ids, probability=probability)
+
+
 class Asked(NamedTuple):
     """A checked target.
 

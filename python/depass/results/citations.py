@@ -79,7 +79,7 @@ class Citations(Result):
     """An answer to a question about documents, and what each of their sentences contributed to each of its sentences.
 
     Attributes:
-        generation: the answer, and the attribution of each of its tokens to the documents' sentences.
+        generation: the answer, and the attribution of each of its sentences to the documents' sentences.
         documents: the documents, in the order of the prompt.
         question: the question.
         language: the language of the sentences.
@@ -146,8 +146,7 @@ class Citations(Result):
         """Print each sentence of the answer and the sentences of the documents with the largest scores."""
         from ..views.terminal import show_citations
 
-        explained = self.generation.attribution.targets[0]
-        show_citations(self.claims, "logit" if explained.kind == "token" else "value", file, width)
+        show_citations(self.claims, self.attribution, file, width)
 
     def page_view(self) -> View:
         """See :meth:`Result.page_view`: the answer beside the documents."""
@@ -155,7 +154,7 @@ class Citations(Result):
         return citations_view(self.attribution, self.generation.tokens, self._ranges, ends, self.question)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the attribution of the answer's tokens, by name."""
+        """The tensors of the attribution of the answer's sentences, by name."""
         return self.generation.tensors()
 
     def to_dict(self) -> dict[str, Any]:

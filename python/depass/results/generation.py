@@ -22,14 +22,14 @@ from .common import Result, conservation_error, prompt_values, read_prompt
 
 @dataclass(frozen=True, eq=False)
 class Generation(Result):
-    """The tokens that a model generated, or those of a given answer, and the attribution of each.
+    """An answer that a model generated or that was given, and the attribution of its parts.
 
     Attributes:
         answer: the answer's ids, tokens and text, special tokens included.
-        attribution: the attribution, with one target per token of the answer, in order. Its sources are the prompt's tokens
-            or spans and all tokens of the answer except the last, which no other token follows. Logits are the model's own,
-            before a temperature or any other change by sampling. Each target has the model's own probability of the token
-            and its rank.
+        attribution: the attribution, with one target per part of the answer, in order: its tokens, or what ``by=`` named.
+            Its sources are the prompt's tokens or spans and all tokens of the answer except the last, which no other token
+            follows. Logits are the model's own, before a temperature or any other change by sampling. Each target has the
+            model's own probability of the part, and of a token its rank.
     """
 
     answer: Prompt
@@ -58,13 +58,22 @@ class Generation(Result):
 
     @property
     def probabilities(self) -> Tensor:
-        """``[tokens]`` fp64, the model's own probability of each token of the answer, after the tokens before it."""
+        """``[parts]`` fp64, the model's own probability of each part of the answer, after the tokens before it."""
         return torch.tensor([target.probability for target in self.attribution.targets], dtype=torch.float64)
 
     @property
     def ranks(self) -> Tensor:
-        """``[tokens]``, the rank of each token among all tokens by probability, from 1."""
-        return torch.tensor([target.rank for target in self.attribution.targets])
+        """``[parts]``, the rank of each token among all tokens by probability, from 1; 0 for a part of several tokens."""
+        return torch.tensor([target.rank or 0 for target in self.attribution.targets])
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """The half-open token ranges of the answer's parts, counted from 0 in the answer."""
+        ranges = []
+        for target in self.attribution.targets:
+            end = target.position - self._begin + 2  # the token after the position
+            ranges.append((end - (len(target.token_ids) if target.kind == "sum" else 1), end))
+        return ranges
 
     def phrase(self, phrase: str | slice, occurrence: int = 0) -> Attribution:
         """The attribution of a phrase of the answer: one target, the sum over the phrase's tokens.
@@ -77,7 +86,7 @@ class Generation(Result):
             occurrence: which occurrence of the text, from 0.
 
         Raises:
-            TargetError: the phrase does not occur, or the slice is empty.
+            TargetError: the phrase does not occur, the slice is empty, or the phrase ends inside a part.
         """
         begin, end = self._range(phrase, occurrence)
         return self._sums([(begin, end)])
@@ -100,6 +109,7 @@ class Generation(Result):
 
         Raises:
             SourceError: a unit is unknown, or the prompt has no text.
+            TargetError: the answer's parts are larger than the rows.
         """
         sums = self._sums(self.answer.segments(rows, language))
         return sums if columns is None else self._columns(sums, columns, language)
@@ -123,8 +133,12 @@ class Generation(Result):
             One target, with the same sources as :attr:`attribution`.
 
         Raises:
-            TargetError: the text does not occur, or the slice is empty.
+            TargetError: the text does not occur, the slice is empty, or the answer's parts are not its tokens.
         """
+        if any(end - begin > 1 for begin, end in self.parts):
+            raise TargetError(
+                "a chain runs through the answer's tokens, but its parts are larger; explain it by='token'"
+            )
         if target is None:
             target = slice(None)
         elif not isinstance(target, (str, slice)):
@@ -157,11 +171,12 @@ class Generation(Result):
         """Print the answer's tokens with probabilities and largest sources, and the prompt with the scores of their sum."""
         from ..views.terminal import show_answer
 
-        show_answer(self.attribution, self.tokens, self.total(), file, width)
+        texts = ["".join(self.tokens[begin:end]) for begin, end in self.parts]
+        show_answer(self.attribution, texts, self.total(), file, width)
 
     def page_view(self) -> View:
-        """See :meth:`Result.page_view`: a click on a token of the answer shows its sources."""
-        return generation_view(self.attribution, self.tokens)
+        """See :meth:`Result.page_view`: a click on a part of the answer shows its sources."""
+        return generation_view(self.attribution, self.tokens, self.parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the attribution, by name."""
@@ -211,16 +226,16 @@ class Generation(Result):
         return self.answer.positions(at, at + len(phrase))
 
     def _sums(self, ranges: Sequence[tuple[int, int]]) -> Attribution:
-        """An attribution with one target for each range of the answer's tokens: the sum over them."""
-        of, every = self.attribution, self.attribution.targets
-        logits = torch.stack([of.target_logits[begin:end].double().sum() for begin, end in ranges])
-        scores = torch.stack([of.scores[begin:end].double().sum(0) for begin, end in ranges])
+        """An attribution with one target for each range of the answer's tokens: the sum over its parts."""
+        of, found = self.attribution, [self._parts_in(*tokens) for tokens in ranges]
+        logits = torch.stack([of.target_logits[a:b].double().sum() for a, b in found])
+        scores = torch.stack([of.scores[a:b].double().sum(0) for a, b in found])
         targets = [
             Target(
-                "".join(self.tokens[begin:end]), "sum", every[end - 1].position, self.ids[begin:end],
-                probability=math.prod(target.probability or 0.0 for target in every[begin:end]),
+                "".join(self.tokens[begin:end]), "sum", of.targets[b - 1].position, self.ids[begin:end],
+                probability=math.prod(target.probability or 0.0 for target in of.targets[a:b]),
             )
-            for begin, end in ranges
+            for (begin, end), (a, b) in zip(ranges, found, strict=True)
         ]  # fmt: skip
         missing = torch.full((len(ranges),), float("nan"))
         return replace(
@@ -230,6 +245,19 @@ class Generation(Result):
             target_logits=logits.float(),
             conservation_error=conservation_error(scores, logits).float() if of.settings.adds_up else missing,
         )
+
+    def _parts_in(self, begin: int, end: int) -> tuple[int, int]:
+        """The parts that a range of tokens consists of.
+
+        Raises:
+            TargetError: it begins or ends inside a part.
+        """
+        first, last = {a: i for i, (a, _) in enumerate(self.parts)}, {b: i for i, (_, b) in enumerate(self.parts)}
+        if begin not in first or end not in last:
+            raise TargetError(
+                f"tokens {begin} to {end} of the answer begin or end inside one of its parts; explain it by='token'"
+            )
+        return first[begin], last[end] + 1
 
     def _columns(self, sums: Attribution, unit: str, language: str) -> Attribution:
         """Sources summed to units of the prompt and of the answer."""

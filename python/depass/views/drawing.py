@@ -227,9 +227,10 @@ def likelihood(target: Target) -> str:
     return f"p {target.probability:.2g}" + ("" if target.rank in (None, 1) else f", rank {target.rank:,}")
 
 
-def quantity(target: Target) -> str:
+def quantity(res: Explained, row: int) -> str:
     """What the scores of a target add up to."""
-    return "logit less the mean" if target.kind == "logprob" else "logit"
+    of_sum = res.targets[row].kind == "sum" and res.settings.of == "logprob"
+    return "logit less the mean" if of_sum or res.targets[row].kind == "logprob" else "logit"
 
 
 def largest_elsewhere(scores: Tensor, columns: list[tuple[int, int]], position: int) -> float:

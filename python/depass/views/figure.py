@@ -74,7 +74,7 @@ def _write(path: str | os.PathLike[str], res: Explained, target: int, draw: Call
     after = f"after token {explained.position + 1}"
     if explained.kind == "sum":
         after = f"over {len(explained.token_ids)} tokens"
-    title = f"Target {explained.label!r} {after}: {quantity(explained)} {logit:.2f}"
+    title = f"Target {explained.label!r} {after}: {quantity(res, target)} {logit:.2f}"
     figure.suptitle(title, fontsize=10, parse_math=False)
     draw(figure)
     image = io.BytesIO()

@@ -158,7 +158,7 @@ function draw(view) {
   if (view.asked) section.append(make("p", "asked", make("b", "", "Question"), view.asked));
   if (view.use) section.append(make("p", "hint", view.use));
   if (view.generated)
-    section.append(make("p", "hint", "Choose a token of the answer with a click or the arrow keys to see what contributed to it."));
+    section.append(make("p", "hint", "Choose a part of the answer with a click or the arrow keys to see what contributed to it."));
   if (view.answer)
     section.append(make("p", "hint", "Point at a sentence of the answer to colour the documents by its scores; a click or the " +
       "arrow keys keep it. Point at a sentence of a document to see which sentences of the answer it contributed to."));
@@ -190,7 +190,7 @@ function draw(view) {
   let generated = [];
   if (view.generated) {
     const after = text(view.generated);
-    after.setAttribute("aria-label", "tokens of the answer");
+    after.setAttribute("aria-label", "parts of the answer");
     generated = [...after.children];
     generated.forEach(token => token.classList.add("choice"));
     tokens.push(...generated.filter(token => token.dataset.index));

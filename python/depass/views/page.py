@@ -144,19 +144,22 @@ def attribution_view(res: Scored) -> View:
     }
 
 
-def generation_view(res: Scored, tokens: Sequence[str]) -> View:
-    """The view of an answer: the prompt, and the answer's ``tokens``, each with its own scores."""
+def generation_view(res: Scored, tokens: Sequence[str], parts: Sequence[tuple[int, int]]) -> View:
+    """The view of an answer: the prompt, and the ``parts`` of the answer's ``tokens``, each with its own scores."""
     begin = len(res.prompt.tokens) - len(tokens) + 1  # the last token of the answer is not a source
     sources, (_, unassigned) = {source.start: index for index, source in enumerate(res.sources)}, drawn(res)
+    by = "part" if any(b - a > 1 for a, b in parts) else "token"
+    columns = [sources.get(begin + a) if b - a == 1 else None for a, b in parts]
+    texts = ["".join(tokens[a:b]) for a, b in parts]
     return {
         **attribution_view(res),
-        "question": "How much the text before each token of the answer contributed to it",
+        "question": f"How much the text before each {by} of the answer contributed to it",
         "targets": [
-            _target(res, row, f"token {row + 1} of the answer, {place(res, row)}", unassigned)
+            _target(res, row, f"{by} {row + 1} of the answer, {place(res, row)}", unassigned)
             for row in range(len(res.targets))
         ],
         "prompt": _pieces(res, begin),
-        "generated": [[_seen(text) or "·", sources.get(begin + row)] for row, text in enumerate(tokens)],
+        "generated": [[_seen(text) or "·", column] for text, column in zip(texts, columns, strict=True)],
     }
 
 
@@ -524,7 +527,7 @@ def _target(res: Explained, row: int, where: str, unassigned: Tensor | None = No
     logit = f"{float(res.target_logits[row]):.2f}".replace("-", "−")
     apart = "" if unassigned is None else f", unassigned {float(unassigned[row]):.2f}".replace("-", "−")
     likely = likelihood(res.targets[row])
-    about = f"{where}, {quantity(res.targets[row])} {logit}{f', {likely}' if likely else ''}{apart}{error}"
+    about = f"{where}, {quantity(res, row)} {logit}{f', {likely}' if likely else ''}{apart}{error}"
     return {"label": _short(repr(res.targets[row].label)), "logit": logit, "about": about}
 
 

@@ -75,12 +75,14 @@ def show_answer(
         _print(console, strip(total, 0, console.width))
 
 
-def show_citations(claims: Sequence[Claimed], of: str, file: TextIO | None = None, width: int | None = None) -> None:
-    """Print each sentence of an answer, what its ``of`` (logit) is the sum of, and its largest sources."""
+def show_citations(
+    claims: Sequence[Claimed], res: Explained, file: TextIO | None = None, width: int | None = None
+) -> None:
+    """Print each sentence of an answer, what its logit in ``res`` is the sum of, and its largest sources."""
     console = Console(file=file, width=width, highlight=False)
     with console:
-        for claim in claims:
-            _print(console, citations(claim, of, console.width))
+        for row, claim in enumerate(claims):
+            _print(console, citations(claim, quantity(res, row), console.width))
 
 
 def _print(console: Console, lines: Sequence[Text]) -> None:
@@ -102,13 +104,14 @@ def strip(res: Scored, row: int, width: int) -> list[Text]:
 
 def answer(res: Scored, tokens: Sequence[str], width: int) -> list[Text]:
     """One line for each token of an answer, with its largest sources."""
-    said = "logit" if all(target.kind == "token" for target in res.targets) else "value"
+    said = f"{quantity(res, 0):>8}"
     labels = [_cut(printable(token.strip() or token)) or "·" for token in tokens]
     widest = max(5, *map(cell_len, labels))
-    lines = [Text(f"{'token':{widest}}  {said:>8}  probability    rank  largest sources", style="bold")]
+    lines = [Text(f"{'part':{widest}}  {said}  probability    rank  largest sources", style="bold")]
     for row, (label, target) in enumerate(zip(labels, res.targets, strict=True)):
         line = Text(label + " " * (widest - cell_len(label)))
-        line.append(f"  {float(res.target_logits[row]):8.2f}  {target.probability or 0.0:11.2g}  {target.rank or 0:6,}")
+        line.append(f"  {float(res.target_logits[row]):{len(said)}.2f}")
+        line.append(f"  {target.probability or 0.0:11.2g}  {target.rank or '':6}")
         scores = res.scores[row]
         for index in scores.abs().argsort(descending=True, stable=True)[:_SOURCES].tolist():
             share = float(scores[index]) / scale(res, row)
@@ -222,7 +225,7 @@ def _largest_tokens(survey: Layered, row: int, width: int) -> list[Text]:
 def _head(res: Explained, row: int, sums: str) -> Text:
     target = res.targets[row]
     head = Text(f"{printable(target.label)!r}", style="bold")
-    logit = f"{quantity(target)} {float(res.target_logits[row]):.2f}"
+    logit = f"{quantity(res, row)} {float(res.target_logits[row]):.2f}"
     if res.settings.adds_up:
         summary = f"{logit} = {sums} (error {float(res.conservation_error[row].max()):.0e})"
     else:
