@@ -175,10 +175,10 @@ def scores(dp: DePass, question: Asked) -> tuple[dict[str, dict[str, list[float]
     for name in ATTENTION:
         (result,) = baselines.tokens(dp, name, [read], [targets])
         of_tokens[name] = result.scores.sum(0)
-    by_level = {}
+    by_level, left_out = {}, _left_out(dp, question)
     for level, ranges in question.levels.items():
         by_method = {name: [float(of[begin:end].sum()) for begin, end in ranges] for name, of in of_tokens.items()}
-        by_method[LEFT_OUT] = _left_out(dp, question, ranges)
+        by_method[LEFT_OUT] = [left_out[part] for part in ranges]
         if not all(math.isfinite(score) for of in by_method.values() for score in of):
             raise NonFiniteError("a score is not finite")
         by_level[level] = {name: [float(f"{score:.6g}") for score in by_method[name]] for name in METHODS}
@@ -207,11 +207,12 @@ def _by_rules(
             for name in RULES}, error  # fmt: skip
 
 
-def _left_out(dp: DePass, question: Asked, ranges: Sequence[Range]) -> list[float]:
-    ids = question.ids
+def _left_out(dp: DePass, question: Asked) -> dict[Range, float]:
+    """The fall of the answer's mean log-probability without each part of any level."""
+    ids, ranges = question.ids, sorted({part for parts in question.levels.values() for part in parts})
     prompts = [ids, *(ids[:begin] + ids[end:] for begin, end in ranges)]
     whole, *without = continuations(dp, prompts, [question.answer] * len(prompts))[0].tolist()
-    return [whole - left for left in without]
+    return {part: whole - left for part, left in zip(ranges, without, strict=True)}
 
 
 # Reporting.

@@ -2,10 +2,10 @@
 
 Two kinds, with invented people, objects and places:
 
-- ``documents``: short documents of mixed facts, and a question about one of them. Every other document has a fact of the
-  same kind, about another subject and with another value.
-- ``chains``: premises in two steps (who has which box, and what each box holds), a reasoning that joins them for every
-  person in turn, and a question about one person.
+- ``documents``: short documents of mixed facts, and a question about one of them. Some of the other documents have a fact
+  of the same kind, about another subject and with another value.
+- ``chains``: pairs of premises (who has which box, and what this box holds), a reasoning with a step for each pair, and a
+  question that one step answers. Other steps are about the same person, or of the same kind.
 
 Every question has a changed copy: the deciding part has another value there, and nothing else differs. If the model then
 gives that value, this part decides its answer.
@@ -22,7 +22,10 @@ from typing import NamedTuple
 Range = tuple[int, int]  # half-open
 
 DOCUMENTS, SENTENCES = 6, (3, 4, 5)  # documents of a prompt, and sentences of a document
-PEOPLE = 4  # people, boxes and steps of a chain
+RIVALS = 3  # other documents with a fact of the asked kind
+BESIDES = (
+    2  # steps of a chain about the same person, of other kinds; one more is of the same kind, about another person
+)
 
 
 class Parts(NamedTuple):
@@ -56,16 +59,14 @@ class Domain:
     """Facts of one kind: sentences that give a subject a value, and a question about the value.
 
     Attributes:
-        sentences: forms of the sentence, with ``{subject}`` and ``{value}``.
+        sentences: forms of the sentence, with ``{subject}`` and ``{value}``. What precedes the value begins the answer.
         question: asks for the value of ``{subject}``.
-        lead: begins the answer.
-        subjects: two lists of words; a subject is a pair of them, so that subjects share words.
+        subjects: two lists of words; a subject is a pair of them.
         values: the values.
     """
 
     sentences: tuple[str, ...]
     question: str
-    lead: str
     subjects: tuple[tuple[str, ...], tuple[str, ...]]
     values: tuple[str, ...]
 
@@ -82,8 +83,7 @@ DOMAINS = {
             "You can find the {subject} in the {value}.",
         ),
         "Where is the {subject}?",
-        "The {subject} is in the",
-        (("brass", "silver", "wooden", "old", "small"), ("key", "lamp", "clock", "vase", "mirror", "drum")),
+        (("brass", "silver", "wooden", "old", "small", "green"), ("key", "lamp", "clock", "vase", "mirror", "drum")),
         ("kitchen", "attic", "cellar", "garage", "library", "bedroom", "garden", "office", "stable", "hallway"),
     ),
     "job": Domain(
@@ -93,7 +93,6 @@ DOMAINS = {
             "{subject} wanted to become a {value} and did.",
         ),
         "What is the job of {subject}?",
-        "{subject} is a",
         (FIRST, LAST),
         ("baker", "teacher", "nurse", "lawyer", "farmer", "doctor", "painter", "sailor", "tailor", "pilot"),
     ),
@@ -104,7 +103,6 @@ DOMAINS = {
             "{subject} has a house in {value}.",
         ),
         "Where does {subject} live?",
-        "{subject} lives in",
         (FIRST, LAST),
         ("Kingsford", "Oakham", "Riverton", "Stonebridge", "Fairhaven", "Ashdale", "Millfield", "Marlow", "Eastbrook"),
     ),
@@ -115,8 +113,10 @@ DOMAINS = {
             "The {subject} has its evening on {value}.",
         ),
         "When does the {subject} meet?",
-        "The {subject} meets on",
-        (("village", "school", "young", "senior"), ("choir", "band", "chess club", "book club", "drama group")),
+        (
+            ("village", "school", "summer", "senior", "church"),
+            ("choir", "band", "chess club", "book club", "drama group"),
+        ),
         ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     ),
 }
@@ -124,52 +124,57 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Story:
-    """Chains of one kind; its forms have ``{who}``, ``{what}`` and ``{value}``, whose words are in the three lists.
+    """Chains of one kind. The forms have ``{who}``, a person, ``{what}`` and ``{value}``, of which there are lists.
 
     Attributes:
         link: the first premise, without a value.
         holds: the second premise, without a person.
-        step: the step of the reasoning that joins the two.
+        step: the step that joins the two, with ``so``. What lies between this and the last value begins the answer.
         question: asks for a person's value.
-        lead: begins the answer.
+        whats: words for ``{what}``.
+        values: the values.
     """
 
     link: str
     holds: str
     step: str
     question: str
-    lead: str
     whats: tuple[str, ...]
     values: tuple[str, ...]
 
 
 STORIES = {
-    "box": Story(
-        "{who} has the {what} box.",
-        "The {what} box holds a {value}.",
-        "{who} has the {what} box, and the {what} box holds a {value}.",
-        "What does {who} have?",
-        "{who} has a",
-        COLOURS,
-        ("coin", "ring", "map", "stone", "pen", "watch", "shell", "candle"),
-    ),
     "train": Story(
         "{who} takes the {what} train.",
         "The {what} train goes to {value}.",
-        "{who} takes the {what} train, and the {what} train goes to {value}.",
-        "Where does {who} go?",
-        "{who} goes to",
-        ("early", "late", "fast", "slow", "noon", "night"),
+        "The {what} train goes to {value}, so {who} arrives in {value}.",
+        "Where does {who} arrive?",
+        ("morning", "evening", "night", "noon"),
         ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin"),
     ),
-    "house": Story(
-        "{who} lives in the {what} house.",
-        "The {what} house belongs to the {value}.",
-        "{who} lives in the {what} house, and the {what} house belongs to the {value}.",
-        "Who owns the house of {who}?",
-        "The house of {who} belongs to the",
-        COLOURS,
-        ("baker", "teacher", "doctor", "farmer", "lawyer", "painter", "judge"),
+    "box": Story(
+        "{who} has the {what} box.",
+        "The {what} box holds a {value}.",
+        "The {what} box holds a {value}, so {who} owns a {value}.",
+        "What does {who} own?",
+        ("red", "blue", "green", "yellow", "black", "white"),
+        ("coin", "ring", "map", "stone", "pen", "watch", "shell", "candle"),
+    ),
+    "team": Story(
+        "{who} is in the {what} team.",
+        "The {what} team is in the {value} league.",
+        "The {what} team is in the {value} league, so {who} plays in the {value} league.",
+        "Which league does {who} play in?",
+        ("school", "village", "city", "army"),
+        ("football", "tennis", "chess", "rugby", "hockey", "golf", "cricket"),
+    ),
+    "menu": Story(
+        "{who} orders the {what} menu.",
+        "The {what} menu comes with the {value}.",
+        "The {what} menu comes with the {value}, so {who} eats the {value}.",
+        "What does {who} eat?",
+        ("small", "large", "cheap", "daily"),
+        ("rice", "fish", "soup", "bread", "pasta", "cheese", "salad"),
     ),
 }
 
@@ -192,24 +197,33 @@ class _Text:
 def documents(chance: random.Random) -> list[Question]:
     """One question about a fact in one of several documents. Its levels are ``sentence`` and ``document``."""
     domain = chance.choice(list(DOMAINS.values()))
-    values = chance.sample(domain.values, DOCUMENTS + 1)
-    subjects = chance.sample(_subjects(domain), DOCUMENTS)
-    fillers = _fillers(domain, subjects, chance)
-    text, ranges, whole = _Text("Here are some notes."), list[Range](), list[Range]()
-    where, truth = chance.randrange(DOCUMENTS), 0
+    values = chance.sample(domain.values, RIVALS + 2)
+    subjects = [
+        " ".join(pair) for pair in zip(*(chance.sample(words, RIVALS + 1) for words in domain.subjects), strict=True)
+    ]
+    forms = [chance.choice(domain.sentences) for _ in subjects]
+    facts = [form.format(subject=a, value=b) for form, a, b in zip(forms, subjects, values[:-1], strict=True)]
+    fillers, rivals = _fillers(domain, subjects, chance), iter(facts[1:])
+    places = chance.sample(range(DOCUMENTS), RIVALS + 1)  # the first has the truth
+    text, ranges, whole, truth = _Text("Here are some notes."), list[Range](), list[Range](), 0
     for index in range(DOCUMENTS):
-        count = chance.choice(SENTENCES)
-        facts = [next(fillers) for _ in range(count - 1)]
-        at = chance.randrange(count)
-        facts.insert(at, _said(domain, subjects[index], values[index], chance))
-        truth = len(ranges) + at if index == where else truth
-        own = [text.add(fact, " " if number else "\n\n") for number, fact in enumerate(facts)]
+        sentences = [next(fillers) for _ in range(chance.choice(SENTENCES))]
+        at = chance.randrange(len(sentences))
+        if index == places[0]:
+            sentences[at], truth = facts[0], len(ranges) + at
+        elif index in places:
+            sentences[at] = next(rivals)
+        own = [text.add(sentence, " " if number else "\n\n") for number, sentence in enumerate(sentences)]
         ranges += own
         whole.append((own[0][0], own[-1][1]))
-    text.add(f"Question: {domain.question.format(subject=subjects[where])}", "\n\n")
-    text.add(f"Answer: {domain.lead.format(subject=subjects[where])}", "\n")
-    levels = {"sentence": Parts(tuple(ranges), truth), "document": Parts(tuple(whole), where)}
-    return [_question(text.text, levels, values[where], values[-1])]
+    text.add(f"Question: {domain.question.format(subject=subjects[0])}", "\n\n")
+    text.add(f"Answer: {_lead(forms[0]).format(subject=subjects[0])}", "\n")
+    levels = {"sentence": Parts(tuple(ranges), truth), "document": Parts(tuple(whole), places[0])}
+    return [_question(text.text, levels, values[0], values[-1])]
+
+
+def _lead(form: str) -> str:
+    return form[: form.rindex(" {value}")]
 
 
 def _subjects(domain: Domain) -> list[str]:
@@ -239,33 +253,44 @@ def chains(chance: random.Random) -> list[Question]:
     and the steps, and ``step``. The second asks for the value in this step, which one premise holds; its level is
     ``premise``.
     """
-    story = STORIES[chance.choice(list(STORIES))]
-    people, whats = chance.sample(FIRST, PEOPLE), chance.sample(story.whats, PEOPLE)
-    values = chance.sample(story.values, PEOPLE + 1)
+    story, *besides = chance.sample(list(STORIES.values()), 1 + BESIDES)
+    people = [" ".join(pair) for pair in zip(chance.sample(FIRST, 2), chance.sample(LAST, 2), strict=True)]
+    values = chance.sample(story.values, 3)
     facts = [
-        {"who": who, "what": what, "value": value} for who, what, value in zip(people, whats, values[:-1], strict=True)
+        (story, {"who": who, "what": what, "value": value})
+        for who, what, value in zip(people, chance.sample(story.whats, 2), values, strict=False)
     ]
-    text, where = _Text("Here is a puzzle."), chance.randrange(PEOPLE)
-    links = [text.add(story.link.format(**fact)) for fact in chance.sample(facts, PEOPLE)]
-    order = chance.sample(range(PEOPLE), PEOPLE)
-    holds = [text.add(story.holds.format(**facts[i])) for i in order]
-    premises = Parts((*links, *holds), len(links) + order.index(where))
-    text.add(f"Question: {story.question.format(**facts[where])}", "\n\n")
+    for each in besides:
+        words = {"who": people[0], "what": chance.choice(each.whats), "value": chance.choice(each.values)}
+        facts.append((each, words))
+    said = [[form.format(**words) for form in (each.link, each.holds, each.step)] for each, words in facts]
+    text = _Text("Here is a puzzle.")
+    premises = _shuffled(text, [sentence for of in said for sentence in of[:2]], 1, chance)  # the first fact's `holds`
+    text.add(f"Question: {story.question.format(who=people[0])}", "\n\n")
     text.add("Reasoning:", "\n")
-    order = chance.sample(range(PEOPLE), PEOPLE)
-    steps = Parts(tuple(text.add(story.step.format(**facts[i])) for i in order), order.index(where))
-    text.add(f"Answer: {story.lead.format(**facts[where])}", "\n")
+    steps = _shuffled(text, [of[2] for of in said], 0, chance)
+    text.add(f"Answer: {_conclusion(story).format(who=people[0])}", "\n")
     statements = Parts((*premises.ranges, *steps.ranges), len(premises.ranges) + steps.truth)
-    answer = _question(text.text, {"statement": statements, "step": steps}, values[where], values[-1])
+    answer = _question(text.text, {"statement": statements, "step": steps}, values[0], values[-1])
     begin, end = steps.ranges[steps.truth]
-    cut = begin + text.text[begin:end].rindex(f" {values[where]}")
-    return [answer, _question(text.text[:cut], {"premise": premises}, values[where], values[-1])]
+    cut = begin + text.text[begin:end].index(f" {values[0]}")
+    return [answer, _question(text.text[:cut], {"premise": premises}, values[0], values[-1])]
+
+
+def _shuffled(text: _Text, sentences: Sequence[str], truth: int, chance: random.Random) -> Parts:
+    """Add the sentences in random order; the one at ``truth`` is the part that decides."""
+    order = chance.sample(range(len(sentences)), len(sentences))
+    return Parts(tuple(text.add(sentences[i]) for i in order), order.index(truth))
+
+
+def _conclusion(story: Story) -> str:
+    """The end of a step, without its value: what follows ``so``."""
+    return _lead(story.step).partition(", so ")[2]
 
 
 def _question(prompt: str, levels: dict[str, Parts], value: str, other: str) -> Question:
     finest = next(iter(levels.values()))
     begin, end = finest.ranges[finest.truth]
-    assert prompt[begin:end].count(value) == 1
     changed = prompt[:begin] + prompt[begin:end].replace(value, other) + prompt[end:]
     return Question(prompt, f" {value}", levels, changed, f" {other}")
 
