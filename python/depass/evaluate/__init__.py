@@ -1,4 +1,5 @@
-"""Experiments that test whether the attributions are faithful: those of the paper (DePass, section 4), on any model.
+"""Experiments that test whether the attributions are faithful: those of the paper (DePass, section 4),
+and one whose truth is planted, on any model.
 
 ::
 
@@ -7,6 +8,7 @@
 
 from typing import Any
 
+from .citations import Citations
 from .components import Components
 from .language import Language
 from .rules import Rules
@@ -16,7 +18,16 @@ from .tokens import Tokens
 from .truthful import Truthful
 
 TASKS: dict[str, Task[Any]] = {
-    task.name: task for task in (Tokens(), Components("heads"), Components("neurons"), Truthful(), Language(), Rules())
+    task.name: task
+    for task in (
+        Tokens(),
+        Components("heads"),
+        Components("neurons"),
+        Truthful(),
+        Language(),
+        Rules(),
+        Citations(),
+    )
 }
 
 __all__ = ["TASKS", "Item", "Row", "Task", "TaskOptions", "failed", "run", "skipped"]

@@ -52,15 +52,37 @@ def continuations(
         ``[B]`` fp32 mean log-probabilities of the answers' tokens, and ``[B]`` ids of the most likely next tokens.
     """
     means, tops = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
+    for i, logits in _at_answers(dp, prompts, answers):
+        answer_ids = torch.tensor(answers[i], device=logits.device)
+        means[i] = logits.log_softmax(1).gather(1, answer_ids[:, None]).mean().cpu()
+        tops[i] = logits[0].argmax().cpu()
+    return means, tops
+
+
+@torch.no_grad()
+def greedy(dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether greedy generation after each prompt begins with its answer, from one pass over both.
+
+    Args:
+        dp: the model.
+        prompts: the ids of ``B`` prompts.
+        answers: the ids of ``B`` answers.
+    """
+    begins = [False] * len(prompts)
+    for i, logits in _at_answers(dp, prompts, answers):
+        begins[i] = logits.argmax(1).tolist() == list(answers[i])
+    return begins
+
+
+def _at_answers(
+    dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, Tensor]]:
+    """Each prompt's index, and the fp32 logits ``[answer, V]`` at the positions that predict its answer."""
     whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     for batch in batches(dp, whole):
         stream = _stream(dp, [whole[i] for i in batch])
         for row, i in enumerate(batch):
-            logits = _head(dp, stream[row, len(prompts[i]) - 1 : len(whole[i])])  # [answer, V]
-            answer_ids = torch.tensor(answers[i], device=logits.device)
-            means[i] = logits.log_softmax(1).gather(1, answer_ids[:, None]).mean().cpu()
-            tops[i] = logits[0].argmax().cpu()
-    return means, tops
+            yield i, _head(dp, stream[row, len(prompts[i]) - 1 : len(whole[i])])
 
 
 def batches(dp: DePass, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
