@@ -254,6 +254,51 @@ def test_a_matrix_keeps_the_prompts_spans(dp: DePass) -> None:
     assert torch.allclose(found.scores.sum(1), found.target_logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", [*RULES, "taylor"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("of", ["logit", "logprob"])
+def test_parts_are_the_sums_of_their_tokens(name: str, rule: str, of: Any, tmp_path: Path) -> None:
+    """A backward pass starts from all tokens of a part at once; a decomposed state has them all."""
+    dp = DePass(models.make(name, torch.float64), tokens.make(), rule=rule)
+    by_token = dp.explain(PROMPT, ANSWER, of=of)
+    for by in ("word", "sentence", "answer"):
+        found = dp.explain(PROMPT, ANSWER, by=by, of=of)
+        expected = by_token.total() if by == "answer" else by_token.matrix(by)
+        assert found.attribution.targets == expected.targets
+        torch.testing.assert_close(found.attribution.scores, expected.scores, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.attribution.target_logits, expected.target_logits, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(found.total().scores, by_token.total().scores, atol=1e-4)
+        assert found.parts[-1][1] == len(found.ids)
+        (many,) = dp.attribute_many([PROMPT], answers=[ANSWER], by=by, of=of)
+        torch.testing.assert_close(many.attribution.scores, found.attribution.scores, rtol=1e-5, atol=1e-5)
+    found.save(tmp_path / "answer")
+    assert Generation.load(tmp_path / "answer").parts == found.parts == [(0, len(found.ids))]
+    assert found.attribution.settings.of == of
+
+
+def test_parts_that_are_too_large_are_named(dp: DePass) -> None:
+    found = dp.explain(PROMPT, ANSWER, by="sentence")
+    assert "part 2 of the answer" in found.to_html()
+    assert found.phrase(" the cat.").targets[0].label == " the cat."
+    for work in (lambda: found.phrase("cat"), lambda: found.matrix("word")):
+        with pytest.raises(TargetError, match="inside one of its parts; explain it by='token'"):
+            work()
+    with pytest.raises(TargetError, match="a chain runs through the answer's tokens"):
+        found.through()
+    with pytest.raises(SourceError, match="unknown unit 'page'; choose one of: token, word, sentence, answer"):
+        dp.explain(PROMPT, ANSWER, by="page")
+    with pytest.raises(SourceError, match="words need text"):
+        DePass(models.make("llama")).explain([5, 6], [7, 8], by="word")
+
+
+def test_sums_are_said_to_be_of_what_was_explained(dp: DePass, tmp_path: Path) -> None:
+    made = dp.explain(PROMPT, ANSWER, of="logprob")
+    with (tmp_path / "shown.txt").open("w") as file:
+        made.total().show(file, 200)
+    assert "logit less the mean" in (tmp_path / "shown.txt").read_text()
+    assert "logit less the mean" in made.total().to_html()
+
+
 def _by_paths(made: Generation, token: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What reaches each source of the prompt, and what stays at each token of the answer, path by path."""
     of, begin = made.attribution, len(made.attribution.prompt.ids) + 1 - len(made.ids)
