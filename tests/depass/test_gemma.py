@@ -64,6 +64,6 @@ def test_beyond_its_sliding_window_the_parts_add_up(gemma_dp: DePass) -> None:
 
 def test_the_command_knows_its_name(gemma_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["attribute", PROMPT, "-m", "gemma3-270m"]) == 0
-    assert capsys.readouterr().out.startswith("' Europe' after token 8 of 8 (' of'): logit 17.01")
+    assert capsys.readouterr().out.startswith("' Europe' (p 0.53) after token 8 (' of'): logit 17.01")
     assert cli.main(["plan", "--tokens", "100", "-m", "gemma3-270m"]) == 0
     assert capsys.readouterr().out.startswith("gemma3-270m, float32, on cpu: 100 tokens")
