@@ -340,6 +340,28 @@ def test_a_chain_follows_every_path_back_to_the_prompt(name: str, sources: Any) 
         made.through(6)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_chain_may_end_at_steps_of_the_answer(name: str) -> None:
+    """What reaches a kept token is what its row passes on when it is not kept: the two ways meet."""
+    made = DePass(models.make(name, torch.float64)).explain(models.prompt(5), models.prompt(6, 1))
+    of, whole = made.attribution, made.through(5).scores[0].double()
+    column = [source.start for source in of.sources].index(5 + 2)  # of the answer's third token
+    found = made.through(5, keep=slice(2, 3))
+    assert float(found.conservation_error) < 1e-5
+    reached = float(found.scores[0, column])
+    passed = made.through(2).scores[0].double() * reached / float(of.scores[2].abs().sum())
+    own = [i for i, source in enumerate(of.sources) if source.start is not None]
+    expected = found.scores[0].double()
+    expected[column] = 0
+    expected[own] += passed[own]
+    expected[column] += reached * (1 - float(of.scores[2, own].sum() / of.scores[2].abs().sum()))
+    assert torch.allclose(whole, expected, atol=1e-5)
+    assert torch.equal(made.through(5, keep="prompt").scores, made.through(5).scores)
+    for wrong in ("answer", 2):
+        with pytest.raises(TargetError, match="keep must be 'prompt' or a slice"):
+            made.through(5, keep=wrong)  # type: ignore[arg-type]
+
+
 def test_messages_and_documents_of_a_chat_are_sources(dp: DePass) -> None:
     chat = [
         {"role": "user", "content": "the cat"},
@@ -458,7 +480,7 @@ def test_the_command_explains_an_answer(dp: DePass, tmp_path: Path, capsys: pyte
     ):
         assert cli.main(["explain", *wrong, "-m", str(folder)]) == 2
         assert says in capsys.readouterr().err
-    pq = pytest.importorskip("pyarrow.parquet")
+    pq = pytest.importorskip("pyarrow.parquet", reason="data sets need pyarrow, of the extra [data]")
     rows = [
         {"prompt": PROMPT, "answer": ANSWER},
         {"prompt": "the", "answer": [24, 25]},

@@ -114,7 +114,9 @@ class Generation(Result):
         sums = self._sums(self.answer.segments(rows, language))
         return sums if columns is None else self._columns(sums, columns, language)
 
-    def through(self, target: str | slice | int | None = None, occurrence: int = 0) -> Attribution:
+    def through(
+        self, target: str | slice | int | None = None, occurrence: int = 0, keep: str | slice = "prompt"
+    ) -> Attribution:
         """Follow a part of the answer back to the prompt through the answer's earlier tokens.
 
         What a part owes to an earlier token of the answer is passed on to that token's own sources, in proportion to their
@@ -128,12 +130,15 @@ class Generation(Result):
         Args:
             target: a text of the answer, a slice of its tokens, or the index of one; by default the whole answer.
             occurrence: which occurrence of the text, from 0.
+            keep: where the way ends: ``"prompt"``, or also at a slice of the answer's tokens, such as a step of reasoning. A
+                kept token passes nothing on, so its score is all that reaches it.
 
         Returns:
             One target, with the same sources as :attr:`attribution`.
 
         Raises:
-            TargetError: the text does not occur, the slice is empty, or the answer's parts are not its tokens.
+            TargetError: the text does not occur, a slice is empty, the answer's parts are not its tokens, or ``keep`` is
+                something else.
         """
         if any(end - begin > 1 for begin, end in self.parts):
             raise TargetError(
@@ -146,12 +151,14 @@ class Generation(Result):
             if not -count <= token < count:
                 raise TargetError(f"token {token} is out of range: the answer has {count} tokens")
             target = slice(token % count, token % count + 1)
+        if keep != "prompt" and not isinstance(keep, slice):
+            raise TargetError(f"keep must be 'prompt' or a slice of the answer's tokens, got {keep!r}")
+        kept = range(*self._range(keep, 0)) if isinstance(keep, slice) else range(0)
         part = self.phrase(target, occurrence)
-        own = [i for i, source in enumerate(self.attribution.sources) if self._is_of_answer(source)]
-        given = [
-            i for i, source in enumerate(self.attribution.sources) if source.start is not None and i not in set(own)
-        ]
-        rows, x = self.attribution.scores[: len(own)].double(), part.scores[0].double()
+        begins = {i: source.start - self._begin for i, source in enumerate(part.sources) if source.start is not None}
+        own = [i for i, at in begins.items() if at >= 0 and at not in kept]
+        given = [i for i in begins if i not in set(own)]
+        rows, x = self.attribution.scores[[begins[i] for i in own]].double(), part.scores[0].double()
         rows = rows / rows.abs().sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         a, b = rows[:, given], rows[:, own]
         identity = torch.eye(len(own), dtype=torch.float64)
