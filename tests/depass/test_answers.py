@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import warnings
@@ -445,6 +446,16 @@ def test_an_answer_is_saved_and_shown(made: Generation, tmp_path: Path) -> None:
     page = made.to_html()
     assert "token 2 of the answer" in page
     assert made.phrase("cat").to_html()
+
+
+def test_the_answer_may_come_from_standard_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.make("llama").save_pretrained(tmp_path)
+    tokens.make().save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{ANSWER}\n"))
+    assert cli.main(["explain", PROMPT, "--answer", "-", "-m", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"]["text"] == ANSWER
 
 
 def test_the_command_explains_an_answer(dp: DePass, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
