@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..errors import ModelError
-from .bound import BoundModel, Layer
+from .bound import BoundModel
 from .families import Family
-from .trace import NORMS
+from .paths import module_paths
 
 _OBSERVERS = ("depass.", "transformers.")  # packages whose hooks read a module's output and do not change it
 
@@ -118,7 +118,7 @@ def _refuse_replaced(bound: BoundModel) -> None:
     if bound.backbone.get_submodule(bound.family.final_norm) is not bound.final_norm.module:
         raise ModelError(f"the final norm of {bound.name} was replaced after DePass was made; make a new DePass(model)")
     for index, (block, layer) in enumerate(zip(blocks, bound.layers, strict=True)):
-        for path, module in _held(bound, layer):
+        for path, module in layer.held.items():
             try:
                 now = block.get_submodule(path)
             except AttributeError:
@@ -136,17 +136,6 @@ def _way_out(module: Any) -> str:
     return "make a new DePass(model)"
 
 
-def _held(bound: BoundModel, layer: Layer) -> Iterator[tuple[str, Any]]:
-    family = bound.family
-    yield family.attention, layer.attention
-    for part in ("value", "output", "gate", "down"):
-        yield getattr(family, part), getattr(layer, part).module
-    for part in NORMS:
-        norm = getattr(layer, part)
-        if norm is not None:
-            yield getattr(family, part), norm.module
-
-
 def refuse_compiled(model: Any, family: Family) -> None:
     """Raise a ModelError where a module that DePass hooks, or one around it, is compiled and runs past the hooks."""
     backbone = model.get_submodule(family.backbone)
@@ -158,7 +147,9 @@ def refuse_compiled(model: Any, family: Family) -> None:
     if not compiled:
         return
     hooked = {
-        id(module) for block in backbone.get_submodule(family.layers) for module in (block, *_hooked(block, family))
+        id(module)
+        for block in backbone.get_submodule(family.layers)
+        for module in (block, *_hooked(block, family))
     }
     for path, module in model.named_modules():
         if id(module) in compiled and any(id(each) in hooked for each in module.modules()):
@@ -171,7 +162,6 @@ def refuse_compiled(model: Any, family: Family) -> None:
 
 
 def _hooked(block: Any, family: Family) -> Iterator[nn.Module]:
-    for part in ("attention", "output", "gate", "down", *NORMS):
-        path = getattr(family, part)
-        if path is not None:
+    for part, path in module_paths(block, family).items():
+        if part not in ("value", "latent"):  # of these only the weights are read
             yield block.get_submodule(path)

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
-from .bound import BoundModel, Layer, Norm, Projection, epsilon_of
+from .bound import MLP, BoundModel, Layer, Norm, Projection, epsilon_of
+from .experts import Experts, refuse_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
 from .infer import InferenceError, compare, experts_of, first_layer, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
-from .nearest import has, nearest
+from .nearest import nearest
 from .packing import takes_positions
+from .paths import has, has_experts, has_shared, linear_paths, module_paths
 from .positions import switches
 
 _FACTORS = ("residual_factor", "logit_factor", "logit_divisor")
-_LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
+_LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "latent_norm", "mix_norm")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")  # in configs
 
 
 def bind(model: Any, family: Family | None = None, empty: bool = False) -> BoundModel:
@@ -176,24 +179,58 @@ def _bind_layer(layer: Any, family: Family, config: Any) -> Layer:
         module = nn.Identity() if path is None else layer.get_submodule(path)
         return None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
 
-    factor = _number(config, family.residual_factor)
+    heads, factor = config.num_attention_heads, _number(config, family.residual_factor)
     output = Projection(layer.get_submodule(family.output), factor=factor)
     fused = layer.get_submodule(family.value)
     rows: str = family.value_rows
     if rows == "last":  # q has as many rows as the output projection has columns; k and v share the others equally
         rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
+    if rows == "end_of_head":
+        rows = f"end_of_head:{output.shape[1] // heads}"
+    latent = mix_gate = None
+    if family.latent is not None:
+        latent = Projection(layer.get_submodule(family.latent), f"first:{Projection(fused).shape[1]}")
+    if family.mix_gate is not None:
+        mix_gate = Projection(layer.get_submodule(family.mix_gate), family.mix_gate_rows, heads)
     return Layer(
         module=layer,
         attention=layer.get_submodule(family.attention),
-        value=Projection(fused, rows, config.num_attention_heads),
+        value=Projection(fused, rows, heads),
         output=output,
-        gate=Projection(layer.get_submodule(family.gate), family.gate_rows),
-        down=Projection(layer.get_submodule(family.down), factor=factor),
+        mlp=_bind_mlp(layer, family, factor),
+        experts=_bind_experts(layer, family, factor, config),
         attention_norm=norm(family.attention_norm),
         mlp_norm=norm(family.mlp_norm),
         attention_post_norm=norm(family.attention_post_norm),
         mlp_post_norm=norm(family.mlp_post_norm),
+        latent=latent,
+        latent_norm=norm(family.latent_norm),
+        mix_gate=mix_gate,
+        mix_norm=norm(family.mix_norm),
+        sinks=None if family.sinks is None else layer.get_parameter(family.sinks),
+        held={path: layer.get_submodule(path) for path in module_paths(layer, family).values()},
     )
+
+
+def _bind_mlp(layer: Any, family: Family, factor: float) -> MLP | None:
+    """The MLP that every position goes through; None where a layer has experts alone."""
+    gate, down, weight = family.gate, family.down, None
+    if has_experts(layer, family):
+        if family.shared_gate is None or family.shared_down is None or not has_shared(layer, family):
+            return None
+        gate, down = family.shared_gate, family.shared_down
+        weight = None if family.shared_weight is None else layer.get_submodule(family.shared_weight)
+    down_projection = Projection(layer.get_submodule(down), factor=factor)
+    return MLP(Projection(layer.get_submodule(gate), family.gate_rows), down_projection, weight)
+
+
+def _bind_experts(layer: Any, family: Family, factor: float, config: Any) -> Experts | None:
+    """The routed experts of a layer, if it has them."""
+    if family.experts is None or not has_experts(layer, family):
+        return None
+    module = layer.get_submodule(family.experts)
+    chosen = next((number for name in _CHOSEN if isinstance(number := getattr(config, name, None), int)), None)
+    return Experts(module, chosen or len(module.down_proj), factor)
 
 
 def _listed(model: Any) -> Family | None:
@@ -234,17 +271,15 @@ def _is_positive(number: object) -> bool:
 
 def _refuse_missing(model: Any, family: Family) -> None:
     """Raise a ModelError where the model lacks a path of its family, or the family's norms are not supported."""
-    missing = [path for path in _example_paths(family) if not has(model, path)]
-    if not missing:
-        others = range(1, len(_blocks(model, family)))
-        missing = [path for index in others for path in _layer_paths(family, index) if not has(model, path)]
+    missing = _missing_paths(model, family)
     if missing:
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
             f"with the right paths. Missing: {', '.join(missing)}"
         )
-    if family.norm.startswith("layer") and (family.attention_post_norm or family.mlp_post_norm):
-        raise ModelError("a LayerNorm on a sublayer's output is not supported; it must be an RMSNorm")
+    late = (family.attention_post_norm, family.mlp_post_norm, family.mix_norm)
+    if family.norm.startswith("layer") and any(path is not None for path in late):
+        raise ModelError("a LayerNorm on a sublayer's or the heads' output is not supported; it must be an RMSNorm")
 
 
 def _refuse_config(config: Any, family: Family, name: str) -> None:
@@ -298,7 +333,7 @@ def _refuse_norms(model: Any, family: Family) -> None:
 
 def _refuse_width(blocks: Sequence[Any], head: Any, family: Family, name: str) -> None:
     """Raise a ModelError where the head reads vectors of another width than the layers write."""
-    written, read = Projection(blocks[0].get_submodule(family.down)).shape[0], Projection(head).shape[1]
+    written, read = Projection(blocks[0].get_submodule(family.output)).shape[0], Projection(head).shape[1]
     if written != read:
         raise ModelError(
             f"the layers of {name} write vectors of width {written}, but its head reads width {read}; DePass does not "
@@ -326,13 +361,15 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
     """Raise a ModelError where weights cannot be read as numbers, or a layer's weights are on several devices."""
     for index, block in enumerate(blocks):
         devices = set()
-        for part in ("value", "output", "gate", "down"):
-            module = block.get_submodule(getattr(family, part))
+        for part, path in linear_paths(block, family).items():
+            module = block.get_submodule(path)
             _refuse_adapter(module, f"the {part} projection of layer {index} of {name}")
             if not weights.is_readable(module):
                 said = _said_of(module, config)
                 raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
             devices.add(str(weights.device_of(module)))
+        if has_experts(block, family):
+            refuse_experts(block.get_submodule(family.experts), f"the experts of layer {index} of {name}")
         if len(devices) > 1:
             where = " and ".join(sorted(devices))
             raise ModelError(
@@ -378,11 +415,15 @@ def _refuse_other_kinds(config: Any, name: str) -> None:
         raise ModelError(f"{name} ({kind}) is an encoder-only model; DePass needs a decoder-only language model")
 
 
-def _example_paths(family: Family) -> list[str]:
-    """The paths of a family for a model with one layer."""
-    return [f"{family.backbone}.{family.final_norm}", *_layer_paths(family, 0)]
-
-
-def _layer_paths(family: Family, index: int) -> list[str]:
-    inner = [getattr(family, part) for part in ("attention", "value", "output", "gate", "down", *_LAYER_NORMS)]
-    return [f"{family.backbone}.{family.layers}.{index}.{path}" for path in inner if path is not None]
+def _missing_paths(model: Any, family: Family) -> list[str]:
+    """The paths of a family that a model lacks: those outside of its layers, and those of the first layer that lacks some."""
+    outside = [path for path in (f"{family.backbone}.{family.final_norm}",) if not has(model, path)]
+    if outside or not has(model, f"{family.backbone}.{family.layers}"):
+        return [*outside, *([] if has(model, f"{family.backbone}.{family.layers}") else [f"{family.backbone}.{family.layers}"])]
+    for index, block in enumerate(_blocks(model, family)):
+        missing = [path for path in module_paths(block, family).values() if not has(block, path)]
+        if family.sinks is not None and not any(path == family.sinks for path, _ in block.named_parameters()):
+            missing.append(family.sinks)
+        if missing:
+            return [f"{family.backbone}.{family.layers}.{index}.{path}" for path in missing]
+    return []

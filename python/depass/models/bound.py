@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import weights
+from .experts import Experts
 from .families import Family, NormKind, Origin
 from .positions import Switch
 
@@ -138,40 +139,87 @@ class Projection:
             return rows.reshape(4, 3, -1, *rows.shape[1:])[:, 1].flatten(0, 1)
         if self.rows == "last_of_head":
             return rows.reshape(self.num_heads, 3, -1, *rows.shape[1:])[:, 2].flatten(0, 1)
+        if self.rows == "second_of_head":
+            return rows.reshape(self.num_heads, 2, -1, *rows.shape[1:])[:, 1].flatten(0, 1)
+        if self.rows.startswith("end_of_head:"):
+            by_head = rows.reshape(self.num_heads, -1, *rows.shape[1:])
+            return by_head[:, -int(self.rows[12:]) :].flatten(0, 1)
+        if self.rows.startswith("first:"):
+            return rows[: int(self.rows[6:])]
         if self.rows.startswith("last:"):
             return rows[-int(self.rows[5:]) :]
         return rows
 
 
 @dataclass(frozen=True)
+class MLP:
+    """An MLP that every position goes through: a layer's only one, or the one beside its experts.
+
+    Attributes:
+        gate: the projection that computes the pre-activations.
+        down: the down projection.
+        weight: the module the sigmoid of whose output ``[P, 1]`` multiplies the MLP's output, or None.
+    """
+
+    gate: Projection
+    down: Projection
+    weight: Any = None
+
+
+@dataclass(frozen=True)
 class Layer:
-    """The modules, projections and norms of one layer."""
+    """The modules, projections and norms of one layer.
+
+    A layer has an :class:`MLP`, experts, or both. Where it has a ``latent`` projection, the value projection reads its
+    output after ``latent_norm``.
+    """
 
     module: nn.Module
     attention: nn.Module
     value: Projection
     output: Projection
-    gate: Projection
-    down: Projection
+    mlp: MLP | None
+    experts: Experts | None
     attention_norm: Norm | None
     mlp_norm: Norm | None
     attention_post_norm: Norm | None
     mlp_post_norm: Norm | None
+    latent: Projection | None = None
+    latent_norm: Norm | None = None
+    mix_gate: Projection | None = None
+    mix_norm: Norm | None = None
+    sinks: Any = None  # [H], the attention sinks that scale what the heads mix
+    held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)  # by path, all that was found
 
     @property
-    def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
-        """The projections that the decomposition uses: value, output, gate and down."""
-        return self.value, self.output, self.gate, self.down
+    def projections(self) -> tuple[Projection, ...]:
+        """The linear layers that the decomposition uses; experts are no linear layers."""
+        latent = () if self.latent is None else (self.latent,)
+        return (*latent, self.value, self.output, *(() if self.mlp is None else (self.mlp.gate, self.mlp.down)))
+
+    @property
+    def only_mlp(self) -> MLP:
+        """The MLP of a layer without experts."""
+        assert self.mlp is not None
+        assert self.experts is None
+        return self.mlp
+
+    @property
+    def neurons(self) -> int:
+        """The number of neurons that a position has in this layer: the MLP's, and those of the experts that it chooses."""
+        of_experts = 0 if self.experts is None else self.experts.chosen * self.experts.neurons
+        return of_experts + (0 if self.mlp is None else self.mlp.gate.shape[0])
 
     @property
     def device(self) -> torch.device:
         """The device that the layer runs on."""
-        return weights.device_of(self.down.module)
+        return weights.device_of(self.output.module)
 
     def has_bias(self) -> bool:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
-        norms = (norm for norm in (self.attention_norm, self.mlp_norm) if norm is not None)
-        return any(p.bias is not None for p in self.projections) or any(norm.beta() is not None for norm in norms)
+        norms = (norm for norm in (self.attention_norm, self.mlp_norm, self.latent_norm) if norm is not None)
+        of_experts = self.experts is not None and self.experts.has_bias
+        return of_experts or any(p.bias is not None for p in self.projections) or any(n.beta() is not None for n in norms)
 
 
 @dataclass(frozen=True)
@@ -211,8 +259,13 @@ class BoundModel:
 
     @property
     def widest_layer(self) -> Layer:
-        """The layer with the most neurons, which determines the size of the MLP's blocks."""
-        return max(self.layers, key=lambda layer: layer.gate.shape[0])
+        """The layer in which a position has the most neurons, which determines the size of the MLP's blocks."""
+        return max(self.layers, key=lambda layer: layer.neurons)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer has routed experts."""
+        return any(layer.experts is not None for layer in self.layers)
 
     @property
     def head(self) -> Any:

@@ -6,24 +6,26 @@ or hidden vector outlives its layer. The hooks are always removed and the attent
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
 from . import weights
 from .alterations import Alteration, alterations, likely, said_of, within
-from .bound import BoundModel, Norm
+from .bound import MLP, BoundModel, Norm
 from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
 from .multimodal import must_read_ids_alone
 from .packing import Packing, first_positions
@@ -56,13 +58,61 @@ def _attention(
         output, pattern = upcast(query, key, value, mask)
     else:
         eager = sys.modules[type(module).__module__].eager_attention_forward
+        _refuse_unknown_extras(eager, module)
         output, pattern = eager(module, query, key, value, mask, **options)
     if module in _at_work:
-        _at_work[module].attention(pattern, value)
+        layer = _at_work[module]
+        if layer.modules.sinks is not None:
+            pattern = pattern * sink_scale(query, key, mask, pattern, layer.modules.sinks, options["scaling"])
+        layer.attention(pattern, value)
     watch = _watch.get()
     if watch is not None:
         watch(module, value, output)
     return output if packing is None else packing.gather(output), pattern
+
+
+# what eager attention functions take besides queries, keys, values and the mask: all of it is part of the pattern
+_KNOWN = {"scaling", "dropout", "softcap", "sliding_window", "position_bias"}
+
+
+def _refuse_unknown_extras(eager: Callable[..., Any], module: nn.Module) -> None:
+    """Raise a ModelError where a family's attention function takes something that may act behind the pattern."""
+    unknown = _extras(eager) - _KNOWN
+    if unknown:
+        raise ModelError(
+            f"the attention function of {type(module).__name__} takes {', '.join(sorted(unknown))}, of which DePass does "
+            "not know what it does to the pattern"
+        )
+
+
+@cache
+def _extras(eager: Callable[..., Any]) -> frozenset[str]:
+    """The named parameters of an attention function behind the first five."""
+    parameters = list(inspect.signature(eager).parameters.values())[5:]
+    return frozenset(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
+
+
+def sink_scale(
+    query: Tensor, key: Tensor, mask: Tensor | None, pattern: Tensor, sinks: Tensor, scaling: float
+) -> Tensor:
+    """What an attention sink behind the pattern leaves of a head's output, ``σ(logsumexp(logits) - sink)`` ``[B, H, T, 1]``.
+
+    The logarithm of the sum is the logit of any key less the logarithm of its pattern; the key with most is taken.
+
+    Args:
+        query, key: ``[B, H, T, d]`` and ``[B, K, T, d]``.
+        mask: what is added to the logits, ``[B, 1, T, T]``, or None.
+        pattern: the attention pattern ``[B, H, T, T]``, without the sink.
+        sinks: ``[H]``.
+        scaling: the factor on the logits.
+    """
+    most, at = pattern.float().max(-1, keepdim=True)  # [B, H, T, 1]
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    chosen = keys.gather(2, at.expand(-1, -1, -1, keys.shape[-1])).to(torch.promote_types(key.dtype, torch.float32))
+    logit = (query.to(chosen) * chosen).sum(-1, keepdim=True) * scaling
+    if mask is not None:
+        logit = logit + mask.expand(*pattern.shape).gather(3, at).to(logit)
+    return (logit - most.to(logit).log() - sinks.to(logit).view(1, -1, 1, 1)).sigmoid().to(pattern.dtype)
 
 
 def _mask(**arguments: Any) -> Tensor | None:
@@ -309,7 +359,7 @@ class Capture(ABC):
             miss = first_miss({step: float(each.max()) for step, each in steps.items()}, allowed)
             if miss is None:
                 continue
-            said = f"{f'layer {index}' if inside else 'the model'}: {miss.said(bound)}"
+            said = f"{f'layer {index}' if inside else 'the model'}: {miss.said(bound, index)}"
             if not self.alterations:
                 raise ModelError(f"{bound.name} is not what its depass.Family says; {said}; correct the family")
             if prompt not in self.altered:
@@ -330,6 +380,13 @@ class Capture(ABC):
                 f"{self.bound.name} did not run layer {silent[0]}: it holds {len(self.bound.layers)} layers, and its config "
                 f"says num_hidden_layers={count}; set model.config.num_hidden_layers, or remove the layers that do not run"
             )
+
+
+def routing_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of an experts module: its input ``[P, D]``, the chosen experts ``[P, k]``, and the router's weights."""
+    x, *others = (*args, *kwargs.values())
+    chosen, weight = sorted(others[:2], key=torch.is_floating_point)
+    return x, chosen, weight
 
 
 class Check(Capture):
@@ -359,20 +416,37 @@ class LayerCapture:
             modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
             modules.module.register_forward_hook(self.end),
             modules.output.module.register_forward_pre_hook(self.mixed),
-            modules.down.module.register_forward_pre_hook(self.hidden),
             *(norm.module.register_forward_pre_hook(partial(self.norm, name, norm)) for name, norm in norms.items()),
         ]
-        if self.run.with_gate_total or self.seen is not None:
-            hooks.append(modules.gate.module.register_forward_hook(self.gate))
-        if self.seen is not None:
-            hooks += [
-                each.register_forward_pre_hook(self.activation, with_kwargs=True)
-                for each in activations(modules.module)
-            ]
-            if weights.rounds_inputs(modules.value.module):
-                hooks.append(modules.value.module.register_forward_pre_hook(self.read_by_value))
+        if modules.mix_gate is not None:
+            hooks.append(modules.mix_gate.module.register_forward_hook(self.mix_gate))
+        if modules.mix_norm is not None:
+            hooks.append(modules.mix_norm.module.register_forward_pre_hook(self.mix_norm))
+        if modules.mlp is not None:
+            hooks += self._of_mlp(modules.mlp)
+        if modules.experts is not None:
+            hooks.append(modules.experts.module.register_forward_pre_hook(self.routed, with_kwargs=True))
+            if self.seen is not None:
+                hooks.append(modules.experts.module.register_forward_hook(self.experts))
+        if self.seen is not None and weights.rounds_inputs(modules.value.module):
+            hooks.append(modules.value.module.register_forward_pre_hook(self.read_by_value))
         for hook in hooks:
             stack.callback(hook.remove)
+
+    def _of_mlp(self, mlp: MLP) -> list[RemovableHandle]:
+        hooks = [mlp.down.module.register_forward_pre_hook(self.hidden)]
+        if mlp.weight is not None:
+            hooks.append(mlp.weight.register_forward_hook(self.mlp_weight))
+        if self.run.with_gate_total or self.seen is not None:
+            hooks.append(mlp.gate.module.register_forward_hook(self.gate))
+        if self.seen is not None:
+            experts = self.modules.experts
+            inside = set() if experts is None else set(activations(experts.module))
+            hooks += [
+                each.register_forward_pre_hook(self.activation, with_kwargs=True)
+                for each in activations(self.modules.module) if each not in inside
+            ]  # fmt: skip
+        return hooks
 
     @property
     def trace(self) -> Trace:
@@ -413,18 +487,61 @@ class LayerCapture:
         self.trace.mixed = self.run.packing.flat(args[0])
 
     @of_this_thread
+    def mix_gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture the gate on what the heads mix."""
+        assert self.modules.mix_gate is not None
+        gate = self.modules.mix_gate.select_output(self.run.packing.flat(output)).sigmoid()
+        mixed = self.modules.output.shape[1]
+        self._scale_mix(gate.repeat_interleave(mixed // gate.shape[1], 1))  # one number a head, or one a channel
+
+    @of_this_thread
+    def mix_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the scale and the weight of the norm on what the heads mix."""
+        norm, x = self.modules.mix_norm, self.run.packing.flat(args[0])
+        assert norm is not None
+        scale = norm.scale(x, self.run.bound.state_dtype)[:, None].expand(-1, x.shape[1])
+        self._scale_mix(norm.weighted(scale))
+
+    def _scale_mix(self, scale: Tensor) -> None:
+        before = self.trace.mix_scale
+        self.trace.mix_scale = scale if before is None else before * scale
+
+    @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the input of the down projection."""
         self.trace.hidden = self.run.packing.flat(args[0])
 
     @of_this_thread
+    def mlp_weight(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture what multiplies the output of the MLP beside the experts."""
+        self.trace.mlp_weight = self.run.packing.flat(output).sigmoid()[:, 0]
+
+    @of_this_thread
+    def routed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture the input of the experts, which ones each position chose, and the router's weights."""
+        x, chosen, weight = routing_of(args, kwargs)
+        trace, flat = self.trace, self.run.packing.flat
+        trace.routed, trace.chosen, trace.chosen_weights = flat(x), flat(chosen), flat(weight)
+
+    @of_this_thread
+    def experts(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Capture the output of the experts."""
+        if self.seen is not None:
+            self.seen.experts = self.run.packing.flat(output)
+
+    @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Capture the pre-activations."""
-        gate = self.modules.gate.select_output(self.run.packing.flat(output))
+        gate = self._mlp.gate.select_output(self.run.packing.flat(output))
         if self.run.with_gate_total:
             self.trace.gate_total = gate
         if self.seen is not None:
             self.seen.gate, self.seen.read_by_gate = gate, self.run.packing.flat(args[0])
+
+    @property
+    def _mlp(self) -> MLP:
+        assert self.modules.mlp is not None
+        return self.modules.mlp
 
     @of_this_thread
     def read_by_value(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -436,7 +553,7 @@ class LayerCapture:
     def activation(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         """Capture the input of an activation function, if it has the width of the pre-activations."""
         given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-        if self.seen is not None and given is not None and given.shape[-1] == self.modules.gate.shape[0]:
+        if self.seen is not None and given is not None and given.shape[-1] == self._mlp.gate.shape[0]:
             self.seen.activated.append(self.run.packing.flat(given))
 
     @of_this_thread
@@ -474,8 +591,11 @@ class LayerCapture:
                 f"{name}: the attention of layer {index} does not call transformers' AttentionInterface, which DePass "
                 f"needs{why}"
             )
-        if trace.hidden is None:
+        if trace.hidden is None and self.modules.mlp is not None:
             raise ModelError(f"{name}: the down projection of layer {index} did not run, which DePass needs{why}")
+        if trace.chosen is None and self.modules.experts is not None:
+            raise ModelError(f"{name}: the experts of layer {index} did not run, which DePass needs{why}")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
+        silent += ["mix_norm" for norm in (self.modules.mix_norm,) if norm is not None and trace.mix_scale is None]
         if silent:
             raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")

@@ -20,16 +20,20 @@ from torch.nn import functional
 
 from . import weights
 from .bound import BoundModel, Layer, Norm, Projection
+from .experts import ExpertWeights, Places, outputs
 from .trace import Trace
 
 # by step: what differs, with the paths of the family
 STEPS = {
     "input": "the residual stream at its input is not that after the layer before",
     "values": "the values that its attention gets are not those of {value} on the stream after {attention_norm}",
-    "mix": "the input of {output} is not the attention pattern times the values",
+    "mix": "the input of {output} is not the attention pattern times the values, nor that times its gate or norm",
+    "routed": "the input of {experts} is not the stream after {mlp_norm}",
+    "halves": "the activation of {experts} takes other rows of its first projection for the gate",
+    "experts": "the output of {experts} is not the sum of its experts' outputs times the router's weights",
     "gate": "the output of {gate} is not that of its weights on the stream after {mlp_norm}",
     "activation": "its activation function does not get the output of {gate}",
-    "stream": "the residual stream after it is not the stream before it plus the outputs of {output} and {down}",
+    "stream": "the residual stream after it is not the stream before it plus the outputs of {adding}",
     "weights": "the products of {value}, {output}, {gate} or {down} are not those of their weights",
 }
 LAST_STEPS = {
@@ -45,6 +49,7 @@ class Seen:
     before: Tensor | None = None  # [P, D], the stream after the layer before
     values: Tensor | None = None  # [P, K·d], which the attention function gets
     mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
+    experts: Tensor | None = None  # [P, D], the output of the experts
     gate: Tensor | None = None  # [P, F]
     read_by_value: Tensor | None = None  # [P, D], the input of the value projection where its kernel rounds it
     read_by_gate: Tensor | None = None  # [P, D]
@@ -58,9 +63,19 @@ class Miss(NamedTuple):
     difference: float
     limit: float
 
-    def said(self, bound: BoundModel) -> str:
-        """The difference in words."""
-        paths = {name: path or "no norm" for name, path in vars(bound.family).items()}
+    def said(self, bound: BoundModel, index: int) -> str:
+        """The difference in words, of a layer or, behind the last, of the end of the model."""
+        family = bound.family
+        paths = {name: path or "no norm" for name, path in vars(family).items()}
+        adding = [family.output]
+        if index < len(bound.layers) and bound.layers[index].experts is not None:
+            adding.append(str(family.experts))
+            if bound.layers[index].mlp is not None:
+                paths["gate"] = str(family.shared_gate)
+                adding.append(str(family.shared_down))
+        else:
+            adding.append(family.down)
+        paths["adding"] = f"{', '.join(adding[:-1])} and {adding[-1]}"
         text = {**STEPS, **LAST_STEPS}[self.step].format(**paths)
         return f"{text} (relative difference {self.difference:.1e}, limit {self.limit:.0e})"
 
@@ -106,8 +121,13 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
             found["values"] = steps.compare_values(seen)
         if seen.mixed is not None:
             assert steps.trace.mixed is not None
-            found["mix"] = _difference(seen.mixed.to(layer.device)[at], steps.trace.mixed)
+            mixed_values, scale = seen.mixed.to(layer.device)[at], steps.trace.mix_scale
+            found["mix"] = _difference(
+                mixed_values if scale is None else mixed_values * scale.to(mixed_values), steps.trace.mixed
+            )
         middle = steps.middle()
+        if layer.experts is not None:
+            found |= steps.compare_experts(seen, middle)
         if seen.gate is not None:
             gate = seen.gate.to(layer.device)[at]
             found["gate"] = steps.compare_gate(seen, middle)
@@ -115,7 +135,7 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
             if given and not any(torch.equal(each, gate) for each in given):
                 found["activation"] = torch.stack([_difference(gate, each) for each in given]).amin(0)
         assert steps.trace.after is not None
-        found["stream"] = _difference(steps.after(middle), steps.trace.after, steps.stream, middle)
+        found["stream"] = _difference(steps.after(seen, middle), steps.trace.after, steps.stream, middle)
         rounding = [part for part in layer.projections if weights.rounds_inputs(part.module)]
         if rounding:
             found["weights"] = torch.stack([_reading(part, trace.hidden) for part in rounding]).amax(0).expand(len(at))
@@ -161,6 +181,8 @@ class _Steps:
         """The difference of the values; where a kernel rounds its inputs, that of the inputs or of the kernel's output."""
         assert seen.values is not None
         values, declared = self.of(seen.values), self._normed("attention_norm", self.stream)
+        if self.layer.latent is not None:
+            declared = self._normed("latent_norm", _projected(self.layer.latent, declared))
         if seen.read_by_value is None:
             return _difference(_projected(self.layer.value, declared), values)
         read = self.of(seen.read_by_value)
@@ -170,10 +192,31 @@ class _Steps:
         """The difference of the pre-activations; where a kernel rounds its inputs, that of the inputs."""
         assert seen.gate is not None
         assert seen.read_by_gate is not None
-        declared = self._normed("mlp_norm", self.stream if self.parallel else middle)
-        if weights.rounds_inputs(self.layer.gate.module):
+        assert self.layer.mlp is not None
+        declared, gate = self._read_by_mlp(middle), self.layer.mlp.gate
+        if weights.rounds_inputs(gate.module):
             return _difference(declared, self.of(seen.read_by_gate))
-        return _difference(_projected(self.layer.gate, declared), self.of(seen.gate))
+        return _difference(_projected(gate, declared), self.of(seen.gate))
+
+    def compare_experts(self, seen: Seen, middle: Tensor) -> dict[str, Tensor]:  # each [n]
+        """The differences of the experts' input, of what their activation takes for the gate, and of their output."""
+        trace, experts = self.trace, self.layer.experts
+        assert experts is not None
+        assert trace.routed is not None
+        assert trace.chosen is not None
+        assert trace.chosen_weights is not None
+        assert seen.experts is not None
+        read, own = experts.read(), self.of(seen.experts).to(self.dtype)
+        found = {"routed": _difference(self._read_by_mlp(middle), trace.routed)}
+        found["halves"] = _curvature(read, trace.routed).expand(len(self.at))
+        places, summed = Places.of(trace.chosen, trace.chosen_weights, experts.count), torch.zeros_like(own)
+        for _, run, output in outputs(read, places, trace.routed, self.dtype):
+            summed.index_add_(0, places.position[run], output)
+        found["experts"] = _difference(summed, own * experts.factor)
+        return found
+
+    def _read_by_mlp(self, middle: Tensor) -> Tensor:
+        return self._normed("mlp_norm", self.stream if self.parallel else middle)
 
     def of(self, seen: Tensor) -> Tensor:
         """The compared positions of what the check saw."""
@@ -183,9 +226,16 @@ class _Steps:
         assert self.trace.mixed is not None
         return self.stream + self._normed("attention_post_norm", _by_kernel(self.layer.output, self.trace.mixed))
 
-    def after(self, middle: Tensor) -> Tensor:  # [n, D]
-        assert self.trace.hidden is not None
-        return middle + self._normed("mlp_post_norm", _by_kernel(self.layer.down, self.trace.hidden))
+    def after(self, seen: Seen, middle: Tensor) -> Tensor:  # [n, D]
+        added = torch.zeros_like(middle)
+        if self.layer.experts is not None:
+            assert seen.experts is not None
+            added = added + self.of(seen.experts).to(self.dtype) * self.layer.experts.factor
+        if self.layer.mlp is not None:
+            assert self.trace.hidden is not None
+            of_mlp, weight = _by_kernel(self.layer.mlp.down, self.trace.hidden).to(self.dtype), self.trace.mlp_weight
+            added = added + (of_mlp if weight is None else of_mlp * weight[:, None].to(self.dtype))
+        return middle + self._normed("mlp_post_norm", added)
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         norm: Norm | None = getattr(self.layer, name)
@@ -225,6 +275,18 @@ def _reading(projection: Projection, like: Tensor | None) -> Tensor:
     random = torch.randn(1, projection.weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
     random = random.to(like)
     return _difference(_projected(projection, random), _by_kernel(projection, random))
+
+
+def _curvature(read: ExpertWeights, like: Tensor) -> Tensor:
+    """How far a hidden vector is from being affine in the rows that are not the gate's: 0, or a tenth in the gate's own."""
+    if read.experts.first != "gate_up_proj":
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    width, generator = 2 * read.experts.neurons, torch.Generator().manual_seed(0)
+    first, step = (torch.rand(1, width, generator=generator, device="cpu").to(like) for _ in range(2))
+    is_gate = read.pre_activations(torch.arange(width, device=like.device)[None])[0]
+    step = step.index_fill(1, is_gate, 0)
+    low, middle, high = (read.hidden(first + by * step).double() for by in (-1, 0, 1))
+    return ((low + high - 2 * middle).norm() / (high - low).norm()).cpu()
 
 
 def mixed(pattern: Tensor, values: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_plus_one"]
-ValueRows = Literal["all", "last", "last_of_head", "middle_of_four"]
+ValueRows = Literal["all", "last", "last_of_head", "middle_of_four", "end_of_head"]
 GateRows = Literal["all", "first_half"]
+MixGateRows = Literal["all", "second_of_head"]
 Origin = Literal["declared", "inferred", "given"]  # by the list, by a trial pass, by the caller
 
 
@@ -39,9 +40,24 @@ class Family:
             ``rms_plus_one``, ``layer_plus_one``. A norm without a weight multiplies by 1.
         epsilon: the epsilon of norms whose modules hold none.
         value_rows: the rows of ``value`` that hold the value weights: ``all``, the ``last`` ones of a fused ``q, k, v``,
-            ``last_of_head`` if the ``q, k, v`` of each head are stored together, or ``middle_of_four`` if four blocks
-            hold ``q, v, k`` each.
+            ``last_of_head`` if the ``q, k, v`` of each head are stored together, ``middle_of_four`` if four blocks
+            hold ``q, v, k`` each, or ``end_of_head`` if the keys and values of each head are stored together and have
+            other widths.
         gate_rows: the rows of ``gate`` that hold the gate weights: ``all``, or the ``first_half`` of a fused ``gate, up``.
+        latent, latent_norm: the paths of the projection, and of the norm on its first outputs, whose result ``value`` reads
+            in place of the residual stream (multi-head latent attention), or None.
+        mix_gate: the path of the projection the sigmoid of whose output multiplies what the heads mix, number by number or
+            head by head, or None.
+        mix_gate_rows: the rows of ``mix_gate`` that hold this gate: ``all``, or ``second_of_head`` if the query and the
+            gate of each head are stored together.
+        mix_norm: the path of an RMSNorm on what the heads mix, or None.
+        sinks: the path of the attention sinks, one a head, that scale what the heads mix; or None. Sinks inside the
+            softmax are part of the pattern and are not declared.
+        experts: the path of the routed experts, in the layers that have them; other layers have ``gate`` and ``down``.
+        shared_gate, shared_down: the paths of the projections of the MLP beside the experts that every position goes
+            through, where a layer has one; ``gate_rows`` holds for it too.
+        shared_weight: the path of the projection the sigmoid of whose output, one number a position, multiplies that MLP's
+            output, or None.
         parallel: whether attention and MLP both read the layer's input: True, False, or the name of the config's flag.
         residual_factor: the name of the config's number that multiplies what a sublayer adds to the residual stream.
         logit_factor, logit_divisor: the names of the config's numbers that the head's output is multiplied and divided by.
@@ -65,6 +81,16 @@ class Family:
     epsilon: float | None = None
     value_rows: ValueRows = "all"
     gate_rows: GateRows = "all"
+    latent: str | None = None
+    latent_norm: str | None = None
+    mix_gate: str | None = None
+    mix_gate_rows: MixGateRows = "all"
+    mix_norm: str | None = None
+    sinks: str | None = None
+    experts: str | None = None
+    shared_gate: str | None = None
+    shared_down: str | None = None
+    shared_weight: str | None = None
     parallel: str | bool = False
     residual_factor: str | None = None
     logit_factor: str | None = None
@@ -109,6 +135,19 @@ OPT = Family(
     backbone="model.decoder", final_norm="final_layer_norm", output="self_attn.out_proj", gate="fc1", down="fc2",
     attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", norm="layer",
 )  # fmt: skip
+EXPERTS = Family(experts="mlp.experts")
+SHARED = replace(EXPERTS, shared_gate="mlp.shared_experts.gate_proj", shared_down="mlp.shared_experts.down_proj")
+QWEN2_MOE = Family(
+    experts="mlp.experts", shared_gate="mlp.shared_expert.gate_proj", shared_down="mlp.shared_expert.down_proj",
+    shared_weight="mlp.shared_expert_gate",
+)  # fmt: skip
+DEEPSEEK = replace(
+    SHARED, latent="self_attn.kv_a_proj_with_mqa", latent_norm="self_attn.kv_a_layernorm", value="self_attn.kv_b_proj",
+    value_rows="end_of_head",
+)  # fmt: skip
+GRANITE_MOE = Family(
+    experts="block_sparse_moe.experts", residual_factor="residual_multiplier", logit_divisor="logits_scaling"
+)
 FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's config
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -175,6 +214,24 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "codegen": replace(GPTJ, value="attn.qkv_proj", value_rows="middle_of_four"),
     "opt": replace(OPT, requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False))),
     "biogpt": replace(OPT, backbone="biogpt", final_norm="layer_norm"),
+    "bitnet": Family(mix_norm="self_attn.attn_sub_norm"),
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "olmoe": replace(EXPERTS, requires=(("clip_qkv", None),)),
+    "minimax_m2": EXPERTS,
+    "gpt_oss": EXPERTS,
+    "phimoe": replace(EXPERTS, norm="layer"),
+    "qwen2_moe": QWEN2_MOE,
+    "glm4_moe": SHARED,
+    "dots1": SHARED,
+    "ernie4_5_moe": SHARED,
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "glm4_moe_lite": DEEPSEEK,
+    "granitemoe": GRANITE_MOE,
+    "granitemoeshared": replace(
+        GRANITE_MOE, gate_rows="first_half", shared_gate="shared_mlp.input_linear", shared_down="shared_mlp.output_linear"
+    ),
 }  # fmt: skip
 
 _NO_INTERFACE = "its attention does not call transformers' AttentionInterface, which gives DePass the attention pattern"
@@ -185,7 +242,6 @@ UNSUPPORTED: dict[str, str] = {  # by model_type: why no declaration fits
     "mpt": _NO_INTERFACE,
     "xglm": _NO_INTERFACE,
     "diffllama": "its heads subtract two attention patterns, and a norm stands between them and the output projection",
-    "bitnet": "a norm stands between its attention pattern and the output projection",
     "lfm2": "some of its layers have a convolution in place of attention",
     "doge": "its layers scale the residual stream itself",
     "paligemma": "its attention looks ahead in the prompt, whose tokens all read each other",

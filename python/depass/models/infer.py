@@ -186,7 +186,7 @@ class _Comparison(Check):
             raise InferenceError(f"{where} computes numbers that are not finite")
         miss = first_miss(largest, allowed)
         if miss is not None:
-            raise InferenceError(f"{where}: {miss.said(self.bound)}")
+            raise InferenceError(f"{where}: {miss.said(self.bound, index)}")
 
 
 # The trial pass.

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import ModelError
 from .families import FAMILIES, Family
 from .multimodal import located
+from .paths import has
 
 _OUTSIDE = ("layers", "final_norm")
 _INSIDE = (
@@ -100,15 +101,6 @@ def _instead(beside: Nearest, layer: nn.Module) -> list[str]:
             found += [f"{parent}.{child}" if parent else child for child, _ in children]
     named = [f"{path}." for path in beside.held]
     return [path for path in dict.fromkeys(found) if not any(each.startswith(f"{path}.") for each in named)]
-
-
-def has(model: Any, path: str) -> bool:
-    """Whether a model has a module at a path."""
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _listed(names: list[str]) -> str:

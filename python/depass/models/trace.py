@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")  # of a families.Layer
+NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "latent_norm")  # of a families.Layer
 
 
 @dataclass
@@ -21,9 +21,14 @@ class Trace:
     stream: Tensor  # [P, D], the residual stream at the layer's input
     pattern: Tensor | None = None  # [B, H, T, T], where T is the length of the longest prompt
     scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
+    mix_scale: Tensor | None = None  # [P, H·d], what multiplies the mixed values before the output projection
     mixed: Tensor | None = None  # [P, H·d], the input of the attention's output projection
-    hidden: Tensor | None = None  # [P, F]
+    hidden: Tensor | None = None  # [P, F], of the MLP that every position goes through
     gate_total: Tensor | None = None  # [P, F], for the taylor rule
+    mlp_weight: Tensor | None = None  # [P], what multiplies the output of that MLP
+    routed: Tensor | None = None  # [P, D], the input of the experts
+    chosen: Tensor | None = None  # [P, k] int64, the experts that each position chose
+    chosen_weights: Tensor | None = None  # [P, k], the router's weights of these
     after: Tensor | None = None  # [P, D], the residual stream at the layer's output
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Trace:

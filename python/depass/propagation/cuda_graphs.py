@@ -168,7 +168,7 @@ class Recordings:
 
     def lend(self, layout: SourceLayout, sharing: MLPSharing, blocks: Blocks) -> RecordedPropagation | None:
         """A recorded propagation for one decomposition at the start of a layer; None for a large or a new layout."""
-        weight = self.bound.layers[0].down.module.weight
+        weight = self.bound.layers[0].output.module.weight
         if layout.rows > ROWS or (self._record is record_cuda_graph and weight.device.type != "cuda"):
             return None
         key = weight.device, weight.dtype, *_key(layout, sharing)

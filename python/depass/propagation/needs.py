@@ -41,7 +41,7 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     They follow from shapes; no weight is read.
     """
     layer, row = bound.widest_layer, RowBytes.of(bound, device)
-    (neurons, width), values = layer.gate.shape, layer.value.shape[0]
+    neurons, width, values = layer.neurons, bound.hidden_size, layer.value.shape[0]
     number, product, own = (d.itemsize for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
     attention = min(rows, blocks.attention)
     scattered = min(attention, blocks.run) * width * number * (attention < rows)
@@ -101,7 +101,8 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
         return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
 
     attention = copied(layer.value) + copied(layer.output, layer.attention_post_norm)
-    return max(attention, copied(layer.gate) + copied(layer.down, layer.mlp_post_norm))
+    of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm)
+    return max(attention, of_mlp)
 
 
 def room(bound: BoundModel) -> int:

@@ -15,13 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, backends, mix_values, normed, residual_update, share_hidden
+from depass_kernels import SourceLayout, backends, mix_values, normed, residual_update
 from depass_kernels.reference import matmul
 
-from ..models.bound import BoundModel, Layer, Norm, Projection, into_stream
+from ..models.bound import BoundModel, Layer, Norm
 from ..models.trace import Trace
 from ..sources.source import Decomposition
-from .blocks import Blocks, Cut, _Kept, _SourceBlock, cut, neurons_at_once, traits
+from .blocks import Blocks, Cut, _Kept, _PositionBlock, _SourceBlock, cut, traits
+from .mlp import branches
+from .projections import add_constant, bias_rows, constant_of, folded
 from .sharing import MLPSharing
 
 
@@ -188,41 +190,18 @@ class Propagation:
         return scale if scale is None or self._where is None else scale.index_select(0, self._where)
 
     def _mlp(self, layer: Layer, trace: Trace) -> None:
-        assert trace.hidden is not None
-        state, dtype = self.state, self.bound.product_dtype
         scale = self.at(trace.scales.get("mlp_norm"))  # [P]
-        post = trace.scales.get("mlp_post_norm")
-        hidden = trace.hidden if post is None else trace.hidden.to(state.dtype) * post[:, None]  # of all prompts
-        gate_weight = layer.gate.weight.to(dtype)  # [F, D]
-        down_weight = _into_stream(layer.down, layer.mlp_post_norm, dtype)  # [D, F]
-        constant = _constant(layer.gate, layer.mlp_norm, state.dtype)  # [F]
-
-        neurons = len(gate_weight)
+        through = list(branches(self, layer, trace))
         for block in self._cut.of_positions:
-            at_once = neurons_at_once(neurons, self.blocks.gates // (block.end - block.begin))
             positions = slice(block.first, block.last)
             in_trace = positions if self._where is None else self._where[positions]
-            rows = state[block.begin : block.end]
             block_scale = None if scale is None else scale[positions]
-            # with blocks of neurons, later blocks read what the state was before the first one's update
-            operand = self.normed(layer.mlp_norm, block_scale, block.layout, rows)
-            for f in range(0, neurons, at_once):
-                n = slice(f, min(f + at_once, neurons))
-                gate = matmul(operand, gate_weight[n])  # [rows, n]
-                if constant is not None:
-                    _add_constant(gate, constant[n], block.layout)
-                shared = share_hidden(
-                    gate,
-                    hidden[in_trace, n],
-                    block.layout,
-                    rule=self.sharing.rule,
-                    temperature=self.sharing.temperature,
-                    gate_total=None if trace.gate_total is None else trace.gate_total[in_trace, n],
-                    out=gate if gate.dtype == dtype else gate.new_empty(gate.shape, dtype=dtype),
-                    backend=self.sharing.backend,
-                )
-                self._add(shared, down_weight[:, n], state=rows)
-        self._add_bias(layer.down, layer.mlp_post_norm, self.at(post))
+            # later branches, and later blocks of neurons, read what the state was before the first one's update
+            operand = self.normed(layer.mlp_norm, block_scale, block.layout, self.state[block.begin : block.end])
+            for branch in through:
+                branch.add(block, operand, in_trace)
+        for branch in through:
+            branch.add_bias()
 
     def normed(
         self,
@@ -245,7 +224,7 @@ class Propagation:
             backend=backend,
         )
 
-    def _add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
+    def add(self, operand: Tensor, weight: Tensor, state: Tensor, rows: Tensor | None = None) -> None:
         """Add a projection's output to rows of the state, a run of rows at a time: what waits to be added takes memory."""
         backend = backends.named_for("residual_update", self.sharing.backend)
         for begin in range(0, len(operand), self.blocks.run):
@@ -253,18 +232,10 @@ class Propagation:
             added = (state[run], None) if rows is None else (state, rows[run])
             residual_update(added[0], operand[run], weight, rows=added[1], backend=backend)
 
-    def _add_bias(self, projection: Projection, post_norm: Norm | None, post_scale: Tensor | None) -> None:
-        """Add a sublayer's output bias to the bias source, through the norm on the output if there is one."""
-        bias = projection.bias
-        if bias is None:
-            return
-        bias = bias.to(self.state.dtype)
-        if post_norm is not None:
-            assert post_scale is not None
-            bias = post_norm.weighted(bias) * post_scale[:, None]
+    def add_bias(self, bias: Tensor) -> None:
+        """Add a sublayer's output bias, ``[D]`` or ``[P, D]`` by position of the trace, to the bias source."""
         assert self.layout is not None
-        rows = _bias_rows(self.layout, self.state)
-        self.state[rows] += bias
+        self.state[bias_rows(self.layout, self.state)] += bias if bias.dim() == 1 else self.at(bias)
 
 
 class _Attention:
@@ -275,26 +246,45 @@ class _Attention:
         self.propagation, self.layer = propagation, layer
         self.pattern = with_rows_in_runs(trace.pattern, traits(trace.pattern.device).keys)
         self.scale = propagation.at(trace.scales.get("attention_norm"))
+        self.latent_scale = propagation.at(trace.scales.get("latent_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
-        dtype = propagation.bound.product_dtype
-        self.value_weight = layer.value.weight.to(dtype)  # [K·d, D]
-        self.output_weight = _into_stream(layer.output, layer.attention_post_norm, dtype)  # [D, H·d]
-        self.constant = _constant(layer.value, layer.attention_norm, propagation.state.dtype)  # [K·d]
+        self.mix_scale = propagation.at(trace.mix_scale)  # [P, H·d]
+        dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
+        self.value_weight = layer.value.weight.to(dtype)  # [K·d, D] or, behind a latent projection, [K·d, rank]
+        self.output_weight = folded(layer.output.weight, layer.attention_post_norm, dtype)  # [D, H·d]
+        self.latent_weight = None if layer.latent is None else layer.latent.weight.to(dtype)  # [rank, D]
+        first = layer.latent or layer.value  # which reads the residual stream
+        self.first_constant = constant_of(first.weight, first.bias, layer.attention_norm, state_dtype)
+        self.constant = None
+        if layer.latent is not None:
+            self.constant = constant_of(layer.value.weight, layer.value.bias, layer.latent_norm, state_dtype)
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
         propagation, rows = self.propagation, block.rows_on(self.propagation.state.device)
         values = self.value_weight.new_empty(block.layout.rows, len(self.value_weight))
         for run in block.runs:
             held = slice(run.begin, run.end)
+            positions = slice(run.first, run.last)
             state = propagation.state[held] if rows is None else propagation.state
-            scale = None if self.scale is None else self.scale[run.first : run.last]
+            scale = None if self.scale is None else self.scale[positions]
             normed = propagation.normed(
                 self.layer.attention_norm, scale, run.layout, state, None if rows is None else rows[held]
             )
+            if self.latent_weight is not None:
+                normed = self._latent(normed, self.latent_weight, run, positions, block.has_bias_source)
             torch.mm(normed, self.value_weight.T, out=values[held])
-        if self.constant is not None and block.has_bias_source:
-            _add_constant(values, self.constant, block.layout)
+        for constant in (self.constant, None if self.latent_weight is not None else self.first_constant):
+            if constant is not None and block.has_bias_source:
+                add_constant(values, constant, block.layout)
         return values
+
+    def _latent(self, normed: Tensor, weight: Tensor, run: _PositionBlock, positions: slice, has_bias: bool) -> Tensor:
+        """What the value projection reads of normed rows ``[R', D]``: their latent vectors after the norm, ``[R', rank]``."""
+        latent = matmul(normed, weight).to(self.propagation.state.dtype)
+        if self.first_constant is not None and has_bias:
+            add_constant(latent, self.first_constant, run.layout)
+        scale = None if self.latent_scale is None else self.latent_scale[positions]
+        return self.propagation.normed(self.layer.latent_norm, scale, run.layout, latent)
 
     def mix(self, block: _SourceBlock, values: Tensor, kept: _Kept | None, narrowed: bool = False) -> None:
         """Mix a block's values and add the result to the state; with ``kept``, only to the kept rows.
@@ -310,41 +300,20 @@ class _Attention:
             query_scale=self.query_scale,
             backend=self.propagation.sharing.backend,
         )  # [R_block, H·d]
+        if self.mix_scale is not None:
+            for run in block.runs:
+                where = run.layout.position_of_row(mixed.device)
+                mixed[run.begin : run.end] *= self.mix_scale[run.first : run.last].to(mixed.dtype)[where]
         rows = block.rows_on(state.device)
         if kept is not None:
             picked, which = kept.of(rows)
             mixed, rows = mixed.index_select(0, picked), which if narrowed else kept.rows[which]
-        self.propagation._add(mixed, self.output_weight, state, rows)
+        self.propagation.add(mixed, self.output_weight, state, rows)
 
     def add_bias(self, trace: Trace) -> None:
-        layer, scale = self.layer, self.propagation.at(trace.scales.get("attention_post_norm"))
-        self.propagation._add_bias(layer.output, layer.attention_post_norm, scale)
-
-
-def _into_stream(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection's weight; with the ``γ`` of the norm on its output folded in, where there is one."""
-    if norm is None:
-        return projection.weight.to(dtype)
-    return into_stream(projection.weight, norm, _at_least_fp32(dtype)).to(dtype)
-
-
-def _constant(projection: Projection, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
-    """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None."""
-    beta, bias = None if norm is None else norm.beta(), projection.bias
-    parts = [] if beta is None else [projection.weight.to(dtype) @ beta.to(dtype)]
-    if bias is not None:
-        parts.append(bias.to(dtype))
-    return sum(parts[1:], start=parts[0]) if parts else None
-
-
-def _add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout) -> None:
-    """Add a constant to the bias source's rows."""
-    rows[_bias_rows(layout, rows)] += constant.to(rows.dtype)
-
-
-def _bias_rows(layout: SourceLayout, rows: Tensor) -> Tensor:
-    return layout.to(rows.device).row_start[:-1]  # the bias source is source 0 and active everywhere
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        """Add the output projection's bias to the bias source, through the norm on the output if there is one."""
+        bias, norm, scale = self.layer.output.bias, self.layer.attention_post_norm, trace.scales.get("attention_post_norm")
+        if bias is not None:
+            bias = bias.to(self.propagation.state.dtype)
+            bias = bias if norm is None or scale is None else norm.weighted(bias) * scale[:, None]
+            self.propagation.add_bias(bias)

@@ -1,0 +1,208 @@
+"""The routed experts of a layer: their weights, and which of them each position chose.
+
+transformers holds all experts of a layer in one module with a tensor for each projection. A position's hidden vector has a
+part for each expert that it chose; such a pair of a position and an expert is a *place*. Places are sorted by expert, so
+the places of one expert are a run, and a product with its weights is one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depass_kernels.ops import FLOATS
+
+from ..errors import ModelError
+from . import weights
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer.
+
+    Attributes:
+        module: the module that holds them, of a class that transformers' ``use_experts_implementation`` decorates.
+        chosen: how many of them a position chooses.
+        factor: what the model multiplies by what they add to the residual stream; it is part of the down projections.
+    """
+
+    module: Any
+    chosen: int
+    factor: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return len(getattr(self.module, self.first))
+
+    @property
+    def first(self) -> str:
+        """The name of the tensor that computes the pre-activations."""
+        return "gate_up_proj" if getattr(self.module, "has_gate", True) else "up_proj"
+
+    @property
+    def neurons(self) -> int:
+        """The number of neurons ``F`` of one expert."""
+        shape = getattr(self.module, "down_proj").shape
+        return int(shape[1] if self.module.is_transposed else shape[2])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's own tensors by name: offloaded ones hold no numbers."""
+        names = (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
+        return {name: getattr(self.module, name) for name in names}
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the experts' projections have biases."""
+        return bool(self.module.has_bias)
+
+    def read(self) -> ExpertWeights:
+        """The weights as numbers on their device; offloaded ones are copied there, once for all experts."""
+        tensors = {name: weights.dense(self.module, name) for name in self.tensors}
+        return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def refuse_experts(module: Any, which: str) -> None:
+    """Check that a module's experts can be decomposed; ``which`` names them in the error.
+
+    Raises:
+        ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
+            over devices, or have a norm on their outputs.
+    """
+    lacking = [name for name in ("is_transposed", "is_concatenated", "has_bias") if not hasattr(module, name)]
+    if lacking:
+        raise ModelError(
+            f"{which} ({type(module).__name__}) are not of transformers' experts interface, whose modules hold one tensor "
+            f"for each projection of all experts (it lacks {', '.join(lacking)}); DePass supports no others"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
+    if getattr(module, "has_post_expert_norm", False):
+        raise ModelError(f"{which} have a norm on their outputs, which DePass does not support")
+    tensors = Experts(module, 1).tensors
+    for name, tensor in tensors.items():
+        if tensor.dim() != (2 if name.endswith("bias") else 3) or tensor.dtype not in FLOATS:
+            raise ModelError(
+                f"{which} hold {tensor.dtype} weights of shape {list(tensor.shape)} as {name}, which DePass cannot read as "
+                "numbers; load unquantised weights"
+            )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a layer's experts; an expert is named by its index."""
+
+    experts: Experts
+    tensors: dict[str, Tensor]
+
+    def gate(self, expert: int) -> Tensor:
+        """The weight ``[F, D]`` of the pre-activations."""
+        return self._gate_of(self._turned(self.tensors[self.experts.first][expert]))
+
+    def gate_bias(self, expert: int) -> Tensor | None:
+        """The bias ``[F]`` of the pre-activations, or None."""
+        bias = self.tensors.get(f"{self.experts.first}_bias")
+        return None if bias is None else self._gate_of(bias[expert])
+
+    def down(self, expert: int) -> Tensor:
+        """The weight ``[D, F]`` of the down projection; with a factor it is a copy in at least fp32."""
+        return self._multiplied(self._turned(self.tensors["down_proj"][expert]))
+
+    def down_bias(self, expert: int) -> Tensor | None:
+        """The bias ``[D]`` of the down projection, or None."""
+        bias = self.tensors.get("down_proj_bias")
+        return None if bias is None else self._multiplied(bias[expert])
+
+    def first(self, expert: int, x: Tensor) -> Tensor:
+        """The output ``[p, F or 2·F]`` of an expert's first projection for inputs ``[p, D]``: the gate's and the up's."""
+        first = torch.nn.functional.linear(x, self._turned(self.tensors[self.experts.first][expert]))
+        bias = self.tensors.get(f"{self.experts.first}_bias")
+        return first if bias is None else first + bias[expert]
+
+    def hidden(self, first: Tensor) -> Tensor:
+        """The hidden vectors ``[p, F]`` for the first projection's outputs, by the module's own activation."""
+        module = self.experts.module
+        has_gate = self.experts.first == "gate_up_proj"
+        hidden: Tensor = module._apply_gate(first) if has_gate else module.act_fn(first)
+        return hidden
+
+    def pre_activations(self, first: Tensor) -> Tensor:
+        """The pre-activations ``[p, F]`` among the first projection's outputs."""
+        return self._gate_of(first.T).T
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        return weight.T if self.experts.module.is_transposed else weight
+
+    def _gate_of(self, rows: Tensor) -> Tensor:
+        if self.experts.first != "gate_up_proj":
+            return rows
+        return rows[: len(rows) // 2] if self.experts.module.is_concatenated else rows[::2]
+
+    def _multiplied(self, rows: Tensor) -> Tensor:
+        if self.experts.factor == 1:
+            return rows
+        return rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.experts.factor
+
+
+@dataclass(frozen=True)
+class Places:
+    """The ``S`` places of some positions, sorted by expert.
+
+    Attributes:
+        position: ``[S]`` int64, the index of the place's position.
+        rank: ``[S]`` int64, which of the position's choices the place is.
+        weight: ``[S]``, the router's weight.
+        runs: by expert that was chosen, the place where its run begins and the one behind its end.
+    """
+
+    position: Tensor
+    rank: Tensor
+    weight: Tensor
+    runs: dict[int, tuple[int, int]]
+
+    @staticmethod
+    def of(chosen: Tensor, weight: Tensor, count: int) -> Places:
+        """The places of positions that chose ``chosen`` ``[P, k]`` of ``count`` experts, with the router's weights."""
+        each = chosen.to("cpu", torch.int64).flatten()
+        order = each.argsort(stable=True)
+        order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
+        found, numbers = each[order].unique_consecutive(return_counts=True)
+        ends = numbers.cumsum(0).tolist()
+        begins = [0, *ends[:-1]]
+        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends, strict=True)}
+        order = order.to(chosen.device)
+        position = order // chosen.shape[1]
+        return Places(position, order % chosen.shape[1], weight.flatten()[order], runs)
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def each(self) -> Iterator[tuple[int, slice]]:
+        """The chosen experts, each with its places."""
+        for expert, (begin, end) in self.runs.items():
+            yield expert, slice(begin, end)
+
+
+def hidden_vectors(read: ExpertWeights, places: Places, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden vectors and the pre-activations ``[S, F]`` of all places, made again from the experts' input ``[P, D]``."""
+    neurons = read.experts.neurons
+    hidden, gate = (x.new_empty(len(places), neurons) for _ in range(2))
+    for expert, run in places.each():
+        first = read.first(expert, x[places.position[run]])
+        hidden[run], gate[run] = read.hidden(first), read.pre_activations(first)
+    return hidden, gate
+
+
+def outputs(read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+    """What each chosen expert adds at its places, ``[p, D]`` with the router's weight and its bias, in ``dtype``."""
+    for expert, run in places.each():
+        hidden = read.hidden(read.first(expert, x[places.position[run]])).to(dtype)
+        output = hidden @ read.down(expert).to(dtype).T
+        bias = read.down_bias(expert)
+        output = output if bias is None else output + bias.to(dtype)
+        yield expert, run, output * places.weight[run, None].to(dtype)

@@ -1,0 +1,41 @@
+"""Projections as the decomposed pass uses them: weights with norms folded in, and constants for the bias source."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from depass_kernels import SourceLayout
+
+from ..models.bound import Norm, into_stream
+
+
+def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """A projection's weight ``[D, in]``; with the ``γ`` of the norm on its output folded in, where there is one."""
+    if norm is None:
+        return weight.to(dtype)
+    return into_stream(weight, norm, at_least_fp32(dtype)).to(dtype)
+
+
+def constant_of(weight: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
+    """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None."""
+    beta = None if norm is None else norm.beta()
+    parts = [] if beta is None else [weight.to(dtype) @ beta.to(dtype)]
+    if bias is not None:
+        parts.append(bias.to(dtype))
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def add_constant(rows: Tensor, constant: Tensor, layout: SourceLayout) -> None:
+    """Add a constant to the bias source's rows."""
+    rows[bias_rows(layout, rows)] += constant.to(rows.dtype)
+
+
+def bias_rows(layout: SourceLayout, rows: Tensor) -> Tensor:
+    """The rows of the bias source, which is source 0 and active everywhere."""
+    return layout.to(rows.device).row_start[:-1]
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, and fp32 for others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
