@@ -42,6 +42,14 @@ _YARN = {
     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
 }  # fmt: skip
 
+_EXPERTS = {**SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_GROUPED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 6, "head_dim": 4, "attention_bias": True,
+}  # fmt: skip
+_LOCAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+
 # name: (class prefix, config), of the families that the installed transformers has
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SIZES),
@@ -68,6 +76,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {**SIZES, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
     "cohere": ("Cohere", {**SIZES, "attention_bias": True, "use_qk_norm": True, "logit_scale": 0.3}),
     "codegen": ("CodeGen", {**_GPTJ, "n_head": 8, "rotary_dim": 2}),
+    # a norm on what the heads mix, and on the hidden vector
+    "bitnet": ("BitNet", SIZES),
+    # experts with a dense layer between; with a weighted MLP beside; with biases, interleaved weights and sinks; with an
+    # MLP beside and values projected twice; with a factor on what sublayers add
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 6, "mlp_only_layers": [1], "head_dim": 8}),
+    "qwen2_moe": ("Qwen2Moe", {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}),
+    "gpt_oss": ("GptOss", {**_LOCAL, "intermediate_size": 24, "head_dim": 8, "sliding_window": WINDOW}),
+    "deepseek_v3": ("DeepseekV3", {**_EXPERTS, **_GROUPED, **_LATENT, "num_local_experts": 4}),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32},
+    ),
 }  # fmt: skip
 # Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
 # leave them out; tests/depass/test_families.py has shorter ones.
@@ -102,6 +122,19 @@ SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
     "persimmon": ("Persimmon", {**_NO_GROUPS, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
     "opt": ("OPT", {**_NO_GROUPS, "ffn_dim": 56, "word_embed_proj_dim": 32}),  # its MLP reads [B·T, D]
     "biogpt": ("BioGpt", _NO_GROUPS),
+    "mixtral": ("Mixtral", {**_LOCAL, "intermediate_size": 24, "sliding_window": WINDOW}),
+    "olmoe": ("Olmoe", {**_EXPERTS, "num_experts": 4, "intermediate_size": 24}),
+    "minimax_m2": ("MiniMaxM2", {**_LOCAL, "intermediate_size": 24, "head_dim": 8}),
+    "phimoe": ("Phimoe", {**_LOCAL, "intermediate_size": 24, "attention_bias": True, "lm_head_bias": True}),
+    "glm4_moe": ("Glm4Moe", {**_EXPERTS, **_GROUPED, "head_dim": 8, "n_shared_experts": 1}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**_EXPERTS, **_GROUPED, **_LATENT}),
+    "dots1": ("Dots1", {**_EXPERTS, **_GROUPED, "head_dim": 8, "n_shared_experts": 1}),
+    "deepseek_v2": ("DeepseekV2", {**_EXPERTS, **_GROUPED, **_LATENT, "n_shared_experts": 2}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "use_bias": True},
+    ),
+    "granitemoe": ("GraniteMoe", {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24}),
 }  # fmt: skip
 # runs in fp32 only: the family's own code refuses other dtypes
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -144,7 +177,7 @@ SIMILAR = {name: config for name, config in SIMILAR.items() if _runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
-_IN_FP64 = ("gpt", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2")
+_IN_FP64 = ("gpt2", "gpt_b", "gpt-", "gptj", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2")
 NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
 
 
@@ -159,6 +192,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     model_class = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(model_class, model_class)
     config = getattr(tf, config_class)(**sizes)
     config._attn_implementation = "eager"
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # torch's grouped products refuse fp64
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(tf, model_class)(config).to(torch.float64)
@@ -187,6 +222,9 @@ def _values(path: str, parameter: torch.Tensor, family: Family) -> torch.Tensor:
     if any(part in path for part in ("embed", ".wte", ".wpe", "lm_head", "output_projection")):
         return normal
     inner = shape[0] if ".c_" in path else shape[-1]  # GPT-2 keeps [in, out]
+    if family.experts is not None and f".{family.experts}." in path:  # [experts, out, in], gpt_oss [experts, in, out]
+        is_first = "gate_up_proj" in path
+        return (0.6 if is_first else 0.8) * normal / (32 if is_first else 24) ** 0.5 * (1 if len(shape) == 3 else 0.3)
     # pre-activations of a few times the temperature, so that a softmax over the sources has something to choose
     outputs = (family.output, family.down)
     gain = 0.4 if family.gate in path else 0.8 if any(part in path for part in outputs) else 1.5
