@@ -368,8 +368,10 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
                 said = _said_of(module, config)
                 raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
             devices.add(str(weights.device_of(module)))
-        if has_experts(block, family):
-            refuse_experts(block.get_submodule(family.experts), f"the experts of layer {index} of {name}")
+        if family.experts is not None and has_experts(block, family):
+            experts = block.get_submodule(family.experts)
+            refuse_experts(experts, f"the experts of layer {index} of {name}")
+            devices.add(str(weights.device_of(experts)))
         if len(devices) > 1:
             where = " and ".join(sorted(devices))
             raise ModelError(

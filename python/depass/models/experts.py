@@ -171,10 +171,8 @@ class Places:
         each = chosen.to("cpu", torch.int64).flatten()
         order = each.argsort(stable=True)
         order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
-        found, numbers = each[order].unique_consecutive(return_counts=True)
-        ends = numbers.cumsum(0).tolist()
-        begins = [0, *ends[:-1]]
-        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends, strict=True)}
+        ends = [0, *torch.bincount(each[order], minlength=count).cumsum(0).tolist()]
+        runs = {expert: (ends[expert], ends[expert + 1]) for expert in range(count) if ends[expert] < ends[expert + 1]}
         order = order.to(chosen.device)
         position = order // chosen.shape[1]
         return Places(position, order % chosen.shape[1], weight.flatten()[order], runs)
