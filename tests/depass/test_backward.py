@@ -51,6 +51,7 @@ TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3), Direction(torch.lins
 WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
 WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
+ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
 
 
 def asked(bound: BoundModel, ids: list[int], target: Any = 5, first: int = 0) -> Any:
@@ -94,7 +95,8 @@ def split(rows: Tensor, kinds: list[str]) -> tuple[Tensor, Tensor, Tensor]:
 
 def close(got: Tensor, expected: Tensor, limit: float) -> None:
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= limit * expected.abs().max().clamp(min=1.0)
+    if got.numel():
+        assert (got - expected).abs().max() <= limit * expected.abs().max().clamp(min=1.0)
 
 
 def equal(got: Everything, expected: Everything, limit: float = 0.0) -> None:
@@ -102,6 +104,7 @@ def equal(got: Everything, expected: Everything, limit: float = 0.0) -> None:
         (getattr(got, name), getattr(expected, name)) for name in ("tokens", "biases", "balance", "heads", "modules")
     ]
     pairs += list(zip(got.neurons, expected.neurons, strict=True))
+    pairs += list(zip(got.experts, expected.experts, strict=True))
     pairs += [(got.rest[parts], expected.rest[parts]) for parts in got.rest]
     pairs += [(got.bias[parts], expected.bias[parts]) for parts in got.bias]
     pairs += [(got.balances[parts], expected.balances[parts]) for parts in got.balances]
@@ -160,6 +163,8 @@ def test_taylor_components_are_the_forward_engines(name: str, exact: Any) -> Non
             "attn": (Modules(layer, "attn"), one.modules[:, layer, :1]),
             "mlp": (Modules(layer, "mlp"), one.modules[:, layer, 1:]),
         }
+        if bind(model).layers[layer].experts is not None:
+            del cases["neurons"]
         for parts, (spec, got) in cases.items():
             bias, rest, own = split(*forward_scores(dp, ids, TARGETS, spec))
             close(got, own, 1e-9)
@@ -270,7 +275,7 @@ def test_any_part_of_the_stream_scores_its_product_with_the_gradient(name: str, 
 
 
 @pytest.mark.parametrize("rule", WHOLE)
-@pytest.mark.parametrize("name", [name for name in (*GATED, *WITH_LOOP) if name in models.CONFIGS])
+@pytest.mark.parametrize("name", [name for name in (*GATED, *WITH_LOOP, *ROUTED, "bitnet") if name in models.CONFIGS])
 def test_tokens_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(7)
     bias = bind(model).has_bias
@@ -417,7 +422,8 @@ def test_scores_add_up_at_the_input_of_every_layer(name: str, rule: str, exact: 
     if name in models.NORMS_IN_FP32:
         must_add_up(scored(model, ids, rule, TARGETS), 1e-6)
     weights = RULES.get(rule, rule)
-    rotates_in_fp32 = weights.steers and name in ("cohere", "cohere2", "ernie4_5")  # queries and keys
+    of_queries = ("cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe")
+    rotates_in_fp32 = weights.steers and name in of_queries
     must_add_up(scored(exact(model), ids, rule, TARGETS), 1e-6 if rotates_in_fp32 else 1e-9)
     must_add_up(scored(models.make(name), ids, rule, TARGETS), 1e-5)
 
@@ -426,15 +432,17 @@ def must_add_up(one: Everything, limit: float) -> None:
     logits = torch.tensor([readout.logit for readout in one.readouts], dtype=torch.float64)
     size = one.tokens.double().abs().sum(-1).clamp(min=1.0)
     assert ((one.tokens.double().sum(-1) + one.biases + one.balance - logits[:, None]).abs() <= limit * size).all()
-    layers = size[:, :-1]
+    layers, has_experts = size[:, :-1], torch.tensor([neurons.shape[1] == 0 for neurons in one.neurons])
     for parts, own in {
         "heads": one.heads.sum(-1),
         "attn": one.modules[..., 0],
         "neurons": torch.stack([neurons.sum(-1) for neurons in one.neurons], 1),
+        "experts": torch.stack([experts.sum(-1) for experts in one.experts], 1),
         "mlp": one.modules[..., 1],
     }.items():
         total = own.double() + one.rest[parts] + one.bias[parts] + one.balances[parts]  # type: ignore[index]
-        assert ((total - logits[:, None]).abs() <= 10 * limit * layers).all()
+        here = has_experts if parts == "experts" else ~has_experts if parts == "neurons" else slice(None)
+        assert ((total - logits[:, None]).abs() <= 10 * limit * layers)[:, here].all()
 
 
 def test_masked_parts_score_zero_and_the_others_add_up(exact: Any) -> None:
@@ -484,6 +492,12 @@ def test_a_gate_of_exactly_zero_carries_nothing(exact: Any) -> None:
 # --- how it runs ------------------------------------------------------------------------------------------------------
 
 
+# the products of CodeGen's and GPT-J's queries and keys, and the others' routers, whatever the model's dtype
+COMPUTES_IN_FP32 = (
+    "codegen", "gptj", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite",
+)  # fmt: skip
+
+
 def lengths_of(name: str) -> list[list[int]]:
     return [models.prompt(length, seed) for seed, length in enumerate((LENGTH, 3, 14, 1))]
 
@@ -500,8 +514,7 @@ def test_prompts_of_a_batch_score_as_each_does_alone(name: str, rule: str, exact
     for made in (bound, replace(bound, takes_positions=False)):
         for got, expected in zip(everything(made, prompts, each, RULES[rule]), alone, strict=True):
             limit = 1e-7 if rule == "dual_path" else 1e-9
-            # CodeGen's and GPT-J's attention multiplies queries and keys in fp32
-            equal(got, expected, 1e-6 if name in ("codegen", "gptj") else limit)
+            equal(got, expected, 1e-6 if name in COMPUTES_IN_FP32 else limit)
 
 
 @pytest.mark.parametrize("rule", ["taylor", "dual_path"])
