@@ -194,7 +194,7 @@ class Places:
         order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
         found, numbers = each[order].unique_consecutive(return_counts=True)
         ends = numbers.cumsum(0).tolist()
-        begins = [0, *ends[:-1]]
+        begins = [0, *ends][: len(ends)]
         runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends, strict=True)}
         order = order.to(chosen.device)
         position = order // chosen.shape[1]
