@@ -404,7 +404,8 @@ class DePass:
             target: as for :meth:`attribute`; probe targets are not supported in surveys.
             of: as for :meth:`attribute`.
             rule: a linear rule; by default the constructor's, or ``half`` where that is not linear.
-            neurons: how many neurons of each layer are kept, those with the largest absolute scores.
+            neurons: how many neurons of each layer are kept, those with the largest absolute scores. Layers with routed
+                experts keep none; ``sweep("experts", ...)`` scores their experts.
             chat_template_kwargs: see :meth:`attribute`.
             strict: see :meth:`attribute`; it holds for every layer.
             progress: see :meth:`attribute`.

@@ -47,7 +47,7 @@ class Experts:
     @property
     def neurons(self) -> int:
         """The number of neurons ``F`` of one expert."""
-        shape = getattr(self.module, "down_proj").shape
+        shape = self.module.down_proj.shape
         return int(shape[1] if self.module.is_transposed else shape[2])
 
     @property
@@ -135,6 +135,27 @@ class ExpertWeights:
         """The pre-activations ``[p, F]`` among the first projection's outputs."""
         return self._gate_of(first.T).T
 
+    def last(self, expert: int) -> Tensor:
+        """The weight ``[D, F]`` of the module's own down projection, without the factor."""
+        return self._turned(self.tensors["down_proj"][expert])
+
+    def halves(self, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gate's and the up's part ``[..., F]`` of the first projection's outputs; ungated experts have no up."""
+        if self.experts.first != "gate_up_proj":
+            return first, None
+        if self.experts.module.is_concatenated:
+            gate, up = first.chunk(2, -1)
+            return gate, up
+        return first[..., ::2], first[..., 1::2]
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The opposite of :meth:`halves`: ``[..., F]`` and ``[..., F]`` in the order of the first projection's outputs."""
+        if self.experts.first != "gate_up_proj":
+            return gate
+        if self.experts.module.is_concatenated:
+            return torch.cat([gate, up], -1)
+        return torch.stack([gate, up], -1).reshape(*gate.shape[:-1], 2 * gate.shape[-1])
+
     def _turned(self, weight: Tensor) -> Tensor:
         return weight.T if self.experts.module.is_transposed else weight
 
@@ -179,6 +200,13 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.position)
+
+    @property
+    def expert(self) -> Tensor:
+        """``[S]`` int64, the expert of each place."""
+        device = self.position.device
+        counts = torch.tensor([end - begin for begin, end in self.runs.values()], dtype=torch.int64, device=device)
+        return torch.tensor(list(self.runs), dtype=torch.int64, device=device).repeat_interleave(counts)
 
     def each(self) -> Iterator[tuple[int, slice]]:
         """The chosen experts, each with its places."""
