@@ -35,7 +35,7 @@ from .passes import without_autocast
 from .scores import readouts_of
 from .segment import Found, Segment
 
-Parts = Literal["heads", "attn", "neurons", "mlp"]
+Parts = Literal["heads", "attn", "neurons", "experts", "mlp"]
 
 
 @dataclass(frozen=True)
