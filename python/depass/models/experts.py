@@ -61,9 +61,13 @@ class Experts:
         """Whether the experts' projections have biases."""
         return bool(self.module.has_bias)
 
-    def read(self) -> ExpertWeights:
-        """The weights as numbers on their device; offloaded ones are copied there, once for all experts."""
-        tensors = {name: weights.dense(self.module, name) for name in self.tensors}
+    def read(self, *names: str) -> ExpertWeights:
+        """The weights as numbers on their device; offloaded ones are copied there, once for all experts.
+
+        Args:
+            names: of :attr:`tensors`, those that are needed; by default all.
+        """
+        tensors = {name: weights.dense(self.module, name) for name in names or self.tensors}
         return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
@@ -224,11 +228,24 @@ def hidden_vectors(read: ExpertWeights, places: Places, x: Tensor) -> tuple[Tens
     return hidden, gate
 
 
-def outputs(read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+def outputs(
+    read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype, with_bias: bool = True
+) -> Iterator[tuple[int, slice, Tensor]]:
     """What each chosen expert adds at its places, ``[p, D]`` with the router's weight and its bias, in ``dtype``."""
     for expert, run in places.each():
         hidden = read.hidden(read.first(expert, x[places.position[run]])).to(dtype)
         output = hidden @ read.down(expert).to(dtype).T
-        bias = read.down_bias(expert)
+        bias = read.down_bias(expert) if with_bias else None
         output = output if bias is None else output + bias.to(dtype)
         yield expert, run, output * places.weight[run, None].to(dtype)
+
+
+def summed_bias(read: ExpertWeights, places: Places, positions: int, dtype: torch.dtype) -> Tensor:
+    """The down projections' biases of all experts that each position chose, ``[P, D]`` with the router's weights."""
+    weight = places.weight.to(dtype)
+    total = weight.new_zeros(positions, read.tensors["down_proj_bias"].shape[1])
+    for expert, run in places.each():
+        bias = read.down_bias(expert)
+        assert bias is not None
+        total.index_add_(0, places.position[run], weight[run, None] * bias.to(dtype))
+    return total
