@@ -16,7 +16,7 @@ from .alterations import refuse_compiled
 from .bound import MLP, BoundModel, Layer, Norm, Projection, epsilon_of
 from .experts import Experts, refuse_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
-from .infer import InferenceError, compare, experts_of, first_layer, infer
+from .infer import InferenceError, compare, first_layer, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
 from .packing import takes_positions
@@ -61,14 +61,10 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
         compare(bound)
     except (InferenceError, ModelError) as error:
         evaluate = "; it is in training mode: call model.eval()" if model.training else ""
-        layer, experts = first_layer(model), experts_of(model)
-        reason = (
-            f"it is a mixture of experts ({experts}), and DePass decomposes one MLP per layer" if experts else error
-        )
-        near = nearest(model, layer)
+        near = nearest(model, first_layer(model))
         raise ModelError(
             f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "
-            f"inferred: {reason}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
+            f"inferred: {error}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
             f"family={near.written()}"
         ) from error
     return bound

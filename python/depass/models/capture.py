@@ -38,7 +38,8 @@ _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pas
 running = threading.RLock()  # held during a pass
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values
-Watch = Callable[[nn.Module, Tensor, Tensor], None]  # of the values [B, K, T, d] and the output [B, T, H, d]
+# of the values [B, K, T, d], the output [B, T, H, d] and the pattern [B, H, T, T]
+Watch = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 
 def _attention(
@@ -67,7 +68,7 @@ def _attention(
         layer.attention(pattern, value)
     watch = _watch.get()
     if watch is not None:
-        watch(module, value, output)
+        watch(module, value, output, pattern)
     return output if packing is None else packing.gather(output), pattern
 
 
@@ -218,7 +219,7 @@ def watched(configs: Sequence[Any], watch: Watch) -> Iterator[None]:
 
     Args:
         configs: the configs of a model's modules.
-        watch: a function that is called with the attention module, its values and its output.
+        watch: a function that is called with the attention module, its values, its output and its pattern.
     """
     refuse_nested()
     token = _captured.set(_captured.get() | {id(config) for config in configs})

@@ -19,6 +19,8 @@ from depass_kernels.ops import FLOATS
 from ..errors import ModelError
 from . import weights
 
+INTERFACE = ("is_transposed", "is_concatenated", "has_bias")  # attributes of the modules of transformers' experts interface
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -74,7 +76,7 @@ def refuse_experts(module: Any, which: str) -> None:
         ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
             over devices, or have a norm on their outputs.
     """
-    lacking = [name for name in ("is_transposed", "is_concatenated", "has_bias") if not hasattr(module, name)]
+    lacking = [name for name in INTERFACE if not hasattr(module, name)]
     if lacking:
         raise ModelError(
             f"{which} ({type(module).__name__}) are not of transformers' experts interface, whose modules hold one tensor "
