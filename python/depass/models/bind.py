@@ -14,7 +14,7 @@ from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
 from .bound import MLP, BoundModel, Layer, Norm, Projection, epsilon_of
-from .experts import Experts, refuse_experts
+from .experts import Experts, refuse_experts, refuse_other_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
 from .infer import InferenceError, compare, first_layer, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
@@ -57,6 +57,7 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
             raise InferenceError("its text decoder is a part of another model")
         if getattr(model.config, "num_hidden_layers", None) == 0:
             raise InferenceError("it has no layers")
+        refuse_other_experts(model)
         bound = resolve(model, check(model, infer(model)), "inferred")
         compare(bound)
     except (InferenceError, ModelError) as error:
@@ -91,6 +92,8 @@ def check(model: Any, family: Family, empty: bool = False) -> Family:
     _refuse_declaration(family)
     _refuse_config(config, family, name)
     family = located(model, as_configured(family, text_config(config)))
+    if family.experts is not None and has(model, family.backbone):
+        refuse_other_experts(model.get_submodule(family.backbone))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
@@ -414,10 +417,11 @@ def _refuse_other_kinds(config: Any, name: str) -> None:
 
 
 def _missing_paths(model: Any, family: Family) -> list[str]:
-    """The paths of a family that a model lacks: those outside of its layers, and those of the first layer that lacks some."""
-    outside = [path for path in (f"{family.backbone}.{family.final_norm}",) if not has(model, path)]
-    if outside or not has(model, f"{family.backbone}.{family.layers}"):
-        return [*outside, *([] if has(model, f"{family.backbone}.{family.layers}") else [f"{family.backbone}.{family.layers}"])]
+    """The paths of a family that a model lacks: those outside of its layers or of the first layer that lacks some."""
+    outside = [f"{family.backbone}.{path}" for path in (family.final_norm, family.layers)]
+    missing = [path for path in outside if not has(model, path)]
+    if missing:
+        return missing
     for index, block in enumerate(_blocks(model, family)):
         missing = [path for path in module_paths(block, family).values() if not has(block, path)]
         if family.sinks is not None and not any(path == family.sinks for path, _ in block.named_parameters()):

@@ -49,6 +49,7 @@ def _attention(
     packing, carry, mask = _packing.get(), _carry.get(), attention_mask
     if carry is not None:
         query, key, value = carry(module, query, key, value)
+    _refuse_chosen_keys(module, options)
     if packing is not None:
         query, key, value = (packing.spread(each) for each in (query, key, value))
         mask = None if mask is None else packing.mask(mask)
@@ -73,7 +74,7 @@ def _attention(
 
 
 # what eager attention functions take besides queries, keys, values and the mask: all of it is part of the pattern
-_KNOWN = {"scaling", "dropout", "softcap", "sliding_window", "position_bias"}
+_KNOWN = {"scaling", "dropout", "softcap", "sliding_window", "position_bias", "head_mask"}
 
 
 def _refuse_unknown_extras(eager: Callable[..., Any], module: nn.Module) -> None:
@@ -83,6 +84,19 @@ def _refuse_unknown_extras(eager: Callable[..., Any], module: nn.Module) -> None
         raise ModelError(
             f"the attention function of {type(module).__name__} takes {', '.join(sorted(unknown))}, of which DePass does "
             "not know what it does to the pattern"
+        )
+
+
+def _refuse_chosen_keys(module: nn.Module, options: dict[str, Any]) -> None:
+    """Raise a ModelError where a model chooses each query's keys (sparse attention).
+
+    It puts them into the mask of transformers' own implementations; any other one gets their indices and has to do it.
+    """
+    given = [name for name, value in options.items() if name.endswith("indices") and value is not None]
+    if given:
+        raise ModelError(
+            f"the attention of {type(module).__name__} chooses some keys for each query ({', '.join(given)}: sparse "
+            "attention), which DePass does not support"
         )
 
 

@@ -20,10 +20,20 @@ from .capture import Check
 from .check import first_miss, last_differences, limit
 from .families import Family, NormKind
 from .infer_attention import AttentionAnswers
-from .infer_mlp import MLPAnswers, near, numbers, refuse_other_experts, slope
+from .infer_mlp import MLPAnswers, near, numbers, slope
 from .paths import has, module_paths
 from .trial import (
-    Call, InferenceError, LayerTrial, Trial, difference, failures, layers_of, rounding, same, tokens, tried,
+    Call,
+    InferenceError,
+    LayerTrial,
+    Trial,
+    difference,
+    failures,
+    layers_of,
+    rounding,
+    same,
+    tokens,
+    tried,
 )  # fmt: skip
 
 __all__ = ["InferenceError", "compare", "first_layer", "infer"]
@@ -37,7 +47,6 @@ def infer(model: Any) -> Family:
     Raises:
         InferenceError: one of the questions has no answer.
     """
-    refuse_other_experts(model)
     trial = tried(model)
     attention = infer_attention.ask(trial.first, trial.config)
     answers = [infer_mlp.ask(layer, trial.config, _added(layer, attention)) for layer in trial.each]
@@ -92,13 +101,17 @@ def _agreeing(answers: Sequence[MLPAnswers]) -> MLPAnswers:
     said = [(_path(each.norm), _path(each.post_norm), each.residual_factor) for each in answers]
     if len(set(said)) > 1:
         raise InferenceError(
-            f"its layers with experts and those without differ in the norms of the MLP or the factor behind it: "
-            f"{said[0]} and {said[1]}"
+            "its layers with experts and those without have other norms around the MLP or another factor behind it: "
+            f"{_said(said[0])} and {_said(said[1])}"
         )
     rows = {each.gate_rows for each in answers if each.gate is not None}
     if len(rows) > 1:
         raise InferenceError("its layers with experts and those without take other rows of a projection for the gate")
     return answers[-1]
+
+
+def _said(names: tuple[str | None, ...]) -> str:
+    return ", ".join(name for name in names if name is not None) or "none"
 
 
 def _paths_of_mlps(answers: Sequence[MLPAnswers]) -> dict[str, Any]:
@@ -172,8 +185,6 @@ def _end(trial: Trial) -> tuple[Call, Call]:
     for call in trial.outside:
         if same(call.written, trial.head[0].read):
             return call, trial.head[0]
-    if any(same(norm.written, trial.first.whole.written) for norm in trial.first.norms):
-        raise InferenceError("its layers end with a norm of the residual stream itself, not of what a sublayer adds")
     raise InferenceError("no norm's output is what the head reads; other modules stand between them")
 
 

@@ -37,8 +37,8 @@ def ask(layer: LayerTrial, config: Any) -> AttentionAnswers:
     Raises:
         InferenceError: one of them has no answer.
     """
-    _refuse_heads_by_layer(config)
     seen, path = _attention(layer)
+    _refuse_heads_by_layer(config)
     heads = config.num_attention_heads
     value, value_rows = _value(layer, seen.values, heads)
     before, latent = layer.norm_before(value), None

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .check import activations
-from .experts import refuse_experts
 from .families import GateRows
-from .trial import Call, InferenceError, LayerTrial, close, difference, holds_experts, rounding, same
+from .trial import Call, InferenceError, LayerTrial, close, difference, rounding, same
 
 
 @dataclass
@@ -22,29 +21,14 @@ class MLPAnswers:
     """
 
     norm: Call | None
-    gate: Call | None
-    gate_rows: GateRows
-    down: Call | None
-    post_norm: Call | None
-    residual_factor: str | None
     reads: Tensor  # [P, D], what the norm or, without one, the MLP reads
-    experts: Call | None = None
+    experts: Call | None
+    gate: Call | None
+    gate_rows: GateRows = "all"
+    down: Call | None = None
     weight: Call | None = None
-
-
-def refuse_other_experts(model: Any) -> None:
-    """Check that no module holds experts in another form than that of transformers' experts interface.
-
-    Raises:
-        InferenceError: one does.
-    """
-    of_interface = [path for path, module in model.named_modules() if holds_experts(module)]
-    for path, module in model.named_modules():
-        if any(path == each or path.startswith(f"{each}.") for each in of_interface):
-            continue
-        kind = type(module).__name__.lower()
-        if path.rpartition(".")[2] == "experts" or (kind.endswith("experts") and "shared" not in kind):
-            refuse_experts(module, f"its experts, {path},")
+    post_norm: Call | None = None
+    residual_factor: str | None = None
 
 
 def ask(layer: LayerTrial, config: Any, of_attention: Tensor) -> MLPAnswers:
@@ -58,17 +42,15 @@ def ask(layer: LayerTrial, config: Any, of_attention: Tensor) -> MLPAnswers:
     Raises:
         InferenceError: one of them has no answer.
     """
-    experts, gate, down, rows = layer.experts, None, None, "all"
-    found = _gate(layer)
-    if found is not None:
-        gate, rows, activation = found
-        down = _down(layer, gate, activation)
-    elif experts is None:
-        raise InferenceError("no activation module of a layer reads the output of a projection")
+    experts, found = layer.experts, _gate(layer)
+    gate = None if found is None else found[0]
     reader = experts or gate
-    assert reader is not None
+    if reader is None:
+        raise InferenceError("no activation module of a layer reads the output of a projection")
     norm = layer.norm_before(reader)
-    answers = MLPAnswers(norm, gate, rows, down, None, None, (norm or reader).read, experts)
+    answers = MLPAnswers(norm, (norm or reader).read, experts, gate)
+    if found is not None:
+        answers.gate_rows, answers.down = found[1], _down(layer, found[0], found[2])
     _ask_of_the_sum(answers, layer, config, of_attention)
     return answers
 
@@ -128,6 +110,10 @@ def _ask_of_the_sum(answers: MLPAnswers, layer: LayerTrial, config: Any, of_atte
                 best = missed
                 answers.post_norm, answers.weight, answers.residual_factor = norm, weight, name
     if best == rounding(layer.whole.written):
+        if any(same(norm.written, layer.whole.written) for norm in layer.norms):
+            raise InferenceError(
+                "its layers end with a norm of the residual stream itself, not of what a sublayer adds"
+            )
         raise InferenceError(
             f"what a layer adds to the stream is not what its projections write, times 1 or a number of the config "
             f"(about {factors[-1]:.3g} times)"

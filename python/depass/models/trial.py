@@ -21,7 +21,7 @@ from ..errors import first_line
 from . import weights
 from .capture import running, watched
 from .check import mixed
-from .experts import INTERFACE
+from .experts import holds_experts
 
 TOKENS = (5, 17, 42, 7, 9)
 
@@ -110,7 +110,9 @@ class LayerTrial:
     def norm_before(self, call: Call) -> Call | None:
         """The norm whose output a module reads, or None where it reads the stream."""
         earlier = self.calls[: self.calls.index(call)]
-        return next((each for each in reversed(earlier) if is_norm(each.module) and same(each.written, call.read)), None)
+        return next(
+            (each for each in reversed(earlier) if is_norm(each.module) and same(each.written, call.read)), None
+        )
 
 
 @dataclass
@@ -139,7 +141,9 @@ class Trial:
     @property
     def each(self) -> list[LayerTrial]:
         """The layers that the pass noted, the first layer first."""
-        return sorted((layer for layer in (self.dense, self.routed) if layer is not None), key=lambda layer: layer.index)
+        return sorted(
+            (layer for layer in (self.dense, self.routed) if layer is not None), key=lambda layer: layer.index
+        )
 
     @property
     def first(self) -> LayerTrial:
@@ -221,11 +225,6 @@ def layers_of(model: Any, config: Any) -> tuple[str, Any]:
     if not fitting:
         raise InferenceError(f"no list of modules has the length of the config's num_hidden_layers={count}")
     return min(fitting, key=lambda pair: pair[0].count("."))
-
-
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' experts interface."""
-    return all(hasattr(module, name) for name in INTERFACE)
 
 
 def is_norm(module: nn.Module) -> bool:
