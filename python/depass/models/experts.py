@@ -19,6 +19,8 @@ from depass_kernels.ops import FLOATS
 from ..errors import ModelError
 from . import weights
 
+_INTERFACE = ("is_transposed", "is_concatenated", "has_bias")  # attributes of the modules of the experts interface
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -71,6 +73,29 @@ class Experts:
         return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
+def holds_experts(module: Any) -> bool:
+    """Whether a module is one of transformers' experts interface."""
+    return all(hasattr(module, name) for name in _INTERFACE)
+
+
+def refuse_other_experts(model: Any) -> None:
+    """Check that no module of a model holds experts in another form than that of transformers' experts interface.
+
+    Raises:
+        ModelError: one does.
+    """
+    inside: list[str] = []  # of the interface
+    for path, module in model.named_modules():
+        if holds_experts(module):
+            inside.append(f"{path}.")
+        kind = type(module).__name__.lower()
+        is_named = path.rpartition(".")[2] == "experts" or (
+            kind.endswith("experts") and not kind.endswith("sharedexperts")
+        )
+        if is_named and not f"{path}.".startswith(tuple(inside)):
+            refuse_experts(module, f"the experts {path} of {type(model).__name__}")
+
+
 def refuse_experts(module: Any, which: str) -> None:
     """Check that a module's experts can be decomposed; ``which`` names them in the error.
 
@@ -78,11 +103,12 @@ def refuse_experts(module: Any, which: str) -> None:
         ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
             over devices, or have a norm on their outputs.
     """
-    lacking = [name for name in ("is_transposed", "is_concatenated", "has_bias") if not hasattr(module, name)]
+    lacking = [name for name in _INTERFACE if not hasattr(module, name)]
     if lacking:
         raise ModelError(
-            f"{which} ({type(module).__name__}) are not of transformers' experts interface, whose modules hold one tensor "
-            f"for each projection of all experts (it lacks {', '.join(lacking)}); DePass supports no others"
+            f"{which} ({type(module).__name__}) are not of the experts interface of transformers 5.7 and later, whose "
+            f"modules hold one tensor for each projection of all experts (lacking: {', '.join(lacking)}); DePass supports "
+            "no others"
         )
     if getattr(module, "_is_expert_parallel", False):
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
