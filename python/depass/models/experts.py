@@ -55,8 +55,12 @@ class Experts:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors by name: offloaded ones hold no numbers."""
-        names = (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
-        return {name: getattr(self.module, name) for name in names}
+        return {name: getattr(self.module, name) for name in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+        return (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
 
     @property
     def has_bias(self) -> bool:
@@ -114,8 +118,11 @@ def refuse_experts(module: Any, which: str) -> None:
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
     if getattr(module, "has_post_expert_norm", False):
         raise ModelError(f"{which} have a norm on their outputs, which DePass does not support")
-    tensors = Experts(module, 1).tensors
-    for name, tensor in tensors.items():
+    experts = Experts(module, 1)
+    absent = [name for name in experts.names if not isinstance(getattr(module, name, None), Tensor)]
+    if absent:
+        raise ModelError(f"{which} ({type(module).__name__}) have no {', '.join(absent)}; load unquantised weights")
+    for name, tensor in experts.tensors.items():
         if tensor.dim() != (2 if name.endswith("bias") else 3) or tensor.dtype not in FLOATS:
             raise ModelError(
                 f"{which} hold {tensor.dtype} weights of shape {list(tensor.shape)} as {name}, which DePass cannot read as "
