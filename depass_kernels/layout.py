@@ -139,6 +139,23 @@ class SourceLayout:
             self._position_of_row[device] = positions.repeat_interleave(self.counts).to(device)
         return self._position_of_row[device]
 
+    def rows_before(self, positions: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Rows, and the rows of the same source one, two, ... ``positions`` positions before, where it was active.
+
+        Returns:
+            For each distance, two int64 vectors on ``device`` of the same length.
+        """
+        where = self.position_of_row(self.row_start.device)
+        source = torch.arange(self.rows, device=where.device) - self.row_start[where]
+        begin = self.position_start[:-1].repeat_interleave(self.position_start.diff())[where]
+        found = []
+        for distance in range(1, positions + 1):
+            before = where - distance
+            is_active = (before >= begin) & (source < self.counts[before.clamp(min=0)])
+            rows = is_active.nonzero()[:, 0]
+            found.append((rows.to(device), (self.row_start[before[rows]] + source[rows]).to(device)))
+        return found
+
     def mix_tiles(self, queries: int, sources: int, device: torch.device) -> Tensor:
         """The tiles of the mixing, without those that are zero because no source has started.
 

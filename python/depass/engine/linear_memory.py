@@ -39,7 +39,7 @@ def linear_needs(
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
     widest = bound.widest_layer
     neurons, width, mixed = widest.neurons, bound.hidden_size, widest.output.shape[1]
-    tokens, pattern = sum(lengths), bound.num_heads * len(lengths) * max(lengths) ** 2
+    tokens, pattern = sum(lengths), bound.most_heads * len(lengths) * max(lengths) ** 2
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
     layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number
     together = min(targets, group_size(bound, lengths, path_weights))
@@ -59,7 +59,7 @@ def group_size(bound: BoundModel, lengths: Sequence[int], path_weights: PathWeig
     """How many targets of a prompt go back together, so that their gradients have at most :data:`BATCH_NUMBERS`."""
     width = _numbers_back(bound)
     if path_weights.steers:
-        width += 3 * bound.num_heads * max(lengths)
+        width += 3 * bound.most_heads * max(lengths)
     return max(1, BATCH_NUMBERS // (width * sum(lengths)))
 
 

@@ -176,7 +176,7 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
         if sources == "token":
             return positions * (positions + 1) // 2 + bias * positions, positions + bias
         if sources in SOURCES:
-            named = bound.num_heads if sources == "heads" else _most(bound, sources)
+            named = bound.most_heads if sources == "heads" else _most(bound, sources)
             return (named + 1 + bias) * positions, named + 1 + bias
         raise OptionError(f"unknown sources {sources!r} of a plan; choose {', '.join(SOURCES)} or a number of spans")
     count = min(integer("sources", sources, OptionError), positions)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
-from .bound import MLP, BoundModel, Layer, Norm, Projection, epsilon_of
-from .experts import Experts, refuse_experts, refuse_other_experts
+from .bind_layer import bind_layer, number_of
+from .bound import BoundModel, Norm, Projection, epsilon_of
+from .experts import refuse_experts, refuse_other_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
 from .infer import InferenceError, compare, first_layer, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
 from .packing import takes_positions
-from .paths import has, has_experts, has_shared, linear_paths, module_paths
+from .paths import has, has_experts, has_recurrence, linear_paths, module_paths
 from .positions import switches
 from .shapes import refuse_shapes
 
@@ -30,7 +31,6 @@ _TOGETHER = (  # fields that mean nothing without another
     ("shared_gate", "shared_down"), ("shared_down", "shared_gate"), ("shared_weight", "shared_gate"),
     ("shared_gate", "experts"), ("latent_norm", "latent"),
 )  # fmt: skip
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")  # in configs
 
 
 def bind(model: Any, family: Family | None = None, empty: bool = False) -> BoundModel:
@@ -143,8 +143,8 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
     config, head = model.config, model.get_output_embeddings()
     text = text_config(config)
     backbone: Any = model.get_submodule(family.backbone)
-    layers = tuple(_bind_layer(layer, family, text) for layer in _blocks(model, family))
-    refuse_shapes(layers, family, text.num_attention_heads, getattr(config, "name_or_path", "") or type(model).__name__)
+    layers = tuple(bind_layer(layer, family, text) for layer in _blocks(model, family))
+    refuse_shapes(layers, family, getattr(config, "name_or_path", "") or type(model).__name__)
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm, family.epsilon)
     biased, found = any(layer.has_bias() for layer in layers), switches(backbone)
     dynamic = any(switch.kind == "dynamic" for switch in found)  # made for prompts beyond the config's positions
@@ -160,14 +160,15 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
         num_heads=text.num_attention_heads,
         parallel=bool(family.parallel),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
-        logit_factor=_number(text, family.logit_factor),
-        logit_divisor=_number(text, family.logit_divisor),
+        logit_factor=number_of(text, family.logit_factor),
+        logit_divisor=number_of(text, family.logit_divisor),
         logit_cap=getattr(text, "final_logit_softcapping", None),
         max_positions=None if dynamic else getattr(text, "max_position_embeddings", None),
         switches=found,
         is_wrapped=is_wrapped(config),
         placeholders=placeholders(config) if is_wrapped(config) else {},
-        takes_positions=takes_positions(backbone),
+        # a recurrence does not tell the prompts of one row apart
+        takes_positions=takes_positions(backbone) and all(layer.recurrence is None for layer in layers),
         forwards={type(module): type(module).forward for module in (*backbone.modules(), head)},
         configs=tuple(configs.values()),
     )
@@ -176,70 +177,6 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
 def _blocks(model: Any, family: Family) -> list[Any]:
     """The layers' modules, from the first to the last."""
     return list(model.get_submodule(f"{family.backbone}.{family.layers}"))
-
-
-def _number(config: Any, name: str | None) -> float:
-    """A factor of the config by its name; 1 without a name."""
-    return 1.0 if name is None else float(getattr(config, name))
-
-
-def _bind_layer(layer: Any, family: Family, config: Any) -> Layer:
-    def norm(path: str | None) -> Norm | None:
-        module = nn.Identity() if path is None else layer.get_submodule(path)
-        return None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
-
-    heads, factor = config.num_attention_heads, _number(config, family.residual_factor)
-    output = Projection(layer.get_submodule(family.output), factor=factor)
-    fused = layer.get_submodule(family.value)
-    rows: str = family.value_rows
-    if rows == "last":  # q has as many rows as the output projection has columns; k and v share the others equally
-        rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
-    if rows == "end_of_head":
-        rows = f"end_of_head:{output.shape[1] // heads}"
-    latent = mix_gate = None
-    if family.latent is not None:
-        latent = Projection(layer.get_submodule(family.latent), f"first:{Projection(fused).shape[1]}")
-    if family.mix_gate is not None:
-        mix_gate = Projection(layer.get_submodule(family.mix_gate), family.mix_gate_rows, heads)
-    return Layer(
-        module=layer,
-        attention=layer.get_submodule(family.attention),
-        value=Projection(fused, rows, heads),
-        output=output,
-        mlp=_bind_mlp(layer, family, factor),
-        experts=_bind_experts(layer, family, factor, config),
-        attention_norm=norm(family.attention_norm),
-        mlp_norm=norm(family.mlp_norm),
-        attention_post_norm=norm(family.attention_post_norm),
-        mlp_post_norm=norm(family.mlp_post_norm),
-        latent=latent,
-        latent_norm=norm(family.latent_norm),
-        mix_gate=mix_gate,
-        mix_norm=norm(family.mix_norm),
-        sinks=None if family.sinks is None else layer.get_parameter(family.sinks),
-        held={path: layer.get_submodule(path) for path in module_paths(layer, family).values()},
-    )
-
-
-def _bind_mlp(layer: Any, family: Family, factor: float) -> MLP | None:
-    """The MLP that every position goes through; None where a layer has experts alone."""
-    gate, down, weight = family.gate, family.down, None
-    if has_experts(layer, family):
-        if family.shared_gate is None or family.shared_down is None or not has_shared(layer, family):
-            return None
-        gate, down = family.shared_gate, family.shared_down
-        weight = None if family.shared_weight is None else layer.get_submodule(family.shared_weight)
-    down_projection = Projection(layer.get_submodule(down), factor=factor)
-    return MLP(Projection(layer.get_submodule(gate), family.gate_rows), down_projection, weight)
-
-
-def _bind_experts(layer: Any, family: Family, factor: float, config: Any) -> Experts | None:
-    """The routed experts of a layer, if it has them."""
-    if family.experts is None or not has_experts(layer, family):
-        return None
-    module = layer.get_submodule(family.experts)
-    chosen = next((number for name in _CHOSEN if isinstance(number := getattr(config, name, None), int)), None)
-    return Experts(module, chosen or len(module.down_proj), factor)
 
 
 def _listed(model: Any) -> Family | None:
@@ -345,7 +282,8 @@ def _refuse_norms(model: Any, family: Family) -> None:
 
 def _refuse_width(blocks: Sequence[Any], head: Any, family: Family, name: str) -> None:
     """Raise a ModelError where the head reads vectors of another width than the layers write."""
-    written, read = Projection(blocks[0].get_submodule(family.output)).shape[0], Projection(head).shape[1]
+    output = linear_paths(blocks[0], family)["output"]
+    written, read = Projection(blocks[0].get_submodule(output)).shape[0], Projection(head).shape[1]
     if written != read:
         raise ModelError(
             f"the layers of {name} write vectors of width {written}, but its head reads width {read}; DePass does not "
@@ -437,7 +375,7 @@ def _missing_paths(model: Any, family: Family) -> list[str]:
         return missing
     for index, block in enumerate(_blocks(model, family)):
         missing = [path for path in module_paths(block, family).values() if not has(block, path)]
-        if family.sinks is not None and not any(path == family.sinks for path, _ in block.named_parameters()):
+        if family.sinks is not None and not has_recurrence(block, family) and not any(path == family.sinks for path, _ in block.named_parameters()):
             missing.append(family.sinks)
         if missing:
             return [f"{family.backbone}.{family.layers}.{index}.{path}" for path in missing]

@@ -15,6 +15,7 @@ from . import weights
 from .experts import Experts
 from .families import Family, NormKind, Origin
 from .positions import Switch
+from .recurrences import Recurrence
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,9 @@ class Projection:
         if self.rows.startswith("end_of_head:"):
             by_head = rows.reshape(self.num_heads, -1, *rows.shape[1:])
             return by_head[:, -int(self.rows[12:]) :].flatten(0, 1)
+        if self.rows.startswith("within:"):
+            begin, end = map(int, self.rows[7:].split(":"))
+            return rows.reshape(self.num_heads, -1, *rows.shape[1:])[:, begin:end].flatten(0, 1)
         if self.rows.startswith("first:"):
             return rows[: int(self.rows[6:])]
         if self.rows.startswith("last:"):
@@ -171,10 +175,11 @@ class Layer:
     """The modules, projections and norms of one layer.
 
     A layer has an :class:`MLP`, experts, or both. Where it has a ``latent`` projection, the value projection reads its
-    output after ``latent_norm``.
+    output after ``latent_norm``. A layer with a ``recurrence`` has it in the place of attention.
     """
 
     module: nn.Module
+    num_heads: int
     attention: nn.Module
     value: Projection
     output: Projection
@@ -188,6 +193,7 @@ class Layer:
     latent_norm: Norm | None = None
     mix_gate: Projection | None = None
     mix_norm: Norm | None = None
+    recurrence: Recurrence | None = None
     sinks: Any = None  # [H], the attention sinks that scale what the heads mix
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)  # by path, all that was found
 
@@ -271,6 +277,11 @@ class BoundModel:
     def widest_layer(self) -> Layer:
         """The layer in which a position has the most neurons, which determines the size of the MLP's blocks."""
         return max(self.layers, key=lambda layer: layer.neurons)
+
+    @property
+    def most_heads(self) -> int:
+        """The number of heads of the layer that has most."""
+        return max(layer.num_heads for layer in self.layers)
 
     @property
     def has_experts(self) -> bool:

@@ -433,6 +433,10 @@ class LayerCapture:
             modules.output.module.register_forward_pre_hook(self.mixed),
             *(norm.module.register_forward_pre_hook(partial(self.norm, name, norm)) for name, norm in norms.items()),
         ]
+        if modules.recurrence is not None:
+            hooks.append(modules.recurrence.module.register_forward_pre_hook(self.recurrence, with_kwargs=True))
+            if self.seen is not None:
+                hooks.append(modules.value.module.register_forward_hook(self.values_of_recurrence))
         if modules.mix_gate is not None:
             hooks.append(modules.mix_gate.module.register_forward_hook(self.mix_gate))
         if modules.mix_norm is not None:
@@ -495,6 +499,27 @@ class LayerCapture:
         if self.seen is not None:
             self.seen.values = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
             self.seen.mixed = self.run.packing.of_padded(mixed(pattern, values))
+
+    @of_this_thread
+    def recurrence(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture what a recurrence freezes, computed from its input."""
+        assert self.modules.recurrence is not None
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            frozen = self.modules.recurrence.frozen(x)
+        trace, flat = self.trace, self.run.packing.flat
+        pattern, off = frozen.pattern, masked_heads.get((self.modules.output.module, self.thread))
+        if off is not None:
+            pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
+        trace.pattern, trace.value_scale, trace.mix_scale = pattern, flat(frozen.value_scale), flat(frozen.mix_scale)
+        if self.seen is not None:
+            self.seen.mixed = flat(frozen.mixed)
+
+    @of_this_thread
+    def values_of_recurrence(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture what the value projection of a recurrence writes, before the convolution."""
+        if self.seen is not None:
+            self.seen.values = self.modules.value.select_output(self.run.packing.flat(output))
 
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from . import weights
 from .bound import BoundModel, Layer, Norm, Projection
 from .experts import ExpertWeights, Places, outputs
+from .paths import linear_paths
 from .trace import Trace
 
 # by step: what differs, with the paths of the family
@@ -67,15 +68,15 @@ class Miss(NamedTuple):
         """The difference in words, of a layer or, behind the last, of the end of the model."""
         family = bound.family
         paths = {name: path or "no norm" for name, path in vars(family).items()}
-        adding = [family.output]
-        if index < len(bound.layers) and bound.layers[index].experts is not None:
-            adding.append(str(family.experts))
-            if bound.layers[index].mlp is not None:
-                paths["gate"] = str(family.shared_gate)
-                adding.append(str(family.shared_down))
-        else:
-            adding.append(family.down)
-        paths["adding"] = f"{', '.join(adding[:-1])} and {adding[-1]}"
+        if index < len(bound.layers):
+            layer = bound.layers[index]
+            own = linear_paths(layer.module, family)
+            paths |= own
+            gate, down = ("gate", "down") if layer.experts is None else ("shared_gate", "shared_down")
+            paths["gate"] = own.get(gate, "no MLP")
+            of_mlp = [family.experts] if layer.experts is not None else []
+            adding = [own["output"], *of_mlp, *([own[down]] if layer.mlp is not None else [])]
+            paths["adding"] = f"{', '.join(map(str, adding[:-1]))} and {adding[-1]}"
         text = {**STEPS, **LAST_STEPS}[self.step].format(**paths)
         return f"{text} (relative difference {self.difference:.1e}, limit {self.limit:.0e})"
 

@@ -13,6 +13,7 @@ NormKind = Literal["rms", "rms_plus_one", "layer", "layer_plus_one"]
 ValueRows = Literal["all", "last", "last_of_head", "middle_of_four", "end_of_head"]
 GateRows = Literal["all", "first_half"]
 MixGateRows = Literal["all", "second_of_head"]
+RecurrenceKind = Literal["delta_rule", "state_space"]
 Origin = Literal["declared", "inferred", "given"]  # by the list, by a trial pass, by the caller
 
 
@@ -53,6 +54,9 @@ class Family:
         mix_norm: the path of an RMSNorm on what the heads mix, or None.
         sinks: the path of the attention sinks, one a head, that scale what the heads mix; or None. Sinks inside the
             softmax are part of the pattern and are not declared.
+        recurrence: the path of the module that some layers have in the place of attention, whose mixing is linear in its
+            values (linear attention); or None. Its parts have the names that transformers gives them.
+        recurrence_kind: what it computes: a gated ``delta_rule``, or a ``state_space`` (Mamba-2).
         experts: the path of the routed experts, in the layers that have them; other layers have ``gate`` and ``down``.
         shared_gate, shared_down: the paths of the projections of the MLP beside the experts that every position goes
             through, where a layer has one; ``gate_rows`` holds for it too.
@@ -87,6 +91,8 @@ class Family:
     mix_gate_rows: MixGateRows = "all"
     mix_norm: str | None = None
     sinks: str | None = None
+    recurrence: str | None = None
+    recurrence_kind: RecurrenceKind = "delta_rule"
     experts: str | None = None
     shared_gate: str | None = None
     shared_down: str | None = None
@@ -150,6 +156,9 @@ GRANITE_MOE = replace(GRANITE, experts="block_sparse_moe.experts")
 GRANITE_SHARED = replace(
     GRANITE_MOE, gate_rows="first_half", shared_gate="shared_mlp.input_linear", shared_down="shared_mlp.output_linear"
 )
+QWEN3_NEXT = replace(
+    QWEN2_MOE, norm="rms_plus_one", mix_gate="self_attn.q_proj", mix_gate_rows="second_of_head", recurrence="linear_attn",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's config
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -252,7 +261,17 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "granitemoe": GRANITE_MOE,
     "granitemoeshared": GRANITE_SHARED,
     "granitemoe_swa": replace(GRANITE_SHARED, sinks="self_attn.sinks"),
-    "granitemoehybrid": replace(GRANITE_SHARED, gate="shared_mlp.input_linear", down="shared_mlp.output_linear"),
+    "granitemoehybrid": replace(
+        GRANITE_SHARED, gate="shared_mlp.input_linear", down="shared_mlp.output_linear", recurrence="mamba",
+        recurrence_kind="state_space",
+    ),
+    "bamba": Family(
+        final_norm="final_layernorm", gate="feed_forward.gate_proj", down="feed_forward.down_proj",
+        mlp_norm="pre_ff_layernorm", recurrence="mamba", recurrence_kind="state_space",
+    ),
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN3_NEXT,
+    "qwen3_5_text": replace(QWEN3_NEXT, experts=None, shared_gate=None, shared_down=None, shared_weight=None),
 }  # fmt: skip
 
 _NO_INTERFACE = "its attention does not call transformers' AttentionInterface, which gives DePass the attention pattern"

@@ -7,25 +7,39 @@ from typing import Any
 from .families import Family
 from .trace import NORMS
 
-_ALWAYS = ("value", "output", "latent", "mix_gate")
+_OF_ATTENTION = ("attention", "latent_norm", "mix_norm")
 
 
 def linear_paths(layer: Any, family: Family) -> dict[str, str]:
     """The paths of a layer's linear layers that the decomposition reads, by the field of the family."""
-    parts = [*_ALWAYS]
-    if not has_experts(layer, family):
-        parts += ["gate", "down"]
-    elif has_shared(layer, family):
-        parts += ["shared_gate", "shared_down"]
-    return _named(family, parts)
+    of_mlp = ["gate", "down"]
+    if has_experts(layer, family):
+        of_mlp = ["shared_gate", "shared_down"] if has_shared(layer, family) else []
+    if has_recurrence(layer, family):
+        return {**_of_recurrence(layer, family), **_named(family, of_mlp)}
+    return _named(family, ["value", "output", "latent", "mix_gate", *of_mlp])
 
 
 def module_paths(layer: Any, family: Family) -> dict[str, str]:
     """The paths of all modules of a layer that its family names, by the field of the family."""
     others = _named(family, ["attention", *NORMS, "mix_norm"])
+    if has_recurrence(layer, family):
+        others = {part: path for part, path in others.items() if part not in _OF_ATTENTION}
+        others |= _named(family, ["recurrence"])
     if has_experts(layer, family):
         others |= _named(family, ["experts", *(("shared_weight",) if has_shared(layer, family) else ())])
     return {**others, **linear_paths(layer, family)}
+
+
+def has_recurrence(layer: Any, family: Family) -> bool:
+    """Whether a layer has the recurrence that its family names in the place of attention."""
+    return family.recurrence is not None and has(layer, family.recurrence)
+
+
+def _of_recurrence(layer: Any, family: Family) -> dict[str, str]:
+    names = ("in_proj",) if family.recurrence_kind == "state_space" else ("in_proj_qkv", "in_proj_qkvz")
+    found = [name for name in names if has(layer, f"{family.recurrence}.{name}")]
+    return {"value": f"{family.recurrence}.{(found or names)[0]}", "output": f"{family.recurrence}.out_proj"}
 
 
 def has_experts(layer: Any, family: Family) -> bool:

@@ -12,13 +12,12 @@ from .families import Family
 from .trace import NORMS
 
 
-def refuse_shapes(layers: Sequence[Layer], family: Family, num_heads: int, name: str) -> None:
+def refuse_shapes(layers: Sequence[Layer], family: Family, name: str) -> None:
     """Check that each projection of every layer has the rows and the columns that its place needs.
 
     Args:
         layers: the layers of a model.
         family: its family.
-        num_heads: the number of heads of each layer.
         name: what to call the model in the error.
 
     Raises:
@@ -27,7 +26,7 @@ def refuse_shapes(layers: Sequence[Layer], family: Family, num_heads: int, name:
     for index, layer in enumerate(layers):
         said = (
             _of_values(layer, family)
-            or _of_mixing(layer, family, num_heads)
+            or _of_mixing(layer, family)
             or _of_mlp(layer, family)
             or _of_norms(layer, family)
         )
@@ -52,8 +51,8 @@ def _of_values(layer: Layer, family: Family) -> str | None:
     return None
 
 
-def _of_mixing(layer: Layer, family: Family, num_heads: int) -> str | None:
-    mixed = layer.output.shape[1]
+def _of_mixing(layer: Layer, family: Family) -> str | None:
+    mixed, num_heads = layer.output.shape[1], layer.num_heads
     if layer.mix_gate is not None:
         rows = _shape(layer.mix_gate)
         if rows is None or rows[0] not in (num_heads, mixed):

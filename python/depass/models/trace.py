@@ -21,6 +21,7 @@ class Trace:
     stream: Tensor  # [P, D], the residual stream at the layer's input
     pattern: Tensor | None = None  # [B, H, T, T], where T is the length of the longest prompt
     scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
+    value_scale: Tensor | None = None  # [P, K·d], what multiplies the values of a recurrence behind its convolution
     mix_scale: Tensor | None = None  # [P, H·d], what multiplies the mixed values before the output projection
     mixed: Tensor | None = None  # [P, H·d], the input of the attention's output projection
     hidden: Tensor | None = None  # [P, F], of the MLP that every position goes through

@@ -50,7 +50,7 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     folded = _copied_weights(bound, layer, device)
     folded += max(_lent(bound, layer) for layer in bound.layers)
     padded = len(lengths) * max(lengths)
-    patterns = bound.num_heads * padded * max(lengths)
+    patterns = bound.most_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
     chosen, of_experts = _places(bound)
     activations = padded * (4 * neurons + (8 + 3 * chosen) * width) * own

@@ -19,6 +19,7 @@ from depass_kernels import SourceLayout, backends, mix_values, normed, residual_
 from depass_kernels.reference import matmul
 
 from ..models.bound import BoundModel, Layer, Norm
+from ..models.recurrences import Recurrence, convolved
 from ..models.trace import Trace
 from ..sources.source import Decomposition
 from .blocks import Blocks, Cut, _Kept, _PositionBlock, _SourceBlock, cut, traits
@@ -249,6 +250,7 @@ class _Attention:
         self.scale = propagation.at(trace.scales.get("attention_norm"))
         self.latent_scale = propagation.at(trace.scales.get("latent_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
+        self.value_scale = propagation.at(trace.value_scale)  # [P, K·d]
         self.mix_scale = propagation.at(trace.mix_scale)  # [P, H·d]
         dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
         self.value_weight = layer.value.weight.to(dtype)  # [K·d, D] or, behind a latent projection, [K·d, rank]
@@ -277,7 +279,20 @@ class _Attention:
         for constant in (self.constant, None if self.latent_weight is not None else self.first_constant):
             if constant is not None and block.has_bias_source:
                 add_constant(values, constant, block.layout)
-        return values
+        return values if self.layer.recurrence is None else self._convolved(values, self.layer.recurrence, block)
+
+    def _convolved(self, values: Tensor, recurrence: Recurrence, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
+        """The values of a recurrence: each source's own behind the convolution, times what the SiLU let through."""
+        assert self.value_scale is not None
+        taps = recurrence.taps().to(values.dtype)
+        out = convolved(values, taps, block.layout.rows_before(taps.shape[1] - 1, values.device))
+        bias = recurrence.taps_bias()
+        if bias is not None and block.has_bias_source:
+            add_constant(out, bias, block.layout)
+        for run in block.runs:
+            where = run.layout.position_of_row(out.device)
+            out[run.begin : run.end] *= self.value_scale[run.first : run.last].to(out.dtype)[where]
+        return out
 
     def _latent(self, normed: Tensor, weight: Tensor, run: _PositionBlock, positions: slice, has_bias: bool) -> Tensor:
         """What the value projection reads of normed rows ``[R', D]``: their latent vectors after the norm, ``[R', rank]``."""
@@ -292,7 +307,7 @@ class _Attention:
 
         ``narrowed``: the state holds only the kept rows.
         """
-        state, heads = self.propagation.state, self.propagation.bound.num_heads
+        state, heads = self.propagation.state, self.layer.num_heads
         mixed = mix_values(
             self.pattern,
             values,

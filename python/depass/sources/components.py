@@ -119,14 +119,14 @@ def _keep_iterators(spec: Any) -> None:
 
 def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
-    ids = _indices(_named("ids", spec), spec.ids, bound.num_heads)
+    ids = _indices(_named("ids", spec), spec.ids, layer.num_heads)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
         assert trace.mixed is not None
         weight = into_stream(layer.output.weight, layer.attention_post_norm, bound.state_dtype)
-        mixed = trace.mixed[where].to(weight).view(len(where), bound.num_heads, -1)  # [p, H, d]
-        weight = weight.reshape(len(weight), bound.num_heads, -1)
-        if len(ids) < bound.num_heads:
+        mixed = trace.mixed[where].to(weight).view(len(where), layer.num_heads, -1)  # [p, H, d]
+        weight = weight.reshape(len(weight), layer.num_heads, -1)
+        if len(ids) < layer.num_heads:
             weight, mixed = weight[:, ids], mixed[:, ids]
         head_outputs = torch.einsum("phd,xhd->phx", mixed, weight)
         return _post_scaled(head_outputs, trace.scales.get("attention_post_norm"), where)

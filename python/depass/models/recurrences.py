@@ -1,0 +1,251 @@
+"""Linear attention: recurrences that are linear in their values, once all that steers them is frozen.
+
+A gated delta rule and a state space (Mamba-2) read values one position after the other into a state, and read the state
+with queries. With queries, keys, decays and step sizes frozen, the output at position ``t`` is ``Σ_s P[t, s] v[s]``: ``P``
+is their attention pattern, lower triangular and without a softmax. Before it, a short convolution over positions and a SiLU
+make the values; the SiLU's ``σ`` is frozen like a gate. Behind it stand a norm and a gate, a frozen scale.
+
+Everything is computed here from the input of the module that holds the recurrence. The check of a model's first run
+compares what comes out with the input of the output projection.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import ModelError
+from . import weights
+
+
+class Frozen(NamedTuple):
+    """What a recurrence freezes, for ``B`` prompts of ``T`` tokens.
+
+    Attributes:
+        pattern: ``[B, H, T, T]``.
+        value_scale: ``[B, T, H·d]``, the ``σ`` of the SiLU behind the convolution.
+        mix_scale: ``[B, T, H·d]``, of the norm and the gate before the output projection.
+        mixed: ``[B, T, H·d]``, the pattern times the values.
+    """
+
+    pattern: Tensor
+    value_scale: Tensor
+    mix_scale: Tensor
+    mixed: Tensor
+
+
+@dataclass(frozen=True)
+class Recurrence(ABC):
+    """A layer's linear attention in the place of its attention: the module that holds it."""
+
+    module: Any
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """The number of heads of the values."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> range:
+        """The channels of the convolution that are the values'."""
+
+    @abstractmethod
+    def value_projection(self) -> tuple[Any, str, int]:
+        """The projection that computes the values before the convolution: the module, its rows, and how many heads."""
+
+    @abstractmethod
+    def frozen(self, x: Tensor) -> Frozen:
+        """What the recurrence freezes for its input ``[B, T, D]``."""
+
+    def taps(self) -> Tensor:
+        """The convolution's weight on the values, ``[H·d, taps]``; the last tap is that of a position itself."""
+        return _convolution(self.module)[0][self.channels.start : self.channels.stop]
+
+    def taps_bias(self) -> Tensor | None:
+        """The convolution's bias on the values ``[H·d]``, which belongs to the bias source; or None."""
+        bias = _convolution(self.module)[1]
+        return None if bias is None else bias[self.channels.start : self.channels.stop]
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """The convolution of ``[B, T, C]`` over positions before its SiLU, in fp32 or fp64."""
+        weight, bias = _convolution(self.module)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        u = functional.conv1d(
+            x.transpose(1, 2).to(dtype), weight[:, None].to(dtype), None if bias is None else bias.to(dtype),
+            padding=weight.shape[1] - 1, groups=len(weight),
+        )  # fmt: skip
+        return u[..., : x.shape[1]].transpose(1, 2)
+
+
+class DeltaRule(Recurrence):
+    """The gated delta rule of Qwen3-Next and Qwen3.5: ``S_t = γ_t S_{t-1} + k_t β_t (v_t - γ_t S_{t-1}ᵀ k_t)ᵀ``."""
+
+    @property
+    def heads(self) -> int:
+        return int(self.module.num_v_heads)
+
+    @property
+    def channels(self) -> range:
+        return range(2 * self.module.key_dim, 2 * self.module.key_dim + self.module.value_dim)
+
+    def value_projection(self) -> tuple[Any, str, int]:
+        m = self.module
+        if hasattr(m, "in_proj_qkv"):
+            return m.in_proj_qkv, f"last:{m.value_dim}", 1
+        values = m.value_dim // m.num_k_heads
+        return m.in_proj_qkvz, f"within:{2 * m.head_k_dim}:{2 * m.head_k_dim + values}", m.num_k_heads
+
+    def frozen(self, x: Tensor) -> Frozen:
+        m, (batch, length) = self.module, x.shape[:2]
+        qkv, z, b, a = self._projected(x)
+        u = self._convolved(qkv)
+        query, key, value = functional.silu(u).split([m.key_dim, m.key_dim, m.value_dim], -1)
+        repeats = m.num_v_heads // m.num_k_heads
+        query, key = (
+            _unit(each.reshape(batch, length, -1, m.head_k_dim)).repeat_interleave(repeats, 2).transpose(1, 2)
+            for each in (query, key)
+        )
+        decay = -_own(m, "A_log").to(u).exp() * functional.softplus(a.to(u) + _own(m, "dt_bias").to(u))  # [B, T, H]
+        beta = b.sigmoid().to(u).transpose(1, 2)[..., None]  # [B, H, T, 1]
+        decayed = _decays(decay.transpose(1, 2))
+        correction = (beta * decayed * (key @ key.mT)).tril(-1)  # what earlier positions' values leave at a later one
+        one = torch.eye(length, dtype=u.dtype, device=u.device)
+        own = torch.linalg.solve_triangular(one + correction, one * beta, upper=False, unitriangular=True)
+        pattern = (decayed * (query @ key.mT) * m.head_k_dim**-0.5).tril() @ own
+        core = _mixed(pattern, value.reshape(batch, length, -1, m.head_v_dim))  # [B, T, H, d]
+        root = torch.rsqrt(core.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
+        gate = functional.silu(z.to(u)).reshape(core.shape)
+        scale = _own(m.norm, "weight").to(u) * root * gate
+        return Frozen(
+            pattern, u[..., self.channels.start : self.channels.stop].sigmoid(), scale.flatten(2), core.flatten(2)
+        )
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values together, the gate, and what makes step sizes and decays, each ``[B, T, ...]``."""
+        m = self.module
+        if hasattr(m, "in_proj_qkv"):
+            qkv, z, b, a = (_linear(getattr(m, f"in_proj_{name}"), x) for name in ("qkv", "z", "b", "a"))
+            return qkv, z, b, a
+        ordered = m.fix_query_key_value_ordering(_linear(m.in_proj_qkvz, x), _linear(m.in_proj_ba, x))
+        query, key, value, z, b, a = ordered
+        return torch.cat([each.flatten(2) for each in (query, key, value)], -1), z.flatten(2), b, a
+
+
+class StateSpace(Recurrence):
+    """The state space of Mamba-2 hybrids (Granite 4, Bamba): ``S_t = exp(Δ_t A) S_{t-1} + Δ_t B_t v_tᵀ``, read by ``C_t``."""
+
+    @property
+    def heads(self) -> int:
+        return int(self.module.num_heads)
+
+    @property
+    def channels(self) -> range:
+        return range(self.module.intermediate_size)
+
+    def value_projection(self) -> tuple[Any, str, int]:
+        width = self.module.intermediate_size  # the gate comes first
+        return self.module.in_proj, f"within:{width}:{2 * width}", 1
+
+    def frozen(self, x: Tensor) -> Frozen:
+        m, (batch, length) = self.module, x.shape[:2]
+        z, read, step = _linear(m.in_proj, x).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
+        u = self._convolved(read)
+        states = m.n_groups * m.ssm_state_size
+        value, b, c = functional.silu(u).split([m.intermediate_size, states, states], -1)
+        step = functional.softplus(step.to(u) + _own(m, "dt_bias").to(u)).clamp(*m.time_step_limit).transpose(1, 2)
+        b, c = (
+            each.reshape(batch, length, m.n_groups, -1).repeat_interleave(m.num_heads // m.n_groups, 2).transpose(1, 2)
+            for each in (b, c)
+        )
+        decayed = _decays(-_own(m, "A_log").to(u).exp()[:, None] * step)
+        pattern = (decayed * (c @ b.mT)).tril() * step[..., None, :]
+        pattern = pattern + torch.diag_embed(_own(m, "D").to(u)[None, :, None].expand(batch, -1, length))
+        core = _mixed(pattern, value.reshape(batch, length, m.num_heads, -1)).flatten(2)
+        gate = functional.silu(z.to(u))
+        by_group = (core * gate).reshape(batch, length, -1, m.norm.group_size)
+        root = torch.rsqrt(by_group.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
+        scale = root.expand(by_group.shape).flatten(2) * gate * _own(m.norm, "weight").to(u)
+        return Frozen(pattern, u[..., : m.intermediate_size].sigmoid(), scale, core)
+
+
+KINDS = {"delta_rule": DeltaRule, "state_space": StateSpace}
+# what each kind reads of its module
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "delta_rule": (
+        "num_v_heads", "num_k_heads", "head_k_dim", "head_v_dim", "key_dim", "value_dim", "conv1d", "A_log", "dt_bias",
+        "norm", "out_proj",
+    ),
+    "state_space": (
+        "num_heads", "n_groups", "ssm_state_size", "intermediate_size", "conv_dim", "conv1d", "in_proj", "A_log", "D",
+        "dt_bias", "time_step_limit", "norm", "out_proj",
+    ),
+}  # fmt: skip
+
+
+def recurrence(module: Any, kind: str, which: str) -> Recurrence:
+    """A module's recurrence; ``which`` names it in the error.
+
+    Raises:
+        ModelError: the module lacks something that the kind reads, or has another activation than SiLU.
+    """
+    lacking = [name for name in _NEEDED[kind] if not hasattr(module, name)]
+    if lacking:
+        raise ModelError(
+            f"{which} ({type(module).__name__}) is no {kind} as DePass knows it: it lacks {', '.join(lacking)}"
+        )
+    if getattr(module, "activation", "silu") not in ("silu", "swish"):
+        raise ModelError(f"{which} has the activation {module.activation!r} behind its convolution; DePass knows 'silu'")
+    return KINDS[kind](module)
+
+
+def convolved(values: Tensor, taps: Tensor, where: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The causal convolution of each source's own values ``[R, C]`` over its positions.
+
+    Args:
+        values: the rows of a block of sources.
+        taps: ``[C, k]``, the last of a position itself.
+        where: of each earlier tap, the nearest first, rows and the rows of the same source so many positions before.
+    """
+    out = values * taps[:, -1]
+    for back, (rows, before) in enumerate(where, start=2):
+        out.index_add_(0, rows, values.index_select(0, before) * taps[:, -back])
+    return out
+
+
+def _mixed(pattern: Tensor, values: Tensor) -> Tensor:
+    """``[B, T, H, d]``: a pattern ``[B, H, T, T]`` times values ``[B, T, H, d]``."""
+    return (pattern @ values.transpose(1, 2)).transpose(1, 2)
+
+
+def _decays(logs: Tensor) -> Tensor:
+    """``[B, H, T, T]``: what is left at ``t`` of a state at ``s``, from the logarithms ``[B, H, T]``; 0 before ``s``."""
+    total = logs.double().cumsum(-1)  # two sums of thousands of positions differ by little
+    apart = (total[..., :, None] - total[..., None, :]).to(logs)
+    return apart.masked_fill(torch.ones_like(apart, dtype=torch.bool).triu(1), -torch.inf).exp()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    weight, bias = weights.dense(module), weights.dense(module, "bias")
+    assert weight is not None
+    return functional.linear(x.to(weight), weight, bias)
+
+
+def _own(module: Any, name: str) -> Tensor:
+    tensor = weights.dense(module, name)
+    assert tensor is not None
+    return tensor
+
+
+def _convolution(module: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight ``[C, taps]`` and the bias of a module's convolution."""
+    return _own(module.conv1d, "weight")[:, 0], weights.dense(module.conv1d, "bias")
