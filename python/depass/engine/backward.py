@@ -141,7 +141,7 @@ class LayerGradients:
 
     def heads(self) -> Tensor:
         """The scores of the heads' outputs by position, ``[T, P, H]``."""
-        of_mixed, mixed, heads = self.of_mixed, self.mixed, self.bound.num_heads
+        of_mixed, mixed, heads = self.of_mixed, self.mixed, self._modules.num_heads
         by_head = mixed.reshape(len(mixed), heads, -1)
         return _dot(of_mixed.reshape(len(of_mixed), *by_head.shape), by_head, self._dtype)
 

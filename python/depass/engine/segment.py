@@ -127,8 +127,23 @@ class Segment:
         self.ran.add("output projection")
         if not torch.is_grad_enabled():
             return None
+        self._keep_biases_of_recurrence()
         self.mixed = _in_graph(args[0])
         return (self.mixed, *args[1:])
+
+    def _keep_biases_of_recurrence(self) -> None:
+        """Keep the places where a recurrence adds the biases of its values and of their convolution."""
+        recurrence, flow = self.modules.recurrence, self.flow.recurrence
+        if recurrence is None or flow is None:
+            return
+        if flow.call is None:
+            self._must_carry(None)
+            return
+        path, of_values, of_taps = self.paths[recurrence.module], self.modules.value.bias, recurrence.taps_bias()
+        if of_values is not None:
+            self.biased.append(Biased(f"{path}.values", get_gradient_edge(flow.call.values), of_values.detach()))
+        if of_taps is not None:
+            self.biased.append(Biased(f"{path}.conv1d", get_gradient_edge(flow.call.convolved), of_taps.detach()))
 
     @of_this_thread
     def at_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
@@ -241,6 +256,8 @@ class Segment:
             self.__dict__.pop(name, None)
         if self.flow.experts is not None:
             self.flow.experts.call = None
+        if self.flow.recurrence is not None:
+            self.flow.recurrence.call = None
         self.call, self.middle = None, None
         self.biased.clear()
         self.flow.steering.clear()

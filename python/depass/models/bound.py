@@ -233,9 +233,9 @@ class Layer:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
         norms = (norm for norm in (self.attention_norm, self.mlp_norm, self.latent_norm) if norm is not None)
         of_experts = self.experts is not None and self.experts.has_bias
-        return (
-            of_experts or any(p.bias is not None for p in self.projections) or any(n.beta() is not None for n in norms)
-        )
+        of_taps = self.recurrence is not None and self.recurrence.has_bias
+        of_projections = any(p.bias is not None for p in self.projections)
+        return of_experts or of_taps or of_projections or any(n.beta() is not None for n in norms)
 
 
 @dataclass(frozen=True)

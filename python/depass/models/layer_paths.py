@@ -20,6 +20,7 @@ from ..rules import PathWeights
 from .bound import MLP, BoundModel, Layer, Projection
 from .capture import of_this_thread, routing_of
 from .experts import Experts, ExpertWeights, Places
+from .recurrence_paths import RecurrencePaths
 
 Slope = Literal["secant", "tangent"]
 
@@ -31,6 +32,7 @@ class LayerPaths:
         steering: the queries and keys, each ``[B, H, N, d]``, as far as the attention's pattern passes them a gradient.
         mlp: the paths of the MLP that every position goes through, or None.
         experts: the paths of the routed experts, or None.
+        recurrence: the paths of the recurrence in the place of attention, or None.
     """
 
     def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights, slope: Slope) -> None:
@@ -42,6 +44,8 @@ class LayerPaths:
         options = (bound.state_dtype, path_weights, slope)
         self.mlp = None if mlp is None else MLPPaths(mlp, at, *options)
         self.experts = None if experts is None else ExpertPaths(experts, *options)
+        recurrence = self.layer.recurrence
+        self.recurrence = None if recurrence is None else RecurrencePaths(self.layer, recurrence)
 
     @property
     def prepended(self) -> set[nn.Module]:
@@ -66,6 +70,10 @@ class LayerPaths:
             hooks.append(module.register_forward_pre_hook(self.experts.begin, with_kwargs=True))
             # a caller's hook on the experts changes the output that has a gradient
             hooks.append(module.register_forward_hook(self.experts.end, prepend=True))
+        if self.recurrence is not None and self.layer.recurrence is not None:
+            module = self.layer.recurrence.module
+            hooks.append(module.register_forward_pre_hook(self.recurrence.begin, with_kwargs=True))
+            hooks.append(self.layer.output.module.register_forward_pre_hook(self.recurrence.mixed))
         for hook in hooks:
             stack.callback(hook.remove)
 

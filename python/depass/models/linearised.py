@@ -55,6 +55,7 @@ def linearised(bound: BoundModel, path_weights: PathWeights, slope: Slope = "sec
             this thread.
     """
     refuse(bound)
+    _refuse_steering(bound, path_weights)
     layers = [LayerPaths(bound, index, path_weights, slope) for index in range(len(bound.layers))]
     of_attention = {each.layer.attention: each for each in layers}
 
@@ -70,6 +71,17 @@ def linearised(bound: BoundModel, path_weights: PathWeights, slope: Slope = "sec
         for each in layers:
             each.hook(stack)
         yield layers
+
+
+def _refuse_steering(bound: BoundModel, path_weights: PathWeights) -> None:
+    """Raise a ModelError where weights lead to what steers a recurrence."""
+    layers = [index for index, layer in enumerate(bound.layers) if layer.recurrence is not None]
+    if layers and (path_weights.steers or path_weights.v != 1):
+        raise ModelError(
+            f"layer {layers[0]} of {bound.name} has linear attention, for which the rules steer, dual_path and weights of "
+            "queries, keys and values are not defined: more than queries and keys steers it; take rule='half', 'up' or "
+            "'taylor'"
+        )
 
 
 def refuse(bound: BoundModel) -> None:

@@ -63,6 +63,11 @@ class Recurrence(ABC):
     def frozen(self, x: Tensor) -> Frozen:
         """What the recurrence freezes for its input ``[B, T, D]``."""
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the convolution has a bias."""
+        return getattr(self.module.conv1d, "bias", None) is not None
+
     def taps(self) -> Tensor:
         """The convolution's weight on the values, ``[H·d, taps]``; the last tap is that of a position itself."""
         return _convolution(self.module)[0][self.channels.start : self.channels.stop]
