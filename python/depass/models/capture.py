@@ -63,9 +63,13 @@ def _attention(
         _refuse_unknown_extras(eager, module)
         output, pattern = eager(module, query, key, value, mask, **options)
     if module in _at_work:
-        layer = _at_work[module]
-        if layer.modules.sinks is not None:
-            pattern = pattern * sink_scale(query, key, mask, pattern, layer.modules.sinks, options["scaling"])
+        layer, sinks = _at_work[module], _at_work[module].modules.sinks
+        given = options.get("s_aux") if sinks is None else sinks
+        if layer.seen is not None and given is not None:
+            inside = sinks_inside(query, key, mask, pattern, given, options["scaling"])
+            layer.seen.sinks_differ = inside is not None and inside != (sinks is None)
+        if sinks is not None:
+            pattern = pattern * sink_scale(query, key, mask, pattern, sinks, options["scaling"])
         layer.attention(pattern, value)
     watch = _watch.get()
     if watch is not None:
@@ -112,8 +116,6 @@ def sink_scale(
 ) -> Tensor:
     """What an attention sink behind the pattern leaves of a head's output, ``σ(logsumexp(logits) - sink)`` ``[B, H, T, 1]``.
 
-    The logarithm of the sum is the logit of any key less the logarithm of its pattern; the key with most is taken.
-
     Args:
         query, key: ``[B, H, T, d]`` and ``[B, K, T, d]``.
         mask: what is added to the logits, ``[B, 1, T, T]``, or None.
@@ -121,13 +123,39 @@ def sink_scale(
         sinks: ``[H]``.
         scaling: the factor on the logits.
     """
+    log_sum = _log_sum(query, key, mask, pattern, scaling)
+    return (log_sum - sinks.to(log_sum).view(1, -1, 1, 1)).sigmoid().to(pattern.dtype)
+
+
+def sinks_inside(
+    query: Tensor, key: Tensor, mask: Tensor | None, pattern: Tensor, sinks: Tensor, scaling: float
+) -> bool | None:
+    """Whether the softmax that made a pattern has the sinks as one more logit; None where rounding hides it.
+
+    The rows of a pattern then sum to one less the share of the sink, and otherwise to one. Arguments as for
+    :func:`sink_scale`.
+    """
+    log_sum = _log_sum(query, key, mask, pattern, scaling)
+    share = (sinks.to(log_sum).view(1, -1, 1, 1) - log_sum).exp()
+    lacking = 1 - pattern.to(log_sum).sum(-1, keepdim=True)
+    as_inside, as_behind = float((lacking - share).norm()), float(lacking.norm())
+    if max(as_inside, as_behind) < 4 * min(as_inside, as_behind):
+        return None
+    return as_inside < as_behind
+
+
+def _log_sum(query: Tensor, key: Tensor, mask: Tensor | None, pattern: Tensor, scaling: float) -> Tensor:
+    """The logarithm of the softmax's denominator ``[B, H, T, 1]``: a logit less the logarithm of its share.
+
+    The key with the largest share is taken. Arguments as for :func:`sink_scale`.
+    """
     most, at = pattern.float().max(-1, keepdim=True)  # [B, H, T, 1]
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     chosen = keys.gather(2, at.expand(-1, -1, -1, keys.shape[-1])).to(torch.promote_types(key.dtype, torch.float32))
     logit = (query.to(chosen) * chosen).sum(-1, keepdim=True) * scaling
     if mask is not None:
         logit = logit + mask.expand(*pattern.shape).gather(3, at).to(logit)
-    return (logit - most.to(logit).log() - sinks.to(logit).view(1, -1, 1, 1)).sigmoid().to(pattern.dtype)
+    return logit - most.to(logit).log()
 
 
 def _mask(**arguments: Any) -> Tensor | None:
@@ -447,6 +475,9 @@ class LayerCapture:
             hooks.append(modules.experts.module.register_forward_pre_hook(self.routed, with_kwargs=True))
             if self.seen is not None:
                 hooks.append(modules.experts.module.register_forward_hook(self.experts))
+                around = str(self.run.bound.family.experts).rpartition(".")[0]
+                if around:
+                    hooks.append(modules.module.get_submodule(around).register_forward_hook(self.block))
         if self.seen is not None and weights.rounds_inputs(modules.value.module):
             hooks.append(modules.value.module.register_forward_pre_hook(self.read_by_value))
         for hook in hooks:
@@ -568,6 +599,13 @@ class LayerCapture:
         """Capture the output of the experts."""
         if self.seen is not None:
             self.seen.experts = self.run.packing.flat(output)
+
+    @of_this_thread
+    def block(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Capture the output of the module around the experts."""
+        output = output[0] if isinstance(output, tuple) else output
+        if self.seen is not None and isinstance(output, Tensor) and output.shape[-1] == self.modules.output.shape[0]:
+            self.seen.block = self.run.packing.flat(output)
 
     @of_this_thread
     def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

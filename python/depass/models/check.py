@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import weights
-from .bound import BoundModel, Layer, Norm, Projection
+from .bound import MLP, BoundModel, Layer, Norm, Projection
 from .experts import ExpertWeights, Places, outputs
 from .paths import linear_paths
 from .trace import Trace
@@ -29,9 +29,11 @@ STEPS = {
     "input": "the residual stream at its input is not that after the layer before",
     "values": "the values that its attention gets are not those of {value} on the stream after {attention_norm}",
     "mix": "the input of {output} is not the attention pattern times the values, nor that times its gate or norm",
+    "sinks": "its attention sinks act on the pattern in another way: name them where they act behind the softmax only",
     "routed": "the input of {experts} is not the stream after {mlp_norm}",
     "halves": "the activation of {experts} takes other rows of its first projection for the gate",
     "experts": "the output of {experts} is not the sum of its experts' outputs times the router's weights",
+    "block": "the output of the module around {experts} is not the sum of the outputs inside of it",
     "gate": "the output of {gate} is not that of its weights on the stream after {mlp_norm}",
     "activation": "its activation function does not get the output of {gate}",
     "stream": "the residual stream after it is not the stream before it plus the outputs of {adding}",
@@ -50,7 +52,9 @@ class Seen:
     before: Tensor | None = None  # [P, D], the stream after the layer before
     values: Tensor | None = None  # [P, K·d], which the attention function gets
     mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
+    sinks_differ: bool | None = None  # whether sinks act where the family does not say; None without sinks
     experts: Tensor | None = None  # [P, D], the output of the experts
+    block: Tensor | None = None  # [P, D], the output of the module around the experts
     gate: Tensor | None = None  # [P, F]
     read_by_value: Tensor | None = None  # [P, D], the input of the value projection where its kernel rounds it
     read_by_gate: Tensor | None = None  # [P, D]
@@ -111,7 +115,7 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
         seen: what the check reads besides.
         positions: ``[n]`` int64, the positions of the pass that are compared.
     """
-    layer = bound.layers[index]
+    layer, family = bound.layers[index], bound.family
     with torch.no_grad(), torch.autocast(layer.device.type, enabled=False):
         at = positions.to(layer.device)
         steps = _Steps(bound, layer, trace, at)
@@ -126,6 +130,8 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
             found["mix"] = _difference(
                 mixed_values if scale is None else mixed_values * scale.to(mixed_values), steps.trace.mixed
             )
+        if seen.sinks_differ is not None:
+            found["sinks"] = torch.full((len(at),), float(seen.sinks_differ), dtype=torch.float64, device="cpu")
         middle = steps.middle()
         if layer.experts is not None:
             found |= steps.compare_experts(seen, middle)
@@ -135,6 +141,9 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
             given = [each.to(layer.device)[at] for each in seen.activated]
             if given and not any(torch.equal(each, gate) for each in given):
                 found["activation"] = torch.stack([_difference(gate, each) for each in given]).amin(0)
+        if seen.block is not None:
+            around = str(family.experts).rpartition(".")[0]
+            found["block"] = steps.compare_block(seen, str(family.shared_down).startswith(f"{around}."))
         assert steps.trace.after is not None
         found["stream"] = _difference(steps.after(seen, middle), steps.trace.after, steps.stream, middle)
         rounding = [part for part in layer.projections if weights.rounds_inputs(part.module)]
@@ -227,16 +236,29 @@ class _Steps:
         assert self.trace.mixed is not None
         return self.stream + self._normed("attention_post_norm", _by_kernel(self.layer.output, self.trace.mixed))
 
+    def compare_block(self, seen: Seen, holds_mlp: bool) -> Tensor:  # [n]
+        """The difference of the output of the module around the experts, which may hold the MLP beside them."""
+        assert seen.experts is not None
+        assert seen.block is not None
+        assert self.layer.experts is not None
+        summed = self.of(seen.experts).to(self.dtype)
+        if holds_mlp and self.layer.mlp is not None:
+            summed = summed + self._of_mlp(self.layer.mlp) / self.layer.experts.factor
+        return _difference(summed, self.of(seen.block))
+
     def after(self, seen: Seen, middle: Tensor) -> Tensor:  # [n, D]
         added = torch.zeros_like(middle)
         if self.layer.experts is not None:
             assert seen.experts is not None
             added = added + self.of(seen.experts).to(self.dtype) * self.layer.experts.factor
         if self.layer.mlp is not None:
-            assert self.trace.hidden is not None
-            of_mlp, weight = _by_kernel(self.layer.mlp.down, self.trace.hidden).to(self.dtype), self.trace.mlp_weight
-            added = added + (of_mlp if weight is None else of_mlp * weight[:, None].to(self.dtype))
+            added = added + self._of_mlp(self.layer.mlp)
         return middle + self._normed("mlp_post_norm", added)
+
+    def _of_mlp(self, mlp: MLP) -> Tensor:  # [n, D], what the MLP that every position goes through adds
+        assert self.trace.hidden is not None
+        of_mlp, weight = _by_kernel(mlp.down, self.trace.hidden).to(self.dtype), self.trace.mlp_weight
+        return of_mlp if weight is None else of_mlp * weight[:, None].to(self.dtype)
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         norm: Norm | None = getattr(self.layer, name)
