@@ -101,7 +101,7 @@ def test_every_kind_of_source_adds_up(name: str, rule: str) -> None:
     dp, ids = DePass(models.make(name), rule=rule), models.prompt(9)
     for sources in sources_of(dp):
         res = dp.attribute(ids, TARGETS, sources=sources, strict=True)
-        assert float(res.conservation_error.max()) < 1e-5
+        assert float(res.conservation_error.max()) < 3e-5  # taylor's quotients are as large as a gate is near zero
     for kind in ("heads", "modules") if dp.bound.has_experts else ("heads", "neurons", "modules"):
         assert float(dp.sweep(kind, ids, [5, 6], strict=True).conservation_error.max()) < 1e-5
 

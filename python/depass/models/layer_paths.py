@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional
 
 from ..errors import ModelError
 from ..rules import PathWeights
@@ -342,7 +341,7 @@ class _AtPlaces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        padded = functional.pad(gradient, (0, 0, 0, 1))  # a row of zeros
+        padded = torch.cat([gradient, gradient.new_zeros(1, gradient.shape[-1])])
         return padded[ctx.place].sum(1), None, None
 
 
@@ -374,8 +373,9 @@ class _Added(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         places, read = ctx.places, ctx.read
         at_places = (gradient[places.position] * places.weight[:, None]).to(gradient.dtype)
-        pieces = [at_places[run] @ read.last(expert).to(gradient.dtype) for expert, run in places.each()]
-        of_hidden = torch.cat(pieces) if pieces else at_places @ read.last(0).to(gradient.dtype)
+        # mm and not matmul: autograd's batches of targets have a product of their own for it
+        pieces = [torch.mm(at_places[run], read.last(expert).to(gradient.dtype)) for expert, run in places.each()]
+        of_hidden = torch.cat(pieces) if pieces else torch.mm(at_places, read.last(0).to(gradient.dtype))
         return of_hidden.to(ctx.dtype), None, None, None
 
 
