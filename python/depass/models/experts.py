@@ -176,9 +176,9 @@ class Places:
         order = each.argsort(stable=True)
         order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
         found, numbers = each[order].unique_consecutive(return_counts=True)
-        ends = numbers.cumsum(0).tolist()
-        begins = [0, *ends[:-1]]
-        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends, strict=True)}
+        ends = numbers.cumsum(0)
+        begins = (ends - numbers).tolist()
+        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends.tolist(), strict=True)}
         order = order.to(chosen.device)
         position = order // chosen.shape[1]
         return Places(position, order % chosen.shape[1], weight.flatten()[order], runs)
