@@ -180,20 +180,7 @@ WITH_EXPERTS = [
 ]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
-_IN_FP64 = (
-    "gpt2",
-    "gpt_b",
-    "gpt-",
-    "gptj",
-    "codegen",
-    "nemotron",
-    "phi",
-    "stablelm",
-    "persimmon",
-    "opt",
-    "biogpt",
-    "jais2",
-)
+_IN_FP64 = ("gpt2", "gpt_b", "gpt-", "gptj", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2")
 NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
 
 
