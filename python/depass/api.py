@@ -112,7 +112,7 @@ class DePass:
         defaults = Defaults(rule, temperature, exclude_bos, backend, engine)
         devices = {parameter.device for parameter in model.parameters()}
         if cuda_graphs:
-            refuse_graphs(devices, bound.is_quantized)
+            refuse_graphs(devices, bound.is_quantized, bound.has_experts)
         if stream_to is not None:
             bound = replace(bound, stream_to=_device_to_stream_to(stream_to, devices, bound))
         recordings = Recordings(bound) if cuda_graphs else None
@@ -408,7 +408,8 @@ class DePass:
             target: as for :meth:`attribute`; probe targets are not supported in surveys.
             of: as for :meth:`attribute`.
             rule: a linear rule; by default the constructor's, or ``half`` where that is not linear.
-            neurons: how many neurons of each layer are kept, those with the largest absolute scores.
+            neurons: how many neurons of each layer are kept, those with the largest absolute scores. Layers with routed
+                experts keep none; ``sweep("experts", ...)`` scores their experts.
             chat_template_kwargs: see :meth:`attribute`.
             strict: see :meth:`attribute`; it holds for every layer.
             progress: see :meth:`attribute`.

@@ -211,6 +211,14 @@ class Layer:
         return of_experts + (0 if self.mlp is None else self.mlp.gate.shape[0])
 
     @property
+    def idle_numbers(self) -> int:
+        """The number of weights that a position does not use: those of the experts that it does not choose."""
+        if self.experts is None:
+            return 0
+        held, count = sum(tensor.numel() for tensor in self.experts.tensors.values()), self.experts.count
+        return held // count * max(0, count - self.experts.chosen)
+
+    @property
     def device(self) -> torch.device:
         """The device that the layer runs on."""
         return weights.device_of(self.output.module)

@@ -19,6 +19,8 @@ from depass_kernels.ops import FLOATS
 from ..errors import ModelError
 from . import weights
 
+_INTERFACE = ("is_transposed", "is_concatenated", "has_bias")  # attributes of the modules of the experts interface
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -53,8 +55,12 @@ class Experts:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors by name: offloaded ones hold no numbers."""
-        names = (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
-        return {name: getattr(self.module, name) for name in names}
+        return {name: getattr(self.module, name) for name in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+        return (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
 
     @property
     def has_bias(self) -> bool:
@@ -71,6 +77,29 @@ class Experts:
         return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
+def holds_experts(module: Any) -> bool:
+    """Whether a module is one of transformers' experts interface."""
+    return all(hasattr(module, name) for name in _INTERFACE)
+
+
+def refuse_other_experts(model: Any) -> None:
+    """Check that no module of a model holds experts in another form than that of transformers' experts interface.
+
+    Raises:
+        ModelError: one does.
+    """
+    inside: list[str] = []  # of the interface
+    for path, module in model.named_modules():
+        if holds_experts(module):
+            inside.append(f"{path}.")
+        kind = type(module).__name__.lower()
+        is_named = path.rpartition(".")[2] == "experts" or (
+            kind.endswith("experts") and not kind.endswith("sharedexperts")
+        )
+        if is_named and not f"{path}.".startswith(tuple(inside)):
+            refuse_experts(module, f"the experts {path} of {type(model).__name__}")
+
+
 def refuse_experts(module: Any, which: str) -> None:
     """Check that a module's experts can be decomposed; ``which`` names them in the error.
 
@@ -78,18 +107,22 @@ def refuse_experts(module: Any, which: str) -> None:
         ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
             over devices, or have a norm on their outputs.
     """
-    lacking = [name for name in ("is_transposed", "is_concatenated", "has_bias") if not hasattr(module, name)]
+    lacking = [name for name in _INTERFACE if not hasattr(module, name)]
     if lacking:
         raise ModelError(
-            f"{which} ({type(module).__name__}) are not of transformers' experts interface, whose modules hold one tensor "
-            f"for each projection of all experts (it lacks {', '.join(lacking)}); DePass supports no others"
+            f"{which} ({type(module).__name__}) are not of the experts interface of transformers 5.7 and later, whose "
+            f"modules hold one tensor for each projection of all experts (lacking: {', '.join(lacking)}); DePass supports "
+            "no others"
         )
     if getattr(module, "_is_expert_parallel", False):
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
     if getattr(module, "has_post_expert_norm", False):
         raise ModelError(f"{which} have a norm on their outputs, which DePass does not support")
-    tensors = Experts(module, 1).tensors
-    for name, tensor in tensors.items():
+    experts = Experts(module, 1)
+    absent = [name for name in experts.names if not isinstance(getattr(module, name, None), Tensor)]
+    if absent:
+        raise ModelError(f"{which} ({type(module).__name__}) have no {', '.join(absent)}; load unquantised weights")
+    for name, tensor in experts.tensors.items():
         if tensor.dim() != (2 if name.endswith("bias") else 3) or tensor.dtype not in FLOATS:
             raise ModelError(
                 f"{which} hold {tensor.dtype} weights of shape {list(tensor.shape)} as {name}, which DePass cannot read as "
@@ -139,6 +172,27 @@ class ExpertWeights:
         """The pre-activations ``[p, F]`` among the first projection's outputs."""
         return self._gate_of(first.T).T
 
+    def last(self, expert: int) -> Tensor:
+        """The weight ``[D, F]`` of the module's own down projection, without the factor."""
+        return self._turned(self.tensors["down_proj"][expert])
+
+    def halves(self, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gate's and the up's part ``[..., F]`` of the first projection's outputs; ungated experts have no up."""
+        if self.experts.first != "gate_up_proj":
+            return first, None
+        if self.experts.module.is_concatenated:
+            gate, up = first.chunk(2, -1)
+            return gate, up
+        return first[..., ::2], first[..., 1::2]
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The opposite of :meth:`halves`: ``[..., F]`` and ``[..., F]`` in the order of the first projection's outputs."""
+        if self.experts.first != "gate_up_proj":
+            return gate
+        if self.experts.module.is_concatenated:
+            return torch.cat([gate, up], -1)
+        return torch.stack([gate, up], -1).reshape(*gate.shape[:-1], 2 * gate.shape[-1])
+
     def _turned(self, weight: Tensor) -> Tensor:
         return weight.T if self.experts.module.is_transposed else weight
 
@@ -175,16 +229,21 @@ class Places:
         each = chosen.to("cpu", torch.int64).flatten()
         order = each.argsort(stable=True)
         order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
-        found, numbers = each[order].unique_consecutive(return_counts=True)
-        ends = numbers.cumsum(0)
-        begins = (ends - numbers).tolist()
-        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends.tolist(), strict=True)}
+        ends = [0, *torch.bincount(each[order], minlength=count).cumsum(0).tolist()]
+        runs = {expert: (ends[expert], ends[expert + 1]) for expert in range(count) if ends[expert] < ends[expert + 1]}
         order = order.to(chosen.device)
         position = order // chosen.shape[1]
         return Places(position, order % chosen.shape[1], weight.flatten()[order], runs)
 
     def __len__(self) -> int:
         return len(self.position)
+
+    @property
+    def expert(self) -> Tensor:
+        """``[S]`` int64, the expert of each place."""
+        device = self.position.device
+        counts = torch.tensor([end - begin for begin, end in self.runs.values()], dtype=torch.int64, device=device)
+        return torch.tensor(list(self.runs), dtype=torch.int64, device=device).repeat_interleave(counts)
 
     def each(self) -> Iterator[tuple[int, slice]]:
         """The chosen experts, each with its places."""
