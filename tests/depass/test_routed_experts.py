@@ -1,4 +1,4 @@
-"""Routed experts as sources, in sweeps, under masks and by baselines: against the model with the experts' weights changed."""
+"""Routed experts as sources, in sweeps, under masks and by baselines: against the model with its experts changed."""
 
 from __future__ import annotations
 
@@ -133,6 +133,28 @@ def test_a_sweep_is_its_layers_runs(name: str, device: str, tmp_path: Path) -> N
     assert (part.layers, part.columns) == ((sweep.layers[-1],), (1, 3))
 
 
+@pytest.mark.parametrize("name", models.WITH_EXPERTS)
+def test_both_engines_find_the_same_scores_under_a_linear_rule(name: str, device: str) -> None:
+    model = models.make(name, torch.float64, device)
+    back, forward = (DePass(model, rule="taylor", engine=engine) for engine in ("auto", "forward"))  # type: ignore[arg-type]
+    for options in ({}, {"ids": [2, 1], "positions": [-1, 3]}):
+        got, wanted = (dp.sweep("experts", IDS, [TopK(2), Token(5, 3)], **options) for dp in (back, forward))  # type: ignore[arg-type]
+        assert (got.settings.engine, wanted.settings.engine) == ("backward", "forward")
+        for part in ("scores", "rest", "bias"):
+            assert torch.allclose(getattr(got, part), getattr(wanted, part), rtol=1e-3, atol=1e-4), part
+        assert got.scores.any()
+
+
+def test_an_expert_that_no_position_chose_scores_zero_under_a_linear_rule(device: str) -> None:
+    dp = made("qwen3_moe", device)
+    weights = (
+        baselines.experts(dp, "router_weight", IDS[:2], 5).scores
+        + baselines.experts(dp, "router_weight", IDS[:2], Token(5, 0)).scores
+    )
+    scores = dp.sweep("experts", IDS[:2], 5, rule="half").scores
+    assert ((weights == 0) == (scores == 0)).all()
+
+
 def test_prompts_of_a_batch_are_those_alone(device: str) -> None:
     dp, prompts = made("gpt_oss", device), [models.prompt(5), models.prompt(9, 1), models.prompt(2, 2)]
     for got, ids in zip(dp.attribute_many(prompts, 5, sources=RoutedExperts(1)), prompts, strict=True):
@@ -164,8 +186,8 @@ def test_layers_with_other_numbers_of_experts_are_not_swept_together(
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        (RoutedExperts(1), SourceError, r"RoutedExperts\(layer=1\): this layer of \S+ has no routed experts; its layers with "
-         r"experts are 0, 2; take Neurons\(1\)"),
+        (RoutedExperts(1), SourceError, r"RoutedExperts\(layer=1\): this layer of \S+ has no routed experts; its layers "
+         r"with experts are 0, 2; take Neurons\(1\)"),
         (RoutedExperts(0, [6]), SourceError, r"ids of RoutedExperts\(layer=0\): 6 is out of range; choose from 0 to 5"),
         (RoutedExperts(0, [1, 1]), SourceError, "must be a non-empty list without duplicates"),
         (RoutedExperts(0, 1), SourceError, r"ids of RoutedExperts\(layer=0\) must be a list of integers, got 1"),  # type: ignore[arg-type]

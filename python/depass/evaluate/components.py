@@ -1,7 +1,7 @@
 """Component faithfulness (DePass, section 4.2): do the scores tell which heads, neurons or experts the answer needs?
 
-The task masks the x % of all heads (or neurons, or experts) with the highest or lowest scores, at every position, and the model
-answers again. With faithful scores, masking the top few loses the answer, and masking the bottom ones keeps it.
+The task masks the x % of all heads (or neurons, or experts) with the highest or lowest scores, at every position, and the
+model answers again. With faithful scores, masking the top few loses the answer, and masking the bottom ones keeps it.
 """
 
 from __future__ import annotations
