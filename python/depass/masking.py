@@ -214,7 +214,7 @@ class _ZeroWeights:
         """The arguments of the experts with these weights set to zero."""
         if threading.get_ident() != self.thread:
             return None
-        _, chosen, weight = capture.routing_of(args, kwargs)  # [P, k]
+        chosen, weight = capture.routing_of(args, kwargs)[1:]  # [P, k]
         off, count = self._by_position(len(chosen)).to(chosen.device), self.off.shape[1]
         is_expert = (chosen >= 0) & (chosen < count)  # some routers choose "none" by another number
         is_off = off.gather(1, chosen.clamp(0, count - 1)) & is_expert

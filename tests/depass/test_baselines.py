@@ -230,7 +230,7 @@ def test_norms_are_of_what_a_head_or_neuron_writes(name: str, device: str) -> No
     for index, layer in enumerate(bound.layers):
         for module, norm, columns, found in (
             (layer.output.module, layer.attention_post_norm, 4, heads),
-            (layer.down.module, layer.mlp_post_norm, 56, neurons),
+            (layer.only_mlp.down.module, layer.mlp_post_norm, 56, neurons),
         ):
             (x,) = captured(model, [module])
             for row, position in ((0, -1), (1, POSITION)):

@@ -51,7 +51,7 @@ def test_masked_neurons_are_neurons_without_output_weights(name: str, device: st
         masked = logits(model)
     two = models.make(name, torch.float64, device)
     for layer, columns in ((0, [5]), (2, [1, 55])):
-        bind(two).layers[layer].down.weight.data[:, columns] = 0
+        bind(two).layers[layer].only_mlp.down.weight.data[:, columns] = 0
     assert torch.allclose(masked, logits(two), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(masked, before)
     assert torch.equal(logits(model), before)
@@ -110,7 +110,7 @@ def test_an_attribution_under_a_mask_is_that_of_the_model_without_the_weights(
 ) -> None:
     masked, removed = (models.make(name, torch.float64, device) for _ in range(2))
     layer = bind(removed).layers[1]
-    projection = layer.output if kind == "heads" else layer.down
+    projection = layer.output if kind == "heads" else layer.only_mlp.down
     d = projection.weight.shape[1] // 4 if kind == "heads" else 1
     projection.weight.data[:, [*range(d), *range(3 * d, 4 * d)]] = 0
     dp, ids = DePass(masked, rule=rule), IDS[0].tolist()

@@ -129,14 +129,14 @@ def test_what_does_not_fit_is_named() -> None:
         (
             {"kind": "tokens"},
             OptionError,
-            "unknown kind of sweep 'tokens'; choose one of: 'heads', 'neurons', 'modules'",
+            "unknown kind of sweep 'tokens'; choose one of: 'heads', 'neurons', 'experts', 'modules'",
         ),
         ({"layers": [3]}, OptionError, r"Heads\(layer=3\) is out of range: .* has layers 0 to 2"),
         ({"layers": []}, OptionError, r"layers must be a non-empty list without duplicates, got \[\]"),
         ({"layers": [1, 1]}, OptionError, "layers must be a non-empty list without duplicates"),
         ({"layers": 1}, OptionError, "layers must be a list of integers, got 1"),
         ({"ids": [4]}, SourceError, "4 is out of range; choose from 0 to 3"),
-        ({"kind": "modules", "ids": [0]}, OptionError, r"ids=\[0\] selects heads or neurons"),
+        ({"kind": "modules", "ids": [0]}, OptionError, r"ids=\[0\] selects heads, neurons or experts"),
         (
             {"target": Direction(torch.ones(32), layer=1)},
             TargetError,

@@ -13,7 +13,7 @@ EVIL = "</script><b>{{DATA}}\x1b[31m$x$\"'"
 PROMPT = Prompt((5, 6, 7), ("the", " cat", EVIL), "the cat" + EVIL, ((0, 3), (4, 7), (7, 30)))
 TARGETS = tuple(Target(label, "token", 2, (index,)) for index, label in enumerate((" sat", EVIL)))
 SETTINGS = Settings("model<i>", "float32", "softmax", 0.1, False, 0, 4)
-KINDS = ["heads", "neurons", "modules"]
+KINDS = ["heads", "neurons", "experts", "modules"]
 
 
 def sweep(kind: Any = "heads", layers: int = 4, columns: int = 3, bias: bool = False) -> Sweep:

@@ -169,7 +169,7 @@ class _Inputs:
 
     @capture.of_this_thread
     def keep_weights(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, chosen, weight = routing_of(args, kwargs)
+        chosen, weight = routing_of(args, kwargs)[1:]
         self.chosen.append(chosen)
         self.inputs.append(weight)
 

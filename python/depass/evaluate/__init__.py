@@ -23,6 +23,7 @@ TASKS: dict[str, Task[Any]] = {
         Tokens(),
         Components("heads"),
         Components("neurons"),
+        Components("experts"),
         Truthful(),
         Language(),
         Rules(),

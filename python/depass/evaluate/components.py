@@ -1,7 +1,7 @@
-"""Component faithfulness (DePass, section 4.2): do the scores tell which heads or neurons the answer needs?
+"""Component faithfulness (DePass, section 4.2): do the scores tell which heads, neurons or experts the answer needs?
 
-The task masks the x % of all heads (or neurons) with the highest or lowest scores, at every position, and the model
-answers again. With faithful scores, masking the top few loses the answer, and masking the bottom ones keeps it.
+The task masks the x % of all heads (or neurons, or experts) with the highest or lowest scores, at every position, and the
+model answers again. With faithful scores, masking the top few loses the answer, and masking the bottom ones keeps it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,17 @@ RANKINGS: dict[Kind, tuple[str, ...]] = {
         "depass", "|depass|", "attribution_patching", "|attribution_patching|", "attribution_patching_last",
         "|attribution_patching_last|", "|activation|", "|activation_x_norm|", "random",
     ),
+    "experts": (
+        "depass", "|depass|", "attribution_patching", "|attribution_patching|", "output_norm", "router_weight", "random",
+    ),
 }  # fmt: skip
 PERCENT: dict[Kind, tuple[float, ...]] = {
     "heads": (1, 2, 5, 10, 20, 30, 50),
     "neurons": (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+    "experts": (0.3, 1, 2, 5, 10, 20, 30),
 }
+_BASELINES = {"heads": baselines.heads, "neurons": baselines.neurons, "experts": baselines.experts}
+_MASKS = {"heads": masking.heads, "neurons": masking.neurons, "experts": masking.experts}
 ENDS = ("top", "bottom")
 MEASURES = {"first": "the answer's first token is the most likely one", "generated": "the generated text is the answer"}
 WRONG = "the unmasked model does not give the answer"
@@ -61,10 +67,10 @@ def _positions(part: Kind, default: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentsOptions(TaskOptions):
-    """The options of :class:`Components`. The defaults of heads and neurons differ.
+    """The options of :class:`Components`. Heads, neurons and experts have other defaults.
 
     Attributes:
-        percent: percentages of the model's heads or neurons to mask, each above 0 and at most 100.
+        percent: percentages of the model's components to mask, each above 0 and at most 100.
         positions: the positions whose outputs DePass scores: ``all``, or only the ``last``.
     """
 
@@ -90,14 +96,30 @@ class NeuronsOptions(ComponentsOptions):
     positions: str = field(default="last", metadata=_positions("neurons", "last"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsOptions(ComponentsOptions):
+    """The options of the task ``experts``."""
+
+    data: str = field(default="facts", metadata=_data("facts"))
+    percent: tuple[float, ...] = field(default=PERCENT["experts"], metadata=_percent("experts"))
+    positions: str = field(default="all", metadata=_positions("experts", "all"))
+
+
+_OPTIONS: dict[Kind, type[ComponentsOptions]] = {
+    "heads": HeadsOptions,
+    "neurons": NeuronsOptions,
+    "experts": ExpertsOptions,
+}
+
+
 class Components(Task[ComponentsOptions]):
-    """The tasks ``heads`` and ``neurons``: masks the components that ``part`` names."""
+    """The tasks ``heads``, ``neurons`` and ``experts``: masks the components that ``part`` names."""
 
     def __init__(self, part: Kind) -> None:
         self.part: Kind = part
         self.name = part
         self.help = f"measure accuracy after masking the top or bottom x % of all {part} (paper, section 4.2)"
-        self.Options = HeadsOptions if part == "heads" else NeuronsOptions
+        self.Options = _OPTIONS[part]
 
     def items(self, options: ComponentsOptions) -> list[Item]:
         """Prompts with their answers."""
@@ -114,7 +136,8 @@ class Components(Task[ComponentsOptions]):
     def _measure(self, dp: DePass, item: Item, options: ComponentsOptions) -> Row:
         pair = data.pair(dp, item)
         ids, wanted, answer = list(pair.ids), pair.answer, item.data["target"]
-        nothing = torch.zeros(1, len(dp.bound.layers), masking.num_components(dp.bound, self.part), dtype=torch.bool)
+        layers, count = masking.layers_with(dp.bound, self.part), masking.num_components(dp.bound, self.part)
+        nothing = torch.zeros(1, len(layers), count, dtype=torch.bool)
         said = generated(dp, self.part, ids, nothing, len(wanted) + 1)[0]
         if int(said[0]) != wanted[0] or not says(dp.tokenizer, said.tolist(), wanted, answer):
             return skipped(item, WRONG, said=said.tolist() if dp.tokenizer is None else dp.tokenizer.decode(said))
@@ -225,7 +248,7 @@ def rankings(
 
     Args:
         dp: the model.
-        part: ``"heads"`` or ``"neurons"``.
+        part: ``"heads"``, ``"neurons"`` or ``"experts"``.
         prompt: the prompt's ids.
         target: the id of the token whose logit is explained.
         last: whether DePass scores only the last position's outputs.
@@ -234,14 +257,13 @@ def rankings(
     Raises:
         DePassError: see :meth:`DePass.sweep`.
     """
-    of_baseline = baselines.heads if part == "heads" else baselines.neurons
     ours = dp.sweep(part, prompt, target, positions=[-1] if last else None)
     by_method = {"depass": ours.scores[0]}
     by_ranking = {}
     for name in RANKINGS[part]:
         base = name.strip("|")
         if base not in by_method:
-            by_method[base] = of_baseline(dp, base, prompt, target, seed=seed).scores[0]
+            by_method[base] = _BASELINES[part](dp, base, prompt, target, seed=seed).scores[0]
         by_ranking[name] = by_method[base].abs() if name.startswith("|") else by_method[base]
     return by_ranking, float(ours.conservation_error.max())
 
@@ -259,15 +281,18 @@ def masked(scores: Tensor, percent: Sequence[float], end: str) -> Tensor:
 def generated(dp: DePass, part: Kind, ids: Sequence[int], masks: Tensor, count: int) -> Tensor:
     """Greedily generated ids ``[V, count]`` of one prompt, under each of the masks ``[V, layers, C]``.
 
+    The layers are those that have such components.
+
     Raises:
         NonFiniteError: a logit is NaN.
     """
     bound, batches = dp.bound, []
-    mask = masking.heads if part == "heads" else masking.neurons
     device = bound.input_device
-    for some in torch.split(masks, max(1, _TOKENS // len(ids))):
+    every = masks.new_zeros(len(masks), len(bound.layers), masks.shape[2])
+    every[:, list(masking.layers_with(bound, part))] = masks
+    for some in torch.split(every, max(1, _TOKENS // len(ids))):
         inputs, cache, new = torch.tensor([ids], device=device).expand(len(some), -1), None, []
-        with mask(dp, some), fresh(bound.backbone, bound.switches):
+        with _MASKS[part](dp, some), fresh(bound.backbone, bound.switches):
             for _ in range(count):
                 out = bound.backbone(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
                 cache = out.past_key_values

@@ -16,6 +16,7 @@ from ..sources.source import BESIDE, Source
 
 NUMBERED = 16  # up to so many columns of a sweep, each cell shows its number
 GRID = 64  # up to so many columns of a sweep are drawn; with more (neurons), a view shows sums or a list
+EXPERTS = 256  # the same of a sweep of experts, whose columns are narrower where there are more than GRID
 SINGULAR = {"heads": "attention head", "neurons": "neuron", "experts": "expert", "modules": "module"}
 POSITIONS = 120  # up to so many columns of tokens are drawn; of a longer prompt, neighbouring tokens are summed
 
@@ -162,6 +163,11 @@ def abridged(res: AnyScored, sizes: Tensor, most: int) -> AnyScored:
         scores=torch.cat([res.scores[:, kept], res.scores[:, others].sum(1, keepdim=True)], 1),
         sources=(*(res.sources[index] for index in kept), Source(f"[{len(others)} others]", "part")),
     )
+
+
+def is_map(sweep: Grid) -> bool:
+    """Whether a view draws each of a sweep's components, in a map of layers and components."""
+    return len(sweep.columns) <= (EXPERTS if sweep.kind == "experts" else GRID)
 
 
 def headings(sweep: Grid) -> list[str]:

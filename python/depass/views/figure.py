@@ -21,6 +21,7 @@ from .drawing import (
     Grid,
     Layered,
     headings,
+    is_map,
     largest_elsewhere,
     numbers,
     quantity,
@@ -45,7 +46,7 @@ def heat_map(sweep: Grid, path: str | os.PathLike[str], target: int) -> None:
         OutputError: the path cannot be written, or its suffix is not that of an image format.
         DePassError: matplotlib is not installed.
     """
-    _write(path, sweep, target, partial(_map if len(sweep.columns) <= GRID else _sums, sweep=sweep, target=target))
+    _write(path, sweep, target, partial(_map if is_map(sweep) else _sums, sweep=sweep, target=target))
 
 
 def survey_maps(survey: Layered, path: str | os.PathLike[str], target: int) -> None:
@@ -87,7 +88,7 @@ def _map(figure: Any, sweep: Grid, target: int) -> None:
     scores, names = sweep.scores[target], headings(sweep)
     rows, columns = scores.shape
     numbered = columns <= NUMBERED
-    cell = 0.9 if sweep.kind == "modules" else 0.46 if numbered else 0.24
+    cell = 0.9 if sweep.kind == "modules" else 0.46 if numbered else 0.24 if columns <= GRID else 0.12
     figure.set_size_inches(max(4.2, 1.6 + cell * columns), max(2.8, 1.2 + 0.22 * rows))
     axes = figure.add_subplot()
     _cells(figure, axes, scores, float(scores.abs().max()) or 1.0, _unit(sweep))

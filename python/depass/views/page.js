@@ -77,7 +77,7 @@ function heatMap({columns, layers, across, numbered, every, upright}, begin, pai
   const own = columns.filter(({beside}) => !beside).length, side = ({beside}) => beside ? "beside" : "";
   const table = make("table", "map " + (numbered ? "numbered" : "dense")), over = make("th", "across", across);
   const width = cell => `${3.5 + own * cell + (pair ? 4 : 5.5) * (columns.length - own)}rem`;
-  const [least, most] = numbered ? [2.9, 7] : [upright ? (every > 1 ? 0.42 : 0.62) : 0.7, pair ? 2.4 : 1.6];
+  const [least, most] = numbered ? [2.9, 7] : [upright ? (every > 1 ? 0.42 : 0.62) : every > 4 ? 0.38 : 0.7, pair ? 2.4 : 1.6];
   const panel = make("div", "", make("div", "wide", table));
   table.style.width = `clamp(${width(least)}, 100%, ${width(most)})`;
   if (pair) panel.style.flex = `${own} 1 ${width(least)}`;  // beside the other map, or below it where both do not fit

@@ -36,6 +36,7 @@ from .drawing import (
     components,
     drawn,
     headings,
+    is_map,
     largest_elsewhere,
     likelihood,
     numbers,
@@ -269,7 +270,7 @@ def _claims(tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[li
 def sweep_view(sweep: Grid) -> View:
     """The view of a sweep: a map of layers and components, or their sums by layer where a map would be too wide."""
     kind, rows = sweep.kind, range(len(sweep.targets))
-    whole = len(sweep.columns) <= GRID
+    whole = is_map(sweep)
     cells = _Cells(sweep, whole)
     balance = sweep.settings.balance
     others = "the remainder (rest) and the bias" if balance is None else f"the remainder (rest), the bias and {balance}"
@@ -298,7 +299,7 @@ def sweep_view(sweep: Grid) -> View:
                 "layers": list(sweep.layers),
                 "across": SINGULAR[kind] if whole else f"sum of {SINGULAR[kind]} scores",
                 "numbered": cells.numbered,
-                "every": 1 if cells.numbered else 4,
+                "every": 1 if cells.numbered else 4 if len(sweep.columns) <= GRID else 8,
                 "upright": False,
                 "largest": cells.largest,
             }

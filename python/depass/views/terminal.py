@@ -12,7 +12,6 @@ from rich.text import Text
 
 from ..sources.source import name
 from .drawing import (
-    GRID,
     Claimed,
     Explained,
     Grid,
@@ -24,6 +23,7 @@ from .drawing import (
     components,
     drawn,
     headings,
+    is_map,
     likelihood,
     place,
     quantity,
@@ -157,7 +157,7 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
     room = (width - _GUTTER - sum(widths)) // count
     if room < 1 <= (width - _GUTTER) // count:  # the columns beside the components go first
         columns, widths, room = [], [], (width - _GUTTER) // count
-    if count > GRID or room < 1:
+    if room < 1 or not is_map(sweep):
         top = sweep.top(_LISTED, row)
         head.append(f"; the {len(top)} largest:", style="not bold")
         labels, scores = [source.label for source, _ in top], [score for _, score in top]
