@@ -16,7 +16,7 @@ from .alterations import refuse_compiled
 from .bound import MLP, BoundModel, Layer, Norm, Projection, epsilon_of
 from .experts import Experts, refuse_experts, refuse_other_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
-from .infer import InferenceError, compare, first_layer, infer
+from .infer import InferenceError, compare, infer, known_layers
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
 from .packing import takes_positions
@@ -62,7 +62,7 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
         compare(bound)
     except (InferenceError, ModelError) as error:
         evaluate = "; it is in training mode: call model.eval()" if model.training else ""
-        near = nearest(model, first_layer(model))
+        near = nearest(model, known_layers(model))
         raise ModelError(
             f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "
             f"inferred: {error}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
