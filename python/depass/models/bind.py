@@ -270,6 +270,7 @@ def _is_positive(number: object) -> bool:
 
 def _refuse_missing(model: Any, family: Family) -> None:
     """Raise a ModelError where the model lacks a path of its family, or the family's norms are not supported."""
+    _refuse_layers_without_attention(model, family)
     missing = _missing_paths(model, family)
     if missing:
         raise ModelError(
@@ -279,6 +280,17 @@ def _refuse_missing(model: Any, family: Family) -> None:
     late = (family.attention_post_norm, family.mlp_post_norm, family.mix_norm)
     if family.norm.startswith("layer") and any(path is not None for path in late):
         raise ModelError("a LayerNorm on a sublayer's or the heads' output is not supported; it must be an RMSNorm")
+
+
+def _refuse_layers_without_attention(model: Any, family: Family) -> None:
+    """Raise a ModelError where some layers have something else in place of attention, as those of hybrid models."""
+    blocks = _blocks(model, family) if has(model, f"{family.backbone}.{family.layers}") else []
+    lacking = [index for index, block in enumerate(blocks) if not has(block, family.attention)]
+    if 0 < len(lacking) < len(blocks):
+        raise ModelError(
+            f"layer {lacking[0]} of {type(model).__name__} has no attention ({family.attention}), which other layers have; "
+            "DePass needs attention in every layer"
+        )
 
 
 def _refuse_config(config: Any, family: Family, name: str) -> None:
