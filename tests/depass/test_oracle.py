@@ -12,6 +12,7 @@ from oracle import WITHOUT_BIAS, Oracle
 from depass import DePass, Spans
 
 LENGTH = 7
+NEW = ("bitnet", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
 FAMILIES = [
     "llama",
     "llama-biased",
@@ -23,7 +24,7 @@ FAMILIES = [
     "gemma2",
     "phi3",
     "starcoder2",
-    *(name for name in ("granite", "olmo", "phi", "cohere", "codegen") if name in models.CONFIGS),
+    *(name for name in ("granite", "olmo", "phi", "cohere", "codegen", *NEW) if name in models.CONFIGS),
 ]
 
 

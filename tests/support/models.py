@@ -216,6 +216,9 @@ NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not runs(name)]
 CONFIGS = {name: config for name, config in CONFIGS.items() if runs(name)}
 SIMILAR = {name: config for name, config in SIMILAR.items() if runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
+WITH_EXPERTS = [
+    name for name, (_, sizes) in EVERY.items() if "num_local_experts" in sizes or "num_experts_per_tok" in sizes
+]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
 _IN_FP64 = (

@@ -8,13 +8,32 @@ published outputs) tests which shares they are.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-WITHOUT_BIAS = ("llama", "olmo2", "gemma2", "phi3", "olmo")
+WITHOUT_BIAS = ("llama", "olmo2", "gemma2", "phi3", "olmo", "bitnet", "qwen3_moe", "granitemoeshared")
 PARALLEL = ("gpt-neox", "phi", "cohere", "codegen")  # both sublayers read the layer's input
+# by name: the experts, and the projections of the MLP beside them
+EXPERTS: dict[str, tuple[str, str | None, str | None]] = {
+    "qwen3_moe": ("mlp.experts", None, None),
+    "qwen2_moe": ("mlp.experts", "mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"),
+    "gpt_oss": ("mlp.experts", None, None),
+    "deepseek_v3": ("mlp.experts", "mlp.shared_experts.gate_proj", "mlp.shared_experts.down_proj"),
+    "granitemoeshared": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),
+}
+
+
+class Branch(NamedTuple):
+    """An MLP that a position goes through: its only one, one of its experts, or the one beside them."""
+
+    hidden: Tensor  # [F], the model's own
+    total: Tensor  # [F], the model's own pre-activations
+    read: Callable[[Tensor, bool], Tensor]  # what one part of the normed stream [D] adds to them [F or 2·F]
+    write: Callable[[Tensor, bool], Tensor]  # what a share of the hidden vector [F] adds to the stream [D]
 
 
 class Oracle:
@@ -35,10 +54,12 @@ class Oracle:
         for path, module in run.named_modules():
 
             def keep(module: Any, args: Any, output: Any, path: str = path) -> None:
-                if args and isinstance(args[0], Tensor):
-                    self.captured[path + ":in"] = args[0][0].cpu()
+                if args and isinstance(args[0], Tensor):  # [1, T, D], or [T, D] inside of some MLPs
+                    self.captured[path + ":in"] = args[0].flatten(0, -2).cpu()
+                if path.endswith(".experts"):
+                    self.captured[path + ":chosen"], self.captured[path + ":weight"] = (each.cpu() for each in args[1:])
                 if isinstance(output, Tensor):
-                    self.captured[path + ":out"] = output[0].cpu()
+                    self.captured[path + ":out"] = output.flatten(0, -2).cpu()
 
             handles.append(module.register_forward_hook(keep))
         with torch.no_grad():
@@ -113,6 +134,9 @@ class Oracle:
             "d": at + "mlp.down_proj",
             "v": at + "self_attn.v_proj",
         }
+        if self.experts(layer) is not None:
+            _, gate, down = EXPERTS[self.name]
+            found |= {"g": None if gate is None else at + gate, "d": None if down is None else at + down}
         if self.name == "phi3":
             found |= {"v": at + "self_attn.qkv_proj", "g": at + "mlp.gate_up_proj"}
         if self.name == "starcoder2":
@@ -141,6 +165,11 @@ class Oracle:
             }
         return found
 
+    def experts(self, layer: int) -> str | None:
+        """The path of the experts of a layer, or None: some layers have one MLP."""
+        path = f"model.layers.{layer}.{EXPERTS[self.name][0]}" if self.name in EXPERTS else ""
+        return path if path + ":chosen" in self.captured else None
+
     def linear(self, path: str, x: Tensor, bias_source: bool) -> Tensor:
         module = self.module(path)
         y = x @ module.weight if self.name.startswith("gpt2") else module.weight @ x
@@ -160,6 +189,15 @@ class Oracle:
             y = y[len(y) // (heads + 2 * groups) * (heads + groups) :]
         d = len(y) // groups
         return [y[h * groups // heads * d : (h * groups // heads + 1) * d] for h in range(heads)]
+
+    def latent_value(self, layer: int, x: Tensor, t: int, bias_source: bool) -> list[Tensor]:
+        """DeepSeek's value vectors: of the normed first numbers of a projection, and behind each head's keys."""
+        at, config = f"model.layers.{layer}.self_attn.", self.model.config
+        latent = self.linear(at + "kv_a_proj_with_mqa", x, bias_source)[: config.kv_lora_rank]
+        latent = self.normed(at + "kv_a_layernorm", latent, t, bias_source)
+        y, keys = self.linear(at + "kv_b_proj", latent, bias_source), config.qk_nope_head_dim
+        by_head = y.split(keys + config.v_head_dim)
+        return [head[keys:] for head in by_head]
 
     def active(self, t: int) -> list[int]:
         return [m for m, start in enumerate(self.starts) if start <= t]
@@ -192,7 +230,7 @@ class Oracle:
     def added(self, path: str | None, out: Tensor, t: int, bias_source: bool) -> Tensor:
         """What a sublayer's output adds to the stream: through a norm, and in Granite times a multiplier."""
         out = out if path is None else self.normed(path, out, t, bias_source)
-        return out * self.model.config.residual_multiplier if self.name == "granite" else out
+        return out * self.model.config.residual_multiplier if self.name.startswith("granite") else out
 
     def attention(self, x: list[list[Tensor]], layer: int) -> list[list[Tensor]]:
         p = self.paths(layer)
@@ -202,7 +240,10 @@ class Oracle:
             values = []
             for t in range(len(self.ids)):
                 normed = x[m][t] if p["an"] is None else self.normed(p["an"], x[m][t], t, is_bias)
-                values.append(self.value(p["v"], normed, is_bias))
+                if self.name == "deepseek_v3":
+                    values.append(self.latent_value(layer, normed, t, is_bias))
+                else:
+                    values.append(self.value(p["v"], normed, is_bias))
             for q in range(len(self.ids)):
                 mixed = []
                 for h in range(self.heads):
@@ -210,7 +251,10 @@ class Oracle:
                     for k in range(q + 1):
                         total = total + self.patterns[layer][0, h, q, k] * values[k][h]
                     mixed.append(total)
-                out = self.linear(p["o"], torch.cat(mixed), is_bias)
+                of_heads = torch.cat(mixed)
+                if self.name == "bitnet":
+                    of_heads = self.normed(f"model.layers.{layer}.self_attn.attn_sub_norm", of_heads, q, is_bias)
+                out = self.linear(p["o"], of_heads, is_bias)
                 after[m][q] = after[m][q] + self.added(p["ap"], out, q, is_bias)
         return after
 
@@ -226,19 +270,65 @@ class Oracle:
         p = self.paths(layer)
         result = [row[:] for row in after]
         for t in range(len(self.ids)):
-            gates = {}
+            normed = {}
             for m in self.active(t):
                 is_bias = self.bias and m == 0
-                normed = read[m][t] if p["mn"] is None else self.normed(p["mn"], read[m][t], t, is_bias)
-                gates[m] = self.linear(p["g"], normed, is_bias)
-                if self.name == "phi3":
-                    gates[m] = gates[m][: len(gates[m]) // 2]
-            hidden = self.captured[p["d"] + ":in"][t]
-            total = self.captured[p["g"] + ":out"][t][: len(hidden)]
-            for m, alpha in self.shares(gates, total, rule, tau, excluded, t).items():
-                out = self.linear(p["d"], alpha * hidden, self.bias and m == 0)
-                result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
+                normed[m] = read[m][t] if p["mn"] is None else self.normed(p["mn"], read[m][t], t, is_bias)
+            for branch in self.branches(layer, t):
+                neurons = len(branch.hidden)  # some projections hold the up rows behind those of the gate
+                gates = {m: branch.read(x, self.bias and m == 0)[:neurons] for m, x in normed.items()}
+                for m, alpha in self.shares(gates, branch.total, rule, tau, excluded, t).items():
+                    out = branch.write(alpha * branch.hidden, self.bias and m == 0)
+                    result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
         return result
+
+    def branches(self, layer: int, t: int) -> Iterator[Branch]:
+        """The MLP of a position, and each expert that it chose."""
+        p = self.paths(layer)
+        if p["d"] is not None:
+            hidden, weight = self.captured[p["d"] + ":in"][t], 1.0
+            if self.name == "qwen2_moe":
+                weight = self.captured[f"model.layers.{layer}.mlp.shared_expert_gate:out"][t, 0].sigmoid()
+            yield Branch(
+                hidden, self.captured[p["g"] + ":out"][t][: len(hidden)], partial(self.linear, p["g"]),
+                lambda x, is_bias: weight * self.linear(p["d"], x, is_bias),
+            )  # fmt: skip
+        path = self.experts(layer)
+        if path is None:
+            return
+        for e, weight in zip(
+            self.captured[path + ":chosen"][t].tolist(), self.captured[path + ":weight"][t], strict=True
+        ):
+            hidden, total = self.hidden(path, e, self.captured[path + ":in"][t])
+            yield Branch(hidden, total, partial(self.gate_of, path, e), partial(self.down_of, path, e, weight))
+
+    def gate_of(self, path: str, e: int, x: Tensor, is_bias: bool) -> Tensor:
+        """The gate's rows of expert ``e``'s first projection."""
+        both = self.both_of(path, e, x, is_bias)
+        return both[::2] if self.name == "gpt_oss" else both[: len(both) // 2]
+
+    def both_of(self, path: str, e: int, x: Tensor, is_bias: bool) -> Tensor:
+        experts = self.module(path)
+        if self.name != "gpt_oss":
+            return experts.gate_up_proj[e] @ x
+        both = x @ experts.gate_up_proj[e]
+        return both + experts.gate_up_proj_bias[e] if is_bias else both
+
+    def hidden(self, path: str, e: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden vector and the pre-activations of expert ``e`` for its own input ``[D]``."""
+        experts, both, total = self.module(path), self.both_of(path, e, x, True), self.gate_of(path, e, x, True)
+        if self.name != "gpt_oss":
+            return total * total.sigmoid() * both[len(both) // 2 :], total
+        gate, up = total.clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)
+        return (up + 1) * gate * (gate * experts.alpha).sigmoid(), total
+
+    def down_of(self, path: str, e: int, weight: Tensor, x: Tensor, is_bias: bool) -> Tensor:
+        """What expert ``e`` adds to the stream, with the router's weight."""
+        experts = self.module(path)
+        if self.name != "gpt_oss":
+            return weight * (experts.down_proj[e] @ x)
+        out = x @ experts.down_proj[e]
+        return weight * (out + experts.down_proj_bias[e] if is_bias else out)
 
     def shares(
         self, gates: dict[int, Tensor], total: Tensor, rule: str, tau: float, excluded: int | None, t: int

@@ -22,9 +22,14 @@ from .nearest import nearest
 from .packing import takes_positions
 from .paths import has, has_experts, has_shared, linear_paths, module_paths
 from .positions import switches
+from .shapes import refuse_shapes
 
 _FACTORS = ("residual_factor", "logit_factor", "logit_divisor")
 _LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "latent_norm", "mix_norm")
+_TOGETHER = (  # fields that mean nothing without another
+    ("shared_gate", "shared_down"), ("shared_down", "shared_gate"), ("shared_weight", "shared_gate"),
+    ("shared_gate", "experts"), ("latent_norm", "latent"),
+)  # fmt: skip
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")  # in configs
 
 
@@ -130,11 +135,16 @@ def _inside(model: Any) -> str:
 
 
 def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
-    """The modules at a family's paths, for a model and a family that :func:`check` returned."""
+    """The modules at a family's paths, for a model and a family that :func:`check` returned.
+
+    Raises:
+        ModelError: projections of the family do not fit each other.
+    """
     config, head = model.config, model.get_output_embeddings()
     text = text_config(config)
     backbone: Any = model.get_submodule(family.backbone)
     layers = tuple(_bind_layer(layer, family, text) for layer in _blocks(model, family))
+    refuse_shapes(layers, family, text.num_attention_heads, getattr(config, "name_or_path", "") or type(model).__name__)
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm, family.epsilon)
     biased, found = any(layer.has_bias() for layer in layers), switches(backbone)
     dynamic = any(switch.kind == "dynamic" for switch in found)  # made for prompts beyond the config's positions
@@ -251,6 +261,9 @@ def _refuse_declaration(family: Any) -> None:
         raise ModelError(f"family must be a depass.Family, got {type(family).__name__}")
     if not isinstance(family.parallel, (str, bool)):
         raise ModelError(f"Family(parallel={family.parallel!r}): give True, False, or the name of the config's flag")
+    for part, needed in _TOGETHER:
+        if getattr(family, part) is not None and getattr(family, needed) is None:
+            raise ModelError(f"Family({part}={getattr(family, part)!r}) without {needed}: name that too")
     if family.epsilon is not None and not _is_positive(family.epsilon):
         raise ModelError(f"Family(epsilon={family.epsilon!r}): give a positive number, or None")
     pairs = family.requires if isinstance(family.requires, tuple) else (None,)

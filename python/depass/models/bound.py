@@ -227,7 +227,9 @@ class Layer:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
         norms = (norm for norm in (self.attention_norm, self.mlp_norm, self.latent_norm) if norm is not None)
         of_experts = self.experts is not None and self.experts.has_bias
-        return of_experts or any(p.bias is not None for p in self.projections) or any(n.beta() is not None for n in norms)
+        return (
+            of_experts or any(p.bias is not None for p in self.projections) or any(n.beta() is not None for n in norms)
+        )
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,12 @@ class BoundModel:
     @property
     def has_experts(self) -> bool:
         """Whether a layer has routed experts."""
-        return any(layer.experts is not None for layer in self.layers)
+        return bool(self.expert_layers)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with routed experts."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.experts is not None)
 
     @property
     def head(self) -> Any:

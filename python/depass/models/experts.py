@@ -55,17 +55,25 @@ class Experts:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors by name: offloaded ones hold no numbers."""
-        names = (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
-        return {name: getattr(self.module, name) for name in names}
+        return {name: getattr(self.module, name) for name in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+        return (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
 
     @property
     def has_bias(self) -> bool:
         """Whether the experts' projections have biases."""
         return bool(self.module.has_bias)
 
-    def read(self) -> ExpertWeights:
-        """The weights as numbers on their device; offloaded ones are copied there, once for all experts."""
-        tensors = {name: weights.dense(self.module, name) for name in self.tensors}
+    def read(self, *names: str) -> ExpertWeights:
+        """The weights as numbers on their device; offloaded ones are copied there, once for all experts.
+
+        Args:
+            names: of :attr:`tensors`, those that are needed; by default all.
+        """
+        tensors = {name: weights.dense(self.module, name) for name in names or self.tensors}
         return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
@@ -110,8 +118,11 @@ def refuse_experts(module: Any, which: str) -> None:
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
     if getattr(module, "has_post_expert_norm", False):
         raise ModelError(f"{which} have a norm on their outputs, which DePass does not support")
-    tensors = Experts(module, 1).tensors
-    for name, tensor in tensors.items():
+    experts = Experts(module, 1)
+    absent = [name for name in experts.names if not isinstance(getattr(module, name, None), Tensor)]
+    if absent:
+        raise ModelError(f"{which} ({type(module).__name__}) have no {', '.join(absent)}; load unquantised weights")
+    for name, tensor in experts.tensors.items():
         if tensor.dim() != (2 if name.endswith("bias") else 3) or tensor.dtype not in FLOATS:
             raise ModelError(
                 f"{which} hold {tensor.dtype} weights of shape {list(tensor.shape)} as {name}, which DePass cannot read as "
@@ -161,6 +172,27 @@ class ExpertWeights:
         """The pre-activations ``[p, F]`` among the first projection's outputs."""
         return self._gate_of(first.T).T
 
+    def last(self, expert: int) -> Tensor:
+        """The weight ``[D, F]`` of the module's own down projection, without the factor."""
+        return self._turned(self.tensors["down_proj"][expert])
+
+    def halves(self, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gate's and the up's part ``[..., F]`` of the first projection's outputs; ungated experts have no up."""
+        if self.experts.first != "gate_up_proj":
+            return first, None
+        if self.experts.module.is_concatenated:
+            gate, up = first.chunk(2, -1)
+            return gate, up
+        return first[..., ::2], first[..., 1::2]
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The opposite of :meth:`halves`: ``[..., F]`` and ``[..., F]`` in the order of the first projection's outputs."""
+        if self.experts.first != "gate_up_proj":
+            return gate
+        if self.experts.module.is_concatenated:
+            return torch.cat([gate, up], -1)
+        return torch.stack([gate, up], -1).reshape(*gate.shape[:-1], 2 * gate.shape[-1])
+
     def _turned(self, weight: Tensor) -> Tensor:
         return weight.T if self.experts.module.is_transposed else weight
 
@@ -206,6 +238,13 @@ class Places:
     def __len__(self) -> int:
         return len(self.position)
 
+    @property
+    def expert(self) -> Tensor:
+        """``[S]`` int64, the expert of each place."""
+        device = self.position.device
+        counts = torch.tensor([end - begin for begin, end in self.runs.values()], dtype=torch.int64, device=device)
+        return torch.tensor(list(self.runs), dtype=torch.int64, device=device).repeat_interleave(counts)
+
     def each(self) -> Iterator[tuple[int, slice]]:
         """The chosen experts, each with its places."""
         for expert, (begin, end) in self.runs.items():
@@ -222,11 +261,24 @@ def hidden_vectors(read: ExpertWeights, places: Places, x: Tensor) -> tuple[Tens
     return hidden, gate
 
 
-def outputs(read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+def outputs(
+    read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype, with_bias: bool = True
+) -> Iterator[tuple[int, slice, Tensor]]:
     """What each chosen expert adds at its places, ``[p, D]`` with the router's weight and its bias, in ``dtype``."""
     for expert, run in places.each():
         hidden = read.hidden(read.first(expert, x[places.position[run]])).to(dtype)
         output = hidden @ read.down(expert).to(dtype).T
-        bias = read.down_bias(expert)
+        bias = read.down_bias(expert) if with_bias else None
         output = output if bias is None else output + bias.to(dtype)
         yield expert, run, output * places.weight[run, None].to(dtype)
+
+
+def summed_bias(read: ExpertWeights, places: Places, positions: int, dtype: torch.dtype) -> Tensor:
+    """The down projections' biases of all experts that each position chose, ``[P, D]`` with the router's weights."""
+    weight = places.weight.to(dtype)
+    total = weight.new_zeros(positions, read.tensors["down_proj_bias"].shape[1])
+    for expert, run in places.each():
+        bias = read.down_bias(expert)
+        assert bias is not None
+        total.index_add_(0, places.position[run], weight[run, None] * bias.to(dtype))
+    return total
