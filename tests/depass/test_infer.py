@@ -253,8 +253,8 @@ IMPOSSIBLE_EXPERTS: dict[str, tuple[str, Callable[[], Any], str]] = {  # the fir
     "experts in another form": (
         "mixtral",
         lambda: without_interface("mixtral"),
-        "the experts model.layers.0.mlp.experts of MixtralForCausalLM (MixtralExperts) are not of the experts interface of "
-        "transformers 5.7 and later",
+        "the experts model.layers.0.mlp.experts of MixtralForCausalLM (MixtralExperts) are not of transformers' experts "
+        "interface (5.7 and later)",
     ),
     "the router's weights applied twice": (
         "mixtral",

@@ -109,7 +109,7 @@ NOT_MADE = {
 }
 # words for errors that name a model's own modules and numbers
 SHORT = {
-    "are not of the experts interface": "its experts are not of transformers' experts interface",
+    "are not of transformers' experts interface": "its experts are not of transformers' experts interface",
     "layers with experts and those without have": "its layers with experts and those without have other norms",
     "chooses some keys for each query": "its attention chooses some keys for each query (sparse attention)",
     "of which DePass does not know what": "its attention function takes arguments that DePass does not know",

@@ -97,8 +97,6 @@ def check(model: Any, family: Family, empty: bool = False) -> Family:
     _refuse_declaration(family)
     _refuse_config(config, family, name)
     family = located(model, as_configured(family, text_config(config)))
-    if family.experts is not None and has(model, family.backbone):
-        refuse_other_experts(model.get_submodule(family.backbone))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
@@ -286,6 +284,8 @@ def _refuse_missing(model: Any, family: Family) -> None:
     _refuse_layers_without_attention(model, family)
     missing = _missing_paths(model, family)
     if missing:
+        if family.experts is not None:
+            refuse_other_experts(model)
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
             f"with the right paths. Missing: {', '.join(missing)}"
