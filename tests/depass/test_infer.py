@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -20,7 +22,7 @@ from depass.models import infer
 from depass.models.bind import as_configured, check, resolve
 from depass.models.bound import epsilon_of
 from depass.models.nearest import nearest
-from depass.models.paths import has_experts, has_shared
+from depass.models.paths import has, has_experts, has_shared, module_paths
 from depass.views.terminal import strip
 
 SIZES: dict[str, Any] = {
@@ -41,6 +43,8 @@ KINDS = (
     "cohere",
     "codegen",
 )
+# one for each kind of experts, MLP beside them, gate, sinks and values
+ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "granitemoeshared", "deepseek_v3", "afmoe", "granite_swa", "bitnet")
 
 
 def resolved(model: Any) -> Family:
@@ -108,6 +112,17 @@ def test_an_unknown_type_gets_the_scores_of_its_declaration(name: str) -> None:
         assert found.settings.engine == engine
 
 
+@pytest.mark.parametrize("name", [name for name in ROUTED if name in models.EVERY])
+def test_an_unknown_type_with_experts_gates_or_sinks_gets_the_scores_of_its_declaration(name: str) -> None:
+    listed, inferred = DePass(models.make(name), engine="forward"), DePass(unknown(name), engine="forward")
+    assert (listed.bound.origin, inferred.bound.origin) == ("declared", "inferred")
+    for rule in ("softmax", "taylor"):
+        expected, found = (dp.attribute(models.prompt(9), 5, rule=rule) for dp in (listed, inferred))
+        assert torch.equal(found.scores, expected.scores)
+        assert found.conservation_error.max() < 1e-5
+        assert found.settings == replace(expected.settings, family="inferred")
+
+
 @pytest.mark.skipif(bool(models.NOT_HERE), reason="older transformers lack them, or their attention's interface")
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -141,6 +156,39 @@ def with_its_mlp(forward: Callable[[Any, Tensor], Tensor]) -> Any:
     model = unknown("llama")
     for layer in model.model.layers[-1:]:
         layer.mlp.__class__ = type("Other", (type(layer.mlp),), {"forward": forward})
+    return model
+
+
+def changed(module: nn.Module, **members: Any) -> None:
+    """Give a module a class of the same name with other members."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **members})
+
+
+def with_its_last(name: str, path: str, forward: Callable[..., Any], method: str = "forward") -> Any:
+    """An unknown model in whose last layer a method computes something else; ``forward`` gets the own method first."""
+    model = unknown(name)
+    module = model.model.layers[-1].get_submodule(path)
+    theirs = getattr(type(module), method)
+    changed(module, **{method: lambda self, *args, **more: forward(partial(theirs, self), *args, **more)})
+    return model
+
+
+def scaled_shared(name: str, path: str, which: slice) -> Any:
+    """An unknown model some of whose layers add half the output of the MLP beside their experts."""
+    model = unknown(name)
+    for layer in model.model.layers[which]:
+        if has(layer, path):
+            kind = type(layer.get_submodule(path))
+            changed(layer.get_submodule(path), forward=lambda self, x, kind=kind: 0.5 * kind.forward(self, x))
+    return model
+
+
+def without_interface(name: str) -> Any:
+    """An unknown model whose experts do not say how they store their weights."""
+    model = unknown(name)
+    for layer in model.model.layers:
+        del layer.mlp.experts.is_concatenated
     return model
 
 
@@ -200,11 +248,59 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], Any], str]] = {
     "a scaled stream": (scaled_stream, "what a layer adds to the stream is not what its projections write"),
     "scaled logits": (scaled_logits, "the logits are not the head's output, times 1 or a number of the config"),
     "no module for the activation": (functional_activation, "no activation module of a layer reads the output"),
-    "experts": (
-        lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1),
-        "it is a mixture of experts (model.layers.0.",
+}
+IMPOSSIBLE_EXPERTS: dict[str, tuple[str, Callable[[], Any], str]] = {  # the first: the small model that is changed
+    "experts in another form": (
+        "mixtral",
+        lambda: without_interface("mixtral"),
+        "the experts model.layers.0.mlp.experts of MixtralForCausalLM (MixtralExperts) are not of transformers' experts "
+        "interface (5.7 and later)",
+    ),
+    "the router's weights applied twice": (
+        "mixtral",
+        lambda: with_its_last("mixtral", "mlp.experts", lambda run, x, chosen, weight: run(x, chosen, weight.square())),
+        "layer 2: the output of mlp.experts is not the sum of its experts' outputs times the router's weights",
+    ),
+    "experts that read another input": (
+        "mixtral",
+        lambda: with_its_last("mixtral", "mlp", lambda run, x: run(2 * x)),
+        "layer 2: the input of mlp.experts is not the stream after post_attention_layernorm",
+    ),
+    "gate and up of experts exchanged": (
+        "mixtral",
+        lambda: with_its_last(
+            "mixtral", "mlp.experts", lambda run, first: run(torch.cat(first.chunk(2, -1)[::-1], -1)), "_apply_gate"
+        ),
+        "layer 2: the activation of mlp.experts takes other rows of its first projection for the gate",
+    ),
+    "an MLP beside experts with a factor": (
+        "glm4_moe",
+        lambda: scaled_shared("glm4_moe", "mlp.shared_experts", slice(None)),
+        "what a layer adds to the stream is not what its projections write",
+    ),
+    "an MLP beside experts with a factor in the last layer": (
+        "glm4_moe",
+        lambda: scaled_shared("glm4_moe", "mlp.shared_experts", slice(-1, None)),
+        "layer 2: the residual stream after it is not the stream before it plus the outputs of self_attn.o_proj, "
+        "mlp.experts and mlp.shared_experts.down_proj",
+    ),
+    "another weight of the MLP beside experts in the last layer": (
+        "qwen2_moe",
+        lambda: scaled_shared("qwen2_moe", "mlp.shared_expert", slice(-1, None)),
+        "layer 2: the residual stream after it is not the stream before it plus the outputs of",
+    ),
+    "another norm of latent values in the last layer": (
+        "deepseek_v3",
+        lambda: with_its_last("deepseek_v3", "self_attn.kv_a_layernorm", lambda run, x: 2 * run(x)),
+        "layer 2: the values that its attention gets are not those of self_attn.kv_b_proj",
+    ),
+    "keys chosen for each query": (
+        "llama",
+        lambda: with_its_last("llama", "self_attn", lambda run, *args, **more: run(*args, indices=torch.ones(1), **more)),
+        "the attention of LlamaAttention chooses some keys for each query (indices: sparse attention)",
     ),
 }  # fmt: skip
+IMPOSSIBLE |= {case: (make, says) for case, (name, make, says) in IMPOSSIBLE_EXPERTS.items() if name in models.EVERY}
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
@@ -216,6 +312,21 @@ def test_what_cannot_be_inferred_is_one_line_with_the_reason(case: str) -> None:
         DePass(make())
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in ("llama", "granite_swa", "afmoe", "bitnet") if name in models.EVERY])
+def test_another_scale_of_what_the_heads_mix_is_not_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unknown(name)
+    code = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    theirs = code.eager_attention_forward
+
+    def scaled(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        output, pattern = theirs(*args, **more)
+        return 0.9 * output, pattern
+
+    monkeypatch.setattr(code, "eager_attention_forward", scaled)
+    with pytest.raises(ModelError, match=r"input of self_attn\.o_proj is not the attention pattern times the values"):
+        DePass(model)
 
 
 def renamed_attention() -> Any:
@@ -268,12 +379,6 @@ def own_class() -> Any:
 
 
 NEAREST: dict[str, tuple[Callable[[], Any], str, str, str]] = {
-    "experts": (
-        lambda: own("Mixtral", num_local_experts=2, num_experts_per_tok=1),
-        "'llama': of the 9 modules that it names, the model lacks mlp.gate_proj and mlp.down_proj",
-        "in their place it has ",
-        "dataclasses.replace(depass.FAMILIES['llama'], gate=..., down=...)",
-    ),
     "no activation module": (
         functional_activation, "'llama': the model has all 9 modules that it names. ", "",
         "dataclasses.replace(depass.FAMILIES['llama'], ...)",
@@ -294,6 +399,18 @@ NEAREST: dict[str, tuple[Callable[[], Any], str, str, str]] = {
 }  # fmt: skip
 
 
+if "mixtral" in models.EVERY:
+    NEAREST["experts in another form"] = (
+        lambda: without_interface("mixtral"), "'mixtral': the model has all 8 modules that it names. ", "",
+        "dataclasses.replace(depass.FAMILIES['mixtral'], ...)",
+    )  # fmt: skip
+    NEAREST["an MLP beside experts with a factor"] = (
+        lambda: scaled_shared("glm4_moe", "mlp.shared_experts", slice(None)),
+        "'glm4_moe': the model has all 12 modules that it names. ", "",
+        "dataclasses.replace(depass.FAMILIES['glm4_moe'], ...)",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("case", NEAREST)
 def test_the_error_names_the_nearest_family_and_what_differs(case: str) -> None:
     make, near, instead, declaration = NEAREST[case]
@@ -309,9 +426,11 @@ def test_every_listed_family_is_nearest_to_its_own_model() -> None:
     """Or one listed before it that names the same modules."""
     for name in models.EVERY:
         model = models.make(name)
-        found, family = nearest(model, infer.first_layer(model)), resolved(model)
-        assert not found.lacking, name
-        assert {family.attention, family.value, family.output, family.gate, family.down} <= set(found.held), name
+        layers = infer.known_layers(model)
+        found, family = nearest(model, layers), resolved(model)
+        named = {path for layer in layers for path in module_paths(layer, family).values()}
+        assert not found.lacking.keys() - {"experts"}, name  # which some models of a family lack
+        assert named <= set(found.held), name
 
 
 def test_numbers_that_are_not_finite_are_not_accepted() -> None:
@@ -355,7 +474,7 @@ def saved(folder: Path, model: Any, kind: str | None = None) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "stablelm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "stablelm", "deepseek_v3"])
 def test_the_command_prints_a_listed_declaration(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name not in models.EVERY:
         pytest.skip(f"{name} needs transformers {models.since(name)}")
@@ -383,10 +502,10 @@ def test_the_command_prints_an_inferred_declaration(tmp_path: Path, capsys: pyte
 
 
 def test_the_command_says_why_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = saved(tmp_path, own("Mixtral", num_local_experts=2, num_experts_per_tok=1))
+    folder = saved(tmp_path, own("Falcon", new_decoder_architecture=False), "a-new-one")
     capsys.readouterr()
-    assert cli.main(["family", "-m", folder]) == 1
+    assert cli.main(["family", "-m", folder, "--trust-remote-code"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "it cannot be inferred: it is a mixture of experts" in err
+    assert "it cannot be inferred: its first layer does not call transformers' AttentionInterface" in err

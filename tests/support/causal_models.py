@@ -109,7 +109,10 @@ NOT_MADE = {
 }
 # words for errors that name a model's own modules and numbers
 SHORT = {
-    "mixture of experts": "mixture of experts",
+    "are not of transformers' experts interface": "its experts are not of transformers' experts interface",
+    "layers with experts and those without have": "its layers with experts and those without have other norms",
+    "chooses some keys for each query": "its attention chooses some keys for each query (sparse attention)",
+    "of which DePass does not know what": "its attention function takes arguments that DePass does not know",
     "does not call transformers' AttentionInterface": "its first layer has no attention that calls the `AttentionInterface`",
     "^layer .* lacks .*, which": "its layers differ in their modules",
     "activation modules read": "activation modules read the outputs of several projections of a layer",

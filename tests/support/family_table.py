@@ -33,8 +33,19 @@ def reads(family: Family) -> str:
 def special(family: Family) -> str:
     """What else a family has."""
     found = []
-    if family.value_rows != "all":
+    if family.experts is not None:
+        beside = " and an MLP beside" if family.shared_gate else ""
+        found.append(f"experts{beside.replace('an MLP', 'a weighted MLP') if family.shared_weight else beside}")
+    if family.latent is not None:
+        found.append("latent values")
+    elif family.value_rows != "all":
         found.append("fused values")
+    if family.mix_gate is not None:
+        found.append("a gate on what the heads mix")
+    if family.mix_norm is not None:
+        found.append("a norm on what the heads mix")
+    if family.sinks is not None:
+        found.append("sinks behind the attention pattern")
     if family.gate_rows != "all":
         found.append("fused gate")
     if family.epsilon is not None:

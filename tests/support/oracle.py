@@ -21,6 +21,8 @@ PARALLEL = ("gpt-neox", "phi", "cohere", "codegen")  # both sublayers read the l
 EXPERTS: dict[str, tuple[str, str | None, str | None]] = {
     "qwen3_moe": ("mlp.experts", None, None),
     "qwen2_moe": ("mlp.experts", "mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"),
+    "qwen3_next": ("mlp.experts", "mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"),
+    "granitemoehybrid": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),
     "gpt_oss": ("mlp.experts", None, None),
     "deepseek_v3": ("mlp.experts", "mlp.shared_experts.gate_proj", "mlp.shared_experts.down_proj"),
     "granitemoeshared": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),
@@ -84,7 +86,7 @@ class Oracle:
             result = norm.weight * (x - x.mean()) / sigma
             return result + norm.bias if bias_source else result
         rms = (whole**2).mean().add(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon).sqrt()
-        return (norm.weight + (1 if self.name == "gemma2" else 0)) * x / rms
+        return (norm.weight + (1 if self.name in ("gemma2", "qwen3_next") else 0)) * x / rms
 
     def paths(self, layer: int) -> dict[str, str | None]:
         if self.name.startswith("gpt2"):
@@ -252,11 +254,16 @@ class Oracle:
                         total = total + self.patterns[layer][0, h, q, k] * values[k][h]
                     mixed.append(total)
                 of_heads = torch.cat(mixed)
-                if self.name == "bitnet":
-                    of_heads = self.normed(f"model.layers.{layer}.self_attn.attn_sub_norm", of_heads, q, is_bias)
+                of_heads = self.behind_heads(of_heads, layer, q, is_bias)
                 out = self.linear(p["o"], of_heads, is_bias)
                 after[m][q] = after[m][q] + self.added(p["ap"], out, q, is_bias)
         return after
+
+    def behind_heads(self, of_heads: Tensor, layer: int, t: int, is_bias: bool) -> Tensor:
+        """What the output projection reads of what the heads mix."""
+        if self.name == "bitnet":
+            return self.normed(f"model.layers.{layer}.self_attn.attn_sub_norm", of_heads, t, is_bias)
+        return of_heads
 
     def mlp(
         self,
@@ -287,7 +294,7 @@ class Oracle:
         p = self.paths(layer)
         if p["d"] is not None:
             hidden, weight = self.captured[p["d"] + ":in"][t], 1.0
-            if self.name == "qwen2_moe":
+            if self.name in ("qwen2_moe", "qwen3_next"):
                 weight = self.captured[f"model.layers.{layer}.mlp.shared_expert_gate:out"][t, 0].sigmoid()
             yield Branch(
                 hidden, self.captured[p["g"] + ":out"][t][: len(hidden)], partial(self.linear, p["g"]),

@@ -17,7 +17,7 @@ from .bind_layer import bind_layer, number_of
 from .bound import BoundModel, Norm, Projection, epsilon_of
 from .experts import refuse_experts, refuse_other_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
-from .infer import InferenceError, compare, first_layer, infer
+from .infer import InferenceError, compare, infer, known_layers
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
 from .packing import takes_positions
@@ -67,7 +67,7 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
         compare(bound)
     except (InferenceError, ModelError) as error:
         evaluate = "; it is in training mode: call model.eval()" if model.training else ""
-        near = nearest(model, first_layer(model))
+        near = nearest(model, known_layers(model))
         raise ModelError(
             f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "
             f"inferred: {error}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
@@ -97,8 +97,6 @@ def check(model: Any, family: Family, empty: bool = False) -> Family:
     _refuse_declaration(family)
     _refuse_config(config, family, name)
     family = located(model, as_configured(family, text_config(config)))
-    if family.experts is not None and has(model, family.backbone):
-        refuse_other_experts(model.get_submodule(family.backbone))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
@@ -220,8 +218,11 @@ def _is_positive(number: object) -> bool:
 
 def _refuse_missing(model: Any, family: Family) -> None:
     """Raise a ModelError where the model lacks a path of its family, or the family's norms are not supported."""
+    _refuse_layers_without_attention(model, family)
     missing = _missing_paths(model, family)
     if missing:
+        if family.experts is not None:
+            refuse_other_experts(model)
         raise ModelError(
             f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
             f"with the right paths. Missing: {', '.join(missing)}"
@@ -229,6 +230,17 @@ def _refuse_missing(model: Any, family: Family) -> None:
     late = (family.attention_post_norm, family.mlp_post_norm, family.mix_norm)
     if family.norm.startswith("layer") and any(path is not None for path in late):
         raise ModelError("a LayerNorm on a sublayer's or the heads' output is not supported; it must be an RMSNorm")
+
+
+def _refuse_layers_without_attention(model: Any, family: Family) -> None:
+    """Raise a ModelError where some layers have something else in place of attention, as those of hybrid models."""
+    blocks = _blocks(model, family) if has(model, f"{family.backbone}.{family.layers}") else []
+    lacking = [index for index, block in enumerate(blocks) if not has(block, family.attention)]
+    if 0 < len(lacking) < len(blocks):
+        raise ModelError(
+            f"layer {lacking[0]} of {type(model).__name__} has no attention ({family.attention}), which other layers have; "
+            "DePass needs attention in every layer"
+        )
 
 
 def _refuse_config(config: Any, family: Family, name: str) -> None:

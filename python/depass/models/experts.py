@@ -110,9 +110,8 @@ def refuse_experts(module: Any, which: str) -> None:
     lacking = [name for name in _INTERFACE if not hasattr(module, name)]
     if lacking:
         raise ModelError(
-            f"{which} ({type(module).__name__}) are not of the experts interface of transformers 5.7 and later, whose "
-            f"modules hold one tensor for each projection of all experts (lacking: {', '.join(lacking)}); DePass supports "
-            "no others"
+            f"{which} ({type(module).__name__}) are not of transformers' experts interface (5.7 and later), whose modules "
+            f"hold one tensor for each projection of all experts (lacking: {', '.join(lacking)}); DePass supports no others"
         )
     if getattr(module, "_is_expert_parallel", False):
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")

@@ -285,5 +285,5 @@ UNSUPPORTED: dict[str, str] = {  # by model_type: why no declaration fits
     "lfm2": "some of its layers have a convolution in place of attention",
     "doge": "its layers scale the residual stream itself",
     "paligemma": "its attention looks ahead in the prompt, whose tokens all read each other",
-    "minicpm3": "its values are projected twice, from a latent vector, and it scales the vectors that its head reads",
+    "minicpm3": "it scales the vectors that its head reads",
 }

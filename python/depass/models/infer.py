@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import infer_attention, infer_mlp
 from .bound import BoundModel, Norm, epsilon_of
@@ -36,7 +36,7 @@ from .trial import (
     tried,
 )  # fmt: skip
 
-__all__ = ["InferenceError", "compare", "first_layer", "infer"]
+__all__ = ["InferenceError", "compare", "infer", "known_layers"]
 
 _EPSILONS = (1e-5, 1e-6, 1e-12)  # of norms that hold none, besides the config's
 
@@ -147,12 +147,12 @@ def _compare_modules(model: Any, trial: Trial, family: Family) -> None:
                 raise InferenceError(f"layer {index} lacks {path}, which the first layer of its kind has")
 
 
-def first_layer(model: Any) -> Any:
-    """The first layer of a model, or None where no list of modules has as many as its config says."""
+def known_layers(model: Any) -> list[nn.Module]:
+    """The layers of a model; none where no list of modules has as many as its config says."""
     try:
-        return layers_of(model, model.config.get_text_config())[1][0]
+        return list(layers_of(model, model.config.get_text_config())[1])
     except InferenceError:
-        return None
+        return []
 
 
 class _Comparison(Check):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,19 +15,23 @@ from .paths import has
 
 _OUTSIDE = ("layers", "final_norm")
 _INSIDE = (
-    "attention", "value", "output", "gate", "down", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm",
+    "attention", "latent", "latent_norm", "value", "mix_gate", "mix_norm", "output", "experts", "shared_gate", "shared_down",
+    "shared_weight", "gate", "down", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm",
 )  # fmt: skip
+_DENSE = ("gate", "down")  # which no layer has where all have experts
 _MOST = 4  # names of a list that a message holds
 
 
 class Nearest(NamedTuple):
     """A listed family beside a model, with the paths that the family names: those of a layer's modules begin there.
 
+    A module counts as held if one of the layers has it: layers with experts and layers with an MLP may take turns.
+
     Attributes:
         name: of the family.
         held: the paths that the model has.
         lacking: by field of the family, those that it lacks.
-        instead: what the first layer has where it lacks them.
+        instead: what the first layer has where the model lacks them.
     """
 
     name: str
@@ -55,19 +60,19 @@ class Nearest(NamedTuple):
         return f"dataclasses.replace(depass.FAMILIES[{self.name!r}]{changed or ', ...'})"
 
 
-def nearest(model: nn.Module, layer: nn.Module | None) -> Nearest:
+def nearest(model: nn.Module, layers: Sequence[nn.Module]) -> Nearest:
     """The listed family that names most of a model's modules; of several, the one that names fewest others, then the first.
 
     Args:
         model: the model.
-        layer: its first layer, or None where it is not known.
+        layers: its layers; none where they are not known.
     """
-    found = [_beside(name, family, model, layer) for name, family in FAMILIES.items()]
+    found = [_beside(name, family, model, layers) for name, family in FAMILIES.items()]
     best = min(found, key=lambda each: (-len(each.held), len(each.lacking)))  # the first of equals
-    return best._replace(instead=[] if layer is None else _instead(best, layer))
+    return best._replace(instead=_instead(best, layers[0]) if layers else [])
 
 
-def _beside(name: str, family: Family, model: nn.Module, layer: nn.Module | None) -> Nearest:
+def _beside(name: str, family: Family, model: nn.Module, layers: Sequence[nn.Module]) -> Nearest:
     with suppress(ModelError):  # several parts could be the decoder
         family = located(model, family)
     held: list[str] = []
@@ -76,14 +81,14 @@ def _beside(name: str, family: Family, model: nn.Module, layer: nn.Module | None
         path = getattr(family, field)
         if path is None:
             continue
-        place = model
+        places: Sequence[nn.Module] = [model]
         if field in _OUTSIDE:
             path = f"{family.backbone}.{path}"
-        elif layer is not None:
-            place = layer
-        if has(place, path):
+        elif layers:
+            places = layers
+        if any(has(place, path) for place in places):
             held.append(path)
-        else:
+        elif field not in _DENSE or family.experts not in held:
             whole = field == "layers" and not has(model, family.backbone)
             lacking["backbone" if whole else field] = path
     return Nearest(name, list(dict.fromkeys(held)), lacking, [])
