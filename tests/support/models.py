@@ -48,6 +48,15 @@ _LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 6, "head_dim": 4, "attention_bias": True,
 }  # fmt: skip
+_RECURRENT = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+_MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}  # fmt: skip
+_MAMBA_TYPES = {"layer_types": ["mamba", "attention", "mamba"]}
 _LOCAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 # name: (class prefix, config), of the families that the installed transformers has
@@ -87,6 +96,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": (
         "GraniteMoeShared",
         {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32},
+    ),
+    # linear attention in two layers of three: a gated delta rule, with a gate on the other's attention; Mamba-2
+    "qwen3_next": (
+        "Qwen3Next", {**EXPERTS, **_RECURRENT, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "granitemoehybrid-mamba": (
+        "GraniteMoeHybrid",
+        {**_LOCAL, **_FACTORS, **_MAMBA, **_MAMBA_TYPES, "logits_scaling": 3.0, "intermediate_size": 24,
+         "shared_intermediate_size": 32},
     ),
 }  # fmt: skip
 # Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
@@ -140,6 +158,11 @@ SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeSWA",
         {**_LOCAL, **_FACTORS, **_WINDOWS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32},
     ),
+    "qwen3_5_text": ("Qwen3_5", {**SIZES, **_RECURRENT}),
+    "qwen3_5_moe_text": (
+        "Qwen3_5Moe", {**EXPERTS, **_RECURRENT, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "bamba": ("Bamba", {**SIZES, **_MAMBA, "attn_layer_indices": [1], "mamba_proj_bias": True}),
     "granitemoehybrid": (  # without Mamba layers
         "GraniteMoeHybrid",
         {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32,
@@ -231,7 +254,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     sizes = {**sizes, **others}
     if prefix == "GPTNeoX":
         sizes.pop("num_key_value_heads", None)
-    config_class = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")
+    config_class = {name: f"{name}TextConfig" for name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(prefix, f"{prefix}Config")
     model_class = f"{_MODELS.get(prefix, prefix)}ForCausalLM"
     model_class = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(model_class, model_class)
     config = getattr(tf, config_class)(**sizes)

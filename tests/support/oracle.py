@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-WITHOUT_BIAS = ("llama", "olmo2", "gemma2", "phi3", "olmo", "bitnet", "qwen3_moe", "granitemoeshared")
+WITHOUT_BIAS = ("llama", "olmo2", "gemma2", "phi3", "olmo", "bitnet", "qwen3_moe", "granitemoeshared", "qwen3_next")
 PARALLEL = ("gpt-neox", "phi", "cohere", "codegen")  # both sublayers read the layer's input
 # by name: the experts, and the projections of the MLP beside them
 EXPERTS: dict[str, tuple[str, str | None, str | None]] = {

@@ -235,11 +235,12 @@ def _refuse_missing(model: Any, family: Family) -> None:
 def _refuse_layers_without_attention(model: Any, family: Family) -> None:
     """Raise a ModelError where some layers have something else in place of attention, as those of hybrid models."""
     blocks = _blocks(model, family) if has(model, f"{family.backbone}.{family.layers}") else []
-    lacking = [index for index, block in enumerate(blocks) if not has(block, family.attention)]
+    mixing = [path for path in (family.attention, family.recurrence) if path is not None]
+    lacking = [index for index, block in enumerate(blocks) if not any(has(block, path) for path in mixing)]
     if 0 < len(lacking) < len(blocks):
         raise ModelError(
-            f"layer {lacking[0]} of {type(model).__name__} has no attention ({family.attention}), which other layers have; "
-            "DePass needs attention in every layer"
+            f"layer {lacking[0]} of {type(model).__name__} has no attention ({' or '.join(mixing)}), which other layers "
+            "have; DePass needs it in every layer"
         )
 
 

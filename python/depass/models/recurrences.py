@@ -204,6 +204,12 @@ def recurrence(module: Any, kind: str, which: str) -> Recurrence:
         raise ModelError(
             f"{which} ({type(module).__name__}) is no {kind} as DePass knows it: it lacks {', '.join(lacking)}"
         )
+    of_norm = ("weight", "variance_epsilon", *(("group_size",) if kind == "state_space" else ()))
+    lacking = [name for name in of_norm if not hasattr(module.norm, name)]
+    if lacking:
+        raise ModelError(
+            f"the norm of {which} ({type(module.norm).__name__}) is not as DePass knows it: it lacks {', '.join(lacking)}"
+        )
     if getattr(module, "activation", "silu") not in ("silu", "swish"):
         raise ModelError(f"{which} has the activation {module.activation!r} behind its convolution; DePass knows 'silu'")
     return KINDS[kind](module)
