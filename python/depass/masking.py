@@ -99,11 +99,9 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
     """The number of heads, neurons or experts per layer that has any.
 
     Raises:
-        OptionError: the layers have different numbers of neurons or experts, the model has no experts, or neurons are asked
+        OptionError: the layers have different numbers of such components, the model has no experts, or neurons are asked
             for and it has experts.
     """
-    if kind == "heads":
-        return bound.num_heads
     if kind == "neurons" and bound.has_experts:
         raise OptionError(
             f"{bound.name} has routed experts, whose neurons cannot be masked or scored one by one; take its "
@@ -111,7 +109,7 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
         )
     if kind == "experts" and not bound.has_experts:
         raise OptionError(f"{bound.name} has no routed experts; take its heads or neurons")
-    counts = {_count(layer, kind) for layer in bound.layers if kind == "neurons" or layer.experts is not None}
+    counts = {_count(layer, kind) for layer in bound.layers if kind != "experts" or layer.experts is not None}
     if len(counts) > 1:
         raise OptionError(
             f"the layers of {bound.name} have different numbers of {kind}, {sorted(counts)}; they must have the same"
@@ -125,6 +123,8 @@ def layers_with(bound: BoundModel, kind: Kind) -> tuple[int, ...]:
 
 
 def _count(layer: Layer, kind: Kind) -> int:
+    if kind == "heads":
+        return layer.num_heads
     if kind == "neurons":
         return int(layer.only_mlp.down.shape[1])
     assert layer.experts is not None

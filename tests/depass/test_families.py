@@ -109,7 +109,7 @@ def switch_off(bound: BoundModel, index: int, part: str) -> None:
             layer.experts.tensors[each][:2] = 0
         return
     projection = layer.output if part == "heads" else layer.only_mlp.down
-    columns = 2 * (projection.shape[1] // bound.num_heads if part == "heads" else 1)
+    columns = 2 * (projection.shape[1] // layer.num_heads if part == "heads" else 1)
     module = projection.module
     (module.weight if type(module).__name__ == "Conv1D" else module.weight.T)[:columns] = 0
 

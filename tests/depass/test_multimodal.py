@@ -81,14 +81,14 @@ def test_baselines_surveys_and_masks_take_the_text_decoder(name: str, device: st
         scores = baselines.tokens(dp, baseline, [ids], 5)[0].scores
         assert scores.shape[-1] == len(ids)
         assert scores.isfinite().all()
-    off = torch.zeros(1, models.LAYERS, dp.bound.num_heads, dtype=torch.bool)
+    off = torch.zeros(1, models.LAYERS, dp.bound.most_heads, dtype=torch.bool)
     off[0, 1, 0] = True
     prompt = torch.tensor([ids], device=device)
     with torch.no_grad(), masking.heads(model, off):
         masked = model(input_ids=prompt).logits
     weight = dp.bound.layers[1].output.module.weight
     with torch.no_grad():
-        weight[:, : weight.shape[1] // dp.bound.num_heads] = 0
+        weight[:, : weight.shape[1] // dp.bound.most_heads] = 0
         assert torch.allclose(masked, model(input_ids=prompt).logits, atol=1e-4)
 
 

@@ -288,7 +288,7 @@ def test_every_prompt_of_a_batch_may_have_a_mask_of_its_own(name: str, lengths: 
 @pytest.mark.parametrize("name", ["bitnet", *models.WITH_EXPERTS])
 def test_masked_heads_are_heads_without_output_weights(name: str, rule: str, device: str) -> None:
     masked, removed = made(name, device), made(name, device)
-    heads = masked.bound.num_heads
+    heads = masked.bound.most_heads
     weight = removed.bound.layers[1].output.module.weight
     weight.data[:, : weight.shape[1] // heads] = 0
     with masking.heads(masked, {1: [0]}):

@@ -36,6 +36,9 @@ def special(family: Family) -> str:
     if family.experts is not None:
         beside = " and an MLP beside" if family.shared_gate else ""
         found.append(f"experts{beside.replace('an MLP', 'a weighted MLP') if family.shared_weight else beside}")
+    if family.recurrence is not None:
+        kinds = {"delta_rule": "a gated delta rule", "state_space": "Mamba-2"}
+        found.append(f"{kinds[family.recurrence_kind]} in some layers")
     if family.latent is not None:
         found.append("latent values")
     elif family.value_rows != "all":

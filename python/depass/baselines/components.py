@@ -268,8 +268,9 @@ class _ReadLayers(Capture):
             self.layers_read.append(values.cpu())
 
 
-def _output_norm(heads: int, layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
+def _output_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
     assert trace.mixed is not None
+    heads = layer.num_heads
     mixed = trace.mixed[positions].float().view(len(positions), heads, -1)  # [targets, H, d]
     weight = into_stream(layer.output.weight, layer.attention_post_norm, torch.float32)
     weight = weight.reshape(len(weight), heads, -1)  # [D, H, d]
@@ -315,10 +316,6 @@ def _expert_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | N
     return sizes if scale is None else sizes * scale[positions, None]
 
 
-def _output_norms(bound: BoundModel, case: _Case, seed: int) -> Tensor:
-    return _at_the_target(partial(_output_norm, bound.num_heads), bound, case, seed)
-
-
 def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:
     shape = (len(case.readouts), len(layers_with(bound, kind)), num_components(bound, kind))
     return torch.randn(shape, generator=case.generator(seed), device="cpu")
@@ -326,7 +323,7 @@ def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:
 
 HEADS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {
     "attribution_patching": partial(_attribution_patching, "heads", False),
-    "output_norm": _output_norms,
+    "output_norm": partial(_at_the_target, _output_norm),
     "random": partial(_random, "heads"),
 }
 NEURONS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {

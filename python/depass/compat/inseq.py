@@ -253,7 +253,7 @@ def _heads(dp: DePass, ids: Sequence[int], targets: Sequence[Any], **options: An
     budget = max(0, room(bound)) // 2
     result = attribute.sweep(dp.engine, prompt, parts, checked_targets, chosen, "heads", budget)
     judge(result, strict=False, tolerance=bound.tolerance)
-    scores = result.scores.reshape(*result.scores.shape[:2], len(ids), bound.num_heads)  # [targets, L, N, H]
+    scores = result.scores.reshape(*result.scores.shape[:2], len(ids), -1)  # [targets, L, N, H]
     beside = {"logit": result.target_logits}
     for name, rows in (("rest", result.rest), ("bias", result.bias)):
         if name == "rest" or bound.has_bias:
@@ -269,7 +269,7 @@ def heads_by_position(layer: int, length: int, bound: BoundModel) -> Decompositi
     residual stream.
     """
     whole = decompose_components(Heads(layer), length, bound)
-    heads = bound.num_heads
+    heads = bound.layers[layer].num_heads
     always = whole.sources[:-heads]
     starts = [0] * len(always) + [position for position in range(length) for _ in range(heads)]
     layout = SourceLayout.from_starts(starts, length)

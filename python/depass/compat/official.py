@@ -350,7 +350,7 @@ class _Exact:
 
     def module_states(self, ids: Sequence[int], layer: int, kind: str) -> Tensor:
         if kind == "attn_head":
-            return self._last(ids, Heads(layer), self.bound.num_heads)
+            return self._last(ids, Heads(layer), self.bound.layers[layer].num_heads)
         return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:

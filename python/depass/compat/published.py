@@ -181,9 +181,9 @@ class Published:
     def _mix(self, state: Tensor, frozen: _Frozen) -> Tensor:
         """Every head's values ``[M, N, H, d]``, mixed by the frozen pattern, without the value bias (quirk 3)."""
         values = _read(state, frozen.attention_scale, frozen.layer.value, frozen.layer.attention_norm)  # [M, N, K·d]
-        width = frozen.layer.output.shape[1] // self.bound.num_heads
+        width = frozen.layer.output.shape[1] // frozen.layer.num_heads
         values = values.view(*state.shape[:2], -1, width)  # [M, N, K, d]
-        values = values.repeat_interleave(self.bound.num_heads // values.shape[2], dim=2)
+        values = values.repeat_interleave(frozen.layer.num_heads // values.shape[2], dim=2)
         return torch.einsum("hqk,mkhd->mqhd", frozen.pattern, values)
 
     def _mlp(self, state: Tensor, frozen: _Frozen, exclude_first: bool) -> Tensor:
@@ -243,6 +243,7 @@ def _refuse_other_families(bound: BoundModel) -> None:
         (any(layer.output.factor != 1 for layer in bound.layers), "a factor on what a sublayer adds"),
         ((bound.logit_factor, bound.logit_divisor) != (1, 1), "a factor on logits"),
         (bound.has_experts, "routed experts"),
+        (any(layer.recurrence is not None for layer in bound.layers), "linear attention"),
         (any(layer.latent is not None for layer in bound.layers), "values projected from a latent vector"),
         (any(_scales_mixes(layer) for layer in bound.layers), "a gate, a norm or sinks on what the heads mix"),
         (bound.parallel, "attention and MLP in parallel"),

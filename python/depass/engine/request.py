@@ -248,8 +248,8 @@ def layers_of_sweep(bound: BoundModel, kind: SweepKind, layers: Any, ids: Any) -
     """The layers of a sweep: the given ones, by default all that have such components.
 
     Raises:
-        OptionError: ``layers`` is not a non-empty list of integers without duplicates; or the layers of a sweep of experts
-            have different numbers of them, and ``ids`` names none; or the model has none.
+        OptionError: ``layers`` is not a non-empty list of integers without duplicates; or the layers of a sweep of heads
+            or experts have different numbers of them, and ``ids`` names none; or the model has no experts.
     """
     experts = kind == "experts"
     if experts and not bound.has_experts:
@@ -258,13 +258,14 @@ def layers_of_sweep(bound: BoundModel, kind: SweepKind, layers: Any, ids: Any) -
     wanted = list(every) if layers is None else integers("layers", layers, OptionError)
     if not wanted or len(set(wanted)) < len(wanted):
         raise OptionError(f"layers must be a non-empty list without duplicates, got {layers}")
-    if experts and ids is None:
+    if kind in ("experts", "heads") and ids is None:
         held = {index: layer.experts.count for index, layer in enumerate(bound.layers) if layer.experts is not None}
+        held = held if experts else {index: layer.num_heads for index, layer in enumerate(bound.layers)}
         counts = {held[index] for index in wanted if index in held}
         if len(counts) > 1:
             raise OptionError(
-                f"the layers of {bound.name} have different numbers of experts, {sorted(counts)}; choose layers with the "
-                "same number (layers=) or name the experts (ids=)"
+                f"the layers of {bound.name} have different numbers of {kind}, {sorted(counts)}; choose layers with the "
+                f"same number (layers=) or name the {kind} (ids=)"
             )
     return wanted
 

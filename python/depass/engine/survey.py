@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import NonFiniteError, OptionError
 from ..inputs.prompt import Prompt
@@ -92,8 +93,9 @@ class _SurveyPass(LinearPass):
 
     def layer(self, gradients: LayerGradients) -> None:
         """Keep the scores of heads and modules by position, and of the layer's largest neurons."""
+        heads = gradients.heads()
         scores = {
-            "heads_by_position": gradients.heads(),
+            "heads_by_position": functional.pad(heads, (0, gradients.bound.most_heads - heads.shape[-1])),
             "modules_by_position": torch.stack([gradients.attention(), gradients.mlp()], -1),
             **self._neurons(gradients),
         }

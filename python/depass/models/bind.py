@@ -155,7 +155,6 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
         backbone=backbone,
         layers=layers,
         final_norm=final_norm,
-        num_heads=text.num_attention_heads,
         parallel=bool(family.parallel),
         has_bias=biased or final_norm.beta() is not None or getattr(head, "bias", None) is not None,
         logit_factor=number_of(text, family.logit_factor),

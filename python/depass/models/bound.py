@@ -253,7 +253,6 @@ class BoundModel:
     backbone: Any
     layers: tuple[Layer, ...]
     final_norm: Norm
-    num_heads: int
     parallel: bool
     has_bias: bool
     logit_factor: float  # what the model multiplies the head's output by

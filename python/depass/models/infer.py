@@ -9,7 +9,7 @@ does. A family is accepted only where both find no fault.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from . import infer_attention, infer_mlp
 from .bound import BoundModel, Norm, epsilon_of
 from .capture import Check
 from .check import first_miss, last_differences, limit
-from .families import Family, NormKind
+from .families import Family, NormKind, RecurrenceKind
 from .infer_attention import AttentionAnswers
 from .infer_mlp import MLPAnswers, near, numbers, slope
 from .paths import has, module_paths
@@ -48,8 +48,11 @@ def infer(model: Any) -> Family:
         InferenceError: one of the questions has no answer.
     """
     trial = tried(model)
-    attention = infer_attention.ask(trial.first, trial.config)
-    answers = [infer_mlp.ask(layer, trial.config, _added(layer, attention)) for layer in trial.each]
+    if trial.mixing is None:
+        raise InferenceError("none of its layers has attention")
+    attention = infer_attention.ask(trial.mixing, trial.config)
+    path, computes = trial.recurrence or (None, "delta_rule")
+    answers = [infer_mlp.ask(layer, trial.config, _added(layer, attention, path)) for layer in trial.each]
     one = _agreeing(answers)
     final_norm, head = _end(trial)
     norms = [attention.attention_norm, one.norm, attention.attention_post_norm, one.post_norm, final_norm]
@@ -77,7 +80,9 @@ def infer(model: Any) -> Family:
         mix_gate_rows=attention.mix_gate_rows,
         mix_norm=_path(attention.mix_norm),
         sinks=attention.sinks,
-        parallel=same(first.reads, trial.first.whole.read),
+        parallel=same(first.reads, trial.each[0].whole.read),
+        recurrence=path,
+        recurrence_kind=cast(RecurrenceKind, computes),
         residual_factor=one.residual_factor,
         logit_factor=logit_factor,
         logit_divisor=logit_divisor,
@@ -87,9 +92,13 @@ def infer(model: Any) -> Family:
     return family
 
 
-def _added(layer: LayerTrial, attention: AttentionAnswers) -> Tensor:
-    """What the attention of a layer adds to the residual stream, ``[P, D]``, by the modules that the first layer has."""
-    return layer.at((attention.attention_post_norm or attention.output).path).written
+def _added(layer: LayerTrial, attention: AttentionAnswers, recurrence: str | None) -> Tensor:
+    """What the attention of a layer, or its recurrence, adds to the residual stream, ``[P, D]``."""
+    written_by = attention.attention_post_norm or attention.output
+    is_recurrent = recurrence is not None and not any(call.path == attention.output.path for call in layer.calls)
+    if is_recurrent and written_by is attention.output:
+        return layer.at(f"{recurrence}.out_proj").written
+    return layer.at(written_by.path).written
 
 
 def _agreeing(answers: Sequence[MLPAnswers]) -> MLPAnswers:

@@ -12,15 +12,19 @@ compares what comes out with the input of the output projection.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelError
 from . import weights
+
+
+HEADS_NUMBERS = 1 << 24  # numbers in the patterns of the heads that are computed together
 
 
 class Frozen(NamedTuple):
@@ -118,11 +122,7 @@ class DeltaRule(Recurrence):
         )
         decay = -_own(m, "A_log").to(u).exp() * functional.softplus(a.to(u) + _own(m, "dt_bias").to(u))  # [B, T, H]
         beta = b.sigmoid().to(u).transpose(1, 2)[..., None]  # [B, H, T, 1]
-        decayed = _decays(decay.transpose(1, 2))
-        correction = (beta * decayed * (key @ key.mT)).tril(-1)  # what earlier positions' values leave at a later one
-        one = torch.eye(length, dtype=u.dtype, device=u.device)
-        own = torch.linalg.solve_triangular(one + correction, one * beta, upper=False, unitriangular=True)
-        pattern = (decayed * (query @ key.mT) * m.head_k_dim**-0.5).tril() @ own
+        pattern = _by_heads(delta_pattern, query * m.head_k_dim**-0.5, key, decay.transpose(1, 2), beta)
         core = _mixed(pattern, value.reshape(batch, length, -1, m.head_v_dim))  # [B, T, H, d]
         root = torch.rsqrt(core.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
         gate = functional.silu(z.to(u)).reshape(core.shape)
@@ -168,9 +168,9 @@ class StateSpace(Recurrence):
             each.reshape(batch, length, m.n_groups, -1).repeat_interleave(m.num_heads // m.n_groups, 2).transpose(1, 2)
             for each in (b, c)
         )
-        decayed = _decays(-_own(m, "A_log").to(u).exp()[:, None] * step)
-        pattern = (decayed * (c @ b.mT)).tril() * step[..., None, :]
-        pattern = pattern + torch.diag_embed(_own(m, "D").to(u)[None, :, None].expand(batch, -1, length))
+        decay = -_own(m, "A_log").to(u).exp()[:, None] * step
+        pattern = _by_heads(state_space_pattern, c, b, decay, step[..., None])
+        pattern.diagonal(dim1=2, dim2=3).add_(_own(m, "D").to(u)[:, None])
         core = _mixed(pattern, value.reshape(batch, length, m.num_heads, -1)).flatten(2)
         gate = functional.silu(z.to(u))
         by_group = (core * gate).reshape(batch, length, -1, m.norm.group_size)
@@ -215,6 +215,15 @@ def recurrence(module: Any, kind: str, which: str) -> Recurrence:
     return KINDS[kind](module)
 
 
+def find_recurrence(layer: nn.Module) -> tuple[str, str] | None:
+    """The path and the kind of the recurrence inside a layer, or None."""
+    for path, module in layer.named_modules():
+        for kind, needed in _NEEDED.items():
+            if all(hasattr(module, name) for name in needed):
+                return path, kind
+    return None
+
+
 def convolved(values: Tensor, taps: Tensor, where: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The causal convolution of each source's own values ``[R, C]`` over its positions.
 
@@ -227,6 +236,46 @@ def convolved(values: Tensor, taps: Tensor, where: list[tuple[Tensor, Tensor]]) 
     for back, (rows, before) in enumerate(where, start=2):
         out.index_add_(0, rows, values.index_select(0, before) * taps[:, -back])
     return out
+
+
+def delta_pattern(query: Tensor, key: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The mixing matrix of the gated delta rule, ``[B, H, T, T]``.
+
+    ``u_t = β_t (v_t - Σ_{s<t} Γ[t, s] (k_t · k_s) u_s)`` is what a position writes, and ``Σ_{s≤t} Γ[t, s] (q_t · k_s) u_s``
+    what one reads: the second times the inverse of the first.
+
+    Args:
+        query, key: ``[B, H, T, d]``.
+        decay: the logarithms ``[B, H, T]`` of what a position leaves of the state before it.
+        beta: ``[B, H, T, 1]``.
+    """
+    decays = _decays(decay)
+    one = torch.eye(query.shape[2], dtype=query.dtype, device=query.device)
+    earlier = (beta * decays * (key @ key.mT)).tril(-1)
+    written = torch.linalg.solve_triangular(one + earlier, one * beta, upper=False, unitriangular=True)
+    return (decays * (query @ key.mT)).tril() @ written
+
+
+def state_space_pattern(c: Tensor, b: Tensor, decay: Tensor, step: Tensor) -> Tensor:
+    """The mixing matrix of a state space without its skip, ``Γ[t, s] (C_t · B_s) Δ_s``, ``[B, H, T, T]``.
+
+    Args:
+        c, b: ``[B, H, T, n]``.
+        decay: the logarithms ``[B, H, T]`` of what a position leaves of the state before it.
+        step: ``[B, H, T, 1]``.
+    """
+    return (_decays(decay) * (c @ b.mT)).tril() * step.mT
+
+
+def _by_heads(pattern: Callable[..., Tensor], *of_heads: Tensor) -> Tensor:
+    """A pattern ``[B, H, T, T]``, computed for a few heads at a time: it needs several times its own memory."""
+    batch, heads, length = of_heads[0].shape[:3]
+    found = of_heads[0].new_empty(batch, heads, length, length)
+    at_once = max(1, HEADS_NUMBERS // (batch * length * length))
+    for begin in range(0, heads, at_once):
+        some = slice(begin, begin + at_once)
+        found[:, some] = pattern(*(each[:, some] for each in of_heads))
+    return found
 
 
 def _mixed(pattern: Tensor, values: Tensor) -> Tensor:

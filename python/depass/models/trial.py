@@ -22,6 +22,7 @@ from . import weights
 from .capture import running, watched
 from .check import mixed
 from .experts import holds_experts
+from .recurrences import find_recurrence
 
 TOKENS = (5, 17, 42, 7, 9)
 
@@ -124,6 +125,8 @@ class Trial:
         backbone, layers: the paths, as in a :class:`~depass.models.families.Family`.
         dense: the first layer without experts, or None.
         routed: the first layer with experts, or None.
+        mixing: the first layer with attention and no recurrence in its place; often one of the others.
+        recurrence: the path and the kind of the recurrence that other layers have, or None.
         outside: the calls of the norms outside of the layers.
         head: that of the head.
         logits: ``[P, V]``.
@@ -134,21 +137,23 @@ class Trial:
     layers: str
     dense: LayerTrial | None = None
     routed: LayerTrial | None = None
+    mixing: LayerTrial | None = None
+    recurrence: tuple[str, str] | None = None
     outside: list[Call] = field(default_factory=list)
     head: list[Call] = field(default_factory=list)
     logits: Tensor | None = None
 
     @property
     def each(self) -> list[LayerTrial]:
-        """The layers that the pass noted, the first layer first."""
+        """The layers whose MLPs the pass noted, the first layer first."""
         return sorted(
             (layer for layer in (self.dense, self.routed) if layer is not None), key=lambda layer: layer.index
         )
 
     @property
-    def first(self) -> LayerTrial:
-        """The first layer."""
-        return self.each[0]
+    def noted(self) -> list[LayerTrial]:
+        """All layers that the pass noted, each once."""
+        return list({layer.index: layer for layer in (*self.each, self.mixing) if layer is not None}.values())
 
 
 @contextmanager
@@ -182,11 +187,11 @@ def tried(model: Any) -> Trial:
     trial = Trial(config, backbone, name, *_noted_layers(layers))
     inside = {id(module) for module in layers.modules()}
     outside = model.get_submodule(backbone).named_modules()
-    noted = [(path, each, layer.calls) for layer in trial.each for path, each in layers[layer.index].named_modules()]
+    noted = [(path, each, layer.calls) for layer in trial.noted for path, each in layers[layer.index].named_modules()]
     noted += [(path, each, trial.outside) for path, each in outside if id(each) not in inside and is_norm(each)]
     noted.append(("", model.get_output_embeddings(), trial.head))
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    owners = {id(module): layer for layer in trial.each for module in layers[layer.index].modules()}
+    owners = {id(module): layer for layer in trial.noted for module in layers[layer.index].modules()}
 
     def attention(module: nn.Module, values: Tensor, output: Tensor, pattern: Tensor) -> None:
         if id(module) in owners:
@@ -206,11 +211,17 @@ def tried(model: Any) -> Trial:
     return trial
 
 
-def _noted_layers(layers: Sequence[nn.Module]) -> tuple[LayerTrial | None, LayerTrial | None]:
-    """The first layer without experts and the first one with them."""
+def _noted_layers(
+    layers: Sequence[nn.Module],
+) -> tuple[LayerTrial | None, LayerTrial | None, LayerTrial | None, tuple[str, str] | None]:
+    """The first layer without experts, the first one with them, the first one without a recurrence, and the recurrence."""
     routed = [any(map(holds_experts, layer.modules())) for layer in layers]
-    dense, first = ([index for index, each in enumerate(routed) if each is wanted] for wanted in (False, True))
-    return LayerTrial(dense[0]) if dense else None, LayerTrial(first[0]) if first else None
+    recurrent = [find_recurrence(layer) for layer in layers]
+    trials = [LayerTrial(index) for index in range(len(layers))]
+    dense, first = (next((trial for trial, each in zip(trials, routed, strict=True) if each is wanted), None)
+                    for wanted in (False, True))  # fmt: skip
+    mixing = next((trial for trial, each in zip(trials, recurrent, strict=True) if each is None), None)
+    return dense, first, mixing, next((each for each in recurrent if each is not None), None)
 
 
 def layers_of(model: Any, config: Any) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from ..device_memory import free_memory
 from ..models import weights
 from ..models.bound import BoundModel, Layer, Norm, Projection
+from ..models.recurrences import HEADS_NUMBERS
 from ..models.streaming import arriving_bytes
 from .blocks import Blocks, RowBytes, blocks_of, traits
 
@@ -52,6 +53,9 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     padded = len(lengths) * max(lengths)
     patterns = bound.most_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
+    if any(layer.recurrence is not None for layer in bound.layers):
+        own_pattern = max(number, 4)  # computed for some heads at a time, with seven more such matrices
+        scores = max(scores, patterns * own_pattern + 7 * own_pattern * max(padded * max(lengths), HEADS_NUMBERS))
     chosen, of_experts = _places(bound)
     activations = padded * (4 * neurons + (8 + 3 * chosen) * width) * own
     kept = patterns * own * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows

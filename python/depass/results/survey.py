@@ -32,7 +32,8 @@ class Survey(TargetedResult):
         bias: ``[T, L + 1]``, the biases behind it.
         balance: ``[T, L + 1]``, ``pattern`` or ``unassigned`` behind it (``settings.balance`` says which); zeros for rules
             without one.
-        heads_by_position: ``[T, L, N, H]``, the output of each head at each position.
+        heads_by_position: ``[T, L, N, H]``, the output of each head at each position; zeros beyond the heads of a layer
+            that has fewer than others.
         modules_by_position: ``[T, L, N, 2]``, the output of attention and of the MLP at each position.
         neurons: ``[T, L, k]``, the ``k`` neurons of each layer with the largest scores, summed over positions. Layers with
             routed experts are left out: each position goes through other neurons there. Their rows are zero.

@@ -1,0 +1,152 @@
+"""Linear attention: the mixing matrices, what is refused, and layers that differ in their heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from depass import DePass, Family, Heads, ModelError, OptionError, masking
+from depass.models.families import FAMILIES
+from depass.models.recurrences import delta_pattern, state_space_pattern
+
+NAMES = [name for name in ("qwen3_next", "granitemoehybrid-mamba", "qwen3_5_text", "bamba") if name in models.EVERY]
+pytestmark = pytest.mark.skipif(not NAMES, reason="this transformers has no model with linear attention")
+
+
+def randoms(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_the_delta_rule_is_its_recurrence(length: int) -> None:
+    shape = (2, 3, length, 5)
+    query, key, value, decay, beta = randoms(shape, shape, (2, 3, length, 4), shape[:3], (*shape[:3], 1))
+    decay, beta = -functional.softplus(decay), beta.sigmoid()
+    state, outputs = torch.zeros(2, 3, 5, 4, dtype=torch.float64), []
+    for t in range(length):
+        state = state * decay[:, :, t, None, None].exp()
+        error = value[:, :, t] - (key[:, :, t, :, None] * state).sum(2)
+        state = state + key[:, :, t, :, None] * (beta[:, :, t] * error)[:, :, None]
+        outputs.append((query[:, :, t, :, None] * state).sum(2))
+    mixed = delta_pattern(query, key, decay, beta) @ value
+    assert (mixed - torch.stack(outputs, 2)).abs().max() < 1e-10 * mixed.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_the_state_space_is_its_recurrence(length: int) -> None:
+    shape = (2, 3, length, 5)
+    c, b, value, decay, step = randoms(shape, shape, (2, 3, length, 4), shape[:3], (*shape[:3], 1))
+    decay, step = -functional.softplus(decay), step.exp()
+    state, outputs = torch.zeros(2, 3, 5, 4, dtype=torch.float64), []
+    for t in range(length):
+        state = state * decay[:, :, t, None, None].exp()
+        state = state + b[:, :, t, :, None] * (step[:, :, t] * value[:, :, t])[:, :, None]
+        outputs.append((c[:, :, t, :, None] * state).sum(2))
+    mixed = state_space_pattern(c, b, decay, step) @ value
+    assert (mixed - torch.stack(outputs, 2)).abs().max() < 1e-10 * mixed.abs().max()
+
+
+def test_decays_over_thousands_of_positions_do_not_round_away() -> None:
+    c, b = (torch.ones(1, 1, 2000, 1, dtype=torch.float64) for _ in range(2))
+    decay = -16 * torch.rand(1, 1, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    truth = state_space_pattern(c, b, decay, torch.ones_like(c))
+    in_fp32 = state_space_pattern(*(each.float() for each in (c, b, decay, torch.ones_like(c))))
+    assert (in_fp32 - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_in_a_batch_gets_the_scores_that_it_gets_alone(name: str) -> None:
+    dp = DePass(models.make(name))
+    prompts = [models.prompt(length, seed=length) for length in (19, 3, 11)]
+    for rule in ("softmax", "half"):
+        for prompt, of_batch in zip(prompts, dp.attribute_many(prompts, 5, rule=rule), strict=True):
+            alone = dp.attribute(prompt, 5, rule=rule)
+            torch.testing.assert_close(of_batch.scores, alone.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_that_computes_something_else_is_found(name: str) -> None:
+    for change in (scaled_values, another_step):
+        model = models.make(name)
+        change(model)
+        with pytest.raises(ModelError, match=r"layer 0: .*(attention pattern times the values|values that its attention)"):
+            DePass(model).attribute(models.prompt(9), 5)
+
+
+def scaled_values(model: Any) -> None:
+    """The convolution of layer 0 works on twice its input, which no weight says."""
+    layer = model.model.layers[0]
+    module = getattr(layer, "linear_attn", None) or layer.mamba
+    own = type(module).forward
+
+    class Changed(type(module)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **options: Any) -> Any:
+            return own(self, 2 * hidden_states, **options)
+
+    module.__class__ = Changed
+
+
+def another_step(model: Any) -> None:
+    """The norm behind the recurrence of layer 0 gets another epsilon than the module says."""
+    layer = model.model.layers[0]
+    norm = (getattr(layer, "linear_attn", None) or layer.mamba).norm
+    own = type(norm).forward
+
+    class Changed(type(norm)):  # type: ignore[misc]
+        def forward(self, *args: Any) -> Any:
+            self.variance_epsilon, before = 1.0, self.variance_epsilon
+            try:
+                return own(self, *args)
+            finally:
+                self.variance_epsilon = before
+
+    norm.__class__ = Changed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_recurrence_does_not_allow_is_refused(name: str) -> None:
+    model = models.make(name)
+    family = FAMILIES[model.config.model_type]
+    other = {"delta_rule": "state_space", "state_space": "delta_rule"}[family.recurrence_kind]
+    with pytest.raises(ModelError, match=f"is no {other} as DePass knows it: it lacks|lacks modules that its family names"):
+        DePass(model, family=Family(**{**vars(family), "recurrence_kind": other}))
+    with pytest.raises(ModelError, match="has no attention"):
+        DePass(model, family=Family(**{**vars(family), "recurrence": None}))
+    layer = model.model.layers[0]
+    (getattr(layer, "linear_attn", None) or layer.mamba).activation = "gelu"
+    with pytest.raises(ModelError, match="has the activation 'gelu' behind its convolution; DePass knows 'silu'"):
+        DePass(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rule", ["steer", "dual_path", "softmax+steer"])
+def test_rules_that_score_what_steers_are_refused(name: str, rule: str) -> None:
+    with pytest.raises(ModelError, match=r"layer 0 of .* has linear attention, .* take rule='half', 'up' or 'taylor'"):
+        DePass(models.make(name)).attribute(models.prompt(9), 5, rule=rule)
+
+
+@pytest.mark.skipif("qwen3_5_text" not in models.EVERY, reason="this transformers lacks the model")
+def test_layers_with_different_numbers_of_heads() -> None:
+    model = models.make("qwen3_5_text", linear_num_value_heads=8)
+    dp, prompt = DePass(model), models.prompt(9)
+    for layer, count in ((0, 8), (1, 4), (2, 8)):
+        result = dp.attribute(prompt, 5, sources=Heads(layer))
+        assert [source.kind for source in result.sources].count("head") == count
+        assert result.conservation_error.max() < 1e-5
+    with pytest.raises(OptionError, match=r"different numbers of heads, \[4, 8\]; choose layers with the same number"):
+        dp.sweep("heads", prompt, 5)
+    for rule in ("softmax", "half"):
+        swept = dp.sweep("heads", prompt, 5, layers=[0, 2], rule=rule)
+        assert swept.scores.shape == (1, 2, 8)
+    with pytest.raises(OptionError, match=r"different numbers of heads, \[4, 8\]"), masking.heads(dp, {0: [1]}):
+        pass
+    survey = dp.survey(prompt, 5, rule="half")
+    assert survey.heads.shape == (1, 3, 8)
+    torch.testing.assert_close(survey.heads[:, [0, 2]], swept.scores, rtol=1e-4, atol=1e-5)
+    assert bool((survey.heads[:, 1, 4:] == 0).all())
