@@ -75,7 +75,9 @@ def test_a_module_that_computes_something_else_is_found(name: str) -> None:
     for change in (scaled_values, another_step):
         model = models.make(name)
         change(model)
-        with pytest.raises(ModelError, match=r"layer 0: .*(attention pattern times the values|values that its attention)"):
+        with pytest.raises(
+            ModelError, match=r"layer 0: .*(attention pattern times the values|values that its attention)"
+        ):
             DePass(model).attribute(models.prompt(9), 5)
 
 
@@ -114,7 +116,9 @@ def test_what_a_recurrence_does_not_allow_is_refused(name: str) -> None:
     model = models.make(name)
     family = FAMILIES[model.config.model_type]
     other = {"delta_rule": "state_space", "state_space": "delta_rule"}[family.recurrence_kind]
-    with pytest.raises(ModelError, match=f"is no {other} as DePass knows it: it lacks|lacks modules that its family names"):
+    with pytest.raises(
+        ModelError, match=f"is no {other} as DePass knows it: it lacks|lacks modules that its family names"
+    ):
         DePass(model, family=Family(**{**vars(family), "recurrence_kind": other}))
     with pytest.raises(ModelError, match="has no attention"):
         DePass(model, family=Family(**{**vars(family), "recurrence": None}))

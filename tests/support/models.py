@@ -254,7 +254,9 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     sizes = {**sizes, **others}
     if prefix == "GPTNeoX":
         sizes.pop("num_key_value_heads", None)
-    config_class = {name: f"{name}TextConfig" for name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(prefix, f"{prefix}Config")
+    config_class = {name: f"{name}TextConfig" for name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(
+        prefix, f"{prefix}Config"
+    )
     model_class = f"{_MODELS.get(prefix, prefix)}ForCausalLM"
     model_class = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(model_class, model_class)
     config = getattr(tf, config_class)(**sizes)

@@ -147,9 +147,7 @@ def refuse_compiled(model: Any, family: Family) -> None:
     if not compiled:
         return
     hooked = {
-        id(module)
-        for block in backbone.get_submodule(family.layers)
-        for module in (block, *_hooked(block, family))
+        id(module) for block in backbone.get_submodule(family.layers) for module in (block, *_hooked(block, family))
     }
     for path, module in model.named_modules():
         if id(module) in compiled and any(id(each) in hooked for each in module.modules()):

@@ -387,7 +387,11 @@ def _missing_paths(model: Any, family: Family) -> list[str]:
         return missing
     for index, block in enumerate(_blocks(model, family)):
         missing = [path for path in module_paths(block, family).values() if not has(block, path)]
-        if family.sinks is not None and not has_recurrence(block, family) and not any(path == family.sinks for path, _ in block.named_parameters()):
+        if (
+            family.sinks is not None
+            and not has_recurrence(block, family)
+            and not any(path == family.sinks for path, _ in block.named_parameters())
+        ):
             missing.append(family.sinks)
         if missing:
             return [f"{family.backbone}.{family.layers}.{index}.{path}" for path in missing]

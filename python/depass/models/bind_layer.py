@@ -30,10 +30,10 @@ def bind_layer(layer: Any, family: Family, config: Any) -> Layer:
     factor = number_of(config, family.residual_factor)
     paths = module_paths(layer, family)
 
-    def norm(part: str) -> Norm | None:
+    norms: dict[str, Any] = {}
+    for part in (*NORMS, "mix_norm"):
         module = layer.get_submodule(paths[part]) if part in paths else nn.Identity()
-        return None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
-
+        norms[part] = None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
     bind_mixing = _bind_recurrence if has_recurrence(layer, family) else _bind_attention
     return Layer(
         module=layer,
@@ -41,7 +41,7 @@ def bind_layer(layer: Any, family: Family, config: Any) -> Layer:
         mlp=_bind_mlp(layer, family, factor),
         experts=_bind_experts(layer, family, factor, config),
         held={path: layer.get_submodule(path) for path in paths.values()},
-        **{part: norm(part) for part in (*NORMS, "mix_norm")},
+        **norms,
         **bind_mixing(layer, family, config),
     )
 
@@ -55,7 +55,11 @@ def _bind_attention(layer: Any, family: Family, config: Any) -> dict[str, Any]:
         rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
     if rows == "end_of_head":
         rows = f"end_of_head:{output.shape[1] // heads}"
-    found = {"num_heads": heads, "attention": layer.get_submodule(family.attention), "value": Projection(fused, rows, heads)}
+    found = {
+        "num_heads": heads,
+        "attention": layer.get_submodule(family.attention),
+        "value": Projection(fused, rows, heads),
+    }
     if family.latent is not None:
         found["latent"] = Projection(layer.get_submodule(family.latent), f"first:{Projection(fused).shape[1]}")
     if family.mix_gate is not None:
@@ -96,5 +100,3 @@ def _bind_experts(layer: Any, family: Family, factor: float, config: Any) -> Exp
     module = layer.get_submodule(family.experts)
     chosen = next((number for name in _CHOSEN if isinstance(number := getattr(config, name, None), int)), None)
     return Experts(module, chosen or len(module.down_proj), factor)
-
-

@@ -60,7 +60,7 @@ class RecurrencePaths:
         of_taps = self.recurrence.taps_bias()
         if of_taps is not None:
             convolved = convolved + of_taps.detach().to(convolved)
-        by_head = (convolved * frozen.value_scale).unflatten(-1, (self.layer.num_heads, -1)).transpose(1, 2)
+        by_head = (convolved * frozen.value_scale).reshape(*x.shape[:2], self.layer.num_heads, -1).transpose(1, 2)
         mixed = (frozen.pattern @ by_head).transpose(1, 2).flatten(2) * frozen.mix_scale
         self.call = RecurrenceCall(values, convolved)
         return (_Own.apply(mixed, (args[0].detach(),)), *args[1:])  # type: ignore[no-untyped-call]

@@ -23,7 +23,6 @@ from torch.nn import functional
 from ..errors import ModelError
 from . import weights
 
-
 HEADS_NUMBERS = 1 << 24  # numbers in the patterns of the heads that are computed together
 
 
@@ -97,13 +96,16 @@ class DeltaRule(Recurrence):
 
     @property
     def heads(self) -> int:
+        """See :attr:`Recurrence.heads`."""
         return int(self.module.num_v_heads)
 
     @property
     def channels(self) -> range:
+        """See :attr:`Recurrence.channels`."""
         return range(2 * self.module.key_dim, 2 * self.module.key_dim + self.module.value_dim)
 
     def value_projection(self) -> tuple[Any, str, int]:
+        """See :meth:`Recurrence.value_projection`."""
         m = self.module
         if hasattr(m, "in_proj_qkv"):
             return m.in_proj_qkv, f"last:{m.value_dim}", 1
@@ -111,10 +113,11 @@ class DeltaRule(Recurrence):
         return m.in_proj_qkvz, f"within:{2 * m.head_k_dim}:{2 * m.head_k_dim + values}", m.num_k_heads
 
     def frozen(self, x: Tensor) -> Frozen:
+        """See :meth:`Recurrence.frozen`."""
         m, (batch, length) = self.module, x.shape[:2]
         qkv, z, b, a = self._projected(x)
         u = self._convolved(qkv)
-        query, key, value = functional.silu(u).split([m.key_dim, m.key_dim, m.value_dim], -1)
+        query, key, value = torch.split(functional.silu(u), [m.key_dim, m.key_dim, m.value_dim], -1)
         repeats = m.num_v_heads // m.num_k_heads
         query, key = (
             _unit(each.reshape(batch, length, -1, m.head_k_dim)).repeat_interleave(repeats, 2).transpose(1, 2)
@@ -143,26 +146,30 @@ class DeltaRule(Recurrence):
 
 
 class StateSpace(Recurrence):
-    """The state space of Mamba-2 hybrids (Granite 4, Bamba): ``S_t = exp(Δ_t A) S_{t-1} + Δ_t B_t v_tᵀ``, read by ``C_t``."""
+    """Mamba-2's state space (Granite 4 hybrids, Bamba): ``S_t = exp(Δ_t A) S_{t-1} + Δ_t B_t v_tᵀ``, read by ``C_t``."""
 
     @property
     def heads(self) -> int:
+        """See :attr:`Recurrence.heads`."""
         return int(self.module.num_heads)
 
     @property
     def channels(self) -> range:
+        """See :attr:`Recurrence.channels`."""
         return range(self.module.intermediate_size)
 
     def value_projection(self) -> tuple[Any, str, int]:
+        """See :meth:`Recurrence.value_projection`."""
         width = self.module.intermediate_size  # the gate comes first
         return self.module.in_proj, f"within:{width}:{2 * width}", 1
 
     def frozen(self, x: Tensor) -> Frozen:
+        """See :meth:`Recurrence.frozen`."""
         m, (batch, length) = self.module, x.shape[:2]
-        z, read, step = _linear(m.in_proj, x).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
+        z, read, step = torch.split(_linear(m.in_proj, x), [m.intermediate_size, m.conv_dim, m.num_heads], -1)
         u = self._convolved(read)
         states = m.n_groups * m.ssm_state_size
-        value, b, c = functional.silu(u).split([m.intermediate_size, states, states], -1)
+        value, b, c = torch.split(functional.silu(u), [m.intermediate_size, states, states], -1)
         step = functional.softplus(step.to(u) + _own(m, "dt_bias").to(u)).clamp(*m.time_step_limit).transpose(1, 2)
         b, c = (
             each.reshape(batch, length, m.n_groups, -1).repeat_interleave(m.num_heads // m.n_groups, 2).transpose(1, 2)
@@ -211,7 +218,9 @@ def recurrence(module: Any, kind: str, which: str) -> Recurrence:
             f"the norm of {which} ({type(module.norm).__name__}) is not as DePass knows it: it lacks {', '.join(lacking)}"
         )
     if getattr(module, "activation", "silu") not in ("silu", "swish"):
-        raise ModelError(f"{which} has the activation {module.activation!r} behind its convolution; DePass knows 'silu'")
+        raise ModelError(
+            f"{which} has the activation {module.activation!r} behind its convolution; DePass knows 'silu'"
+        )
     return KINDS[kind](module)
 
 
@@ -287,7 +296,9 @@ def _decays(logs: Tensor) -> Tensor:
     """``[B, H, T, T]``: what is left at ``t`` of a state at ``s``, from the logarithms ``[B, H, T]``; 0 before ``s``."""
     total = logs.double().cumsum(-1)  # two sums of thousands of positions differ by little
     apart = (total[..., :, None] - total[..., None, :]).to(logs)
-    return apart.masked_fill(torch.ones_like(apart, dtype=torch.bool).triu(1), -torch.inf).exp()
+    later = torch.ones_like(apart, dtype=torch.bool).triu(1)
+    decays: Tensor = apart.masked_fill(later, -torch.inf).exp()
+    return decays
 
 
 def _unit(x: Tensor) -> Tensor:

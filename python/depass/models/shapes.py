@@ -25,10 +25,7 @@ def refuse_shapes(layers: Sequence[Layer], family: Family, name: str) -> None:
     """
     for index, layer in enumerate(layers):
         said = (
-            _of_values(layer, family)
-            or _of_mixing(layer, family)
-            or _of_mlp(layer, family)
-            or _of_norms(layer, family)
+            _of_values(layer, family) or _of_mixing(layer, family) or _of_mlp(layer, family) or _of_norms(layer, family)
         )
         if said is not None:
             raise ModelError(f"layer {index} of {name} does not fit its depass.Family: {said}")

@@ -97,7 +97,9 @@ def fitting(
 def _places(bound: BoundModel) -> tuple[int, int]:
     """How many experts a position chooses at most, and how many neurons they have together."""
     layers = [layer.experts for layer in bound.layers if layer.experts is not None]
-    return max((each.chosen for each in layers), default=0), max((each.chosen * each.neurons for each in layers), default=0)
+    return max((each.chosen for each in layers), default=0), max(
+        (each.chosen * each.neurons for each in layers), default=0
+    )
 
 
 def _lent(bound: BoundModel, layer: Layer) -> int:

@@ -295,7 +295,7 @@ class _Attention:
         return out
 
     def _latent(self, normed: Tensor, weight: Tensor, run: _PositionBlock, positions: slice, has_bias: bool) -> Tensor:
-        """What the value projection reads of normed rows ``[R', D]``: their latent vectors after the norm, ``[R', rank]``."""
+        """What the value projection reads of normed rows ``[R', D]``: latent vectors after the norm, ``[R', rank]``."""
         latent = matmul(normed, weight).to(self.propagation.state.dtype)
         if self.first_constant is not None and has_bias:
             add_constant(latent, self.first_constant, run.layout)
@@ -328,7 +328,11 @@ class _Attention:
 
     def add_bias(self, trace: Trace) -> None:
         """Add the output projection's bias to the bias source, through the norm on the output if there is one."""
-        bias, norm, scale = self.layer.output.bias, self.layer.attention_post_norm, trace.scales.get("attention_post_norm")
+        bias, norm, scale = (
+            self.layer.output.bias,
+            self.layer.attention_post_norm,
+            trace.scales.get("attention_post_norm"),
+        )
         if bias is not None:
             bias = bias.to(self.propagation.state.dtype)
             bias = bias if norm is None or scale is None else norm.weighted(bias) * scale[:, None]
