@@ -103,7 +103,11 @@ class _SurveyPass(LinearPass):
         """The largest neurons and the sum of the others; the number -1 and zeros where the layer has experts."""
         if gradients.routed is not None:
             zero = gradients.after.scores().new_zeros(len(gradients.targets), self.largest)
-            return {"neuron_ids": torch.full_like(zero, -1, dtype=torch.int64), "neurons": zero, "other_neurons": zero[:, 0]}
+            return {
+                "neuron_ids": torch.full_like(zero, -1, dtype=torch.int64),
+                "neurons": zero,
+                "other_neurons": zero[:, 0],
+            }
         neurons = gradients.neurons()[:, 0]  # [T, F]
         ids = neurons.abs().topk(self.largest).indices
         largest = neurons.gather(1, ids)
