@@ -41,16 +41,19 @@ def linear_needs(
     neurons, width, mixed = widest.neurons, bound.hidden_size, widest.output.shape[1]
     tokens, pattern = sum(lengths), bound.most_heads * len(lengths) * max(lengths) ** 2
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
-    layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number
+    of_neuron = 2 * number + state if widest.experts is None else number + 2 * state
+    layer = tokens * (neurons * of_neuron + (3 * width + mixed) * number) + pattern * number
     together = min(targets, group_size(bound, lengths, path_weights))
     back = together * tokens * _numbers_back(bound) * max(number, state) * 3 // 5  # measured: not all at once
     ahead = pattern * (number + in_fp32 * 3 // 2)
-    if widest.experts is not None:  # of each place: its input, its output, and its row in the sum
-        ahead = max(ahead, tokens * widest.experts.chosen * 3 * width * number)
+    if widest.experts is not None:  # of each place: its rows, and its neurons' derivatives, measured
+        in_state = 5 if number == state else 7
+        rows = 3 * width * number + in_state * widest.experts.neurons * state
+        ahead = max(ahead, tokens * widest.experts.chosen * rows)
     working = max(ahead, back)
     if path_weights.steers:  # the softmax's derivative needs its output, and two gradients of the pattern
         layer += tokens * 4 * mixed * number + pattern * in_fp32
-        working = together * pattern * (number + 4) + back
+        working = max(ahead, together * pattern * (number + 4) + back)
     held = tokens * width * (number * layers + 2 * targets * state)
     return LinearNeeds(layer, working, held)
 
@@ -66,7 +69,7 @@ def group_size(bound: BoundModel, lengths: Sequence[int], path_weights: PathWeig
 def _numbers_back(bound: BoundModel) -> int:
     """The numbers of one layer's gradients for a token and a target; each chosen expert has copies of the token's rows."""
     layer = bound.widest_layer
-    copies = 0 if layer.experts is None else 3 * layer.experts.chosen
+    copies = 0 if layer.experts is None else 4 * layer.experts.chosen
     return 4 * layer.neurons + (8 + copies) * bound.hidden_size
 
 

@@ -174,7 +174,7 @@ class Segment:
         if call.weights.experts.has_bias:
             first = f"{call.weights.experts.first}_bias"
             of_first, of_down = tensors[first][places.expert], tensors["down_proj_bias"][places.expert]
-            self.biased.append(Biased(f"{path}.{first}", get_gradient_edge(call.first), of_first, at_places=True))
+            self.biased.append(Biased(f"{path}.{first}", call.first, of_first, at_places=True))
             weighted = of_down.to(self.run.bound.state_dtype) * places.weight[:, None].to(self.run.bound.state_dtype)
             bias = weighted.new_zeros(call.output.shape).index_add_(0, places.position, weighted)
             self.biased.append(Biased(f"{path}.down_proj_bias", get_gradient_edge(call.output), bias))

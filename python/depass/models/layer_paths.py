@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import ModelError
 from ..rules import PathWeights
@@ -169,7 +169,7 @@ class ExpertsCall:
     Attributes:
         weights: the experts' weights.
         places: the places of the rows.
-        first: ``[S, F or 2·F]``, the outputs of the first projections, in autograd's graph.
+        first: the edge in autograd's graph of the first projections' outputs ``[S, F or 2·F]``, whose numbers it does not need.
         hidden: ``[S, F]``, the hidden vectors, in the graph; what they add is theirs times the router's weight.
         output: ``[R, D]``, the module's own output, in the graph.
         constant: ``[S, F]``, what a hidden vector holds that does not come from its gate or up, times the weight of ``up``;
@@ -178,7 +178,7 @@ class ExpertsCall:
 
     weights: ExpertWeights
     places: Places
-    first: Tensor
+    first: GradientEdge
     hidden: Tensor
     output: Tensor
     constant: Tensor | None
@@ -234,7 +234,7 @@ class ExpertPaths:
         hidden, slope, constant = self._slopes(read, first.detach())
         hidden = _OfPlaces.apply(first, (hidden,), slope, read)  # type: ignore[no-untyped-call]
         added: Tensor = _Added.apply(hidden, (output.detach(),), places, read)  # type: ignore[no-untyped-call]
-        self.call = ExpertsCall(read, places, first, hidden, added, constant)
+        self.call = ExpertsCall(read, places, get_gradient_edge(first), hidden, added, constant)
         return added
 
     def _slopes(self, read: ExpertWeights, first: Tensor) -> _Slopes:
