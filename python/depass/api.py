@@ -596,7 +596,7 @@ class DePass:
 
         Args:
             tokens: the number of tokens ``N`` of the prompt.
-            sources: ``"token"``, a number of spans, or ``"heads"`` or ``"neurons"`` of one layer.
+            sources: ``"token"``, a number of spans, or ``"heads"``, ``"neurons"`` or ``"experts"`` of one layer.
             rule: replaces the constructor's rule for this call.
             targets: the number of targets, such as an answer's tokens. A linear rule goes back once for each; other rules
                 take them for nothing.

@@ -287,7 +287,7 @@ def test_the_version_is_the_packages_and_needs_no_torch(
     assert "depass-kernels is not installed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["", "tokens", "heads", "neurons", "truthful", "language", "rules"])
+@pytest.mark.parametrize("task", ["", "tokens", "heads", "neurons", "experts", "truthful", "language", "rules"])
 def test_each_evaluation_has_a_help(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", *([task] if task else []), "--help") == 0
     out = " ".join(capsys.readouterr().out.split())

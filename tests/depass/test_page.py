@@ -286,6 +286,7 @@ PAGES = {
     "generation": generation(WORDS, (" here", " now", ".")),
     "citations": citations({"one": WORDS, EVIL: STRANGE, "long": (" A sentence.",) * 200}, (" Here.", " Now", " then.")),
     **{kind: sweep(kind, bias=True) for kind in KINDS}, "dense": sweep(columns=64), "sums": sweep("neurons", columns=100),
+    "many experts": sweep("experts", columns=100),
 }  # fmt: skip
 COLOURS = "[...document.querySelectorAll('.mark:not(.beside)')].map(mark => getComputedStyle(mark).backgroundColor)"
 

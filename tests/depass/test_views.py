@@ -60,6 +60,16 @@ def test_too_wide_a_sweep_lists_the_largest() -> None:
     assert all(f"{score:+.2f}" in text for _, score in made.top(20))
 
 
+def test_many_experts_are_a_map_where_the_terminal_is_wide_enough() -> None:
+    made = sweep("experts", columns=128)
+    made.scores[0, 1] = torch.tensor([1.0, -1.0, 0.0, 0.0] * 32)
+    made = dataclasses.replace(made, targets=TARGETS[:1])
+    assert "+-··" * 32 in shown(made, 160)
+    for text in (shown(made, 100), shown(dataclasses.replace(sweep("experts", columns=257), targets=TARGETS[:1]), 400)):
+        assert re.findall(r"L\d+E\d+", text)
+        assert "+-··" not in text
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_survey_keeps_to_the_terminals_width(width: int) -> None:
     text = shown(survey((EVIL, *"abcdefghijkl"), bias=True), width)
@@ -125,11 +135,11 @@ def test_of_many_components_the_terminal_shows_the_largest_and_the_others_sum() 
     assert "others" not in shown(attribution(60), 80)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "many neurons"])
+@pytest.mark.parametrize("kind", [*KINDS, "many neurons", "many experts"])
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
 def test_a_figure_is_drawn_as_its_suffix_says(kind: str, suffix: str, begins: bytes, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
-    made = sweep("neurons", columns=100) if kind == "many neurons" else sweep(kind)
+    made = sweep(kind.removeprefix("many "), columns=100 if "many" in kind else 3)
     made = dataclasses.replace(made, targets=(TARGETS[0], Target("$\\x$ costs", "token", 2)))
     path = tmp_path / f"plot{suffix}"
     made.plot(path, target=-1)

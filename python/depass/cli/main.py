@@ -200,7 +200,7 @@ def _add_plan(commands: Any) -> None:
     add = plan.add_argument
     add("-m", "--model", default=DEFAULT, help=f"{MODELS} (default: {DEFAULT}); its weights are not loaded")
     add("--tokens", type=int, required=True, metavar="N", help="length of the prompt in tokens")
-    add("--sources", default="token", help="token (default), heads, neurons, or a number of spans")
+    add("--sources", default="token", help="token (default), heads, neurons, experts, or a number of spans")
     add("--targets", type=int, default=1, metavar="T", help="targets, such as an answer's tokens (default: 1)")
     add("--budget", metavar="48GB", help="available memory (default: all memory of the device)")
     add_options(plan, DatasetOptions, ("rule",))
