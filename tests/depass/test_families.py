@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  #
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 LINEAR = ("taylor", "half", "up")
-LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 NEW_AND_SIMILAR = ["granite", "hyperclovax", "olmo", "nemotron", "phi", "cohere", "codegen", *models.SIMILAR]
 NAMES = [name for name in NEW_AND_SIMILAR if name in models.EVERY]
 
@@ -42,14 +42,16 @@ def test_every_family_has_a_small_model() -> None:
 @pytest.mark.parametrize("name", models.SIMILAR)
 def test_scores_add_up_under_every_rule(name: str, dtype: torch.dtype, device: str) -> None:
     its, ids = models.make(name, dtype, device), models.prompt(17)
+    with torch.no_grad():  # a small logit is the difference of large parts, whose rounding it does not show
+        targets = its(torch.tensor([ids], device=device)).logits[0, -1].abs().topk(2).indices.tolist()
     dp = DePass(its, engine="forward")
     for rule in RULES:
         for sources in ("token", Spans([(0, 1), (3, 9)])):
-            res = dp.attribute(ids, [5, 7], rule=rule, sources=sources)
+            res = dp.attribute(ids, targets, rule=rule, sources=sources)
             assert res.conservation_error.max() < LIMITS[dtype], (rule, sources)
     dp = DePass(its)  # which takes the backward engine for these rules
     for rule in LINEAR:
-        res = dp.attribute(ids, [5, 7], rule=rule)
+        res = dp.attribute(ids, targets, rule=rule)
         assert res.conservation_error.max() < LIMITS[dtype], rule
 
 

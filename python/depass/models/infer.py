@@ -34,7 +34,7 @@ from .trial import (
     same,
     tokens,
     tried,
-)  # fmt: skip
+)
 
 __all__ = ["InferenceError", "compare", "infer", "known_layers"]
 
