@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .api import DePass
 from .checks import integer, integers, listed
 from .errors import OptionError
-from .models import capture
+from .models import attention, capture
 from .models.bind import bind
 from .models.bound import BoundModel, Layer
 
@@ -184,7 +184,7 @@ class _Zero:
         if threading.get_ident() != self.thread:
             return None
         x: Tensor = args[0]
-        off, packing = self.off, capture.packing_of_this_thread()
+        off, packing = self.off, attention.packing_of_this_thread()
         wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
         if len(off) == 1:
             return (x.masked_fill(wide[0], 0), *args[1:])
@@ -205,7 +205,7 @@ class _ZeroWeights:
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note how many prompts the layer gets; its experts get all positions in one dimension."""
         if threading.get_ident() == self.thread:
-            packing = capture.packing_of_this_thread()
+            packing = attention.packing_of_this_thread()
             self.prompts = (
                 len(args[0] if args else kwargs["hidden_states"]) if packing is None else len(packing.lengths)
             )
@@ -223,7 +223,7 @@ class _ZeroWeights:
         return args, {name: masked if each is weight else each for name, each in kwargs.items()}
 
     def _by_position(self, positions: int) -> Tensor:  # [P, E]
-        packing = capture.packing_of_this_thread()
+        packing = attention.packing_of_this_thread()
         if len(self.off) == 1:
             return self.off.expand(positions, -1)
         _must_fit(self.off, self.prompts)

@@ -39,9 +39,9 @@ from depass import (
 from depass.engine import request, scores
 from depass.engine.backward import Backward, LayerGradients, StreamGradient
 from depass.inputs.targets import check
+from depass.models.attention import eager_with_patterns
 from depass.models.bind import bind
 from depass.models.bound import BoundModel
-from depass.models.capture import eager_with_patterns
 from depass.models.families import QWEN2_MOE, SHARED
 from depass.models.linearised import linearised
 from depass.rules import LINEAR as RULES

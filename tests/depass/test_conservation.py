@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from depass import Contrast, DePass, Direction, Spans, Token, TopK
-from depass.models import capture
+from depass.models import attention
 from depass.models.bind import bind
 from depass.models.bound import Layer
 
@@ -123,7 +123,7 @@ def test_our_attention_function_leaves_the_logits_exactly_eager(name: str, dtype
         ids = torch.tensor([models.prompt(length)], device=device)
         with torch.no_grad():
             eager = its(ids).logits
-            with capture.eager_with_patterns(bind(its)):
+            with attention.eager_with_patterns(bind(its)):
                 ours = its(ids).logits
         assert its.config._attn_implementation == "eager"
         assert torch.equal(ours, eager)
@@ -235,7 +235,7 @@ def test_gpt2_with_its_other_eager_attention_is_exact_and_conserves(device: str)
     its, ids = models.make("gpt2-upcast", device=device), models.prompt(17)
     with torch.no_grad():
         eager = its(torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-        with capture.eager_with_patterns(bind(its)):
+        with attention.eager_with_patterns(bind(its)):
             assert torch.equal(its(torch.tensor([ids], device=device), use_cache=False).logits[0, -1], eager)
     res = DePass(its).attribute(ids, target=IDS)
     assert res.conservation_error.max() <= 1e-5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from depass import FAMILIES, DePass, ModelError
-from depass.models.capture import sink_scale
+from depass.models.attention import sink_scale
 
 MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "one of two projections beside the experts": (

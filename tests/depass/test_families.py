@@ -202,7 +202,7 @@ def test_the_names_of_families_are_those_of_transformers() -> None:
 
 def test_an_attention_mask_by_name_is_accepted() -> None:
     """As some models pass it."""
-    from depass.models.capture import _attention
+    from depass.models.attention import _attention
 
     model = models.make("llama")
     module, query = model.model.layers[0].self_attn, torch.randn(1, 4, 3, 8)

@@ -18,9 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from depass import Contrast, DePass, Family, ModelError, Token, TopK, baselines
+from depass.models.attention import eager_with_patterns
 from depass.models.bind import bind
 from depass.models.bound import BoundModel
-from depass.models.capture import eager_with_patterns
 from depass.models.linearised import linearised
 from depass.models.tempered import TemperedSoftmax
 from depass.rules import PathWeights

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from depass import ConservationError, ConservationWarning, DePass, ModelError, NonFiniteError
-from depass.models import capture
+from depass.models import attention
 from depass.models.trace import Trace
 from depass.propagation.propagate import Propagation
 
@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest, device: str) -> Any:
     before = {name: weight.clone() for name, weight in made.named_parameters()}
     yield made
     assert hooks(made) == 0
-    assert not capture._at_work
+    assert not attention.at_work
     assert made.config._attn_implementation == request.param
     for name, weight in made.named_parameters():
         assert torch.equal(weight, before[name])

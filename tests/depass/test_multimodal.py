@@ -15,7 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from depass import FAMILIES, Contrast, DePass, Family, ModelError, PromptError, baselines, masking
 from depass.cli.main import main
-from depass.models import capture
+from depass.models import attention, capture
 from depass.models.bind import bind
 from depass.models.check import limit
 
@@ -53,7 +53,7 @@ def test_logits_are_the_whole_models_bit_for_bit(name: str, device: str) -> None
     ids = torch.tensor([models.prompt(11)], device=device)
     with torch.no_grad():
         whole = bound.model(input_ids=ids, use_cache=False).logits
-        with capture.eager_with_patterns(bound):
+        with attention.eager_with_patterns(bound):
             assert torch.equal(bound.logits(capture.normed(bound, input_ids=ids)), whole)
 
 

@@ -28,7 +28,7 @@ from depass import (
     TopK,
     baselines,
 )
-from depass.models import capture
+from depass.models import attention
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +507,7 @@ def test_a_family_that_does_not_fit_is_refused(device: str) -> None:
 
 def test_an_attention_outside_of_the_interface_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     its = models.make("llama", device=device)
-    monkeypatch.setattr(capture, "ATTENTION", "eager")  # the model's layers then never meet our attention function
+    monkeypatch.setattr(attention, "ATTENTION", "eager")  # the model's layers then never meet our attention function
     with pytest.raises(ModelError, match="attention of layer 0 does not call transformers' AttentionInterface"):
         DePass(its).attribute([5, 6])
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from depass import DePass, masking
-from depass.models import capture
+from depass.models import attention, capture
 
 SECONDS = float(os.environ.get("DEPASS_TEST_SECONDS", "4"))
 
@@ -162,14 +162,14 @@ def test_no_mask_is_taken_for_a_causal_one(name: str) -> None:
     DePass(model)
     with torch.no_grad():
         plain = model(batch).logits
-        model.config._attn_implementation = capture.ATTENTION
+        model.config._attn_implementation = attention.ATTENTION
         layer = next(module for module in model.modules() if hasattr(module, "is_causal"))
         try:
             query = torch.randn(1, 2, 5, 8)
-            mask = capture._causal(layer, query, query)
+            mask = attention._causal(layer, query, query)
             assert mask is not None
             assert torch.equal(mask[0, 0] == 0, torch.ones(5, 5, dtype=torch.bool).tril())
-            assert capture._causal(layer, query[:, :, :1], query) is None  # one query sees every key
+            assert attention._causal(layer, query[:, :, :1], query) is None  # one query sees every key
             equal(model(batch).logits, plain)
         finally:
             model.config._attn_implementation = "sdpa"

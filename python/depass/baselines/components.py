@@ -17,7 +17,7 @@ from ..api import DePass
 from ..checks import integer
 from ..errors import OptionError
 from ..masking import Kind, layers_with, num_components
-from ..models import capture
+from ..models import attention, capture
 from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture, routing_of
 from ..models.experts import Places, outputs
@@ -225,7 +225,7 @@ def _gradient_times_value(
             ``[layers, C]``.
     """
     refuse_inference_mode(bound)
-    with torch.enable_grad(), capture.running, ExitStack() as stack:
+    with torch.enable_grad(), attention.running, ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.remove)
         # the graph starts at the embeddings, so it works for frozen weights as well

@@ -37,9 +37,10 @@ from ..errors import (
 )
 from ..inputs.prompt import encode
 from ..inputs.targets import token_id
+from ..models.attention import running
 from ..models.bind import bind
 from ..models.bound import BoundModel
-from ..models.capture import Capture, of_this_thread, running
+from ..models.capture import Capture, of_this_thread
 from ..models.health import blame, refuse_dropout
 from ..models.trace import Trace
 from ..sources.components import Heads, Modules, Neurons

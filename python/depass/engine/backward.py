@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import SourceError
 from ..inputs.targets import Asked, Readout, Sum, Target
-from ..models import capture
+from ..models import attention
 from ..models.alterations import alterations
 from ..models.bound import BoundModel, Layer
 from ..models.capture import Check
@@ -394,11 +394,11 @@ class Backward:
         """
         bound = self.bound
         refuse(bound)
-        with capture.running, ExitStack() as stack:
+        with attention.running, ExitStack() as stack:
             self._check()
             flows = stack.enter_context(linearised(bound, self.path_weights))
             stack.enter_context(torch.no_grad())  # segments switch their layers' graphs on
-            stack.enter_context(capture.in_one_row(self.packing))
+            stack.enter_context(attention.in_one_row(self.packing))
             stack.enter_context(fresh(bound.backbone, bound.switches))
             segments = [Segment(self, index, flows[index]) for index in range(self.start, self.stop)]
             for segment in segments:

@@ -14,7 +14,7 @@ from ..errors import DePassError, MemoryLimitError, MemoryLimitWarning, warn
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Sum
-from ..models import capture
+from ..models import attention
 from ..models.health import dtype_name
 from ..models.trace import Trace
 from ..propagation.needs import room
@@ -97,7 +97,7 @@ def repeated(make: Callable[[bool], AnyPass]) -> AnyPass:
 
 
 def _once(done: AnyPass) -> AnyPass:
-    with capture.running:
+    with attention.running:
         done.run()
     return done
 

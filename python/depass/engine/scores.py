@@ -15,7 +15,7 @@ from ..errors import ConservationError, ConservationWarning, NonFiniteError, war
 from ..inputs import targets
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout, Sum, Target
-from ..models import capture
+from ..models import attention
 from ..models.bound import BoundModel
 from ..models.health import blame
 from ..results.attribution import Attribution
@@ -48,7 +48,7 @@ class Scored:
 
 def scored(engine: Engine, cases: Sequence[Case], options: Options, progress: Progress | None = None) -> list[Scored]:
     """Score cases in one forward pass."""
-    with capture.running:  # also while weights are read: another thread's pass may have moved them
+    with attention.running:  # also while weights are read: another thread's pass may have moved them
         done = _ProbedPass(engine, cases, options, progress)
         done.run()
         readouts = readouts_in(done, [case.asked for case in cases])

@@ -12,7 +12,7 @@ from ..errors import NonFiniteError, OptionError
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout
-from ..models import capture
+from ..models import attention
 from ..models.bound import BoundModel
 from ..models.health import blame
 from ..propagation.blocks import blocks_of
@@ -107,7 +107,7 @@ def swept(
     for group in groups:
         flat = [parts for layer in group for parts in layer]
         read = [[target.position for target in asked]] * len(flat)
-        with capture.running:  # as in scores.scored
+        with attention.running:  # as in scores.scored
             told, joining = _Told(progress, began, of), [(parts, 0) for parts in flat]
             done = Pass(engine, [prompt], joining, options, told, read, budget=budget - COMPONENT_BYTES)
             done.run()

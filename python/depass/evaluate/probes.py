@@ -14,7 +14,7 @@ from torch import Tensor
 from ..api import DePass
 from ..errors import DataError, DePassError, NonFiniteError
 from ..inputs.prompt import Prompt, encode
-from ..models import capture, packing
+from ..models import attention, packing
 from ..models.health import blame, refuse_dropout
 from ..models.positions import fresh
 from . import data, forward
@@ -129,7 +129,7 @@ def streams(
     residual = torch.empty(len(layers), begins[-1], bound.hidden_size)
     for batch in forward.batches(dp, prompts):
         ids = packing.padded([prompts[i] for i in batch]).to(bound.input_device)
-        with capture.running, fresh(bound.backbone, bound.switches):
+        with attention.running, fresh(bound.backbone, bound.switches):
             states = bound.backbone(
                 input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
             ).hidden_states

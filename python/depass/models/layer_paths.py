@@ -169,7 +169,7 @@ class ExpertsCall:
     Attributes:
         weights: the experts' weights.
         places: the places of the rows.
-        first: the edge in autograd's graph of the first projections' outputs ``[S, F or 2·F]``, whose numbers it does not need.
+        first: the edge in autograd's graph of the first projections' outputs ``[S, F or 2·F]``; their numbers are dropped.
         hidden: ``[S, F]``, the hidden vectors, in the graph; what they add is theirs times the router's weight.
         output: ``[R, D]``, the module's own output, in the graph.
         constant: ``[S, F]``, what a hidden vector holds that does not come from its gate or up, times the weight of ``up``;

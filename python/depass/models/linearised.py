@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..rules import PathWeights
 from . import weights
+from .attention import eager_with_patterns, refuse_nested, running
 from .bound import BoundModel, Norm, epsilon_of
-from .capture import eager_with_patterns, of_this_thread, refuse_nested, running
+from .capture import of_this_thread
 from .health import refuse_dropout
 from .layer_paths import LayerPaths, Slope
 from .trace import NORMS

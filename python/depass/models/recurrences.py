@@ -261,7 +261,7 @@ def delta_pattern(query: Tensor, key: Tensor, decay: Tensor, beta: Tensor) -> Te
     decays = _decays(decay)
     one = torch.eye(query.shape[2], dtype=query.dtype, device=query.device)
     earlier = (beta * decays * (key @ key.mT)).tril(-1)
-    written = torch.linalg.solve_triangular(one + earlier, one * beta, upper=False, unitriangular=True)
+    written: Tensor = torch.linalg.solve_triangular(one + earlier, one * beta, upper=False, unitriangular=True)
     return (decays * (query @ key.mT)).tril() @ written
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..device_memory import asked_bytes
 from ..errors import first_line
 from . import weights
-from .capture import running, watched
+from .attention import running, watched
 from .check import mixed
 from .experts import holds_experts
 from .recurrences import find_recurrence
