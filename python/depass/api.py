@@ -27,6 +27,7 @@ from .engine.request import (
     decomposed_layers,
     layers_of_sweep,
 )
+from .engine.routing import chosen_experts
 from .engine.states import KeptStates
 from .engine.survey import survey
 from .errors import DePassError, ModelError, OptionError
@@ -372,12 +373,15 @@ class DePass:
         encoded = encode(with_template(prompt, chat_template_kwargs), self.tokenizer, bound)
         targets = check(target, len(encoded.ids), range(0), self.tokenizer, bound, options.of)
         ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
+        swept = layers_of_sweep(bound, kind, layers, ids)
+        has_rows = any(one.paths is None for _, one in options.rules)
+        routing = chosen_experts(bound, encoded.ids, swept) if kind == "experts" and has_rows else {}
         parts = [
             [
-                decompose_components(spec, len(encoded.ids), bound)
+                decompose_components(spec, len(encoded.ids), bound, routing.get(layer))
                 for spec in components_of_layer(kind, layer, ids, positions)
             ]
-            for layer in layers_of_sweep(bound, kind, layers, ids)
+            for layer in swept
         ]
         parts.sort(key=lambda of_layer: of_layer[0].layer)
         report = callable_or_none("progress", progress)

@@ -152,7 +152,7 @@ class RecurrentOracle(Oracle):
                 written = torch.outer(b[t, h // of_group], step[t, h] * own)
                 states[h] = states[h] * (step[t, h] * a[h]).exp() + written
                 outs.append(states[h].T @ c[t, h // of_group] + m.D[h] * own)
-            groups = whole[t].unflatten(0, (-1, m.norm.group_size))
+            groups = whole[t].unflatten(0, (-1, getattr(m.norm, "group_size", m.intermediate_size)))
             scale = groups.square().mean(-1, keepdim=True).add(m.norm.variance_epsilon).rsqrt().expand(groups.shape)
             found.append(m.norm.weight * torch.cat(outs) * gate[t] * scale.flatten())
         return found

@@ -22,8 +22,10 @@ from ..results.sweep import SweepKind
 from ..rules import FORWARD, AnyRule, PathWeights
 from ..sources.components import Heads, Modules, Neurons, RoutedExperts
 from ..sources.decompose import COMPONENTS, check_kind, decompose_components
+from ..sources.parts import check_layer
 from ..sources.source import Decomposition
 from ..sources.spans import decompose_prompt
+from .routing import chosen_experts
 
 Progress = Callable[[int, int], None]
 Exclude = bool | Literal["auto"]
@@ -230,7 +232,10 @@ def decompose(bound: BoundModel, tokenizer: Any, prompt: Prompt, sources: Any, c
     name = type(sources).__name__
     if chosen.start != 0:
         raise OptionError(f"start_layer={chosen.start}: {name} names its own layer; leave it out")
-    parts = decompose_components(sources, len(prompt.ids), bound)
+    routing = None
+    if isinstance(sources, RoutedExperts):
+        routing = chosen_experts(bound, prompt.ids, [check_layer(sources, bound)]).get(sources.layer)
+    parts = decompose_components(sources, len(prompt.ids), bound, routing)
     if parts.layer >= chosen.stop:
         raise OptionError(f"stop_layer={chosen.stop} must be greater than the layer of {name}, {parts.layer}")
     return parts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import NonFiniteError, OptionError
 from ..inputs.prompt import Prompt
@@ -19,6 +20,7 @@ from ..propagation.blocks import blocks_of
 from ..propagation.needs import needs
 from ..results.common import conservation_error
 from ..results.sweep import Sweep, SweepKind
+from ..sources.components import component_ids
 from ..sources.decompose import COMPONENT_BYTES
 from ..sources.source import Decomposition
 from .passes import Engine, Pass
@@ -145,20 +147,25 @@ def stacked(
     parts = [part for layer in layers for part in layer]
     always = [len([s for s in part.sources if s.kind in ("bias", "rest")]) for part in parts]
     per_layer = len(layers[0])
-    named = torch.stack([row[:, first:] for row, first in zip(rows, always, strict=True)], 1)  # [T, L·per, C]
+    columns = (0, 1) if kind == "modules" else component_ids(parts[0].spec, bound)
+    named = torch.stack(
+        [_by_column(row[:, first:], part, columns, kind) for row, first, part in zip(rows, always, parts, strict=True)],
+        1,
+    )  # [T, L·per, C]
     rest = torch.stack([row[:, first - 1] for row, first in zip(rows, always, strict=True)], 1)
     bias = torch.stack([row[:, : first - 1].sum(1) for row, first in zip(rows, always, strict=True)], 1)
     logits = torch.tensor([readout.logit for readout in readouts], dtype=torch.float64, device="cpu")
     shape = (len(readouts), -1, per_layer) if per_layer > 1 else (len(readouts), -1)
-    sources = [s for s in parts[0].sources if s.kind not in ("bias", "rest")]
-    every = torch.cat([torch.stack(rows, 1), found.balance[..., None]], -1)
+    most = max(row.shape[1] for row in rows)
+    padded = [functional.pad(row, (0, most - row.shape[1])) for row in rows]
+    every = torch.cat([torch.stack(padded, 1), found.balance[..., None]], -1)
     return Sweep(
         scores=named.reshape(len(readouts), len(layers), -1).float(),
         rest=rest.reshape(shape).float(),
         bias=bias.reshape(shape).float(),
         balance=found.balance.reshape(shape).float(),
         layers=tuple(layer[0].layer for layer in layers),
-        columns=(0, 1) if kind == "modules" else tuple(s.index or 0 for s in sources),
+        columns=tuple(columns),
         kind=kind,
         targets=tuple(readout.target for readout in readouts),
         target_logits=logits.float(),
@@ -166,3 +173,14 @@ def stacked(
         prompt=prompt,
         settings=found.settings,
     )
+
+
+def _by_column(scores: Tensor, parts: Decomposition, columns: Sequence[int], kind: SweepKind) -> Tensor:
+    """The scores ``[T, C]`` of components from those of a decomposition's sources; experts that no position chose score 0."""
+    if kind != "experts":
+        return scores
+    place = {expert: column for column, expert in enumerate(columns)}
+    chosen = [place[source.index or 0] for source in parts.sources if source.kind == "expert"]
+    by_column = scores.new_zeros(len(scores), len(columns))
+    by_column[:, chosen] = scores
+    return by_column

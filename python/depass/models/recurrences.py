@@ -180,7 +180,10 @@ class StateSpace(Recurrence):
         pattern.diagonal(dim1=2, dim2=3).add_(_own(m, "D").to(u)[:, None])
         core = _mixed(pattern, value.reshape(batch, length, m.num_heads, -1)).flatten(2)
         gate = functional.silu(z.to(u))
-        by_group = (core * gate).reshape(batch, length, -1, m.norm.group_size)
+        group = getattr(
+            m.norm, "group_size", m.intermediate_size
+        )  # transformers before 5.23 norms all channels together
+        by_group = (core * gate).reshape(batch, length, -1, group)
         root = torch.rsqrt(by_group.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
         scale = root.expand(by_group.shape).flatten(2) * gate * _own(m.norm, "weight").to(u)
         return Frozen(pattern, u[..., : m.intermediate_size].sigmoid(), scale, core)
@@ -211,8 +214,7 @@ def recurrence(module: Any, kind: str, which: str) -> Recurrence:
         raise ModelError(
             f"{which} ({type(module).__name__}) is no {kind} as DePass knows it: it lacks {', '.join(lacking)}"
         )
-    of_norm = ("weight", "variance_epsilon", *(("group_size",) if kind == "state_space" else ()))
-    lacking = [name for name in of_norm if not hasattr(module.norm, name)]
+    lacking = [name for name in ("weight", "variance_epsilon") if not hasattr(module.norm, name)]
     if lacking:
         raise ModelError(
             f"the norm of {which} ({type(module.norm).__name__}) is not as DePass knows it: it lacks {', '.join(lacking)}"

@@ -73,8 +73,9 @@ class RoutedExperts:
 
     At a position that chose expert ``e``, its output is ``w[t, e] · W_down[e] · h[t, e]`` with the router's weight ``w``,
     after the norm on the MLP's output if the model has one. At other positions it is zero. The sources start after the
-    layer. The remainder holds the output of the MLP beside the experts (the shared experts), if there is one. The experts'
-    output biases belong to the bias source.
+    layer, each at the first position that chose the expert; an expert that none chose is no source. The remainder holds
+    the output of the MLP beside the experts (the shared experts), if there is one. The experts' output biases belong to
+    the bias source.
 
     Args:
         layer: the layer, from 0. It must have routed experts.
@@ -115,6 +116,17 @@ def _keep_iterators(spec: Any) -> None:
     for name in ("ids", "positions"):
         if isinstance(getattr(spec, name, None), Iterator):
             object.__setattr__(spec, name, tuple(getattr(spec, name)))
+
+
+def component_ids(spec: Heads | Neurons | RoutedExperts, bound: BoundModel) -> list[int]:
+    """The heads, neurons or experts of a spec, whose layer has them."""
+    layer = bound.layers[spec.layer]
+    if isinstance(spec, RoutedExperts):
+        assert layer.experts is not None
+        count = layer.experts.count
+    else:
+        count = layer.num_heads if isinstance(spec, Heads) else layer.only_mlp.down.shape[1]
+    return _indices(_named("ids", spec), spec.ids, count)
 
 
 def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
@@ -165,7 +177,7 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
     return _Parts("end", sources, outputs, _after)
 
 
-def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel) -> _Parts:
+def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel, routing: Tensor | None = None) -> _Parts:
     layer = bound.layers[spec.layer]
     experts = layer.experts
     if experts is None:
@@ -175,6 +187,11 @@ def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel) -> _Par
             f"Neurons({spec.layer}) or Modules({spec.layer}, 'mlp')"
         )
     ids = _indices(_named("ids", spec), spec.ids, experts.count)
+    starts = None
+    if routing is not None:
+        ids, starts = _first_choices(
+            ids, _indices(_named("positions", spec), spec.positions, length, negative=True), routing
+        )
     numbers = {expert: number for number, expert in enumerate(ids)}
 
     def each(trace: Trace, where: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -194,7 +211,17 @@ def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel) -> _Par
         return _post_normed(summed, layer, trace)
 
     sources = [Source(f"L{spec.layer}E{e}", "expert", layer=spec.layer, index=e) for e in ids]
-    return _Parts("end", sources, None, _after, bias, each=each)
+    return _Parts("end", sources, None, _after, bias, each=each, starts=starts)
+
+
+def _first_choices(ids: list[int], positions: list[int], routing: Tensor) -> tuple[list[int], list[int]]:
+    """The experts that some of the positions chose by ``routing`` ``[N, k]``, and where each was first chosen, rising."""
+    first: dict[int, int] = {}
+    for position in positions:
+        for expert in routing[position].tolist():
+            first.setdefault(expert, position)
+    chosen = sorted((start, expert) for expert, start in first.items() if expert in set(ids))
+    return [expert for _, expert in chosen], [start for start, _ in chosen]
 
 
 def _places(trace: Trace, layer: Layer, where: Tensor | None = None, ids: Sequence[int] | None = None) -> Places:

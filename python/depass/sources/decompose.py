@@ -25,8 +25,15 @@ COMPONENT_BYTES = 32 << 20  # of temporary memory while the outputs of component
 _NUMBERS = COMPONENT_BYTES // 32  # numbers in a block of outputs; a few blocks exist at a time
 
 
-def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposition:
+def decompose_components(spec: Any, length: int, bound: BoundModel, routing: Tensor | None = None) -> Decomposition:
     """Lay out the sources of a component spec over a prompt of ``length`` tokens.
+
+    Args:
+        spec: the component spec.
+        length: the number of tokens.
+        bound: the model.
+        routing: the experts ``[N, k]`` that each position chose in the layer of :class:`RoutedExperts`. Without it all
+            experts are sources, as for linear rules: there a source that is zero takes nothing from others.
 
     Raises:
         OptionError: the layer is out of range.
@@ -35,33 +42,32 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
     """
     layer = check_layer(spec, bound)
     spec = replace(spec, layer=layer)
-    parts = _MAKERS[type(spec)](spec, length, bound)
+    if isinstance(spec, RoutedExperts):
+        parts = _routed_experts(spec, length, bound, routing)
+    else:
+        parts = _MAKERS[type(spec)](spec, length, bound)
     positions = _indices(_named("positions", spec), getattr(spec, "positions", None), length, negative=True)
-    first = positions[0]
+    starts = [positions[0]] * len(parts.sources) if parts.starts is None else parts.starts
     always = [Source("bias", "bias")] if bound.has_bias else []
     rest = len(always)
     if parts.has_rest:
         always.append(Source("rest", "rest"))
     sources = (*always, *parts.sources)
-    layout = SourceLayout.from_starts([0] * len(always) + [first] * len(parts.sources), length)
+    layout = SourceLayout.from_starts([0] * len(always) + starts, length)
 
     def fill(rows: Tensor, trace: Trace) -> None:
-        width = rows.shape[1]
-        below = first * len(always)  # rows of the positions at which the components have not started
-        early, late = (
-            rows[:below].view(first, len(always), width),
-            rows[below:].view(length - first, len(sources), width),
-        )
+        begins = layout.to(rows.device).row_start[:-1]  # [N], the row of source 0 at each position
         missing = parts.whole(trace).to(rows, copy=True)
         bias = parts.bias(trace)
         if bias is not None:
-            early[:, 0], late[:, 0] = bias[:first], bias[first:]
+            rows[begins] = bias.to(rows)
             missing -= bias
         for own, where, outputs in parts.blocks(trace, torch.tensor(positions, device=rows.device), _NUMBERS):
-            late[where - first, len(always) + own.start : len(always) + own.stop] = outputs
+            held = torch.arange(len(always) + own.start, len(always) + own.stop, device=rows.device)
+            rows[begins[where][:, None] + held] = outputs
             missing.index_add_(0, where, outputs.sum(1), alpha=-1)
         if parts.has_rest:
-            early[:, rest], late[:, rest] = missing[:first], missing[first:]
+            rows[begins + rest] = missing
         else:
             _must_vanish(missing, parts.whole(trace), spec, bound)
 
@@ -71,12 +77,11 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
 _MAKERS: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {
     Heads: _heads,
     Neurons: _neurons,
-    RoutedExperts: _routed_experts,
     Modules: _modules,
     Subspace: _subspace,
     Custom: lambda spec, length, bound: _given(spec, spec.parts, "part", length, bound, has_rest=False),
 }
-COMPONENTS = tuple(_MAKERS)
+COMPONENTS = (*_MAKERS, RoutedExperts)
 
 
 def _must_vanish(missing: Tensor, stream: Tensor, spec: Any, bound: BoundModel) -> None:

@@ -31,6 +31,7 @@ class _Parts(NamedTuple):
     has_rest: bool = True
     # trace, positions [p] -> of one source after the other: its number, some of the positions [q], its outputs there [q, D]
     each: Callable[[Trace, Tensor], Iterator[tuple[int, Tensor, Tensor]]] | None = None
+    starts: list[int] | None = None  # rising, the first position of each source; None: the first of all that count
 
     def blocks(self, trace: Trace, where: Tensor, numbers: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The outputs that are not zero, in blocks of about ``numbers`` numbers.
