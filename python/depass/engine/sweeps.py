@@ -176,7 +176,7 @@ def stacked(
 
 
 def _by_column(scores: Tensor, parts: Decomposition, columns: Sequence[int], kind: SweepKind) -> Tensor:
-    """The scores ``[T, C]`` of components from those of a decomposition's sources; an expert that no position chose has 0."""
+    """The scores ``[T, C]`` of components from a decomposition; an expert that no position chose has 0."""
     if kind != "experts":
         return scores
     place = {expert: column for column, expert in enumerate(columns)}
