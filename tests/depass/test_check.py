@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from depass import FAMILIES, DePass, Family, Heads, ModelError, NonFiniteError
 from depass.models import weights
 from depass.models.bind import as_configured, bind, resolve
+from depass.models.bound import BoundModel
 from depass.models.check import STEPS
 from depass.models.families import NormKind, ValueRows
+from depass.models.paths import has
 from depass.models.trace import NORMS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +39,14 @@ def worst(model: Any, family: Family | None = None) -> dict[str, float]:
     return {step: difference / allowed for step, difference in found.items()}
 
 
+def steps_of(bound: BoundModel) -> set[str]:
+    """The steps that are compared in a model whose declaration is right and whose weights are dense."""
+    steps = STEPS.keys() - {"activation", "weights"}  # found where it differs, and where kernels round inputs
+    if all(layer.mlp is None for layer in bound.layers):
+        steps -= {"gate"}
+    return set(steps) if bound.has_experts else steps - {"routed", "halves", "experts"}
+
+
 def other(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A random model of a family that is not in the list."""
     config = getattr(tf, f"{name}Config")(**{**SIZES, **more})
@@ -52,10 +62,10 @@ def other(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
 def test_right_declarations_stay_far_below_the_limit(name: str) -> None:
     for dtype in DTYPES:
         for seed in range(3):
-            found = worst(models.make(name, dtype, seed=seed))
+            model = models.make(name, dtype, seed=seed)
+            found = worst(model)
             assert max(found.values()) < 1 / 4, (dtype, seed, found)
-            steps = STEPS.keys() - {"activation", "weights"}  # found where it differs, and where kernels round inputs
-            assert found.keys() == steps
+            assert found.keys() == steps_of(bind(model))
 
 
 @pytest.mark.parametrize(("name", "family"), [("Phi", PHI), ("Cohere", COHERE)])
@@ -112,7 +122,9 @@ WRONG: dict[str, tuple[Callable[[], Any], Family | None, str]] = {
 
 def sibling(model: Any, family: Family, part: str) -> str | None:
     """The path of another projection of the same shape in the module that holds one of the family's projections."""
-    layer, path = model.get_submodule(f"{family.backbone}.{family.layers}.0"), getattr(family, part)
+    layer, path = holder(model, family, part), getattr(family, part)
+    if layer is None:
+        return None
     parent, _, own = path.rpartition(".")
     shape = layer.get_submodule(path).weight.shape
     for name, module in layer.get_submodule(parent).named_children():
@@ -121,19 +133,30 @@ def sibling(model: Any, family: Family, part: str) -> str | None:
     return None
 
 
+def holder(model: Any, family: Family, part: str) -> Any:
+    """The first layer that has the module of one of the family's fields: layers differ; or None."""
+    path = getattr(family, part)
+    layers = model.get_submodule(f"{family.backbone}.{family.layers}")
+    return next((layer for layer in layers if path is not None and has(layer, path)), None)
+
+
 def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
     """A model's family, with each field that matters to it changed to another value that the model has too."""
     changes: dict[str, dict[str, Any]] = {
         "parallel": {"parallel": not family.parallel},
         "norms exchanged": {"attention_norm": family.mlp_norm, "mlp_norm": family.attention_norm},
-        **{f"no {norm}": {norm: None} for norm in NORMS},
+        **{f"no {norm}": {norm: None} for norm in (*NORMS, "mix_norm")},
         **{f"norm {kind}": {"norm": kind} for kind in get_args(NormKind)},
         **{f"value_rows {rows}": {"value_rows": rows} for rows in get_args(ValueRows)},
         **{
             f"another {part}": {part: sibling(model, family, part) or getattr(family, part)}
-            for part in ("value", "gate")
+            for part in ("value", "gate", "shared_gate")
         },
         "no residual_factor": {"residual_factor": None},
+        "no MLP beside the experts": {"shared_gate": None, "shared_down": None, "shared_weight": None},
+        "no shared_weight": {"shared_weight": None},
+        "no mix_gate": {"mix_gate": None},
+        "no sinks": {"sinks": None},
     }
     layer = model.get_submodule(f"{family.backbone}.{family.layers}.0")
     weightless = getattr(model.get_submodule(f"{family.backbone}.{family.final_norm}"), "weight", None) is None
@@ -144,14 +167,43 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         if each != family
         and not (weightless and each.norm.endswith("plus_one"))
         and not (change == "no residual_factor" and getattr(model.config, family.residual_factor or "", 1) == 1)
-        and not (change.startswith("value_rows") and layer.get_submodule(family.value).weight.shape[0] % 3)
+        and not (change.startswith("value_rows") and not _other_rows(layer, family, each.value_rows))
         and not (change.startswith("no ") and isinstance(_norm(layer, family, change[3:]), nn.Identity))
+        and not (change == "no MLP beside the experts" and holder(model, family, "shared_gate") is None)
     }
 
 
+def _other_rows(layer: Any, family: Family, rows: str) -> bool:
+    """Whether a value projection's rows can be split in another way, into other rows."""
+    count = layer.get_submodule(family.value).weight.shape[0]
+    if rows == "end_of_head":  # the same ones, where a projection holds values alone or heads of one width
+        return family.value_rows not in ("all", "last_of_head")
+    if rows == "last" and family.value_rows == "all":  # all, where there are no more rows than the heads mix
+        return bool(count != layer.get_submodule(family.output).weight.shape[1])
+    return rows in ("all", "last") or count % 12 == 0 or (count % 3 == 0 and rows == "last_of_head")
+
+
 def _norm(layer: Any, family: Family, name: str) -> Any:
-    path = getattr(family, name)
-    return None if name not in NORMS or path is None else layer.get_submodule(path)
+    path = getattr(family, name) if name in NORMS else None
+    return None if path is None else layer.get_submodule(path)
+
+
+def by_the_limit(model: Any, family: Family) -> float:
+    """The largest difference of a declaration, relative to the limit; infinite where binding refuses it.
+
+    At one position, half precision does not always tell a LayerNorm from an RMSNorm, nor shows a sink: several are tried.
+    """
+    try:
+        bound = resolve(model, family, "given")
+    except ModelError:
+        return float("inf")
+    most = 0.0
+    for length in (9, 17, 26, 4):
+        found, allowed = differences(bound, (length,))
+        most = max(most, max(found.values()) / allowed)
+        if most > 1:
+            break
+    return most
 
 
 @pytest.mark.parametrize("name", models.EVERY)
@@ -160,11 +212,7 @@ def test_wrong_declarations_of_every_family_are_found_in_every_dtype(name: str) 
         model = models.make(name, dtype)
         family = as_configured(FAMILIES[model.config.model_type], model.config)
         wrong = wrong_declarations(model, family)
-        missed = {}
-        for change, each in wrong.items():
-            # at one position, half precision does not always tell a LayerNorm from an RMSNorm
-            found, allowed = differences(resolve(model, each, "given"), (9, 17))
-            missed[change] = max(found.values()) / allowed
+        missed = {change: by_the_limit(model, each) for change, each in wrong.items()}
         assert min(missed.values()) > 1, (dtype, missed)
 
 
@@ -190,8 +238,7 @@ def test_wrong_declarations_of_quantised_models_are_found(kind: str, name: str) 
         right, allowed = differences(bound, (1, 9, 17))
         assert max(right.values()) < allowed / 2, (dtype, right)
         for change, each in wrong_declarations(dense, family).items():
-            found, allowed = differences(resolve(bound.model, each, "given"), (9, 17))
-            assert max(found.values()) > allowed, (dtype, change, found)
+            assert by_the_limit(bound.model, each) > 1, (dtype, change)
 
 
 @pytest.mark.parametrize("kind", KINDS)

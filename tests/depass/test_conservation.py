@@ -14,6 +14,7 @@ import transformers
 from depass import Contrast, DePass, Direction, Spans, Token, TopK
 from depass.models import capture
 from depass.models.bind import bind
+from depass.models.bound import Layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  # the tests judge by themselves
 
@@ -171,6 +172,15 @@ def test_layers_of_different_widths_add_up_in_half_precision(device: str, monkey
         assert dp.attribute(models.prompt(9), 5).conservation_error.max() < 2e-2
 
 
+def gates(layer: Layer) -> list[torch.Tensor]:
+    """The weights ``[F, D]`` of the pre-activations of a layer: its MLP's, and those of each expert."""
+    of_mlp = [] if layer.mlp is None else [layer.mlp.gate.weight]
+    if layer.experts is not None:
+        read = layer.experts.read()
+        of_mlp += [read.gate(expert) for expert in range(layer.experts.count)]
+    return [weight.float() for weight in of_mlp]
+
+
 @pytest.mark.parametrize("name", models.EVERY)
 def test_the_random_models_share_neither_flat_nor_one_hot(name: str, device: str) -> None:
     """Otherwise conservation of these models would prove little."""
@@ -179,14 +189,13 @@ def test_the_random_models_share_neither_flat_nor_one_hot(name: str, device: str
     dp = DePass(its.model)
     states = dp.states(models.prompt(17))
     for index, layer in enumerate(its.layers):
-        weight = layer.gate.weight.float().cpu()
-        if layer.mlp_norm is not None:
-            weight = layer.mlp_norm.fold(layer.gate.weight.float()).cpu()
         x = states.dense(index)[:, -1]  # before the attention; near enough to what the gate reads
         stream = states.residual[index][-1]
         scale = 1.0 if layer.mlp_norm is None else layer.mlp_norm.scale(stream, torch.float32)
-        alpha = torch.softmax(x @ weight.T * scale / 0.1, dim=0)  # [M, F]
-        shares.append(alpha.amax(0).mean().item())
+        for weight in gates(layer):
+            folded = weight if layer.mlp_norm is None else layer.mlp_norm.fold(weight)
+            alpha = torch.softmax(x @ folded.cpu().T * scale / 0.1, dim=0)  # [M, F]
+            shares.append(alpha.amax(0).mean().item())
     assert 1.5 / 17 < sum(shares) / len(shares) < 0.95
 
 

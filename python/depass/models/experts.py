@@ -19,6 +19,8 @@ from depass_kernels.ops import FLOATS
 from ..errors import ModelError
 from . import weights
 
+_INTERFACE = ("is_transposed", "is_concatenated", "has_bias")  # attributes of the modules of the experts interface
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -53,18 +55,49 @@ class Experts:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors by name: offloaded ones hold no numbers."""
-        names = (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
-        return {name: getattr(self.module, name) for name in names}
+        return {name: getattr(self.module, name) for name in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+        return (self.first, "down_proj", *((f"{self.first}_bias", "down_proj_bias") if self.has_bias else ()))
 
     @property
     def has_bias(self) -> bool:
         """Whether the experts' projections have biases."""
         return bool(self.module.has_bias)
 
-    def read(self) -> ExpertWeights:
-        """The weights as numbers on their device; offloaded ones are copied there, once for all experts."""
-        tensors = {name: weights.dense(self.module, name) for name in self.tensors}
+    def read(self, *names: str) -> ExpertWeights:
+        """The weights as numbers on their device; offloaded ones are copied there, once for all experts.
+
+        Args:
+            names: of :attr:`tensors`, those that are needed; by default all.
+        """
+        tensors = {name: weights.dense(self.module, name) for name in names or self.tensors}
         return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def holds_experts(module: Any) -> bool:
+    """Whether a module is one of transformers' experts interface."""
+    return all(hasattr(module, name) for name in _INTERFACE)
+
+
+def refuse_other_experts(model: Any) -> None:
+    """Check that no module of a model holds experts in another form than that of transformers' experts interface.
+
+    Raises:
+        ModelError: one does.
+    """
+    inside: list[str] = []  # of the interface
+    for path, module in model.named_modules():
+        if holds_experts(module):
+            inside.append(f"{path}.")
+        kind = type(module).__name__.lower()
+        is_named = path.rpartition(".")[2] == "experts" or (
+            kind.endswith("experts") and not kind.endswith("sharedexperts")
+        )
+        if is_named and not f"{path}.".startswith(tuple(inside)):
+            refuse_experts(module, f"the experts {path} of {type(model).__name__}")
 
 
 def refuse_experts(module: Any, which: str) -> None:
@@ -74,18 +107,22 @@ def refuse_experts(module: Any, which: str) -> None:
         ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
             over devices, or have a norm on their outputs.
     """
-    lacking = [name for name in ("is_transposed", "is_concatenated", "has_bias") if not hasattr(module, name)]
+    lacking = [name for name in _INTERFACE if not hasattr(module, name)]
     if lacking:
         raise ModelError(
-            f"{which} ({type(module).__name__}) are not of transformers' experts interface, whose modules hold one tensor "
-            f"for each projection of all experts (it lacks {', '.join(lacking)}); DePass supports no others"
+            f"{which} ({type(module).__name__}) are not of the experts interface of transformers 5.7 and later, whose "
+            f"modules hold one tensor for each projection of all experts (lacking: {', '.join(lacking)}); DePass supports "
+            "no others"
         )
     if getattr(module, "_is_expert_parallel", False):
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
     if getattr(module, "has_post_expert_norm", False):
         raise ModelError(f"{which} have a norm on their outputs, which DePass does not support")
-    tensors = Experts(module, 1).tensors
-    for name, tensor in tensors.items():
+    experts = Experts(module, 1)
+    absent = [name for name in experts.names if not isinstance(getattr(module, name, None), Tensor)]
+    if absent:
+        raise ModelError(f"{which} ({type(module).__name__}) have no {', '.join(absent)}; load unquantised weights")
+    for name, tensor in experts.tensors.items():
         if tensor.dim() != (2 if name.endswith("bias") else 3) or tensor.dtype not in FLOATS:
             raise ModelError(
                 f"{which} hold {tensor.dtype} weights of shape {list(tensor.shape)} as {name}, which DePass cannot read as "
@@ -192,10 +229,8 @@ class Places:
         each = chosen.to("cpu", torch.int64).flatten()
         order = each.argsort(stable=True)
         order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
-        found, numbers = each[order].unique_consecutive(return_counts=True)
-        ends = numbers.cumsum(0)
-        begins = (ends - numbers).tolist()
-        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends.tolist(), strict=True)}
+        ends = [0, *torch.bincount(each[order], minlength=count).cumsum(0).tolist()]
+        runs = {expert: (ends[expert], ends[expert + 1]) for expert in range(count) if ends[expert] < ends[expert + 1]}
         order = order.to(chosen.device)
         position = order // chosen.shape[1]
         return Places(position, order % chosen.shape[1], weight.flatten()[order], runs)
@@ -226,11 +261,24 @@ def hidden_vectors(read: ExpertWeights, places: Places, x: Tensor) -> tuple[Tens
     return hidden, gate
 
 
-def outputs(read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+def outputs(
+    read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype, with_bias: bool = True
+) -> Iterator[tuple[int, slice, Tensor]]:
     """What each chosen expert adds at its places, ``[p, D]`` with the router's weight and its bias, in ``dtype``."""
     for expert, run in places.each():
         hidden = read.hidden(read.first(expert, x[places.position[run]])).to(dtype)
         output = hidden @ read.down(expert).to(dtype).T
-        bias = read.down_bias(expert)
+        bias = read.down_bias(expert) if with_bias else None
         output = output if bias is None else output + bias.to(dtype)
         yield expert, run, output * places.weight[run, None].to(dtype)
+
+
+def summed_bias(read: ExpertWeights, places: Places, positions: int, dtype: torch.dtype) -> Tensor:
+    """The down projections' biases of all experts that each position chose, ``[P, D]`` with the router's weights."""
+    weight = places.weight.to(dtype)
+    total = weight.new_zeros(positions, read.tensors["down_proj_bias"].shape[1])
+    for expert, run in places.each():
+        bias = read.down_bias(expert)
+        assert bias is not None
+        total.index_add_(0, places.position[run], weight[run, None] * bias.to(dtype))
+    return total

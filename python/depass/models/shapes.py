@@ -1,0 +1,101 @@
+"""Refuses families whose projections do not fit each other: no run is needed to see that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import ModelError
+from .bound import MLP, Layer, Norm, Projection
+from .families import Family
+from .trace import NORMS
+
+
+def refuse_shapes(layers: Sequence[Layer], family: Family, num_heads: int, name: str) -> None:
+    """Check that each projection of every layer has the rows and the columns that its place needs.
+
+    Args:
+        layers: the layers of a model.
+        family: its family.
+        num_heads: the number of heads of each layer.
+        name: what to call the model in the error.
+
+    Raises:
+        ModelError: two projections of a layer do not fit each other.
+    """
+    for index, layer in enumerate(layers):
+        said = (
+            _of_values(layer, family)
+            or _of_mixing(layer, family, num_heads)
+            or _of_mlp(layer, family)
+            or _of_norms(layer, family)
+        )
+        if said is not None:
+            raise ModelError(f"layer {index} of {name} does not fit its depass.Family: {said}")
+
+
+def _of_values(layer: Layer, family: Family) -> str | None:
+    rows, latent = _shape(layer.value), layer.latent
+    if rows is None:
+        held = layer.value.module.weight.shape
+        return (
+            f"{family.value} has weights {list(held)}, of which value_rows={family.value_rows!r} takes no whole heads"
+        )
+    width = layer.output.shape[0]
+    first, path = (layer.value, family.value) if latent is None else (latent, family.latent)
+    if first.shape[1] != width:
+        name = "; name what projects it before: latent=..." if latent is None else ""
+        return f"{path} reads vectors of width {first.shape[1]}, but the residual stream has width {width}{name}"
+    if latent is not None and latent.shape[0] < rows[1]:
+        return f"{family.value} reads vectors of width {rows[1]}, but {family.latent} writes {latent.shape[0]} numbers"
+    return None
+
+
+def _of_mixing(layer: Layer, family: Family, num_heads: int) -> str | None:
+    mixed = layer.output.shape[1]
+    if layer.mix_gate is not None:
+        rows = _shape(layer.mix_gate)
+        if rows is None or rows[0] not in (num_heads, mixed):
+            held = layer.mix_gate.module.weight.shape[0]
+            return (
+                f"mix_gate={family.mix_gate!r} has {held if rows is None else rows[0]} rows with "
+                f"mix_gate_rows={family.mix_gate_rows!r}; a gate has {num_heads}, one a head, or {mixed}, one a number"
+            )
+    if layer.sinks is not None and layer.sinks.shape != (num_heads,):
+        return f"sinks={family.sinks!r} has shape {list(layer.sinks.shape)}; sinks have [{num_heads}], one a head"
+    return None
+
+
+def _of_mlp(layer: Layer, family: Family) -> str | None:
+    mlp: MLP | None = layer.mlp
+    if mlp is None:
+        return None
+    gate, down = (family.gate, family.down) if layer.experts is None else (family.shared_gate, family.shared_down)
+    rows, columns = mlp.gate.shape[0], mlp.down.shape[1]
+    if rows != columns:
+        return (
+            f"{gate} has {rows} rows with gate_rows={family.gate_rows!r}, but {down} reads {columns} numbers; each "
+            "neuron has one row"
+        )
+    return None
+
+
+def _of_norms(layer: Layer, family: Family) -> str | None:
+    stream, mixed = layer.output.shape
+    others = {"mix_norm": mixed, "latent_norm": layer.value.shape[1]}
+    for name in (*NORMS, "mix_norm"):
+        norm: Norm | None = getattr(layer, name)
+        weight = None if norm is None else getattr(norm.module, "weight", None)
+        width = others.get(name, stream)
+        if weight is not None and weight.shape != (width,):
+            return f"{name}={getattr(family, name)!r} has a weight of shape {list(weight.shape)}; here it has [{width}]"
+    return None
+
+
+def _shape(projection: Projection) -> torch.Size | None:
+    """The shape of a projection; None where its rows cannot be split as the family says."""
+    try:
+        return projection.shape
+    except RuntimeError:  # of a reshape
+        return None
