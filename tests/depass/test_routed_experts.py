@@ -23,6 +23,7 @@ from depass import (
     baselines,
     masking,
 )
+from depass.engine.routing import chosen_experts
 from depass.models.experts import Places
 
 IDS = models.prompt(8)
@@ -64,16 +65,43 @@ def test_experts_and_the_remainder_add_up(name: str, dtype: str, device: str) ->
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_experts_that_no_position_chose_score_nothing_behind_the_last_layer(name: str, device: str) -> None:
+def test_only_experts_that_a_position_chose_are_sources(name: str, device: str) -> None:
     dp = made(name, device)
     last = dp.bound.expert_layers[-1]
     weights = baselines.experts(dp, "router_weight", IDS, 5).scores[0, -1]
     res = dp.attribute(IDS, 5, sources=RoutedExperts(last, positions=[-1]))
-    scores = torch.tensor(
-        [score for score, source in zip(res.scores[0].tolist(), res.sources, strict=True) if source.kind == "expert"]
-    )
-    assert ((weights > 0) == (scores != 0)).all()
-    assert (weights > 0).sum() == 2
+    chosen = {source.index for source in res.sources if source.kind == "expert"}
+    assert chosen == set(weights.nonzero()[:, 0].tolist())
+    assert len(chosen) == 2
+    absent = min(set(range(len(weights))) - chosen)
+    without = dp.attribute(IDS, 5, sources=RoutedExperts(last, [absent], positions=[-1]))
+    assert not any(source.kind == "expert" for source in without.sources)
+    assert float(without.scores.sum()) == pytest.approx(float(without.target_logits[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "half"])
+def test_an_expert_is_a_source_from_its_first_choice_on(rule: str, device: str) -> None:
+    dp = made("qwen3_moe", device)
+    routing = chosen_experts(dp.bound, IDS, [0])[0]
+    states = dp.states(IDS, 1, sources=RoutedExperts(0))
+    rows = states.dense(1)
+    for number, source in enumerate(states.sources):
+        if source.kind == "expert":
+            at = (routing == source.index).any(1).cpu()
+            assert ((rows[number].abs().amax(1) > 0).cpu() == at).all()
+    later = dp.states(IDS, models.LAYERS, sources=RoutedExperts(0)).dense(models.LAYERS)
+    for number, source in enumerate(states.sources):
+        if source.kind == "expert":
+            start = int((routing == source.index).any(1).nonzero()[0])
+            assert not later[number, :start].any()
+            assert bool(later[number, -1].any())
+    swept = dp.sweep("experts", IDS, 5, rule=rule)
+    never = [expert for expert in range(6) if not (routing == expert).any()]
+    assert not swept.scores[0, 0, never].any()
+    of_sources = {s.index: score for s, score in zip(states.sources, dp.attribute(
+        IDS, 5, sources=RoutedExperts(0), rule=rule).scores[0].tolist(), strict=True) if s.kind == "expert"}  # fmt: skip
+    for expert, score in of_sources.items():
+        assert float(swept.scores[0, 0, expert]) == pytest.approx(score, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,13 +109,14 @@ def test_some_experts_at_some_positions_are_rows_of_all(name: str, device: str) 
     dp = made(name, device)
     layer, count = dp.bound.expert_layers[-1], len(IDS)
     every = dp.states(IDS, models.LAYERS, sources=RoutedExperts(layer))
-    some = dp.states(IDS, models.LAYERS, sources=RoutedExperts(layer, [3, 1], [-1, 2]))
-    own = [[source.label for source in states.sources].index(f"L{layer}E1") for states in (every, some)]
+    ids = chosen_experts(dp.bound, IDS, [layer])[layer][2].tolist()  # two experts
+    some = dp.states(IDS, models.LAYERS, sources=RoutedExperts(layer, ids, [-1, 2]))
+    own = [[source.label for source in states.sources].index(f"L{layer}E{ids[0]}") for states in (every, some)]
     whole, part = every.dense(models.LAYERS), some.dense(models.LAYERS)
     kept = torch.zeros(count, 1)
     kept[[2, count - 1]] = 1
     assert torch.allclose(part[own[1]], whole[own[0]] * kept.to(whole), atol=1e-12)
-    assert [source.label for source in some.sources][-2:] == [f"L{layer}E1", f"L{layer}E3"]
+    assert {source.index for source in some.sources if source.kind == "expert"} == set(ids)
     assert (part.sum(0) - whole.sum(0)).abs().max() < 1e-9
 
 
@@ -120,10 +149,12 @@ def test_a_sweep_is_its_layers_runs(name: str, device: str, tmp_path: Path) -> N
     for row, layer in enumerate(sweep.layers):
         res = dp.attribute(IDS, targets, sources=RoutedExperts(layer))
         always = [source.kind for source in res.sources].index("rest")
-        assert torch.allclose(sweep.scores[:, row], res.scores[:, always + 1 :], rtol=1e-5, atol=1e-6)
+        chosen = [source.index for source in res.sources[always + 1 :]]
+        assert torch.allclose(sweep.scores[:, row, chosen], res.scores[:, always + 1 :], rtol=1e-5, atol=1e-6)
+        assert not sweep.scores[:, row, [expert for expert in sweep.columns if expert not in chosen]].any()
         assert torch.allclose(sweep.rest[:, row], res.scores[:, always], rtol=1e-5, atol=1e-6)
         assert torch.allclose(sweep.bias[:, row], res.scores[:, :always].sum(1), rtol=1e-5, atol=1e-6)
-        assert sweep.source(row, 2) == res.sources[always + 3]
+        assert sweep.source(row, 2).label == f"L{layer}E2"
     sweep.save(tmp_path / "saved")
     again = Sweep.load(tmp_path / "saved")
     assert (again.kind, again.layers) == ("experts", sweep.layers)
@@ -345,8 +376,11 @@ def test_norms_and_weights_are_those_at_the_target(name: str, device: str) -> No
     dp, at = made(name, device), 3
     norms, weights = (baselines.experts(dp, name, IDS, Token(5, at)) for name in ("output_norm", "router_weight"))
     states = dp.states(IDS, models.LAYERS, sources=RoutedExperts(dp.bound.expert_layers[-1]))
-    last = states.dense(models.LAYERS)[-norms.scores.shape[2] :, at].norm(dim=-1)
-    torch.testing.assert_close(norms.scores[0, -1], last.float().cpu(), rtol=1e-5, atol=1e-6)
+    last = torch.zeros(norms.scores.shape[2], dtype=torch.float64)
+    for source, row in zip(states.sources, states.dense(models.LAYERS)[:, at], strict=True):
+        if source.kind == "expert":
+            last[source.index or 0] = row.norm()
+    torch.testing.assert_close(norms.scores[0, -1], last.float(), rtol=1e-5, atol=1e-6)
     assert ((weights.scores > 0).sum(2) == 2).all()
     assert torch.isnan(norms.rest).all()
     assert norms.kind == weights.kind == "experts"
