@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..device_memory import shown
 from ..errors import MemoryLimitError
 from ..models.bound import BoundModel
+from ..models.query_blocks import queries_at_once
 from ..rules import PathWeights
 
 BATCH_NUMBERS = 1 << 24  # numbers in the gradients of one layer that are computed at a time, for several targets
@@ -38,15 +39,20 @@ def linear_needs(
     """The needs of a pass over prompts of these lengths, through so many layers and back from so many targets."""
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
     (neurons, width), mixed = bound.widest_layer.gate.shape, bound.widest_layer.output.shape[1]
-    tokens, pattern = sum(lengths), bound.num_heads * len(lengths) * max(lengths) ** 2
+    tokens, rows = sum(lengths), bound.num_heads * len(lengths) * max(lengths)  # of a pattern, for each query
+    at_once = queries_at_once(bound.device, bound.num_heads * len(lengths), max(lengths))
+    pattern, is_kept = rows * at_once, at_once == max(lengths)  # in blocks it is computed again
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
-    layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number
+    layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number * is_kept
+    layer += (
+        0 if is_kept else tokens * (mixed + 2 * bound.widest_layer.value.shape[0]) * number
+    )  # queries, keys, values
     together = min(targets, group_size(bound, lengths, path_weights))
     back = together * tokens * (4 * neurons + 8 * width) * max(number, state) * 3 // 5  # measured: not all at once
     ahead = pattern * (number + in_fp32 * 3 // 2)
     working = max(ahead, back)
     if path_weights.steers:  # the softmax's derivative needs its output, and two gradients of the pattern
-        layer += tokens * 4 * mixed * number + pattern * in_fp32
+        layer += (tokens * 4 * mixed * number + pattern * in_fp32) * is_kept
         working = together * pattern * (number + 4) + back
     held = tokens * width * (number * layers + 2 * targets * state)
     return LinearNeeds(layer, working, held)

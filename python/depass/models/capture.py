@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
-from . import weights
+from . import query_blocks, weights
 from .alterations import Alteration, alterations, likely, said_of, within
 from .bound import BoundModel, Norm
 from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
@@ -41,8 +41,11 @@ Watch = Callable[[nn.Module, Tensor, Tensor], None]  # of the values [B, K, T, d
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """The family's own eager attention; its pattern is captured for the current layer."""
+) -> tuple[Tensor, Tensor | None]:
+    """The family's own eager attention; its pattern is captured for the current layer.
+
+    With gradients of our own it may go by blocks of queries; then there is no pattern.
+    """
     packing, carry, mask = _packing.get(), _carry.get(), attention_mask
     if carry is not None:
         query, key, value = carry(module, query, key, value)
@@ -56,7 +59,8 @@ def _attention(
         output, pattern = upcast(query, key, value, mask)
     else:
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        output, pattern = eager(module, query, key, value, mask, **options)
+        in_blocks = None if carry is None else query_blocks.attend(eager, module, (query, key, value), mask, options)
+        output, pattern = eager(module, query, key, value, mask, **options) if in_blocks is None else (in_blocks, None)
     if module in _at_work:
         _at_work[module].attention(pattern, value)
     watch = _watch.get()
