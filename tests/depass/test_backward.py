@@ -39,6 +39,7 @@ from depass import (
 from depass.engine import request, scores
 from depass.engine.backward import Backward, LayerGradients, StreamGradient
 from depass.inputs.targets import check
+from depass.models import query_blocks
 from depass.models.attention import eager_with_patterns
 from depass.models.bind import bind
 from depass.models.bound import BoundModel
@@ -702,6 +703,43 @@ def test_layers_that_run_again_give_the_same(name: str, rule: str) -> None:
     kept = everything(bound, prompts, each, RULES[rule])
     for got, expected in zip(everything(bound, prompts, each, RULES[rule], recompute=True), kept, strict=True):
         equal(got, expected)
+
+
+@pytest.mark.parametrize("rule", ["half", "dual_path"])
+@pytest.mark.parametrize("name", [*models.CONFIGS, "windowed"])
+def test_attention_by_blocks_of_queries_gives_the_same(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.make("mistral", sliding_window=3) if name == "windowed" else models.make(name)
+    prompts = [models.prompt(length, length) for length in (9, 4, 7)]
+    bound = bind(model)
+    each = [asked(bound, ids, [5, 7, 9]) for ids in prompts]
+    padded = replace(bound, takes_positions=False)
+    whole = [everything(made, prompts, each, RULES[rule]) for made in (bound, padded)]
+    monkeypatch.setattr(query_blocks, "BLOCK_BYTES", 4 * 3 * bound.num_heads * 9 * 2)  # two queries of the batch
+    for made, expected in zip((bound, padded), whole, strict=True):
+        for recompute in (False, True):
+            got = everything(made, prompts, each, RULES[rule], recompute=recompute)
+            for mine, theirs in zip(got, expected, strict=True):
+                equal(mine, theirs, 1e-5)
+                logits = [one.logit for one in theirs.readouts]
+                assert [one.logit for one in mine.readouts] == pytest.approx(logits, rel=1e-4, abs=1e-5)
+
+
+def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [query_blocks.queries_at_once(cpu, 9, n) for n in (10, 682, 683, 2048, 1 << 20)] == [10, 682, 640, 192, 1]
+    assert query_blocks.queries_at_once(cuda, 9, 2048) == 2048
+    monkeypatch.setattr(query_blocks, "BLOCK_BYTES", 4 * 4 * 9 * 2)
+    taken, model, ids = [], models.make("llama"), models.prompt(9)
+    eager = sys.modules[type(model).__module__].eager_attention_forward
+
+    def noted(module: nn.Module, query: Tensor, key: Tensor, *others: Any, **options: Any) -> Any:
+        taken.append((query.shape[2], key.shape[2]))
+        return eager(module, query, key, *others, **options)
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", noted)
+    scored(model, ids, "half")
+    forth, back = [(2, 9)] * 4 + [(1, 9)], [(2, 2), (2, 4), (2, 6), (2, 8), (1, 9)]
+    assert taken[models.LAYERS :] == forth * models.LAYERS + back * models.LAYERS
 
 
 @pytest.mark.parametrize("recompute", [False, True])

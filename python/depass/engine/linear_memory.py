@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..device_memory import shown
 from ..errors import MemoryLimitError
 from ..models.bound import BoundModel
+from ..models.query_blocks import queries_at_once
 from ..rules import PathWeights
 
 BATCH_NUMBERS = 1 << 24  # numbers in the gradients of one layer that are computed at a time, for several targets
@@ -39,10 +40,16 @@ def linear_needs(
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
     widest = bound.widest_layer
     neurons, width, mixed = widest.neurons, bound.hidden_size, widest.output.shape[1]
-    tokens, pattern = sum(lengths), bound.most_heads * len(lengths) * max(lengths) ** 2
+    tokens, of_query = sum(lengths), bound.most_heads * len(lengths) * max(lengths)  # numbers in patterns
+    at_once = max(lengths)
+    if not any(layer.recurrence is not None for layer in bound.layers):
+        at_once = queries_at_once(bound.device, bound.most_heads * len(lengths), max(lengths))
+    pattern, is_kept = of_query * at_once, at_once == max(lengths)  # in blocks it is computed again
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
     of_neuron = 2 * number + state if widest.experts is None else number + 2 * state
-    layer = tokens * (neurons * of_neuron + (3 * width + mixed) * number) + pattern * number
+    layer = tokens * (neurons * of_neuron + (3 * width + mixed) * number) + pattern * number * is_kept
+    if not is_kept:  # queries, keys and values
+        layer += tokens * (mixed + 2 * widest.value.shape[0]) * number
     together = min(targets, group_size(bound, lengths, path_weights))
     back = together * tokens * _numbers_back(bound) * max(number, state) * 3 // 5  # measured: not all at once
     ahead = pattern * (number + in_fp32 * 3 // 2)
@@ -52,7 +59,7 @@ def linear_needs(
         ahead = max(ahead, tokens * widest.experts.chosen * rows)
     working = max(ahead, back)
     if path_weights.steers:  # the softmax's derivative needs its output, and two gradients of the pattern
-        layer += tokens * 4 * mixed * number + pattern * in_fp32
+        layer += (tokens * 4 * mixed * number + pattern * in_fp32) * is_kept
         working = max(ahead, together * pattern * (number + 4) + back)
     held = tokens * width * (number * layers + 2 * targets * state)
     return LinearNeeds(layer, working, held)

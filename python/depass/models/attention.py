@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import eager_mask
 
 from ..errors import ModelError
+from . import query_blocks
 from .bound import BoundModel
 from .packing import Packing, first_positions
 
@@ -37,8 +38,11 @@ Watch = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """The family's own eager attention; its pattern is captured for the current layer."""
+) -> tuple[Tensor, Tensor | None]:
+    """The family's own eager attention; its pattern is captured for the current layer.
+
+    With gradients of our own it may go by blocks of queries; then there is no pattern.
+    """
     packing, carry, mask = _packing.get(), _carry.get(), attention_mask
     if carry is not None:
         query, key, value = carry(module, query, key, value)
@@ -54,7 +58,8 @@ def _attention(
     else:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         _refuse_unknown_extras(eager, module)
-        output, pattern = eager(module, query, key, value, mask, **options)
+        in_blocks = None if carry is None else query_blocks.attend(eager, module, (query, key, value), mask, options)
+        output, pattern = eager(module, query, key, value, mask, **options) if in_blocks is None else (in_blocks, None)
     if module in at_work:
         layer, sinks = at_work[module], at_work[module].modules.sinks
         given = options.get("s_aux") if sinks is None else sinks

@@ -1,7 +1,8 @@
 """The linearised model: it computes what it always does, and its gradients flow as path weights say.
 
 Each nonlinear place of a model is a product of factors. A rule says how much of the product's gradient each factor carries;
-the other factors are frozen. Inside :func:`linearised` the model's outputs stay bit for bit those of eager attention, and
+the other factors are frozen. Inside :func:`linearised` the model's outputs stay bit for bit those of eager attention (up to
+rounding where it goes by blocks of queries, see :mod:`depass.models.query_blocks`), and
 
 * a norm ``γ ⊙ x · r`` passes the gradient of ``x`` on, with ``r`` frozen (the centred ``x`` in a LayerNorm). This holds
   for the norms of layers, of queries and keys, on outputs, and for the final one;
