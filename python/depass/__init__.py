@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .sources.components import Heads as Heads
     from .sources.components import Modules as Modules
     from .sources.components import Neurons as Neurons
+    from .sources.components import RoutedExperts as RoutedExperts
     from .sources.source import Source as Source
     from .sources.spans import Sentences as Sentences
     from .sources.spans import Spans as Spans
@@ -81,7 +82,7 @@ _MODULES = {
     "results.survey": ("Survey",),
     "results.sweep": ("Sweep",),
     "rules": ("Mixture", "PathWeights"),
-    "sources.components": ("Heads", "Modules", "Neurons"),
+    "sources.components": ("Heads", "Modules", "Neurons", "RoutedExperts"),
     "sources.source": ("Source",),
     "sources.spans": ("Sentences", "Spans"),
     "sources.subspaces": ("Custom", "Subspace"),

@@ -19,7 +19,14 @@ from .engine.citations import cite
 from .engine.generate import answered, generate
 from .engine.passes import Engine
 from .engine.plan import Plan
-from .engine.request import Defaults, Progress, callable_or_none, components_of_layer, decomposed_layers
+from .engine.request import (
+    Defaults,
+    Progress,
+    callable_or_none,
+    components_of_layer,
+    decomposed_layers,
+    layers_of_sweep,
+)
 from .engine.states import KeptStates
 from .engine.survey import survey
 from .errors import DePassError, ModelError, OptionError
@@ -39,7 +46,7 @@ from .results.citations import Citations
 from .results.generation import Generation
 from .results.states import States
 from .results.survey import Survey
-from .results.sweep import Sweep
+from .results.sweep import SWEEP_KINDS, Sweep, SweepKind
 from .rules import FORWARD, AnyRule
 from .sources.decompose import check_kind, decompose_components
 from .sources.spans import Sentences
@@ -105,7 +112,7 @@ class DePass:
         defaults = Defaults(rule, temperature, exclude_bos, backend, engine)
         devices = {parameter.device for parameter in model.parameters()}
         if cuda_graphs:
-            refuse_graphs(devices, bound.is_quantized)
+            refuse_graphs(devices, bound.is_quantized, bound.has_experts)
         if stream_to is not None:
             bound = replace(bound, stream_to=_device_to_stream_to(stream_to, devices, bound))
         recordings = Recordings(bound) if cuda_graphs else None
@@ -312,7 +319,7 @@ class DePass:
     @torch.no_grad()
     def sweep(
         self,
-        kind: Literal["heads", "neurons", "modules"],
+        kind: SweepKind,
         prompt: Any,
         target: Any = None,
         *,
@@ -327,16 +334,16 @@ class DePass:
         strict: bool = False,
         progress: Progress | None = None,
     ) -> Sweep:
-        """Score the heads, neurons or modules of every layer in one pass; each layer is a separate decomposition.
+        """Score the heads, neurons, experts or modules of all layers in one pass; each layer is a separate decomposition.
 
         Args:
-            kind: the components: ``"heads"`` (:class:`Heads`), ``"neurons"`` (:class:`Neurons`), or ``"modules"``
-                (attention and MLP as :class:`Modules`).
+            kind: the components: ``"heads"`` (:class:`Heads`), ``"neurons"`` (:class:`Neurons`), ``"experts"``
+                (:class:`RoutedExperts`), or ``"modules"`` (attention and MLP as :class:`Modules`).
             prompt: as for :meth:`attribute`.
             target: as for :meth:`attribute`; probe targets are not supported in sweeps.
             of: as for :meth:`attribute`.
-            layers: the layers to decompose; by default all.
-            ids: the heads or neurons of each layer; by default all.
+            layers: the layers to decompose; by default all, or for experts all that have them.
+            ids: the heads, neurons or experts of each layer; by default all.
             positions: the positions whose outputs count, as for :class:`Heads`.
             memory_bytes: the bytes that the decomposed states and their buffers may take besides the model; by default
                 half of the available memory. Layers that do not fit together run in groups, one pass per group; this
@@ -358,22 +365,19 @@ class DePass:
         """
         bound = self.bound
         options = self._options(0, None, rule, temperature, False, of)
-        if not isinstance(kind, str) or kind not in ("heads", "neurons", "modules"):
-            raise OptionError(f"unknown kind of sweep {kind!r}; choose one of: 'heads', 'neurons', 'modules'")
+        if not isinstance(kind, str) or kind not in SWEEP_KINDS:
+            raise OptionError(f"unknown kind of sweep {kind!r}; choose one of: {', '.join(map(repr, SWEEP_KINDS))}")
         if kind == "modules" and ids is not None:
-            raise OptionError(f"ids={ids!r} selects heads or neurons; leave it out of a sweep of modules")
+            raise OptionError(f"ids={ids!r} selects heads, neurons or experts; leave it out of a sweep of modules")
         encoded = encode(with_template(prompt, chat_template_kwargs), self.tokenizer, bound)
         targets = check(target, len(encoded.ids), range(0), self.tokenizer, bound, options.of)
-        wanted = list(range(len(bound.layers))) if layers is None else integers("layers", layers, OptionError)
         ids, positions = (tuple(given) if isinstance(given, Iterator) else given for given in (ids, positions))
-        if not wanted or len(set(wanted)) < len(wanted):
-            raise OptionError(f"layers must be a non-empty list without duplicates, got {layers}")
         parts = [
             [
                 decompose_components(spec, len(encoded.ids), bound)
                 for spec in components_of_layer(kind, layer, ids, positions)
             ]
-            for layer in wanted
+            for layer in layers_of_sweep(bound, kind, layers, ids)
         ]
         parts.sort(key=lambda of_layer: of_layer[0].layer)
         report = callable_or_none("progress", progress)
@@ -404,7 +408,8 @@ class DePass:
             target: as for :meth:`attribute`; probe targets are not supported in surveys.
             of: as for :meth:`attribute`.
             rule: a linear rule; by default the constructor's, or ``half`` where that is not linear.
-            neurons: how many neurons of each layer are kept, those with the largest absolute scores.
+            neurons: how many neurons of each layer are kept, those with the largest absolute scores. Layers with routed
+                experts keep none; ``sweep("experts", ...)`` scores their experts.
             chat_template_kwargs: see :meth:`attribute`.
             strict: see :meth:`attribute`; it holds for every layer.
             progress: see :meth:`attribute`.

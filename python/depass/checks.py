@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from .errors import DePassError, OptionError
@@ -75,3 +75,10 @@ def byte_count(text: str) -> int:
 def _short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{type(value).__name__} {shown[:50]}..."
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers in words: the first and the last where they follow one another."""
+    first, last = numbers[0], numbers[-1]
+    is_range = len(numbers) > 2 and list(numbers) == list(range(first, last + 1))
+    return f"{first} to {last}" if is_range else ", ".join(map(str, numbers))

@@ -1,4 +1,4 @@
-"""Masking attention heads or neurons while a model runs: their output to the residual stream is set to zero.
+"""Masking heads, neurons or experts while a model runs: their output to the residual stream is set to zero.
 
 ::
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .api import DePass
-from .checks import integer, integers
+from .checks import integer, integers, listed
 from .errors import OptionError
 from .models import capture
 from .models.bind import bind
-from .models.bound import BoundModel
+from .models.bound import BoundModel, Layer
 
 Masked = Mapping[int, Sequence[int]] | Tensor
-Kind = Literal["heads", "neurons"]
+Kind = Literal["heads", "neurons", "experts"]
 
 
 @contextmanager
@@ -55,13 +55,34 @@ def neurons(model: Any, masked: Masked) -> Iterator[None]:
     The hidden values are the inputs of the down projection; its bias is kept.
 
     Args:
-        model: as for :func:`heads`.
+        model: as for :func:`heads`; without routed experts.
         masked: a dict from layer to the masked neurons, or a bool tensor ``[B, num_layers, num_neurons]``.
 
     Raises:
-        OptionError, ModelError: as for :func:`heads`.
+        OptionError: as for :func:`heads`; or the model has routed experts.
+        ModelError: as for :func:`heads`.
     """
     with _masked(model, masked, "neurons"):
+        yield
+
+
+@contextmanager
+def experts(model: Any, masked: Masked) -> Iterator[None]:
+    """Set the router's weights of the masked experts to zero inside the ``with`` block.
+
+    A position that chose a masked expert gets nothing from it. The router still chooses the same experts, and the other
+    weights stay as they are: no other expert takes its place.
+
+    Args:
+        model: as for :func:`heads`; with routed experts.
+        masked: a dict from layer to the masked experts, or a bool tensor ``[B, num_layers, num_experts]``. It is false in
+            layers without experts.
+
+    Raises:
+        OptionError: as for :func:`heads`; or a layer has no routed experts.
+        ModelError: as for :func:`heads`.
+    """
+    with _masked(model, masked, "experts"):
         yield
 
 
@@ -75,19 +96,39 @@ def bound_of(model: Any) -> BoundModel:
 
 
 def num_components(bound: BoundModel, kind: Kind) -> int:
-    """The number of heads or neurons per layer.
+    """The number of heads, neurons or experts per layer that has any.
 
     Raises:
-        OptionError: the layers have different numbers of neurons.
+        OptionError: the layers have different numbers of neurons or experts, the model has no experts, or neurons are asked
+            for and it has experts.
     """
     if kind == "heads":
         return bound.num_heads
-    widths = {layer.down.shape[1] for layer in bound.layers}
-    if len(widths) > 1:
+    if kind == "neurons" and bound.has_experts:
         raise OptionError(
-            f"the layers of {bound.name} have different numbers of neurons, {sorted(widths)}; they must have the same"
+            f"{bound.name} has routed experts, whose neurons cannot be masked or scored one by one; take its "
+            "experts or heads"
         )
-    return int(widths.pop())
+    if kind == "experts" and not bound.has_experts:
+        raise OptionError(f"{bound.name} has no routed experts; take its heads or neurons")
+    counts = {_count(layer, kind) for layer in bound.layers if kind == "neurons" or layer.experts is not None}
+    if len(counts) > 1:
+        raise OptionError(
+            f"the layers of {bound.name} have different numbers of {kind}, {sorted(counts)}; they must have the same"
+        )
+    return counts.pop()
+
+
+def layers_with(bound: BoundModel, kind: Kind) -> tuple[int, ...]:
+    """The layers that have components of a kind."""
+    return bound.expert_layers if kind == "experts" else tuple(range(len(bound.layers)))
+
+
+def _count(layer: Layer, kind: Kind) -> int:
+    if kind == "neurons":
+        return int(layer.only_mlp.down.shape[1])
+    assert layer.experts is not None
+    return layer.experts.count
 
 
 @contextmanager
@@ -97,11 +138,22 @@ def _masked(model: Any, masked: Any, kind: Kind) -> Iterator[None]:
     with ExitStack() as stack:
         for index, layer in enumerate(bound.layers):
             if bool(off[:, index].any()):
-                module = (layer.output if kind == "heads" else layer.down).module
-                stack.callback(module.register_forward_pre_hook(_Zero(off[:, index]).hook).remove)
-                if kind == "heads":
-                    _mask_heads(stack, module, off[:, index])
+                _mask_layer(stack, layer, off[:, index], kind)
         yield
+
+
+def _mask_layer(stack: ExitStack, layer: Layer, off: Tensor, kind: Kind) -> None:
+    """Register the hooks that mask a layer's components ``[B, C]``; they are removed when the stack closes."""
+    if kind == "experts":
+        assert layer.experts is not None
+        zero = _ZeroWeights(off)
+        stack.callback(layer.module.register_forward_pre_hook(zero.begin, with_kwargs=True).remove)
+        stack.callback(layer.experts.module.register_forward_pre_hook(zero.hook, with_kwargs=True).remove)
+        return
+    module = (layer.output if kind == "heads" else layer.only_mlp.down).module
+    stack.callback(module.register_forward_pre_hook(_Zero(off).hook).remove)
+    if kind == "heads":
+        _mask_heads(stack, module, off)
 
 
 def _mask_heads(stack: ExitStack, module: Any, off: Tensor) -> None:
@@ -138,13 +190,61 @@ class _Zero:
             return (x.masked_fill(wide[0], 0), *args[1:])
         flattened = len(off) if len(x) % len(off) == 0 else 1  # [B·T, C·d] does not tell how many prompts it holds
         prompts = len(packing.lengths) if packing is not None else len(x) if x.dim() == 3 else flattened
-        if len(off) != prompts:
-            raise OptionError(
-                f"masked has {len(off)} rows, but the batch has {prompts} prompts; give one row per prompt or one for all"
-            )
+        _must_fit(off, prompts)
         by_prompt = wide[:, None] if packing is None else packing.by_position(wide)  # [B, 1, C·d] or [1, P, C·d]
         rows = x.reshape(len(by_prompt), -1, x.shape[-1])
         return (rows.masked_fill(by_prompt, 0).view(x.shape), *args[1:])
+
+
+class _ZeroWeights:
+    """Zeroes the router's weights of the experts in ``off`` ``[B, E]``, in this thread's passes."""
+
+    def __init__(self, off: Tensor) -> None:
+        self.off, self.thread, self.prompts = off, threading.get_ident(), 1
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note how many prompts the layer gets; its experts get all positions in one dimension."""
+        if threading.get_ident() == self.thread:
+            packing = capture.packing_of_this_thread()
+            self.prompts = (
+                len(args[0] if args else kwargs["hidden_states"]) if packing is None else len(packing.lengths)
+            )
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """The arguments of the experts with these weights set to zero."""
+        if threading.get_ident() != self.thread:
+            return None
+        _, chosen, weight = capture.routing_of(args, kwargs)  # [P, k]
+        off, count = self._by_position(len(chosen)).to(chosen.device), self.off.shape[1]
+        is_expert = (chosen >= 0) & (chosen < count)  # some routers choose "none" by another number
+        is_off = off.gather(1, chosen.clamp(0, count - 1)) & is_expert
+        masked = weight.masked_fill(is_off, 0)
+        args = tuple(masked if each is weight else each for each in args)
+        return args, {name: masked if each is weight else each for name, each in kwargs.items()}
+
+    def _by_position(self, positions: int) -> Tensor:  # [P, E]
+        packing = capture.packing_of_this_thread()
+        if len(self.off) == 1:
+            return self.off.expand(positions, -1)
+        _must_fit(self.off, self.prompts)
+        if packing is not None and packing.packed:
+            return packing.by_position(self.off)[0]
+        return self.off.repeat_interleave(positions // self.prompts, 0)
+
+
+def _must_fit(off: Tensor, prompts: int) -> None:
+    if len(off) not in (1, prompts):
+        raise OptionError(
+            f"masked has {len(off)} rows, but the batch has {prompts} prompts; give one row per prompt or one for all"
+        )
+
+
+def _refuse_absent(bound: BoundModel, kind: Kind, layer: int) -> None:
+    if layer not in layers_with(bound, kind):
+        raise OptionError(
+            f"masked: layer {layer} of {bound.name} has no {kind}; the layers that have them are "
+            f"{listed(layers_with(bound, kind))}"
+        )
 
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:
@@ -156,6 +256,8 @@ def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:
                 f"masked must be a bool tensor [prompts, {depth}, {count}] (prompts, layers, {kind}), got "
                 f"{masked.dtype} of shape {list(masked.shape)}"
             )
+        for layer in masked.any(2).any(0).nonzero()[:, 0].tolist():
+            _refuse_absent(bound, kind, layer)
         return masked
     if not isinstance(masked, Mapping):
         raise OptionError(f"masked must be a dict from layers to {kind}, or a bool tensor, got {type(masked).__name__}")
@@ -163,6 +265,7 @@ def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:
     for layer, numbers in masked.items():
         if not 0 <= integer("a layer of masked", layer, OptionError) < depth:
             raise OptionError(f"masked: layer {layer} is out of range; {bound.name} has layers 0 to {depth - 1}")
+        _refuse_absent(bound, kind, layer)
         for number in integers(f"masked[{layer}]", numbers, OptionError):
             if not 0 <= number < count:
                 raise OptionError(

@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers as tf
 from everything import Everything, everything
 from linear_oracle import LinearOracle
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from depass import (
     Modules,
     Neurons,
     OptionError,
+    SourceError,
     Spans,
     Subspace,
     Token,
@@ -40,6 +42,7 @@ from depass.inputs.targets import check
 from depass.models.bind import bind
 from depass.models.bound import BoundModel
 from depass.models.capture import eager_with_patterns
+from depass.models.families import QWEN2_MOE, SHARED
 from depass.models.linearised import linearised
 from depass.rules import LINEAR as RULES
 from depass.rules import PathWeights
@@ -48,9 +51,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  #
 
 LENGTH = 9
 TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3), Direction(torch.linspace(-1, 1, 32))]
+OWN = PathWeights(q=-0.5, k=2.0, v=0.25, gate=0.75, up=1.0)
 WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
 WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
+ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
 
 
 def asked(bound: BoundModel, ids: list[int], target: Any = 5, first: int = 0) -> Any:
@@ -94,7 +99,8 @@ def split(rows: Tensor, kinds: list[str]) -> tuple[Tensor, Tensor, Tensor]:
 
 def close(got: Tensor, expected: Tensor, limit: float) -> None:
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= limit * expected.abs().max().clamp(min=1.0)
+    if got.numel():
+        assert (got - expected).abs().max() <= limit * expected.abs().max().clamp(min=1.0)
 
 
 def equal(got: Everything, expected: Everything, limit: float = 0.0) -> None:
@@ -102,6 +108,7 @@ def equal(got: Everything, expected: Everything, limit: float = 0.0) -> None:
         (getattr(got, name), getattr(expected, name)) for name in ("tokens", "biases", "balance", "heads", "modules")
     ]
     pairs += list(zip(got.neurons, expected.neurons, strict=True))
+    pairs += list(zip(got.experts, expected.experts, strict=True))
     pairs += [(got.rest[parts], expected.rest[parts]) for parts in got.rest]
     pairs += [(got.bias[parts], expected.bias[parts]) for parts in got.bias]
     pairs += [(got.balances[parts], expected.balances[parts]) for parts in got.balances]
@@ -160,6 +167,8 @@ def test_taylor_components_are_the_forward_engines(name: str, exact: Any) -> Non
             "attn": (Modules(layer, "attn"), one.modules[:, layer, :1]),
             "mlp": (Modules(layer, "mlp"), one.modules[:, layer, 1:]),
         }
+        if bind(model).layers[layer].experts is not None:
+            del cases["neurons"]
         for parts, (spec, got) in cases.items():
             bias, rest, own = split(*forward_scores(dp, ids, TARGETS, spec))
             close(got, own, 1e-9)
@@ -177,7 +186,7 @@ def test_taylor_is_the_forward_engines_in_fp32(name: str) -> None:
     assert (one.biases[:, 0] - bias).abs().max() <= limit
 
 
-@pytest.mark.parametrize("name", ["llama-biased", "gpt2", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("name", ["llama-biased", "gpt2", "gpt-neox", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_later_start_and_earlier_stop_layers(name: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(LENGTH)
     dp = DePass(model)
@@ -192,7 +201,7 @@ def test_later_start_and_earlier_stop_layers(name: str, exact: Any) -> None:
         assert one.tokens.shape[1] == stop - start + 1
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "gpt-neox", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "gpt-neox", "gemma3", "gpt_oss", "qwen2_moe"])
 def test_probes_of_inner_layers(name: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(LENGTH)
     dp, generator = DePass(model), torch.Generator().manual_seed(3)
@@ -270,7 +279,7 @@ def test_any_part_of_the_stream_scores_its_product_with_the_gradient(name: str, 
 
 
 @pytest.mark.parametrize("rule", WHOLE)
-@pytest.mark.parametrize("name", [name for name in (*GATED, *WITH_LOOP) if name in models.CONFIGS])
+@pytest.mark.parametrize("name", [name for name in (*GATED, *WITH_LOOP, *ROUTED, "bitnet") if name in models.CONFIGS])
 def test_tokens_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(7)
     bias = bind(model).has_bias
@@ -300,6 +309,179 @@ def test_neurons_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> Non
     one = scored(model, ids, rule)
     close(one.neurons[layer][0, chosen], expected[:3], 1e-9)
     close(one.rest["neurons"][0, layer] + one.neurons[layer][0].sum(), expected.sum(), 1e-9)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def outputs_of_experts(model: Any, ids: list[int], layer: int) -> Tensor:
+    """What each expert of a layer adds to the stream, without its bias: ``[E, N, D]``, from the module's own forward."""
+    bound = bind(model)
+    experts, kept = bound.layers[layer].experts, list[Any]()
+    assert experts is not None
+    handle = experts.module.register_forward_pre_hook(lambda _, args: kept.append(args))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+        handle.remove()
+        ((x, chosen, weight),) = kept
+        outputs = []
+        for expert in range(experts.count):
+            own = weight * (chosen == expert)
+            output = experts.module(x, chosen, own)
+            if experts.has_bias:
+                output = output - own.sum(1, keepdim=True) * experts.module.down_proj_bias[expert]
+            outputs.append(experts.factor * output)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_taylor_experts_are_the_forward_engines_parts_of_the_stream(name: str, exact: Any) -> None:
+    """An expert's output, from the module's own forward, as a part of the stream behind its layer."""
+    model, ids = exact(models.make(name, torch.float64)), models.prompt(LENGTH)
+    one, dp = scored(model, ids, "taylor", TARGETS), DePass(model)
+    for layer in range(models.LAYERS - 1):
+        if one.experts[layer].shape[1] == 0:
+            continue
+        parts = outputs_of_experts(model, ids, layer)
+        assert (parts.abs().amax((1, 2)) > 0).sum() >= 2
+        _, rest, own = split(*forward_scores(dp, ids, TARGETS, Subspace(layer + 1, parts=parts)))
+        close(one.experts[layer], own, 1e-9)
+        close(one.tokens[:, layer + 1].sum(1) - own.sum(1), rest, 1e-9)
+
+
+@pytest.mark.parametrize("rule", ["half", "up"])
+@pytest.mark.parametrize("name", ROUTED)
+def test_experts_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> None:
+    model, ids, layer = exact(models.make(name, torch.float64)), models.prompt(7), 0 if name == "qwen3_moe" else 1
+    has_bias = bind(model).has_bias
+    oracle = LinearOracle(name, model, ids, [0] * 2, [], has_bias).weigh(RULES[rule].gate, RULES[rule].up)
+    parts, one = outputs_of_experts(model, ids, layer), scored(model, ids, rule)
+    for expert, part in enumerate(parts):
+        stream = [[torch.zeros_like(row) for row in part], list(part)]  # the bias source comes first
+        stream.append(list(oracle.streams[layer + 1][0] - part))
+        stream = stream if has_bias else stream[1:]
+        expected = oracle.scores(oracle.on(stream, layer + 1)[-1], 6, 5)
+        close(one.experts[layer][0, expert], expected[int(has_bias)], 1e-9)
+
+
+@pytest.mark.parametrize("rule", WHOLE)
+def test_clamped_gates_and_ups_agree_with_a_slow_loop(rule: str, exact: Any) -> None:
+    """What gpt_oss clamps passes no gradient on to the up projection, and belongs to the biases."""
+    model, ids = exact(models.make("gpt_oss", torch.float64, swiglu_limit=2.0)), models.prompt(7)
+    for layer in model.model.layers:
+        layer.mlp.experts.gate_up_proj.data *= 4
+    oracle = LinearOracle("gpt_oss", model, ids, [0] * 8, list(range(1, 8)), True)
+    states = oracle.weigh(RULES[rule].gate, RULES[rule].up).run("", 0.0, None)
+    one, expected = scored(model, ids, rule), oracle.scores(states[-1], 6, 5)
+    close(one.tokens[0, 0], expected[1:], 1e-9)
+    close(one.biases[0, 0], expected[0], 1e-9)
+    must_add_up(one, 1e-9)
+
+
+@pytest.mark.parametrize("rule", ["half", OWN])
+def test_positions_that_chose_no_expert(rule: Any, exact: Any) -> None:
+    """Some routers say so by a number that no expert has."""
+    model, ids = exact(models.make("qwen3_moe", torch.float64)), models.prompt(LENGTH)
+    experts = model.model.layers[2].mlp.experts
+    for chosen_nowhere in (slice(2, 5), slice(None)):
+
+        def without(_: Any, args: Any, where: slice = chosen_nowhere) -> Any:
+            x, chosen, weight = args
+            chosen = chosen.clone()
+            chosen[where] = 6
+            return x, chosen, weight
+
+        handle = experts.register_forward_pre_hook(without)
+        one = scored(model, ids, rule, [5, 7])
+        handle.remove()
+        must_add_up(one, 1e-9)
+        assert (one.experts[2].abs().max() == 0) == (chosen_nowhere == slice(None))
+
+
+def test_a_hook_on_the_experts_that_gradients_go_through(exact: Any) -> None:
+    model, ids = exact(models.make("gpt_oss", torch.float64)), models.prompt(LENGTH)
+    handle = model.model.layers[1].mlp.experts.register_forward_hook(lambda _, args, output: 1.5 * output)
+    must_add_up(scored(model, ids, "half"), 1e-9)
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_routers_and_sigmoids_are_frozen(name: str) -> None:
+    model, ids = models.make(name), torch.tensor([models.prompt(LENGTH)])
+    ends = ("mlp.gate", "mlp.router", "sparse_moe.router", "shared_expert_gate")
+    frozen = [module.weight for path, module in model.named_modules() if path.endswith(ends)]
+    assert frozen
+    first = next(layer.experts.module for layer in bind(model).layers if layer.experts is not None).down_proj
+    assert torch.autograd.grad(model(ids).logits[0, -1, 5], frozen, allow_unused=True)[0] is not None
+    with linearised(bind(model), RULES["dual_path"]):
+        logit = model(ids).logits[0, -1, 5]
+        assert torch.autograd.grad(logit, [*frozen, first], allow_unused=True) == (None,) * (len(frozen) + 1)
+
+
+_GATED = {
+    **models.SIZES, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "layer_types": ["full_attention"] * models.LAYERS,
+}  # fmt: skip
+_NEXT: Any = ("Qwen3Next", {**_GATED, "shared_expert_intermediate_size": 32}, replace(
+    QWEN2_MOE, norm="rms_plus_one", mix_gate="self_attn.q_proj", mix_gate_rows="second_of_head"
+))  # fmt: skip
+_AFMOE: Any = ("Afmoe", {**_GATED, "num_dense_layers": 1, "num_shared_experts": 1}, replace(
+    SHARED, attention_post_norm="post_attention_layernorm", mlp_norm="pre_mlp_layernorm",
+    mlp_post_norm="post_mlp_layernorm", mix_gate="self_attn.gate_proj",
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(("prefix", "sizes", "family"), [_NEXT, _AFMOE], ids=["with the queries", "by itself"])
+def test_gates_on_what_the_heads_mix_are_frozen(prefix: str, sizes: dict[str, Any], family: Family) -> None:
+    if not hasattr(tf, f"{prefix}ForCausalLM"):
+        pytest.skip(f"transformers {tf.__version__} does not have {prefix}")
+    config = getattr(tf, f"{prefix}Config")(**sizes)
+    config._attn_implementation = config._experts_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(tf, f"{prefix}ForCausalLM")(config).double().eval()
+        models.fill(model, family)
+    bound, dp, ids = bind(model, family), DePass(model, family=family), models.prompt(LENGTH)
+    (one,) = everything(bound, [ids], [asked(bound, ids, TARGETS)], RULES["taylor"])
+    close(one.tokens[:, 0], split(*forward_scores(dp, ids, TARGETS))[2], 1e-9)
+    close(one.heads[:, 1], split(*forward_scores(dp, ids, TARGETS, Heads(1)))[2], 1e-9)
+    for rule in ("half", "dual_path", OWN):
+        must_add_up(everything(bound, [ids], [asked(bound, ids, TARGETS)], RULES.get(rule, rule))[0], 1e-6)
+
+
+def test_neurons_of_experts_and_experts_of_an_mlp_are_refused() -> None:
+    bound, ids, refused = bind(models.make("qwen3_moe")), models.prompt(LENGTH), dict[int, str]()
+
+    class Read(Backward):
+        def layer(self, gradients: LayerGradients) -> None:
+            wrong = gradients.neurons if gradients.layer != 1 else gradients.experts
+            with pytest.raises(SourceError) as caught:
+                wrong()
+            refused[gradients.layer] = str(caught.value)
+
+    Read(bound, [ids], [asked(bound, ids)], RULES["half"]).run()
+    assert "layer 2 of Qwen3MoeForCausalLM has routed experts" in refused[2]
+    assert "take experts instead: RoutedExperts(2) or sweep('experts')" in refused[2]
+    assert "layer 1 of Qwen3MoeForCausalLM has no routed experts; take its neurons: Neurons(1)" in refused[1]
+
+
+def test_experts_at_some_positions_are_sums_over_those(exact: Any) -> None:
+    model, prompts = exact(models.make("granitemoeshared", torch.float64)), lengths_of("granitemoeshared")
+    bound, some = bind(model), torch.arange(27) % 3 == 1
+    found = dict[str, Tensor]()
+
+    class Read(Backward):
+        def layer(self, gradients: LayerGradients) -> None:
+            if gradients.layer == 1:
+                found["some"], found["others"] = gradients.experts(some), gradients.experts(~some)
+                found["all"] = gradients.experts()
+
+    for made in (bound, replace(bound, takes_positions=False)):
+        Read(made, prompts, [asked(bound, ids, 5) for ids in prompts], RULES["half"]).run()
+        assert found["all"].shape == (1, 4, 4)
+        close(found["some"] + found["others"], found["all"], 1e-12)
+        assert found["some"][0, :3].abs().amax() > 0
+        assert found["some"][0, 3].abs().max() == 0  # the last prompt's only position is number 26
 
 
 # --- steer and dual_path: autograd in the published way is the oracle -------------------------------------------------
@@ -405,7 +587,6 @@ def test_weights_that_are_no_numbers_are_refused(value: Any) -> None:
 # --- the sum ----------------------------------------------------------------------------------------------------------
 
 
-OWN = PathWeights(q=-0.5, k=2.0, v=0.25, gate=0.75, up=1.0)
 ADDING_UP = [
     (name, rule) for name in models.EVERY for rule in (*RULES, OWN) if name in models.CONFIGS or rule in ("half", OWN)
 ]
@@ -417,7 +598,8 @@ def test_scores_add_up_at_the_input_of_every_layer(name: str, rule: str, exact: 
     if name in models.NORMS_IN_FP32:
         must_add_up(scored(model, ids, rule, TARGETS), 1e-6)
     weights = RULES.get(rule, rule)
-    rotates_in_fp32 = weights.steers and name in ("cohere", "cohere2", "ernie4_5")  # queries and keys
+    of_queries = ("cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe")
+    rotates_in_fp32 = weights.steers and name in of_queries
     must_add_up(scored(exact(model), ids, rule, TARGETS), 1e-6 if rotates_in_fp32 else 1e-9)
     must_add_up(scored(models.make(name), ids, rule, TARGETS), 1e-5)
 
@@ -426,15 +608,17 @@ def must_add_up(one: Everything, limit: float) -> None:
     logits = torch.tensor([readout.logit for readout in one.readouts], dtype=torch.float64)
     size = one.tokens.double().abs().sum(-1).clamp(min=1.0)
     assert ((one.tokens.double().sum(-1) + one.biases + one.balance - logits[:, None]).abs() <= limit * size).all()
-    layers = size[:, :-1]
+    layers, has_experts = size[:, :-1], torch.tensor([neurons.shape[1] == 0 for neurons in one.neurons])
     for parts, own in {
         "heads": one.heads.sum(-1),
         "attn": one.modules[..., 0],
         "neurons": torch.stack([neurons.sum(-1) for neurons in one.neurons], 1),
+        "experts": torch.stack([experts.sum(-1) for experts in one.experts], 1),
         "mlp": one.modules[..., 1],
     }.items():
         total = own.double() + one.rest[parts] + one.bias[parts] + one.balances[parts]  # type: ignore[index]
-        assert ((total - logits[:, None]).abs() <= 10 * limit * layers).all()
+        here = has_experts if parts == "experts" else ~has_experts if parts == "neurons" else slice(None)
+        assert ((total - logits[:, None]).abs() <= 10 * limit * layers)[:, here].all()
 
 
 def test_masked_parts_score_zero_and_the_others_add_up(exact: Any) -> None:
@@ -484,6 +668,12 @@ def test_a_gate_of_exactly_zero_carries_nothing(exact: Any) -> None:
 # --- how it runs ------------------------------------------------------------------------------------------------------
 
 
+# the products of CodeGen's and GPT-J's queries and keys, and the others' routers, whatever the model's dtype
+COMPUTES_IN_FP32 = (
+    "codegen", "gptj", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite",
+)  # fmt: skip
+
+
 def lengths_of(name: str) -> list[list[int]]:
     return [models.prompt(length, seed) for seed, length in enumerate((LENGTH, 3, 14, 1))]
 
@@ -500,8 +690,7 @@ def test_prompts_of_a_batch_score_as_each_does_alone(name: str, rule: str, exact
     for made in (bound, replace(bound, takes_positions=False)):
         for got, expected in zip(everything(made, prompts, each, RULES[rule]), alone, strict=True):
             limit = 1e-7 if rule == "dual_path" else 1e-9
-            # CodeGen's and GPT-J's attention multiplies queries and keys in fp32
-            equal(got, expected, 1e-6 if name in ("codegen", "gptj") else limit)
+            equal(got, expected, 1e-6 if name in COMPUTES_IN_FP32 else limit)
 
 
 @pytest.mark.parametrize("rule", ["taylor", "dual_path"])
@@ -549,8 +738,9 @@ def test_position_encodings_that_depend_on_the_length(kind: str, recompute: bool
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_layer_is_dropped_before_the_next_one_is_read(recompute: bool) -> None:
-    model, ids = models.make("llama-biased", num_hidden_layers=6), models.prompt(LENGTH)
+@pytest.mark.parametrize("name", ["llama-biased", "granitemoeshared"])
+def test_a_layer_is_dropped_before_the_next_one_is_read(name: str, recompute: bool) -> None:
+    model, ids = models.make(name, num_hidden_layers=6), models.prompt(LENGTH)
     bound, held = bind(model), list[int]()
 
     def held_bytes() -> int:
@@ -667,8 +857,9 @@ def hooks(model: Any) -> int:
 
 
 @pytest.mark.parametrize("mode", ["plain", "frozen", "inference_mode", "no_grad"])
-def test_parameters_get_no_gradients_and_keep_their_flags(mode: str) -> None:
-    model, ids = models.make("llama-biased"), models.prompt(LENGTH)
+@pytest.mark.parametrize("name", ["llama-biased", "gpt_oss", "qwen2_moe"])
+def test_parameters_get_no_gradients_and_keep_their_flags(name: str, mode: str) -> None:
+    model, ids = models.make(name), models.prompt(LENGTH)
     expected = scored(model, ids, "steer")
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(mode != "frozen" and index % 3 > 0)

@@ -122,14 +122,16 @@ def test_cuda_graphs_need_a_gpu() -> None:
 def test_cuda_graphs_are_refused_where_there_are_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     first = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refuse_graphs({first}, quantized=False)  # nothing to refuse
+    refuse_graphs({first}, quantized=False, has_experts=False)  # nothing to refuse
     with pytest.raises(OptionError, match="one CUDA device, but this model is on cuda:"):
-        refuse_graphs({first, torch.device("cuda:1")}, quantized=False)
+        refuse_graphs({first, torch.device("cuda:1")}, quantized=False, has_experts=False)
     with pytest.raises(OptionError, match="this model is quantised and is on cuda:0"):
-        refuse_graphs({first}, quantized=True)
+        refuse_graphs({first}, quantized=True, has_experts=False)
+    with pytest.raises(OptionError, match="each prompt chooses its own experts"):
+        refuse_graphs({first}, quantized=False, has_experts=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(OptionError, match="torch sees 4; make only one visible"):
-        refuse_graphs({first}, quantized=False)
+        refuse_graphs({first}, quantized=False, has_experts=False)
 
 
 def test_cuda_graphs_on_a_gpu(device: str) -> None:

@@ -20,6 +20,7 @@ from depass.models import infer
 from depass.models.bind import as_configured, check, resolve
 from depass.models.bound import epsilon_of
 from depass.models.nearest import nearest
+from depass.models.paths import has_experts, has_shared
 from depass.views.terminal import strip
 
 SIZES: dict[str, Any] = {
@@ -52,7 +53,19 @@ def resolved(model: Any) -> Family:
     )
     norm = model.get_submodule(f"{family.backbone}.{family.final_norm}")
     epsilon = family.epsilon if epsilon_of(norm, None) is None else None
-    return replace(family, parallel_mlp_norm=None, requires=(), epsilon=epsilon, **absent)
+    layers = list(model.get_submodule(f"{family.backbone}.{family.layers}"))
+    unused = {name: Family.__dataclass_fields__[name].default for name in _fields_without_layers(layers, family)}
+    return replace(family, parallel_mlp_norm=None, requires=(), epsilon=epsilon, **absent, **unused)
+
+
+def _fields_without_layers(layers: list[Any], family: Family) -> list[str]:
+    """The fields about modules that no layer has: of experts, of an MLP beside them, or of a layer's only MLP."""
+    routed = [layer for layer in layers if has_experts(layer, family)]
+    shared = [layer for layer in routed if has_shared(layer, family)]
+    names = [] if len(routed) < len(layers) else ["gate", "down"]
+    names += [] if routed else ["experts"]
+    names += [] if shared else ["shared_gate", "shared_down", "shared_weight"]
+    return names + ([] if shared or len(routed) < len(layers) else ["gate_rows"])
 
 
 def unknown(name: str, dtype: torch.dtype = torch.float32, **others: Any) -> Any:

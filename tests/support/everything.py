@@ -27,9 +27,11 @@ class Everything:
         biases: ``[T, L + 1]``, of the biases behind it.
         balance: ``[T, L + 1]``, the balance behind it; see :attr:`depass.rules.PathWeights.balance`.
         heads: ``[T, L, H]``.
-        neurons: by layer, ``[T, F]``.
+        neurons: by layer, ``[T, F]``; ``[T, 0]`` where a layer has experts.
+        experts: by layer, ``[T, E]``; ``[T, 0]`` where a layer has none.
         modules: ``[T, L, 2]``, of attention and MLP.
         rest, bias, balances: by kind of parts, the scores ``[T, L]`` of these sources; see :meth:`LayerGradients.rest`.
+            Zero in layers that do not have this kind.
     """
 
     readouts: list[Readout]
@@ -38,6 +40,7 @@ class Everything:
     balance: Tensor
     heads: Tensor
     neurons: list[Tensor]
+    experts: list[Tensor]
     modules: Tensor
     rest: dict[Parts, Tensor]
     bias: dict[Parts, Tensor]
@@ -82,12 +85,16 @@ class _Everything(Backward):
 
     def layer(self, gradients: LayerGradients) -> None:
         sums = gradients.of_prompts
-        scores = {"heads": sums(gradients.heads()), "neurons": gradients.neurons()}
+        scores, none = {"heads": sums(gradients.heads())}, gradients.after.behind
+        own, lacking = ("neurons", "experts") if gradients.routed is None else ("experts", "neurons")
+        scores[own] = getattr(gradients, own)()
+        scores[lacking] = none[..., None][..., :0]
         scores["modules"] = torch.stack([sums(gradients.attention()), sums(gradients.mlp())], -1)
         for parts in get_args(Parts):
-            scores[f"rest {parts}"] = sums(gradients.rest(parts))
-            scores[f"bias {parts}"] = gradients.bias(parts)
-            scores[f"balance {parts}"] = gradients.balance(parts)
+            is_here = parts != lacking
+            scores[f"rest {parts}"] = sums(gradients.rest(parts)) if is_here else torch.zeros_like(none)
+            scores[f"bias {parts}"] = gradients.bias(parts) if is_here else torch.zeros_like(none)
+            scores[f"balance {parts}"] = gradients.balance(parts) if is_here else torch.zeros_like(none)
         for name, each in scores.items():
             self._keep(name, gradients.layer, gradients.targets, each)
 
@@ -118,6 +125,7 @@ class _Everything(Backward):
             balance=balance,
             heads=torch.stack(by_layer("heads"), 1),
             neurons=by_layer("neurons"),
+            experts=by_layer("experts"),
             modules=torch.stack(by_layer("modules"), 1),
             rest=by_parts("rest"),
             bias=by_parts("bias"),

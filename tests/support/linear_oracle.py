@@ -5,10 +5,14 @@ and, where the MLP is gated, ``u_m``; its share of the hidden vector ``h = act(g
 
     gate · h · g_m / g  +  up · act(g) · u_m        (0 for the first where g is 0)
 
-and in an ungated MLP ``h · z_m / z``.
+and in an ungated MLP ``h · z_m / z``. The experts that a position chose are such MLPs, each times the router's weight.
+gpt_oss has ``h = act(g) ⊙ (u + 1)``: its 1 belongs to the bias source, with the weight ``up``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from oracle import Oracle
@@ -16,6 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 UNGATED = ("gpt2", "gpt-neox", "starcoder2", "codegen")
+
+
+Pair = Callable[[Tensor, bool], tuple[Tensor, Tensor]]  # what a part sends to the gate and to the up projection
+Write = Callable[[Tensor, bool], Tensor]  # what its share of the hidden vector adds to the stream
 
 
 class LinearOracle(Oracle):
@@ -32,33 +40,76 @@ class LinearOracle(Oracle):
         p = self.paths(layer)
         result = [row[:] for row in after]
         for t in range(len(self.ids)):
-            pairs = [self.pair(read[m][t], p, t, self.bias and m == 0) for m in range(len(read))]
-            g, u = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-            for m, (of_gate, of_up) in enumerate(pairs):
-                if self.is_ungated:
-                    hidden = self.ratio(self.act(g), g) * of_gate
-                else:
-                    hidden = self.gate * self.ratio(self.act(g) * u, g) * of_gate + self.up * self.act(g) * of_up
-                out = self.linear(p["d"], hidden, self.bias and m == 0)
-                result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
+            normed = [row[t] for row in read]
+            if p["mn"] is not None:
+                normed = [self.normed(p["mn"], x, t, self.bias and m == 0) for m, x in enumerate(normed)]
+            for pair, write in self.linear_branches(layer, t):
+                shares = self.hidden_of([pair(x, self.bias and m == 0) for m, x in enumerate(normed)])
+                for m, share in enumerate(shares):
+                    out = write(share, self.bias and m == 0)
+                    result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
         return result
 
-    def pair(self, x: Tensor, p: dict[str, str | None], t: int, is_bias: bool) -> tuple[Tensor, Tensor]:
-        """What a part sends to the gate and to the up projection."""
-        normed = x if p["mn"] is None else self.normed(p["mn"], x, t, is_bias)
-        both = self.linear(p["g"], normed, is_bias)
+    def hidden_of(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The shares of all parts in the hidden vector."""
+        g, u = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        if self.is_ungated:
+            return [self.ratio(self.act(g), g) * of_gate for of_gate, _ in pairs]
+        is_clamped = self.name == "gpt_oss"
+        limit, one = (self.model.config.swiglu_limit, 1.0) if is_clamped else (torch.inf, 0.0)
+        act, inside = self.act(g), (u.abs() < limit).to(u)
+        hidden = act * (u.clamp(-limit, limit) + one)
+        shares = [
+            self.gate * self.ratio(hidden, g) * of_gate + self.up * act * inside * of_up for of_gate, of_up in pairs
+        ]
+        if is_clamped:
+            shares[0] = shares[0] + self.up * (hidden - act * inside * u)
+        return shares
+
+    def linear_branches(self, layer: int, t: int) -> Iterator[tuple[Pair, Write]]:
+        """The MLP of a position, and each expert that it chose."""
+        p, path = self.paths(layer), self.experts(layer)
+        if p["d"] is not None:
+            yield partial(self.pair, p["g"]), partial(self.written, p["d"], layer, t)
+        if path is not None:
+            weights = self.captured[path + ":weight"][t]
+            for e, weight in zip(self.captured[path + ":chosen"][t].tolist(), weights, strict=True):
+                yield partial(self.expert_pair, path, e), partial(self.down_of, path, e, weight)
+
+    def written(self, path: str, layer: int, t: int, hidden: Tensor, is_bias: bool) -> Tensor:
+        """What the MLP that every position goes through writes of a hidden vector."""
+        if self.name == "bitnet":
+            hidden = self.normed(f"model.layers.{layer}.mlp.ffn_sub_norm", hidden, t, is_bias)
+        out = self.linear(path, hidden, is_bias)
+        if self.name == "qwen2_moe":
+            out = out * self.captured[f"model.layers.{layer}.mlp.shared_expert_gate:out"][t].sigmoid()
+        return out
+
+    def expert_pair(self, path: str, e: int, x: Tensor, is_bias: bool) -> tuple[Tensor, Tensor]:
+        both = self.both_of(path, e, x, is_bias)
+        if self.name == "gpt_oss":
+            return both[::2], both[1::2]
+        return both[: len(both) // 2], both[len(both) // 2 :]
+
+    def pair(self, path: str, x: Tensor, is_bias: bool) -> tuple[Tensor, Tensor]:
+        both = self.linear(path, x, is_bias)
         if self.is_ungated:
             return both, torch.zeros_like(both)
-        if self.name == "phi3":
+        if self.name in ("phi3", "granitemoeshared"):
             return both[: len(both) // 2], both[len(both) // 2 :]
-        return both, self.linear(p["g"].replace("gate_proj", "up_proj"), normed, is_bias)
+        return both, self.linear(path.replace("gate_proj", "up_proj"), x, is_bias)
 
     def act(self, z: Tensor) -> Tensor:
         config = self.model.config
         kind = getattr(config, "hidden_activation", None) or getattr(config, "activation_function", None)
         kind = kind or config.hidden_act
+        if self.name == "gpt_oss":
+            z = z.clamp(max=config.swiglu_limit)
+            return z * torch.sigmoid(config.swiglu_alpha * z)
         if kind == "silu":
             return z * torch.sigmoid(z)
+        if kind == "relu2":
+            return z.relu() ** 2
         return functional.gelu(z, approximate="none" if kind == "gelu" else "tanh")
 
     @property

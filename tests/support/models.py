@@ -42,8 +42,8 @@ _YARN = {
     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
 }  # fmt: skip
 
-_EXPERTS = {**SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_GROUPED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+EXPERTS = {**SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 6, "head_dim": 4, "attention_bias": True,
@@ -80,10 +80,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bitnet": ("BitNet", SIZES),
     # experts with a dense layer between; with a weighted MLP beside; with biases, interleaved weights and sinks; with an
     # MLP beside and values projected twice; with a factor on what sublayers add
-    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 6, "mlp_only_layers": [1], "head_dim": 8}),
-    "qwen2_moe": ("Qwen2Moe", {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "num_experts": 6, "mlp_only_layers": [1], "head_dim": 8}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}),
     "gpt_oss": ("GptOss", {**_LOCAL, "intermediate_size": 24, "head_dim": 8, "sliding_window": WINDOW}),
-    "deepseek_v3": ("DeepseekV3", {**_EXPERTS, **_GROUPED, **_LATENT, "num_local_experts": 4}),
+    "deepseek_v3": ("DeepseekV3", {**EXPERTS, **GROUPED, **_LATENT, "num_local_experts": 4}),
     "granitemoeshared": (
         "GraniteMoeShared",
         {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32},
@@ -123,18 +123,50 @@ SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", {**_NO_GROUPS, "ffn_dim": 56, "word_embed_proj_dim": 32}),  # its MLP reads [B·T, D]
     "biogpt": ("BioGpt", _NO_GROUPS),
     "mixtral": ("Mixtral", {**_LOCAL, "intermediate_size": 24, "sliding_window": WINDOW}),
-    "olmoe": ("Olmoe", {**_EXPERTS, "num_experts": 4, "intermediate_size": 24}),
+    "olmoe": ("Olmoe", {**EXPERTS, "num_experts": 4, "intermediate_size": 24}),
     "minimax_m2": ("MiniMaxM2", {**_LOCAL, "intermediate_size": 24, "head_dim": 8}),
     "phimoe": ("Phimoe", {**_LOCAL, "intermediate_size": 24, "attention_bias": True, "lm_head_bias": True}),
-    "glm4_moe": ("Glm4Moe", {**_EXPERTS, **_GROUPED, "head_dim": 8, "n_shared_experts": 1}),
-    "glm4_moe_lite": ("Glm4MoeLite", {**_EXPERTS, **_GROUPED, **_LATENT}),
-    "dots1": ("Dots1", {**_EXPERTS, **_GROUPED, "head_dim": 8, "n_shared_experts": 1}),
-    "deepseek_v2": ("DeepseekV2", {**_EXPERTS, **_GROUPED, **_LATENT, "n_shared_experts": 2}),
+    "glm4_moe": ("Glm4Moe", {**EXPERTS, **GROUPED, "head_dim": 8, "n_shared_experts": 1}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**EXPERTS, **GROUPED, **_LATENT}),
+    "dots1": ("Dots1", {**EXPERTS, **GROUPED, "head_dim": 8, "n_shared_experts": 1}),
+    "deepseek_v2": ("DeepseekV2", {**EXPERTS, **GROUPED, **_LATENT, "n_shared_experts": 2}),
     "ernie4_5_moe": (
         "Ernie4_5_Moe",
-        {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "use_bias": True},
+        {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "use_bias": True},
     ),
     "granitemoe": ("GraniteMoe", {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24}),
+    "granite_swa": ("GraniteSWA", {**_BIASED, **_FACTORS, **_WINDOWS, "logits_scaling": 3.0}),
+    "granitemoe_swa": (
+        "GraniteMoeSWA",
+        {**_LOCAL, **_FACTORS, **_WINDOWS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32},
+    ),
+    "granitemoehybrid": (  # without Mamba layers
+        "GraniteMoeHybrid",
+        {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32,
+         "mamba_n_heads": 4, "layer_types": ["full_attention"] * LAYERS},
+    ),
+    "granitemoehybrid-without-experts": (
+        "GraniteMoeHybrid",
+        {**SIZES, **_FACTORS, "logits_scaling": 3.0, "num_local_experts": 0, "shared_intermediate_size": 32,
+         "mamba_n_heads": 4, "layer_types": ["full_attention"] * LAYERS},
+    ),
+    "youtu": ("Youtu", {**SIZES, **_LATENT}),
+    "flex_olmo": ("FlexOlmo", {**EXPERTS, "num_experts": 4, "intermediate_size": 24}),
+    "mellum": (
+        "Mellum", {**EXPERTS, **_WINDOWS, "num_experts": 4, "head_dim": 8, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "exaone_moe": ("ExaoneMoe", {**EXPERTS, **_WINDOWS, **GROUPED, "num_experts": 4, "head_dim": 8}),
+    "solar_open": ("SolarOpen", {**EXPERTS, **GROUPED, "head_dim": 8, "n_shared_experts": 1}),
+    "hy_v3": (
+        "HYV3", {**EXPERTS, "num_experts": 4, "head_dim": 8, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {**SIZES, "num_experts": 4, "moe_topk": 2, "intermediate_size": 24, "head_dim": 8}),
+    "afmoe": ("Afmoe", {**EXPERTS, **_WINDOWS, "num_experts": 4, "num_shared_experts": 1, "head_dim": 8}),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        {**EXPERTS, **_WINDOWS, "num_experts": 4, "head_dim": 8, "logit_scale": 0.3, "intermediate_size": 24,
+         "prefix_dense_intermediate_size": 48, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
 }  # fmt: skip
 # runs in fp32 only: the family's own code refuses other dtypes
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -152,7 +184,15 @@ SINCE = {
     "seed_oss": "4.56", "qwen3_vl_text": "4.57",
     "ministral": "4.57", "olmo3": "4.57", "vaultgemma": "4.57", "cwm": "5.0", "jais2": "5.0", "ministral3": "5.0",
     "nanochat": "5.0", "stablelm": "5.0", "hyperclovax": "5.9", "nemotron": "5.13", "internlm3": "5.23",
-    "iquestcoder": "5.23", "codegen": "5.24", "exaone": "5.24", "gptj": "5.24",
+    "iquestcoder": "5.23", "codegen": "5.24", "exaone": "5.24", "gptj": "5.24", "youtu": "5.1",
+    # experts, whose modules say since 5.7 how they store their weights
+    **dict.fromkeys(
+        ("mixtral", "qwen3_moe", "qwen3_vl_moe_text", "olmoe", "flex_olmo", "minimax_m2", "gpt_oss", "phimoe", "qwen2_moe",
+         "glm4_moe", "glm4v_moe_text", "dots1", "ernie4_5_moe", "exaone_moe", "solar_open", "hy_v3", "hunyuan_v1_moe",
+         "afmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "5.7",
+    ),
+    "cohere2_moe": "5.9", "mellum": "5.10", "granitemoe": "5.13", "granitemoeshared": "5.13", "granitemoehybrid": "5.13",
+    "granite_swa": "5.15", "granitemoe_swa": "5.15",
 }  # fmt: skip
 OLDEST = "4.53"  # of the supported transformers
 
@@ -162,7 +202,8 @@ def since(name: str) -> str:
     return next((version for family, version in SINCE.items() if name.split("-")[0] == family), OLDEST)
 
 
-def _runs(name: str) -> bool:
+def runs(name: str) -> bool:
+    """Whether the installed transformers runs the model of this name."""
     return _numbers(since(name)) <= _numbers(tf.__version__)
 
 
@@ -171,13 +212,29 @@ def _numbers(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not _runs(name)]
-CONFIGS = {name: config for name, config in CONFIGS.items() if _runs(name)}
-SIMILAR = {name: config for name, config in SIMILAR.items() if _runs(name)}
+NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not runs(name)]
+CONFIGS = {name: config for name, config in CONFIGS.items() if runs(name)}
+SIMILAR = {name: config for name, config in SIMILAR.items() if runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
+WITH_EXPERTS = [
+    name for name, (_, sizes) in EVERY.items() if "num_local_experts" in sizes or "num_experts_per_tok" in sizes
+]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
-_IN_FP64 = ("gpt2", "gpt_b", "gpt-", "gptj", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2")
+_IN_FP64 = (
+    "gpt2",
+    "gpt_b",
+    "gpt-",
+    "gptj",
+    "codegen",
+    "nemotron",
+    "phi",
+    "stablelm",
+    "persimmon",
+    "opt",
+    "biogpt",
+    "jais2",
+)
 NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
 
 

@@ -55,8 +55,30 @@ EVERY: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any], dict[str
         _GLM,
     ),
     "qwen3_vl": ("Qwen3VL", None, {**_MROPE, "head_dim": 8}, QWEN3, _IDS),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        None,
+        {**_MROPE, **models.EXPERTS, "num_experts": 4, "head_dim": 8},
+        QWEN3,
+        _IDS,
+    ),
+    "glm4v_moe": (
+        "Glm4vMoe",
+        None,
+        {
+            **models.EXPERTS,
+            **models.GROUPED,
+            "n_shared_experts": 1,
+            "head_dim": 8,
+            "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0},
+        },
+        {**QWEN2_5, "spatial_merge_size": 1, "image_size": 8},
+        _GLM,
+    ),
 }
-NOT_HERE = [name for name, (prefix, *_) in EVERY.items() if not hasattr(tf, f"{prefix}Config")]
+NOT_HERE = [
+    name for name, (prefix, *_) in EVERY.items() if not (hasattr(tf, f"{prefix}Config") and models.runs(f"{name}_text"))
+]
 NAMES = [name for name in EVERY if name not in NOT_HERE]
 
 
@@ -76,6 +98,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     """A random model in eval mode, whose text decoder has weights as those of ``models.make``."""
     config = config_of(name, **others)
     config._attn_implementation = "eager"
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # torch's grouped products refuse fp64
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(tf, f"{EVERY[name][0]}ForConditionalGeneration")(config).to(torch.float64)

@@ -1,24 +1,26 @@
-"""Baselines that attribute a logit to heads and neurons. They return sweeps."""
+"""Baselines that attribute a logit to heads, neurons and experts. They return sweeps."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..api import DePass
 from ..checks import integer
 from ..errors import OptionError
-from ..masking import Kind, num_components
+from ..masking import Kind, layers_with, num_components
 from ..models import capture
 from ..models.bound import BoundModel, Layer, into_stream
-from ..models.capture import Capture
+from ..models.capture import Capture, routing_of
+from ..models.experts import Places, outputs
 from ..models.trace import Trace
 from ..results.sweep import Sweep
 from .common import (
@@ -32,6 +34,8 @@ from .common import (
     _value,
     refuse_inference_mode,
 )
+
+Read = Callable[[Layer, Trace, list[int]], Tensor | None]  # of positions [p]: [p, C]
 
 
 def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
@@ -86,10 +90,41 @@ def neurons(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int
         A sweep with scores ``[targets, layers, neurons]``, as from ``dp.sweep("neurons", ...)``.
 
     Raises:
-        OptionError: an unknown name.
+        OptionError: an unknown name; or the model has routed experts (see :func:`experts`).
         PromptError, TargetError, ModelError, NonFiniteError: see :func:`tokens`.
     """
     return _sweep(dp, "neurons", _named(name, NEURONS, "neurons"), name, prompt, target, seed)
+
+
+def experts(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
+    """Score every routed expert of the model with a baseline.
+
+    ========================  ===============================================================================================
+    ``attribution_patching``  the logit's gradient with respect to the router's weight of the expert, times that weight,
+                              summed over the positions that chose the expert: a first-order estimate of setting it to zero
+    ``output_norm``           the norm of the expert's output in the residual stream at the target's position, with the
+                              router's weight (without the expert's output bias), after the post-norm, if the model has one
+    ``router_weight``         the router's weight of the expert at the target's position
+    ``random``                normally distributed random numbers
+    ========================  ===============================================================================================
+
+    Where a position did not choose an expert, its weight and output are zero.
+
+    Args:
+        dp: the model.
+        name: one of :data:`EXPERTS`.
+        prompt: as for :meth:`DePass.attribute`.
+        target: as for :meth:`DePass.attribute`.
+        seed: seed of ``random``.
+
+    Returns:
+        A sweep with scores ``[targets, layers with experts, experts]``, as from ``dp.sweep("experts", ...)``.
+
+    Raises:
+        OptionError: an unknown name; the model has no routed experts, or different numbers of them in its layers.
+        PromptError, TargetError, ModelError, NonFiniteError: see :func:`tokens`.
+    """
+    return _sweep(dp, "experts", _named(name, EXPERTS, "experts"), name, prompt, target, seed)
 
 
 def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: Any, seed: int) -> Sweep:
@@ -104,7 +139,7 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
         rest=undefined,
         bias=undefined.clone(),
         balance=undefined.clone(),
-        layers=tuple(range(len(bound.layers))),
+        layers=layers_with(bound, kind),
         columns=tuple(range(count)),
         kind=kind,
         targets=tuple(readout.target for readout in case.readouts),
@@ -117,19 +152,26 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
     )
 
 
-# --- heads and neurons --------------------------------------------------------------------------------------------------
+# --- heads, neurons and experts ---------------------------------------------------------------------------------------
 
 
 class _Inputs:
-    """The inputs ``[1, N, C·d]`` of modules in this thread's pass, in the order of their calls."""
+    """The inputs ``[1, N, C·d]`` of modules in this thread's pass, in the order of their calls; of experts, the weights."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.inputs: list[Tensor] = []
+        self.inputs: list[Tensor] = []  # or the router's weights [N, k]
+        self.chosen: list[Tensor] = []  # [N, k], with these
 
     @capture.of_this_thread
     def keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.inputs.append(args[0])
+
+    @capture.of_this_thread
+    def keep_weights(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, chosen, weight = routing_of(args, kwargs)
+        self.chosen.append(chosen)
+        self.inputs.append(weight)
 
 
 def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case, _: int) -> Tensor:
@@ -137,45 +179,93 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
 
     They are summed over positions, or with ``last`` taken only at the targets' own positions.
     """
+    kept, count = _Inputs(), num_components(bound, kind)
+    modules = [(layer.output if kind == "heads" else layer.only_mlp.down).module for layer in bound.layers]
+
+    def of_target(products: list[Tensor], position: int) -> Tensor:
+        counted = slice(position, position + 1) if last else slice(None)
+        parts = [product[0, counted].sum(0).cpu() for product in products]
+        return torch.stack([part.view(count, -1).sum(1) for part in parts])
+
+    hooks = (module.register_forward_pre_hook(kept.keep) for module in modules)
+    return _gradient_times_value(bound, case, hooks, kept, of_target)
+
+
+def _router_patching(bound: BoundModel, case: _Case, _: int) -> Tensor:
+    """``[targets, layers, E]``: gradient times value of the router's weights, summed over positions."""
+    kept, count = _Inputs(), num_components(bound, "experts")
+
+    def of_target(products: list[Tensor], _: int) -> Tensor:
+        by_expert = [
+            _of_experts(chosen, product, count).sum(0).cpu()
+            for chosen, product in zip(kept.chosen, products, strict=True)
+        ]
+        return torch.stack(by_expert)
+
+    modules = [layer.experts.module for layer in bound.layers if layer.experts is not None]
+    hooks = (module.register_forward_pre_hook(kept.keep_weights, with_kwargs=True) for module in modules)
+    return _gradient_times_value(bound, case, hooks, kept, of_target)
+
+
+def _gradient_times_value(
+    bound: BoundModel,
+    case: _Case,
+    hooks: Iterable[RemovableHandle],
+    kept: _Inputs,
+    of_target: Callable[[list[Tensor], int], Tensor],
+) -> Tensor:
+    """``[targets, layers, C]``: what ``of_target`` makes of each target's products of gradients and values.
+
+    Args:
+        bound: the model.
+        case: the prompt with its targets.
+        hooks: they fill ``kept`` during the model's pass, and are registered and removed here.
+        kept: the tensors that gradients are taken of.
+        of_target: takes the products in fp32, in the shapes of ``kept.inputs``, and the target's position; returns
+            ``[layers, C]``.
+    """
     refuse_inference_mode(bound)
-    kept = _Inputs()
     with torch.enable_grad(), capture.running, ExitStack() as stack:
-        for layer in bound.layers:
-            module = (layer.output if kind == "heads" else layer.down).module
-            stack.callback(module.register_forward_pre_hook(kept.keep).remove)
+        for hook in hooks:
+            stack.callback(hook.remove)
         # the graph starts at the embeddings, so it works for frozen weights as well
         normed = capture.normed(bound, inputs_embeds=_embedded(bound, case)[None].requires_grad_())[0]
         by_target = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)
             gradients = torch.autograd.grad(_value(normed, readout), kept.inputs, retain_graph=more)
-            counted = slice(readout.target.position, readout.target.position + 1) if last else slice(None)
-            parts = [
-                (g.float() * x.detach().float())[0, counted].sum(0).cpu()
-                for g, x in zip(gradients, kept.inputs, strict=True)
-            ]
-            by_target.append(torch.stack([part.view(num_components(bound, kind), -1).sum(1) for part in parts]))
+            products = [g.float() * x.detach().float() for g, x in zip(gradients, kept.inputs, strict=True)]
+            by_target.append(of_target(products, readout.target.position))
     return torch.stack(by_target)
 
 
+def _of_experts(chosen: Tensor, values: Tensor, count: int) -> Tensor:
+    """Values ``[N, k]`` of the chosen experts as values ``[N, count]`` of all; those of the others are zero."""
+    is_expert = (chosen >= 0) & (chosen < count)  # some routers choose "none" by another number
+    every = values.new_zeros(len(values), count)
+    return every.scatter_add(1, chosen.clamp(0, count - 1), values.masked_fill(~is_expert, 0))
+
+
 @torch.no_grad()
-def _at_the_target(read: Callable[[Layer, Trace, list[int]], Tensor], bound: BoundModel, case: _Case, _: int) -> Tensor:
-    """``[targets, layers, C]``: the values ``[targets, C]`` that ``read`` computes from each layer's trace."""
+def _at_the_target(read: Read, bound: BoundModel, case: _Case, _: int) -> Tensor:
+    """``[targets, layers, C]``: the values ``[targets, C]`` that ``read`` computes from the layers' traces."""
     capturing = _ReadLayers(bound, case, read)
     capturing.run()
     return torch.stack(capturing.layers_read, 1)
 
 
 class _ReadLayers(Capture):
-    """Calls ``read`` on each layer's trace, at the targets' positions."""
+    """Calls ``read`` on each layer's trace, at the targets' positions; it gives None for layers without such components."""
 
-    def __init__(self, bound: BoundModel, case: _Case, read: Callable[[Layer, Trace, list[int]], Tensor]) -> None:
+    def __init__(self, bound: BoundModel, case: _Case, read: Read) -> None:
         super().__init__(bound, [case.prompt.ids], range(len(bound.layers)))
         self.positions = [readout.target.position for readout in case.readouts]
         self.read, self.layers_read = read, list[Tensor]()
 
     def layer(self, index: int, trace: Trace) -> None:
-        self.layers_read.append(self.read(self.bound.layers[index], trace, self.positions).cpu())
+        values = self.read(self.bound.layers[index], trace, self.positions)
+        if values is not None:
+            self.layers_read.append(values.cpu())
 
 
 def _output_norm(heads: int, layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
@@ -194,9 +284,33 @@ def _activation(_: Layer, trace: Trace, positions: list[int]) -> Tensor:
 
 
 def _activation_x_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
-    weight = into_stream(layer.down.weight, layer.mlp_post_norm, torch.float32)
+    weight = into_stream(layer.only_mlp.down.weight, layer.mlp_post_norm, torch.float32)
     columns: Tensor = torch.linalg.vector_norm(weight, dim=0)  # [F]
     sizes = _activation(layer, trace, positions) * columns
+    scale = trace.scales.get("mlp_post_norm")
+    return sizes if scale is None else sizes * scale[positions, None]
+
+
+def _router_weight(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | None:
+    if layer.experts is None:
+        return None
+    assert trace.chosen is not None
+    assert trace.chosen_weights is not None
+    return _of_experts(trace.chosen[positions], trace.chosen_weights[positions].float(), layer.experts.count)
+
+
+def _expert_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | None:
+    if layer.experts is None:
+        return None
+    assert trace.chosen is not None
+    assert trace.chosen_weights is not None
+    assert trace.routed is not None
+    places = Places.of(trace.chosen[positions], trace.chosen_weights[positions], layer.experts.count)
+    sizes = torch.zeros(len(positions), layer.experts.count, device=trace.routed.device)
+    added = outputs(layer.experts.read(), places, trace.routed[positions], torch.float32, with_bias=False)
+    for expert, run, output in added:
+        output = output if layer.mlp_post_norm is None else layer.mlp_post_norm.weighted(output)
+        sizes[places.position[run], expert] = torch.linalg.vector_norm(output, dim=-1)
     scale = trace.scales.get("mlp_post_norm")
     return sizes if scale is None else sizes * scale[positions, None]
 
@@ -206,7 +320,7 @@ def _output_norms(bound: BoundModel, case: _Case, seed: int) -> Tensor:
 
 
 def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:
-    shape = (len(case.readouts), len(bound.layers), num_components(bound, kind))
+    shape = (len(case.readouts), len(layers_with(bound, kind)), num_components(bound, kind))
     return torch.randn(shape, generator=case.generator(seed), device="cpu")
 
 
@@ -221,4 +335,10 @@ NEURONS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {
     "activation": partial(_at_the_target, _activation),
     "activation_x_norm": partial(_at_the_target, _activation_x_norm),
     "random": partial(_random, "neurons"),
+}
+EXPERTS: dict[str, Callable[[BoundModel, _Case, int], Tensor]] = {
+    "attribution_patching": _router_patching,
+    "output_norm": partial(_at_the_target, _expert_norm),
+    "router_weight": partial(_at_the_target, _router_weight),
+    "random": partial(_random, "experts"),
 }

@@ -354,7 +354,8 @@ class _Exact:
         return self._last(ids, Modules(layer, "attn" if kind == "attn" else "mlp"), 1)
 
     def neuron_states(self, ids: Sequence[int], layer: int, compute_num: int | None = None) -> Tensor:
-        return self._last(ids, Neurons(layer), self.bound.layers[layer].down.shape[1])
+        mlp = self.bound.layers[layer].mlp
+        return self._last(ids, Neurons(layer), 0 if mlp is None else mlp.down.shape[1])  # Neurons refuses experts
 
     def subspace_states(
         self, ids: Sequence[int], layer: int, parts: Tensor, stream: Tensor, keep_all: bool = False
@@ -394,8 +395,9 @@ def _residual_streams(bound: BoundModel, ids: Sequence[int]) -> list[Tensor]:
         ExitStack() as stack,
     ):  # other threads wait, because their runs would call these hooks
         for layer in bound.layers:
-            reader = layer.gate.module if layer.mlp_norm is None else layer.mlp_norm.module
-            stack.callback(reader.register_forward_pre_hook(kept.between).remove)
+            reader = layer.mlp_norm or (layer.experts if layer.mlp is None else layer.mlp.gate)
+            assert reader is not None
+            stack.callback(reader.module.register_forward_pre_hook(kept.between).remove)
         kept.run()
     return [*kept.streams, kept.stream.to("cpu", copy=True)[None]]
 

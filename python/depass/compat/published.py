@@ -131,7 +131,7 @@ class Published:
         frozen, last = self._freeze(ids, range(layer, len(self.bound.layers)))
         own = frozen[0]
         _, middle = _mlp_output(own, frozen[1].stream if len(frozen) > 1 else last)
-        weight = own.layer.down.weight.to(self.dtype)  # [D, F]
+        weight = own.layer.only_mlp.down.weight.to(self.dtype)  # [D, F]
         width = math.ceil(weight.shape[1] / (compute_num or 1))
         states: list[Tensor] = []
         for first in range(0, weight.shape[1], width):
@@ -187,7 +187,7 @@ class Published:
         return torch.einsum("hqk,mkhd->mqhd", frozen.pattern, values)
 
     def _mlp(self, state: Tensor, frozen: _Frozen, exclude_first: bool) -> Tensor:
-        gate = _read(state, frozen.mlp_scale, frozen.layer.gate, frozen.layer.mlp_norm)  # [M, N, F]
+        gate = _read(state, frozen.mlp_scale, frozen.layer.only_mlp.gate, frozen.layer.mlp_norm)  # [M, N, F]
         if frozen.gate_total is not None:
             share = torch.where(frozen.gate_total == 0, 0, gate / frozen.gate_total)
         else:
@@ -197,7 +197,7 @@ class Published:
             gate[-1][gate[-1].abs() < _THRESHOLD] = 0  # quirk 2
             gate[-1][(gate == 0).all(0)] = 1
             share = _share(gate, self.rule, self.temperature)
-        return state + (share * frozen.hidden) @ frozen.layer.down.weight.to(self.dtype).T
+        return state + (share * frozen.hidden) @ frozen.layer.only_mlp.down.weight.to(self.dtype).T
 
     def _replace_first(self, gate: Tensor) -> None:
         """Quirk 1, in a method of its own because ``benchmarks/published_quirk.py`` measures its effect."""
@@ -212,7 +212,7 @@ def _read(state: Tensor, scale: Tensor, projection: Projection, norm: Norm | Non
 
 def _mlp_output(frozen: _Frozen, after: Tensor) -> tuple[Tensor, Tensor]:
     """The MLP's output ``[N, D]``, and the residual stream before the MLP, from the stream after it."""
-    down = frozen.layer.down
+    down = frozen.layer.only_mlp.down
     output = frozen.hidden @ down.weight.to(frozen.hidden.dtype).T
     if down.bias is not None:
         output = output + down.bias
@@ -233,11 +233,18 @@ def _share(gate: Tensor, rule: str, temperature: float) -> Tensor:
     return torch.softmax(gate / temperature, dim=0)
 
 
+def _scales_mixes(layer: Layer) -> bool:
+    return any(part is not None for part in (layer.mix_gate, layer.mix_norm, layer.sinks))
+
+
 def _refuse_other_families(bound: BoundModel) -> None:
     reasons = [
         (bound.final_norm.is_centred, "LayerNorm"),
         (any(layer.output.factor != 1 for layer in bound.layers), "a factor on what a sublayer adds"),
         ((bound.logit_factor, bound.logit_divisor) != (1, 1), "a factor on logits"),
+        (bound.has_experts, "routed experts"),
+        (any(layer.latent is not None for layer in bound.layers), "values projected from a latent vector"),
+        (any(_scales_mixes(layer) for layer in bound.layers), "a gate, a norm or sinks on what the heads mix"),
         (bound.parallel, "attention and MLP in parallel"),
         (any(layer.attention_post_norm or layer.mlp_post_norm for layer in bound.layers), "post-norms"),
         (any(not (layer.attention_norm and layer.mlp_norm) for layer in bound.layers), "sublayers without a pre-norm"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Target
 from ..results.attribution import Attribution
-from ..results.sweep import Sweep
+from ..results.sweep import Sweep, SweepKind
 from ..sources.source import Decomposition
 from . import linear, scores, sweeps
 from .passes import Engine
@@ -49,7 +49,7 @@ def sweep(
     layers: Sequence[Sequence[Decomposition]],
     asked: Sequence[Asked],
     options: Options,
-    kind: Literal["heads", "neurons", "modules"],
+    kind: SweepKind,
     budget: int,
     progress: Progress | None = None,
 ) -> Sweep:

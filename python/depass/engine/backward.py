@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import SourceError
 from ..inputs.targets import Asked, Readout, Sum, Target
 from ..models import capture
 from ..models.alterations import alterations
@@ -35,7 +36,7 @@ from .passes import without_autocast
 from .scores import readouts_of
 from .segment import Found, Segment
 
-Parts = Literal["heads", "attn", "neurons", "mlp"]
+Parts = Literal["heads", "attn", "neurons", "experts", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,35 @@ class StreamGradient:
 
 
 @dataclass(frozen=True)
+class RoutedGradients:
+    """The hidden vectors of a layer's experts, and their gradients, at ``S`` places: pairs of a position and an expert.
+
+    Attributes:
+        hidden, of_hidden: ``[S, F]``, and their gradients ``[T, S, F]``, the router's weight included.
+        position: ``[S]`` int64, the position among the ``P`` of the pass; ``P`` itself stands for padding.
+        expert: ``[S]`` int64.
+        count: the number of experts ``E``.
+        dtype: the dtype of scores.
+    """
+
+    hidden: Tensor
+    of_hidden: Tensor
+    position: Tensor
+    expert: Tensor
+    count: int
+    dtype: torch.dtype
+
+    def scores(self) -> Tensor:
+        """The scores of what the experts add, their output biases left out, by place ``[T, S]``."""
+        return _dot(self.of_hidden, self.hidden, self.dtype)
+
+    def by_position(self, scores: Tensor, positions: int) -> Tensor:
+        """Scores ``[T, S]`` of places, summed over the places of each of the positions: ``[T, P]``."""
+        into = scores.new_zeros(len(scores), positions + 1)
+        return into.index_add_(1, self.position, scores)[:, :positions]
+
+
+@dataclass(frozen=True)
 class LayerGradients:
     """What a backward pass finds in one layer, for ``T`` of the targets; it may be read only during the call.
 
@@ -77,7 +107,9 @@ class LayerGradients:
         before, after: the stream at the layer's input and at its output.
         middle: ``[T, P, D]``, the gradient of the stream between attention and MLP; None where they are parallel.
         mixed, of_mixed: the input of the attention's output projection ``[P, H·d]``, and its gradients ``[T, P, H·d]``.
-        hidden, of_hidden: the input of the down projection ``[P, F]``, and its gradients ``[T, P, F]``.
+        hidden, of_hidden: the input of the MLP's down projection ``[P, F]``, and its gradients ``[T, P, F]``; None where the
+            layer has experts alone.
+        routed: the experts' hidden vectors and gradients; None in a layer without experts.
         biases: the scores ``[T, P]`` of the layer's biases, by the path of their module in the layer.
         late_biases: the paths of those that the layer adds behind its middle.
         lost_in_mlp: ``[T, P]``, what the path weights lose in the MLP.
@@ -91,8 +123,9 @@ class LayerGradients:
     middle: Tensor | None
     mixed: Tensor
     of_mixed: Tensor
-    hidden: Tensor
-    of_hidden: Tensor
+    hidden: Tensor | None
+    of_hidden: Tensor | None
+    routed: RoutedGradients | None
     biases: dict[str, Tensor]
     late_biases: frozenset[str]
     lost_in_mlp: Tensor
@@ -117,43 +150,84 @@ class LayerGradients:
 
         Args:
             positions: ``[P]`` bool, true where an output counts; by default everywhere.
+
+        Raises:
+            SourceError: the layer has routed experts.
         """
+        if self.routed is not None or self.hidden is None or self.of_hidden is None:
+            raise SourceError(
+                f"layer {self.layer} of {self.bound.name} has routed experts, whose neurons are not the same at every "
+                f"position; take experts instead: RoutedExperts({self.layer}) or sweep('experts')"
+            )
         hidden = self.hidden.to(self._dtype)
         hidden = hidden if positions is None else hidden * positions[:, None].to(hidden)
         of_hidden = torch.split(self.of_hidden.to(self._dtype), self.lengths, 1)
         pairs = zip(of_hidden, torch.split(hidden, self.lengths), strict=True)
         return torch.stack([torch.einsum("tpf,pf->tf", gradient, own) for gradient, own in pairs], 1)
 
+    def experts(self, positions: Tensor | None = None) -> Tensor:
+        """The scores of the routed experts' outputs, summed over each prompt's positions, ``[T, B, E]``.
+
+        An expert's output is its down projection's times the router's weight, without its bias; an expert that no position
+        chose scores zero.
+
+        Args:
+            positions: ``[P]`` bool, true where an output counts; by default everywhere.
+
+        Raises:
+            SourceError: the layer has no routed experts.
+        """
+        routed = self._routed
+        scores = routed.scores()  # [T, S]
+        total, count = sum(self.lengths), routed.count
+        counts = scores.new_ones(total) if positions is None else positions.to(scores)
+        counts = torch.cat([counts, counts.new_zeros(1)])  # padding counts nowhere
+        prompt = torch.arange(len(self.lengths) + 1, device="cpu")
+        prompt = prompt.repeat_interleave(torch.tensor([*self.lengths, 1], device="cpu")).to(routed.position.device)
+        into = scores.new_zeros(len(scores), (len(self.lengths) + 1) * count)
+        into.index_add_(1, prompt[routed.position] * count + routed.expert, scores * counts[routed.position])
+        return into.view(len(scores), -1, count)[:, :-1]
+
     def attention(self) -> Tensor:
         """The scores of the attention's output by position ``[T, P]``, its output bias included."""
         return _dot(self.of_mixed, self.mixed, self._dtype) + self._bias_of(self._modules.output.module)
 
     def mlp(self) -> Tensor:
-        """The scores of the MLP's output by position ``[T, P]``, its output bias included."""
-        return _dot(self.of_hidden, self.hidden, self._dtype) + self._bias_of(self._modules.down.module)
+        """The scores of the MLP's output by position ``[T, P]``, its output biases included.
+
+        In a layer with experts it is the sum of theirs and of the MLP beside them.
+        """
+        mlp = self._modules.mlp
+        own = self._added() + self._bias_of_experts()
+        return own if mlp is None else own + self._bias_of(mlp.down.module)
 
     def rest(self, parts: Parts) -> Tensor:
         """The scores of the remainder by position ``[T, P]``, where the stream is split into ``parts`` and the remainder.
 
         ``heads`` and ``attn`` split it where the attention adds to it, which leaves the layer's input as the remainder. In
-        parallel layers, and for ``neurons`` and ``mlp``, it is split after the layer.
+        parallel layers, and for the other parts, it is split after the layer.
+
+        Raises:
+            SourceError: the parts are experts, and the layer has none.
         """
         if parts in ("heads", "attn"):
             return self.after.scores() - self.attention() if self.middle is None else self._rest_of_middle(self.middle)
-        own = self.mlp() if parts == "mlp" else _dot(self.of_hidden, self.hidden, self._dtype)
-        return self.after.scores() - own
+        if parts == "experts":
+            return self.after.scores() - self._of_experts() - self._bias_of_experts()
+        return self.after.scores() - (self.mlp() if parts == "mlp" else self._added())
 
     def bias(self, parts: Parts) -> Tensor:
         """The scores of the bias source ``[T, B]``, where the stream is split into ``parts``.
 
-        It holds the biases behind the split; for ``heads`` also the attention's output bias, which belongs to no head.
+        It holds the biases behind the split; for ``heads`` and ``experts`` also the output bias of attention or experts,
+        which belongs to none of them.
         """
         own = self.after.behind
         if parts in ("heads", "attn") and self.middle is not None:
             own = own + self._sum_of(self.late_biases)
         if parts == "heads":
             own = own + self.of_prompts(self._bias_of(self._modules.output.module))
-        return own
+        return own + self.of_prompts(self._bias_of_experts()) if parts == "experts" else own
 
     def balance(self, parts: Parts) -> Tensor:
         """The balance ``[T, B]`` behind the split, where the stream is split into ``parts``."""
@@ -161,6 +235,25 @@ class LayerGradients:
         return (
             own + self.of_prompts(self.lost_in_mlp) if parts in ("heads", "attn") and self.middle is not None else own
         )
+
+    @property
+    def _routed(self) -> RoutedGradients:
+        if self.routed is None:
+            raise SourceError(
+                f"layer {self.layer} of {self.bound.name} has no routed experts; take its neurons: Neurons({self.layer})"
+            )
+        return self.routed
+
+    def _of_experts(self) -> Tensor:
+        """The scores of what the experts add by position ``[T, P]``, their output biases left out."""
+        return self._routed.by_position(self._routed.scores(), sum(self.lengths))
+
+    def _added(self) -> Tensor:
+        """The scores of what MLP and experts add by position ``[T, P]``, their output biases left out."""
+        own = self._zero if self.routed is None else self._of_experts()
+        if self.hidden is None or self.of_hidden is None:
+            return own
+        return own + _dot(self.of_hidden, self.hidden, self._dtype)
 
     def _rest_of_middle(self, middle: Tensor) -> Tensor:
         return _dot(middle, self.before.x, self._dtype)
@@ -179,9 +272,22 @@ class LayerGradients:
 
     def _bias_of(self, module: nn.Module) -> Tensor:
         """The scores ``[T, P]`` of one module's bias, zero if it has none."""
-        path = next(path for path, each in self._modules.module.named_modules() if each is module)
-        zero = torch.zeros(self.of_mixed.shape[:2], dtype=self._dtype, device=self.of_mixed.device)
-        return self.biases.get(path, zero)
+        return self.biases.get(self._path_of(module), self._zero)
+
+    def _bias_of_experts(self) -> Tensor:
+        """The scores ``[T, P]`` of the experts' output biases, zero if there are none."""
+        experts = self._modules.experts
+        if experts is None:
+            return self._zero
+        return self.biases.get(f"{self._path_of(experts.module)}.down_proj_bias", self._zero)
+
+    def _path_of(self, module: nn.Module) -> str:
+        paths: dict[nn.Module, str] = {each: path for path, each in self._modules.module.named_modules()}
+        return paths[module]
+
+    @property
+    def _zero(self) -> Tensor:  # [T, P]
+        return torch.zeros(self.of_mixed.shape[:2], dtype=self._dtype, device=self.of_mixed.device)
 
 
 def _of_prompts(scores: Tensor, lengths: list[int]) -> Tensor:
@@ -405,13 +511,9 @@ class Backward:
     def _read(self, segment: Segment, found: Found, group: list[int], gradient: Tensor, behind: Tensor) -> Tensor:
         """Hand a layer's gradients on; returns the scores of biases and the balance behind its input ``[2, T, B]``."""
         flat, dtype, index = self.packing.flat, self.bound.state_dtype, segment.index
-        biases: dict[str, Tensor] = {}
-        for (path, _, bias, axis), of_output in zip(segment.biased, found.biased, strict=True):
-            if of_output is not None:  # no path leads there, as to the biases of queries where the pattern is frozen
-                of_bias = of_output if axis is None else of_output.to(dtype).movedim(axis + 1, 2).sum(3)
-                scores = _dot(self._flat(of_bias), bias, dtype)
-                biases[path] = biases[path] + scores if path in biases else scores
-        lost_in_attention, lost_in_mlp = self._lost(segment, found)
+        routed = self._routed(segment, found)
+        biases = self._biases(segment, found, routed)
+        lost_in_attention, lost_in_mlp = self._lost(segment, found, routed)
         here = torch.stack([sum(biases.values(), torch.zeros_like(lost_in_mlp)), lost_in_attention + lost_in_mlp])
         before = behind + torch.stack([_of_prompts(scores, self.lengths) for scores in here])
         x, of_x = flat(segment.leaf.detach()), self._flat(found.leaf.to(dtype))
@@ -424,16 +526,44 @@ class Backward:
             middle=None if found.middle is None else self._flat(found.middle),
             mixed=flat(segment.mixed.detach()),
             of_mixed=self._flat(found.mixed),
-            hidden=flat(segment.hidden.detach()),
-            of_hidden=self._flat(found.hidden),
+            hidden=None if segment.hidden is None else flat(segment.hidden.detach()),
+            of_hidden=None if found.hidden is None else self._flat(found.hidden),
+            routed=routed,
             biases=biases,
-            late_biases=frozenset(path for path, *_ in segment.biased[segment.early :] if path in biases),
+            late_biases=frozenset(each.path for each in segment.biased[segment.early :] if each.path in biases),
             lost_in_mlp=lost_in_mlp,
         )
         self._hand_on(index, self.layer, gradients)
         return before
 
-    def _lost(self, segment: Segment, found: Found) -> tuple[Tensor, Tensor]:
+    def _routed(self, segment: Segment, found: Found) -> RoutedGradients | None:
+        """The gradients of the experts' hidden vectors; None in a layer without experts."""
+        if segment.routed is None or found.routed is None:
+            return None
+        call, experts = segment.routed, self.bound.layers[segment.index].experts
+        assert experts is not None
+        position = self.packing.position_of_row(len(call.output), call.places.position.device)[call.places.position]
+        return RoutedGradients(
+            call.hidden.detach(), found.routed, position, call.places.expert, experts.count, self.bound.state_dtype
+        )
+
+    def _biases(self, segment: Segment, found: Found, routed: RoutedGradients | None) -> dict[str, Tensor]:
+        """The scores ``[T, P]`` of a layer's biases, by their path in the layer."""
+        biases: dict[str, Tensor] = {}
+        dtype, flat = self.bound.state_dtype, self.packing.flat
+        for each, of_output in segment.measured(found):
+            bias = each.bias
+            assert bias is not None
+            if each.at_places:
+                assert routed is not None
+                scores = routed.by_position(_dot(of_output, bias, dtype), sum(self.lengths))
+            else:
+                of_bias = of_output if each.axis is None else of_output.to(dtype).movedim(each.axis + 1, 2).sum(3)
+                scores = _dot(self._flat(of_bias), bias if bias.dim() == 1 else flat(bias), dtype)
+            biases[each.path] = biases[each.path] + scores if each.path in biases else scores
+        return biases
+
+    def _lost(self, segment: Segment, found: Found, routed: RoutedGradients | None) -> tuple[Tensor, Tensor]:
         """What the path weights lose in a layer's attention, less what they credit to steering it, and in its MLP.
 
         Each ``[T, P]``: the score of the product, less the scores of its factors.
@@ -448,7 +578,12 @@ class Backward:
         for x, of_x in zip(segment.flow.steering, found.steering, strict=True):
             own, gradient = x.detach().transpose(1, 2).flatten(2), of_x.transpose(2, 3).flatten(3)  # [T, B, N, H·d]
             in_attention = in_attention - _dot(self._flat(gradient), flat(own), dtype)
-        in_mlp = (1 - segment.flow.through_mlp) * _dot(self._flat(found.hidden), flat(segment.hidden.detach()), dtype)
+        in_mlp, flow = zero, segment.flow
+        if flow.mlp is not None and segment.hidden is not None and found.hidden is not None:
+            of_mlp = _dot(self._flat(found.hidden), flat(segment.hidden.detach()), dtype)
+            in_mlp = in_mlp + (1 - flow.mlp.through) * of_mlp
+        if flow.experts is not None and routed is not None:
+            in_mlp = in_mlp + (1 - flow.experts.through) * routed.by_position(routed.scores(), zero.shape[1])
         return in_attention, in_mlp
 
     def _hand_on(self, layer: int, to: Callable[[Any], None], given: Any) -> None:

@@ -18,7 +18,7 @@ from ..models import capture
 from ..models.health import dtype_name
 from ..models.trace import Trace
 from ..propagation.needs import room
-from ..sources.components import Heads, Neurons
+from ..sources.components import Heads, Modules, Neurons, RoutedExperts
 from ..sources.source import Decomposition
 from .backward import Backward, LayerGradients, Parts, StreamGradient
 from .linear_memory import linear_needs, must_fit, recomputes
@@ -265,6 +265,9 @@ class _Named(NamedTuple):
     balance: Tensor  # [T, B]
 
 
+_PARTS: dict[type, Parts] = {Heads: "heads", Neurons: "neurons", RoutedExperts: "experts"}
+
+
 class _Components:
     """The components of one layer, each kind computed when it is first asked for."""
 
@@ -275,17 +278,18 @@ class _Components:
     def scores(self, parts: Decomposition, prompt: int) -> Tensor:
         """``[T, M + 1]`` of a prompt's decomposition; what it does not name is in the rest, the balance is last."""
         spec, gradients = parts.spec, self.gradients
-        kind: Parts = "heads" if isinstance(spec, Heads) else "neurons" if isinstance(spec, Neurons) else spec.module
+        kind: Parts = spec.module if isinstance(spec, Modules) else _PARTS[type(spec)]
         if kind not in self._kept:
             self._kept[kind] = self._all(kind)
         (every, rest, bias, balance), by_position = self._kept[kind]
         begin, length = sum(gradients.lengths[:prompt]), gradients.lengths[prompt]
         positions = list(range(length)) if spec.positions is None else sorted(int(p) % length for p in spec.positions)
         where = torch.tensor(positions, device=by_position.device) + begin
-        if kind == "neurons":
+        if kind in ("neurons", "experts"):
             counts = torch.zeros(sum(gradients.lengths), dtype=torch.bool, device=by_position.device)
             counts[where] = True
-            named = gradients.neurons(counts)[:, prompt]  # [T, F]
+            by_prompt = gradients.neurons(counts) if kind == "neurons" else gradients.experts(counts)
+            named = by_prompt[:, prompt]  # [T, F or E]
         else:
             named = by_position[:, where].sum(1)  # [T, H], or [T, 1] of a module
         ids = [source.index or 0 for source in parts.sources if source.kind not in ("bias", "rest")]
@@ -298,8 +302,8 @@ class _Components:
     def _all(self, kind: Parts) -> tuple[_Named, Tensor]:
         gradients, of_prompts = self.gradients, self.gradients.of_prompts
         by_position: Tensor = gradients.after.behind
-        if kind == "neurons":
-            every = gradients.neurons().sum(-1)
+        if kind in ("neurons", "experts"):
+            every = (gradients.neurons() if kind == "neurons" else gradients.experts()).sum(-1)
         else:
             of_kind: dict[str, Callable[[], Any]] = {
                 "heads": gradients.heads, "attn": lambda: gradients.attention()[..., None],

@@ -37,13 +37,16 @@ def linear_needs(
 ) -> LinearNeeds:
     """The needs of a pass over prompts of these lengths, through so many layers and back from so many targets."""
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
-    (neurons, width), mixed = bound.widest_layer.gate.shape, bound.widest_layer.output.shape[1]
+    widest = bound.widest_layer
+    neurons, width, mixed = widest.neurons, bound.hidden_size, widest.output.shape[1]
     tokens, pattern = sum(lengths), bound.num_heads * len(lengths) * max(lengths) ** 2
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
     layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number
     together = min(targets, group_size(bound, lengths, path_weights))
-    back = together * tokens * (4 * neurons + 8 * width) * max(number, state) * 3 // 5  # measured: not all at once
+    back = together * tokens * _numbers_back(bound) * max(number, state) * 3 // 5  # measured: not all at once
     ahead = pattern * (number + in_fp32 * 3 // 2)
+    if widest.experts is not None:  # of each place: its input, its output, and its row in the sum
+        ahead = max(ahead, tokens * widest.experts.chosen * 3 * width * number)
     working = max(ahead, back)
     if path_weights.steers:  # the softmax's derivative needs its output, and two gradients of the pattern
         layer += tokens * 4 * mixed * number + pattern * in_fp32
@@ -54,10 +57,17 @@ def linear_needs(
 
 def group_size(bound: BoundModel, lengths: Sequence[int], path_weights: PathWeights) -> int:
     """How many targets of a prompt go back together, so that their gradients have at most :data:`BATCH_NUMBERS`."""
-    width = 4 * bound.widest_layer.gate.shape[0] + 8 * bound.hidden_size
+    width = _numbers_back(bound)
     if path_weights.steers:
         width += 3 * bound.num_heads * max(lengths)
     return max(1, BATCH_NUMBERS // (width * sum(lengths)))
+
+
+def _numbers_back(bound: BoundModel) -> int:
+    """The numbers of one layer's gradients for a token and a target; each chosen expert has copies of the token's rows."""
+    layer = bound.widest_layer
+    copies = 0 if layer.experts is None else 3 * layer.experts.chosen
+    return 4 * layer.neurons + (8 + copies) * bound.hidden_size
 
 
 def recomputes(needed: LinearNeeds, layers: int, available: int) -> bool:

@@ -25,7 +25,7 @@ from ..rules import PathWeights
 from .linear_memory import linear_needs, recomputes
 from .request import Options
 
-SOURCES = ("token", "heads", "neurons")
+SOURCES = ("token", "heads", "neurons", "experts")
 _MARGIN = 1.15  # measured: the time end to end, relative to that of the matrix products
 _MARGIN_BACK = 1.5  # the same of a backward pass; assumed, not measured
 
@@ -129,7 +129,8 @@ def make(
     Args:
         bound: the model; its weights are not read.
         positions: the number of tokens, ``N``.
-        sources: ``"token"``, a number of spans of equal length, or ``"heads"`` or ``"neurons"`` of one layer.
+        sources: ``"token"``, a number of spans of equal length, or ``"heads"``, ``"neurons"`` or ``"experts"`` of one
+            layer.
         device: the device that it runs on.
         budget: the bytes available, the weights' included.
         workspace_bytes: as for :class:`depass.DePass`.
@@ -175,7 +176,7 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
         if sources == "token":
             return positions * (positions + 1) // 2 + bias * positions, positions + bias
         if sources in SOURCES:
-            named = bound.num_heads if sources == "heads" else bound.layers[0].down.shape[1]
+            named = bound.num_heads if sources == "heads" else _most(bound, sources)
             return (named + 1 + bias) * positions, named + 1 + bias
         raise OptionError(f"unknown sources {sources!r} of a plan; choose {', '.join(SOURCES)} or a number of spans")
     count = min(integer("sources", sources, OptionError), positions)
@@ -185,9 +186,23 @@ def rows_and_sources(bound: BoundModel, positions: int, sources: Any) -> tuple[i
     return sum(positions - begin for begin in begins) + bias * positions, count + bias
 
 
+def _most(bound: BoundModel, sources: str) -> int:
+    """The number of neurons, or of experts, of the layer that has most of them."""
+    if sources == "experts":
+        counts = [layer.experts.count for layer in bound.layers if layer.experts is not None]
+        lacking = "has no experts"
+    else:
+        counts = [layer.mlp.down.shape[1] for layer in bound.layers if layer.mlp is not None and layer.experts is None]
+        lacking = "has experts in every layer, whose neurons are no sources; choose 'experts'"
+    if not counts:
+        raise OptionError(f"sources={sources!r} of a plan: {bound.name} {lacking}")
+    return max(counts)
+
+
 def measured_rate(bound: BoundModel, device: torch.device) -> float:
-    """The operations per second of this device's matrix products, measured in the shapes of the model's MLP."""
-    neurons, width = bound.layers[0].gate.shape
+    """The operations per second of this device's matrix products, in the shapes of the model's MLP or of an expert."""
+    layer, width = bound.widest_layer, bound.hidden_size
+    neurons = layer.neurons if layer.experts is None else layer.experts.neurons
     dtype = bound.product_dtype_on(device)
     rows = 4096 if device.type == "cuda" else 256
     a = torch.randn(rows, width, device=device).to(dtype)
@@ -275,10 +290,12 @@ def _forward(
     workspace_bytes: int | None,
 ) -> _Cost:
     """What a decomposed state of ``rows`` rows and ``count`` sources needs."""
-    value, output, gate, down = (2 * part.shape.numel() for part in bound.layers[0].projections)
-    others = rows * (len(bound.layers) - 1) + count  # of the last layer only the last position's rows
-    operations = rows * len(bound.layers) * value + others * (output + gate + down)
-    own = 2 * positions * numbers(bound.backbone)
+    mixed = [2 * (layer.value.shape.numel() + (0 if layer.latent is None else layer.latent.shape.numel()))
+             for layer in bound.layers]  # fmt: skip
+    others = [2 * (layer.output.shape.numel() + 2 * layer.neurons * bound.hidden_size) for layer in bound.layers]
+    # of the last layer only the last position's rows
+    operations = rows * (sum(mixed) + sum(others[:-1])) + count * others[-1]
+    own = 2 * positions * (numbers(bound.backbone) - sum(layer.idle_numbers for layer in bound.layers))
     blocks, needed = fitting(bound, rows, [positions], workspace_bytes, device, room)
     return _Cost(
         rows, needed.state_bytes, needed.pass_bytes, needed.buffer_bytes, operations, _MARGIN * (operations + own),
@@ -292,7 +309,7 @@ def _backward(bound: BoundModel, positions: int, room: int, path_weights: PathWe
     needed = linear_needs(bound, [positions], depth, targets, path_weights)
     recomputed = recomputes(needed, depth, room)
     kept = 1 if recomputed else depth
-    products = 2 * positions * sum(numbers(layer.module) for layer in bound.layers)
+    products = 2 * positions * sum(numbers(layer.module) - layer.idle_numbers for layer in bound.layers)
     mixing = 2 * positions**2 * bound.layers[0].output.shape[1] * depth  # one product of patterns and vectors
     back = products + mixing * (4 if path_weights.steers else 1)
     operations = (2 if recomputed else 1) * (products + 2 * mixing) + targets * back

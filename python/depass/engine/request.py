@@ -10,7 +10,7 @@ from typing import Any, Literal
 from depass_kernels.names import NAMES
 
 from .. import rules
-from ..checks import Of, check_of, integer
+from ..checks import Of, check_of, integer, integers
 from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Asked, Sum, check
@@ -18,8 +18,9 @@ from ..models.alterations import alterations
 from ..models.bound import BoundModel
 from ..models.linearised import refuse
 from ..propagation.sharing import MLPSharing
+from ..results.sweep import SweepKind
 from ..rules import FORWARD, AnyRule, PathWeights
-from ..sources.components import Heads, Modules, Neurons
+from ..sources.components import Heads, Modules, Neurons, RoutedExperts
 from ..sources.decompose import COMPONENTS, check_kind, decompose_components
 from ..sources.source import Decomposition
 from ..sources.spans import decompose_prompt
@@ -239,7 +240,33 @@ def components_of_layer(kind: str, layer: int, ids: Any, positions: Any) -> list
     """The specs that decompose a layer in a sweep: one, or two for modules."""
     if kind == "modules":
         return [Modules(layer, "attn", positions), Modules(layer, "mlp", positions)]
-    return [(Neurons if kind == "neurons" else Heads)(layer, ids, positions)]
+    by_kind: dict[str, Callable[..., Any]] = {"heads": Heads, "neurons": Neurons, "experts": RoutedExperts}
+    return [by_kind[kind](layer, ids, positions)]
+
+
+def layers_of_sweep(bound: BoundModel, kind: SweepKind, layers: Any, ids: Any) -> list[int]:
+    """The layers of a sweep: the given ones, by default all that have such components.
+
+    Raises:
+        OptionError: ``layers`` is not a non-empty list of integers without duplicates; or the layers of a sweep of experts
+            have different numbers of them, and ``ids`` names none; or the model has none.
+    """
+    experts = kind == "experts"
+    if experts and not bound.has_experts:
+        raise OptionError(f"{bound.name} has no routed experts; sweep its heads, neurons or modules")
+    every = bound.expert_layers if experts else range(len(bound.layers))
+    wanted = list(every) if layers is None else integers("layers", layers, OptionError)
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise OptionError(f"layers must be a non-empty list without duplicates, got {layers}")
+    if experts and ids is None:
+        held = {index: layer.experts.count for index, layer in enumerate(bound.layers) if layer.experts is not None}
+        counts = {held[index] for index in wanted if index in held}
+        if len(counts) > 1:
+            raise OptionError(
+                f"the layers of {bound.name} have different numbers of experts, {sorted(counts)}; choose layers with the "
+                "same number (layers=) or name the experts (ids=)"
+            )
+    return wanted
 
 
 def decomposed_layers(parts: Decomposition, stop: int) -> range:

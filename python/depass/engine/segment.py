@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..errors import ModelError
 from ..models.alterations import alterations, said_of, within
 from ..models.capture import of_this_thread
-from ..models.linearised import LayerPaths
+from ..models.layer_paths import ExpertsCall, LayerPaths
 from ..models.weights import dense
 
 if TYPE_CHECKING:
@@ -26,10 +26,30 @@ class Found(NamedTuple):
 
     leaf: Tensor
     mixed: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
+    routed: Tensor | None
     steering: list[Tensor]
     middle: Tensor | None
     biased: list[Tensor | None]
+
+
+class Biased(NamedTuple):
+    """A place where a layer adds a bias.
+
+    Attributes:
+        path: its name in the layer.
+        output: the output that it adds to.
+        bias: the bias, of the output's last dimension or of all of them; None where its score cannot be measured, because
+            the output is no tensor of its width.
+        axis: of an output with heads, the axis of its positions.
+        at_places: whether the output has a row for each place of the experts.
+    """
+
+    path: str
+    output: GradientEdge
+    bias: Tensor | None
+    axis: int | None = None
+    at_places: bool = False
 
 
 class Segment:
@@ -38,16 +58,18 @@ class Segment:
     Attributes:
         leaf: the residual stream at the layer's input, in the model's shape.
         output: the residual stream at its output.
-        mixed, hidden: the inputs of the attention's output projection and of the down projection.
-        biased: the layer's modules with a bias in the order of their calls: the path, the output's edge, the bias and, of
-            an output with heads, the axis of its positions.
+        mixed: the input of the attention's output projection.
+        hidden: the input of the MLP's down projection, None in a layer that has experts alone.
+        routed: the call of the experts, None in a layer without.
+        biased: the places where the layer adds biases, in the order of its calls.
         early: how many of them come before the middle of the layer.
     """
 
     leaf: Tensor
     output: Tensor
     mixed: Tensor
-    hidden: Tensor
+    hidden: Tensor | None = None
+    routed: ExpertsCall | None = None
 
     def __init__(self, run: Backward, index: int, flow: LayerPaths) -> None:
         self.run, self.index, self.modules, self.flow = run, index, run.bound.layers[index], flow
@@ -55,7 +77,7 @@ class Segment:
         self.has_graph = not run.recompute  # of the model's next call of the layer
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.middle: GradientEdge | None = None
-        self.biased: list[tuple[str, GradientEdge, Tensor, int | None]] = []
+        self.biased: list[Biased] = []
         self.early = 0
         self.ran: set[str] = set()
         self.paths = {module: path for path, module in self.modules.module.named_modules()}
@@ -66,12 +88,16 @@ class Segment:
         hooks = [
             modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
             modules.output.module.register_forward_pre_hook(self.at_mixed),
-            modules.down.module.register_forward_pre_hook(self.at_hidden),
         ]
+        if modules.mlp is not None:
+            hooks.append(modules.mlp.down.module.register_forward_pre_hook(self.at_hidden))
+        if modules.experts is not None:
+            hooks.append(modules.experts.module.register_forward_hook(self.at_experts))
+        detached = self.flow.prepended
         for module in self.paths:
             if isinstance(getattr(module, "bias", None), Tensor):
                 # the linearised model detaches the gate's output, and gives a norm's output another gradient
-                hooks.append(module.register_forward_hook(self.at_bias, prepend=module is modules.gate.module))
+                hooks.append(module.register_forward_hook(self.at_bias, prepend=module in detached))
         if not self.run.bound.parallel:
             norm = modules.attention_post_norm
             written = modules.output.module if norm is None else norm.module
@@ -114,20 +140,64 @@ class Segment:
         return (self.hidden, *args[1:])
 
     @of_this_thread
+    def at_experts(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Keep the experts' hidden vectors, and the places where they add their biases."""
+        self.ran.add("experts")
+        if not torch.is_grad_enabled():
+            return
+        assert self.flow.experts is not None
+        call = self.flow.experts.call
+        if call is None:
+            self._must_carry(None)
+            return
+        path, places, tensors = self.paths[module], call.places, call.weights.tensors
+        self.routed = call
+        if call.constant is not None:
+            # what the up's path leaves out, as the 1 of gpt_oss's up + 1
+            edge = get_gradient_edge(call.hidden)
+            self.biased.append(Biased(f"{path}.constant", edge, call.constant, at_places=True))
+        if call.weights.experts.has_bias:
+            first = f"{call.weights.experts.first}_bias"
+            of_first, of_down = tensors[first][places.expert], tensors["down_proj_bias"][places.expert]
+            self.biased.append(Biased(f"{path}.{first}", get_gradient_edge(call.first), of_first, at_places=True))
+            weighted = of_down.to(self.run.bound.state_dtype) * places.weight[:, None].to(self.run.bound.state_dtype)
+            bias = weighted.new_zeros(call.output.shape).index_add_(0, places.position, weighted)
+            self.biased.append(Biased(f"{path}.down_proj_bias", get_gradient_edge(call.output), bias))
+
+    @of_this_thread
     def at_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keep the place where a module adds its bias."""
         if not torch.is_grad_enabled():
             return
-        bias = dense(module, "bias")
+        path, bias = self.paths[module], dense(module, "bias")
+        if not isinstance(output, Tensor):  # a router's, through which no gradient goes
+            tensors = [each for each in output if isinstance(each, Tensor) and each.requires_grad]
+            self.biased += [Biased(path, get_gradient_edge(each), None) for each in tensors]
+            return
         self._must_carry(output)
-        fits = isinstance(output, Tensor) and bias is not None and output.shape[-1:] == bias.shape
+        fits = bias is not None and output.shape[-1:] == bias.shape
         axis = _axis_of_positions(args[0], self.leaf.shape[1]) if fits and output.dim() == 4 else None
-        if not fits or bias is None or (output.dim() == 4 and axis is None):
-            raise ModelError(
-                f"{self.paths[module]} of layer {self.index} of {self.run.bound.name} has a bias, but its output is not a "
-                "tensor of that width, so the bias's score cannot be measured"
-            )
-        self.biased.append((self.paths[module], get_gradient_edge(output), bias.detach(), axis))
+        is_measured = fits and (output.dim() != 4 or axis is not None)
+        self.biased.append(
+            Biased(path, get_gradient_edge(output), None if bias is None or not is_measured else bias.detach(), axis)
+        )
+
+    def measured(self, found: Found) -> list[tuple[Biased, Tensor]]:
+        """The biases that a gradient reaches, with those of their outputs ``[t, ...]``.
+
+        No path leads to the biases of a router, nor to those of queries where the pattern is frozen.
+
+        Raises:
+            ModelError: a module has a bias, and its output is not a tensor of that width.
+        """
+        reached = [(biased, of) for biased, of in zip(self.biased, found.biased, strict=True) if of is not None]
+        for biased, _ in reached:
+            if biased.bias is None:
+                raise ModelError(
+                    f"{biased.path} of layer {self.index} of {self.run.bound.name} has a bias, but its output is not a "
+                    "tensor of that width, so the bias's score cannot be measured"
+                )
+        return reached
 
     @of_this_thread
     def at_middle(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -156,8 +226,10 @@ class Segment:
 
     def must_have_run(self) -> None:
         """Raise a ModelError where a part of the layer did not run."""
-        for part in ("output projection", "down projection"):
-            if part not in self.ran:
+        parts = {"output projection": True, "down projection": self.modules.mlp is not None}
+        parts["experts"] = self.modules.experts is not None
+        for part, has_part in parts.items():
+            if has_part and part not in self.ran:
                 raise ModelError(
                     f"{self.run.bound.name} did not run the {part} of layer {self.index}, which DePass needs; correct the "
                     "model's depass.Family"
@@ -165,8 +237,10 @@ class Segment:
 
     def drop(self) -> None:
         """Free the layer's tensors; its hooks hold the segment until the pass ends."""
-        for name in ("leaf", "output", "mixed", "hidden"):
+        for name in ("leaf", "output", "mixed", "hidden", "routed"):
             self.__dict__.pop(name, None)
+        if self.flow.experts is not None:
+            self.flow.experts.call = None
         self.call, self.middle = None, None
         self.biased.clear()
         self.flow.steering.clear()
@@ -181,23 +255,24 @@ class Segment:
     def go_back(self, gradient: Tensor, is_last: bool) -> Found:
         """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last."""
         self._must_carry(self.output)
-        inputs: list[Tensor | GradientEdge] = [self.leaf, self.mixed, self.hidden, *self.flow.steering]
-        first = len(inputs)
-        inputs += [edge for _, edge, *_ in self.biased]
-        inputs += [] if self.middle is None else [self.middle]
+        own = [self.hidden, None if self.routed is None else self.routed.hidden]
+        tensors = [self.leaf, self.mixed, *(each for each in own if each is not None)]
+        steering, edges = self.flow.steering, [each.output for each in self.biased]
+        inputs = [*tensors, *steering, *edges, *(() if self.middle is None else (self.middle,))]
         gradient, is_batch = gradient.to(self.output.dtype), len(gradient) > 1
         found: Sequence[Any] = torch.autograd.grad(
-            self.output, inputs, gradient if is_batch else gradient[0], retain_graph=not is_last, allow_unused=True,  # type: ignore[arg-type]
+            self.output, inputs, gradient if is_batch else gradient[0], retain_graph=not is_last, allow_unused=True,
             is_grads_batched=is_batch,
         )  # fmt: skip
-        if found[0] is None or found[1] is None or found[2] is None:
+        if any(each is None for each in found[: len(tensors)]):
             self._must_carry(None)
-        if not is_batch:
-            found = [None if each is None else each[None] for each in found]
-        end = first + len(self.biased)
+        remaining = iter(found if is_batch else [None if each is None else each[None] for each in found])
+        leaf, mixed = next(remaining), next(remaining)
+        hidden, routed = (None if each is None else next(remaining) for each in own)
+        of_steering, of_edges = ([next(remaining) for _ in some] for some in (steering, edges))
         # the gradient of what the attention adds to the stream is its output's by the factor between them
-        middle = None if self.middle is None else found[end] / self.modules.output.factor
-        return Found(found[0], found[1], found[2], list(found[3:first]), middle, list(found[first:end]))
+        middle = None if self.middle is None else next(remaining) / self.modules.output.factor
+        return Found(leaf, mixed, hidden, routed, of_steering, middle, of_edges)
 
 
 def _axis_of_positions(x: Tensor, count: int) -> int | None:

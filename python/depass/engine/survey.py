@@ -35,12 +35,13 @@ def survey(
         progress: see :meth:`depass.DePass.survey`.
 
     Raises:
-        OptionError: a layer has fewer neurons.
+        OptionError: a layer has fewer neurons; those with routed experts, whose neurons are left out, do not count.
         NonFiniteError: a logit or a score is not finite.
     """
-    fewest = min(layer.down.shape[1] for layer in engine.bound.layers)
-    if not 1 <= neurons <= fewest:
-        raise OptionError(f"neurons={neurons}: need from 1 to {fewest}, the neurons of a layer of {engine.bound.name}")
+    counts = [layer.neurons for layer in engine.bound.layers if layer.experts is None]
+    if neurons < 1 or (counts and neurons > min(counts)):
+        allowed = f"from 1 to {min(counts)}, the neurons of a layer of {engine.bound.name}" if counts else "at least 1"
+        raise OptionError(f"neurons={neurons}: need {allowed}")
     done = repeated(partial(_SurveyPass, engine, prompt, asked, options, neurons, progress))
     readouts = done.readouts[0]
     for readout in readouts:
@@ -91,17 +92,22 @@ class _SurveyPass(LinearPass):
 
     def layer(self, gradients: LayerGradients) -> None:
         """Keep the scores of heads and modules by position, and of the layer's largest neurons."""
-        neurons = gradients.neurons()[:, 0]  # [T, F]
-        ids = neurons.abs().topk(self.largest).indices
-        largest = neurons.gather(1, ids)
         scores = {
             "heads_by_position": gradients.heads(),
             "modules_by_position": torch.stack([gradients.attention(), gradients.mlp()], -1),
-            "neuron_ids": ids,
-            "neurons": largest,
-            "other_neurons": neurons.sum(1) - largest.sum(1),
+            **self._neurons(gradients),
         }
         self._keep(gradients.layer, gradients.targets, scores)
+
+    def _neurons(self, gradients: LayerGradients) -> dict[str, Tensor]:
+        """The largest neurons and the sum of the others; the number -1 and zeros where the layer has experts."""
+        if gradients.routed is not None:
+            zero = gradients.after.scores().new_zeros(len(gradients.targets), self.largest)
+            return {"neuron_ids": torch.full_like(zero, -1, dtype=torch.int64), "neurons": zero, "other_neurons": zero[:, 0]}
+        neurons = gradients.neurons()[:, 0]  # [T, F]
+        ids = neurons.abs().topk(self.largest).indices
+        largest = neurons.gather(1, ids)
+        return {"neuron_ids": ids, "neurons": largest, "other_neurons": neurons.sum(1) - largest.sum(1)}
 
     def _keep(self, layer: int, some: list[int], scores: dict[str, Tensor]) -> None:
         for name, each in scores.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..models.health import blame
 from ..propagation.blocks import blocks_of
 from ..propagation.needs import needs
 from ..results.common import conservation_error
-from ..results.sweep import Sweep
+from ..results.sweep import Sweep, SweepKind
 from ..sources.decompose import COMPONENT_BYTES
 from ..sources.source import Decomposition
 from .passes import Engine, Pass
@@ -129,7 +128,7 @@ def swept(
 def stacked(
     found: Swept,
     layers: Sequence[Sequence[Decomposition]],
-    kind: Literal["heads", "neurons", "modules"],
+    kind: SweepKind,
     prompt: Prompt,
     bound: BoundModel,
 ) -> Sweep:

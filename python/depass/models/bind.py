@@ -14,9 +14,9 @@ from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
 from .bound import MLP, BoundModel, Layer, Norm, Projection, epsilon_of
-from .experts import Experts, refuse_experts
+from .experts import Experts, refuse_experts, refuse_other_experts
 from .families import FAMILIES, UNSUPPORTED, Family, Origin
-from .infer import InferenceError, compare, experts_of, first_layer, infer
+from .infer import InferenceError, compare, first_layer, infer
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
 from .packing import takes_positions
@@ -62,18 +62,15 @@ def _inferred(model: Any, empty: bool) -> BoundModel:
             raise InferenceError("its text decoder is a part of another model")
         if getattr(model.config, "num_hidden_layers", None) == 0:
             raise InferenceError("it has no layers")
+        refuse_other_experts(model)
         bound = resolve(model, check(model, infer(model)), "inferred")
         compare(bound)
     except (InferenceError, ModelError) as error:
         evaluate = "; it is in training mode: call model.eval()" if model.training else ""
-        layer, experts = first_layer(model), experts_of(model)
-        reason = (
-            f"it is a mixture of experts ({experts}), and DePass decomposes one MLP per layer" if experts else error
-        )
-        near = nearest(model, layer)
+        near = nearest(model, first_layer(model))
         raise ModelError(
             f"unknown model family {text_config(model.config).model_type!r} ({type(model).__name__}), and it cannot be "
-            f"inferred: {reason}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
+            f"inferred: {error}{evaluate}. {near.said()}. If a depass.Family describes the model, pass "
             f"family={near.written()}"
         ) from error
     return bound
@@ -100,6 +97,8 @@ def check(model: Any, family: Family, empty: bool = False) -> Family:
     _refuse_declaration(family)
     _refuse_config(config, family, name)
     family = located(model, as_configured(family, text_config(config)))
+    if family.experts is not None and has(model, family.backbone):
+        refuse_other_experts(model.get_submodule(family.backbone))
     _refuse_missing(model, family)
     if not empty:
         _refuse_absent(model, name)
@@ -381,8 +380,10 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
                 said = _said_of(module, config)
                 raise ModelError(f"the {part} projection of layer {index} of {name} holds {said}; {_LOAD_DENSE}")
             devices.add(str(weights.device_of(module)))
-        if has_experts(block, family):
-            refuse_experts(block.get_submodule(family.experts), f"the experts of layer {index} of {name}")
+        if family.experts is not None and has_experts(block, family):
+            experts = block.get_submodule(family.experts)
+            refuse_experts(experts, f"the experts of layer {index} of {name}")
+            devices.add(str(weights.device_of(experts)))
         if len(devices) > 1:
             where = " and ".join(sorted(devices))
             raise ModelError(
@@ -429,13 +430,11 @@ def _refuse_other_kinds(config: Any, name: str) -> None:
 
 
 def _missing_paths(model: Any, family: Family) -> list[str]:
-    """The paths of a family that a model lacks: those outside of its layers, or those of the first layer that lacks some."""
-    outside = [path for path in (f"{family.backbone}.{family.final_norm}",) if not has(model, path)]
-    if outside or not has(model, f"{family.backbone}.{family.layers}"):
-        return [
-            *outside,
-            *([] if has(model, f"{family.backbone}.{family.layers}") else [f"{family.backbone}.{family.layers}"]),
-        ]
+    """The paths of a family that a model lacks: those outside of its layers or of the first layer that lacks some."""
+    outside = [f"{family.backbone}.{path}" for path in (family.final_norm, family.layers)]
+    missing = [path for path in outside if not has(model, path)]
+    if missing:
+        return missing
     for index, block in enumerate(_blocks(model, family)):
         missing = [path for path in module_paths(block, family).values() if not has(block, path)]
         if family.sinks is not None and not any(path == family.sinks for path, _ in block.named_parameters()):

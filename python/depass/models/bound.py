@@ -211,6 +211,14 @@ class Layer:
         return of_experts + (0 if self.mlp is None else self.mlp.gate.shape[0])
 
     @property
+    def idle_numbers(self) -> int:
+        """The number of weights that a position does not use: those of the experts that it does not choose."""
+        if self.experts is None:
+            return 0
+        held, count = sum(tensor.numel() for tensor in self.experts.tensors.values()), self.experts.count
+        return held // count * max(0, count - self.experts.chosen)
+
+    @property
     def device(self) -> torch.device:
         """The device that the layer runs on."""
         return weights.device_of(self.output.module)
@@ -219,7 +227,9 @@ class Layer:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
         norms = (norm for norm in (self.attention_norm, self.mlp_norm, self.latent_norm) if norm is not None)
         of_experts = self.experts is not None and self.experts.has_bias
-        return of_experts or any(p.bias is not None for p in self.projections) or any(n.beta() is not None for n in norms)
+        return (
+            of_experts or any(p.bias is not None for p in self.projections) or any(n.beta() is not None for n in norms)
+        )
 
 
 @dataclass(frozen=True)
@@ -265,7 +275,12 @@ class BoundModel:
     @property
     def has_experts(self) -> bool:
         """Whether a layer has routed experts."""
-        return any(layer.experts is not None for layer in self.layers)
+        return bool(self.expert_layers)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with routed experts."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.experts is not None)
 
     @property
     def head(self) -> Any:

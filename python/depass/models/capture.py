@@ -38,7 +38,8 @@ _at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pas
 running = threading.RLock()  # held during a pass
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values
-Watch = Callable[[nn.Module, Tensor, Tensor], None]  # of the values [B, K, T, d] and the output [B, T, H, d]
+# of the values [B, K, T, d], the output [B, T, H, d] and the pattern [B, H, T, T]
+Watch = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 
 def _attention(
@@ -48,6 +49,7 @@ def _attention(
     packing, carry, mask = _packing.get(), _carry.get(), attention_mask
     if carry is not None:
         query, key, value = carry(module, query, key, value)
+    _refuse_chosen_keys(module, options)
     if packing is not None:
         query, key, value = (packing.spread(each) for each in (query, key, value))
         mask = None if mask is None else packing.mask(mask)
@@ -71,12 +73,12 @@ def _attention(
         layer.attention(pattern, value)
     watch = _watch.get()
     if watch is not None:
-        watch(module, value, output)
+        watch(module, value, output, pattern)
     return output if packing is None else packing.gather(output), pattern
 
 
 # what eager attention functions take besides queries, keys, values and the mask: all of it is part of the pattern
-_KNOWN = {"scaling", "dropout", "softcap", "sliding_window", "position_bias"}
+_KNOWN = {"scaling", "dropout", "softcap", "sliding_window", "position_bias", "head_mask"}
 
 
 def _refuse_unknown_extras(eager: Callable[..., Any], module: nn.Module) -> None:
@@ -86,6 +88,19 @@ def _refuse_unknown_extras(eager: Callable[..., Any], module: nn.Module) -> None
         raise ModelError(
             f"the attention function of {type(module).__name__} takes {', '.join(sorted(unknown))}, of which DePass does "
             "not know what it does to the pattern"
+        )
+
+
+def _refuse_chosen_keys(module: nn.Module, options: dict[str, Any]) -> None:
+    """Raise a ModelError where a model chooses each query's keys (sparse attention).
+
+    It puts them into the mask of transformers' own implementations; any other one gets their indices and has to do it.
+    """
+    given = [name for name, value in options.items() if name.endswith("indices") and value is not None]
+    if given:
+        raise ModelError(
+            f"the attention of {type(module).__name__} chooses some keys for each query ({', '.join(given)}: sparse "
+            "attention), which DePass does not support"
         )
 
 
@@ -246,7 +261,7 @@ def watched(configs: Sequence[Any], watch: Watch) -> Iterator[None]:
 
     Args:
         configs: the configs of a model's modules.
-        watch: a function that is called with the attention module, its values and its output.
+        watch: a function that is called with the attention module, its values, its output and its pattern.
     """
     refuse_nested()
     token = _captured.set(_captured.get() | {id(config) for config in configs})

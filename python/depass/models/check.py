@@ -308,7 +308,8 @@ def _curvature(read: ExpertWeights, like: Tensor) -> Tensor:
     is_gate = read.pre_activations(torch.arange(width, device=like.device)[None])[0]
     step = step.index_fill(1, is_gate, 0)
     low, middle, high = (read.hidden(first + by * step).double() for by in (-1, 0, 1))
-    return ((low + high - 2 * middle).norm() / (high - low).norm()).cpu()
+    bent: Tensor = (low + high - 2 * middle).norm() / (high - low).norm()
+    return bent.cpu()
 
 
 def mixed(pattern: Tensor, values: Tensor) -> Tensor:

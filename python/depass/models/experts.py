@@ -19,6 +19,8 @@ from depass_kernels.ops import FLOATS
 from ..errors import ModelError
 from . import weights
 
+_INTERFACE = ("is_transposed", "is_concatenated", "has_bias")  # attributes of the modules of the experts interface
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -65,10 +67,37 @@ class Experts:
         """Whether the experts' projections have biases."""
         return bool(self.module.has_bias)
 
-    def read(self) -> ExpertWeights:
-        """The weights as numbers on their device; offloaded ones are copied there, once for all experts."""
-        tensors = {name: weights.dense(self.module, name) for name in self.tensors}
+    def read(self, *names: str) -> ExpertWeights:
+        """The weights as numbers on their device; offloaded ones are copied there, once for all experts.
+
+        Args:
+            names: of :attr:`tensors`, those that are needed; by default all.
+        """
+        tensors = {name: weights.dense(self.module, name) for name in names or self.tensors}
         return ExpertWeights(self, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def holds_experts(module: Any) -> bool:
+    """Whether a module is one of transformers' experts interface."""
+    return all(hasattr(module, name) for name in _INTERFACE)
+
+
+def refuse_other_experts(model: Any) -> None:
+    """Check that no module of a model holds experts in another form than that of transformers' experts interface.
+
+    Raises:
+        ModelError: one does.
+    """
+    inside: list[str] = []  # of the interface
+    for path, module in model.named_modules():
+        if holds_experts(module):
+            inside.append(f"{path}.")
+        kind = type(module).__name__.lower()
+        is_named = path.rpartition(".")[2] == "experts" or (
+            kind.endswith("experts") and not kind.endswith("sharedexperts")
+        )
+        if is_named and not f"{path}.".startswith(tuple(inside)):
+            refuse_experts(module, f"the experts {path} of {type(model).__name__}")
 
 
 def refuse_experts(module: Any, which: str) -> None:
@@ -78,11 +107,12 @@ def refuse_experts(module: Any, which: str) -> None:
         ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
             over devices, or have a norm on their outputs.
     """
-    lacking = [name for name in ("is_transposed", "is_concatenated", "has_bias") if not hasattr(module, name)]
+    lacking = [name for name in _INTERFACE if not hasattr(module, name)]
     if lacking:
         raise ModelError(
-            f"{which} ({type(module).__name__}) are not of transformers' experts interface, whose modules hold one tensor "
-            f"for each projection of all experts (it lacks {', '.join(lacking)}); DePass supports no others"
+            f"{which} ({type(module).__name__}) are not of the experts interface of transformers 5.7 and later, whose "
+            f"modules hold one tensor for each projection of all experts (lacking: {', '.join(lacking)}); DePass supports "
+            "no others"
         )
     if getattr(module, "_is_expert_parallel", False):
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
@@ -142,6 +172,27 @@ class ExpertWeights:
         """The pre-activations ``[p, F]`` among the first projection's outputs."""
         return self._gate_of(first.T).T
 
+    def last(self, expert: int) -> Tensor:
+        """The weight ``[D, F]`` of the module's own down projection, without the factor."""
+        return self._turned(self.tensors["down_proj"][expert])
+
+    def halves(self, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gate's and the up's part ``[..., F]`` of the first projection's outputs; ungated experts have no up."""
+        if self.experts.first != "gate_up_proj":
+            return first, None
+        if self.experts.module.is_concatenated:
+            gate, up = first.chunk(2, -1)
+            return gate, up
+        return first[..., ::2], first[..., 1::2]
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The opposite of :meth:`halves`: ``[..., F]`` and ``[..., F]`` in the order of the first projection's outputs."""
+        if self.experts.first != "gate_up_proj":
+            return gate
+        if self.experts.module.is_concatenated:
+            return torch.cat([gate, up], -1)
+        return torch.stack([gate, up], -1).reshape(*gate.shape[:-1], 2 * gate.shape[-1])
+
     def _turned(self, weight: Tensor) -> Tensor:
         return weight.T if self.experts.module.is_transposed else weight
 
@@ -178,16 +229,21 @@ class Places:
         each = chosen.to("cpu", torch.int64).flatten()
         order = each.argsort(stable=True)
         order = order[(each[order] >= 0) & (each[order] < count)]  # some routers choose "none" by another number
-        found, numbers = each[order].unique_consecutive(return_counts=True)
-        ends = numbers.cumsum(0).tolist()
-        begins = [0, *ends[:-1]]
-        runs = {expert: (begin, end) for expert, begin, end in zip(found.tolist(), begins, ends, strict=True)}
+        ends = [0, *torch.bincount(each[order], minlength=count).cumsum(0).tolist()]
+        runs = {expert: (ends[expert], ends[expert + 1]) for expert in range(count) if ends[expert] < ends[expert + 1]}
         order = order.to(chosen.device)
         position = order // chosen.shape[1]
         return Places(position, order % chosen.shape[1], weight.flatten()[order], runs)
 
     def __len__(self) -> int:
         return len(self.position)
+
+    @property
+    def expert(self) -> Tensor:
+        """``[S]`` int64, the expert of each place."""
+        device = self.position.device
+        counts = torch.tensor([end - begin for begin, end in self.runs.values()], dtype=torch.int64, device=device)
+        return torch.tensor(list(self.runs), dtype=torch.int64, device=device).repeat_interleave(counts)
 
     def each(self) -> Iterator[tuple[int, slice]]:
         """The chosen experts, each with its places."""
@@ -205,11 +261,24 @@ def hidden_vectors(read: ExpertWeights, places: Places, x: Tensor) -> tuple[Tens
     return hidden, gate
 
 
-def outputs(read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+def outputs(
+    read: ExpertWeights, places: Places, x: Tensor, dtype: torch.dtype, with_bias: bool = True
+) -> Iterator[tuple[int, slice, Tensor]]:
     """What each chosen expert adds at its places, ``[p, D]`` with the router's weight and its bias, in ``dtype``."""
     for expert, run in places.each():
         hidden = read.hidden(read.first(expert, x[places.position[run]])).to(dtype)
         output = hidden @ read.down(expert).to(dtype).T
-        bias = read.down_bias(expert)
+        bias = read.down_bias(expert) if with_bias else None
         output = output if bias is None else output + bias.to(dtype)
         yield expert, run, output * places.weight[run, None].to(dtype)
+
+
+def summed_bias(read: ExpertWeights, places: Places, positions: int, dtype: torch.dtype) -> Tensor:
+    """The down projections' biases of all experts that each position chose, ``[P, D]`` with the router's weights."""
+    weight = places.weight.to(dtype)
+    total = weight.new_zeros(positions, read.tensors["down_proj_bias"].shape[1])
+    for expert, run in places.each():
+        bias = read.down_bias(expert)
+        assert bias is not None
+        total.index_add_(0, places.position[run], weight[run, None] * bias.to(dtype))
+    return total

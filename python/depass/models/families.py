@@ -145,8 +145,10 @@ DEEPSEEK = replace(
     SHARED, latent="self_attn.kv_a_proj_with_mqa", latent_norm="self_attn.kv_a_layernorm", value="self_attn.kv_b_proj",
     value_rows="end_of_head",
 )  # fmt: skip
-GRANITE_MOE = Family(
-    experts="block_sparse_moe.experts", residual_factor="residual_multiplier", logit_divisor="logits_scaling"
+GRANITE = Family(residual_factor="residual_multiplier", logit_divisor="logits_scaling")
+GRANITE_MOE = replace(GRANITE, experts="block_sparse_moe.experts")
+GRANITE_SHARED = replace(
+    GRANITE_MOE, gate_rows="first_half", shared_gate="shared_mlp.input_linear", shared_down="shared_mlp.output_linear"
 )
 FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's config
     "llama": LLAMA,
@@ -167,7 +169,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
     "qwen3_vl_text": LLAMA,
-    "granite": Family(residual_factor="residual_multiplier", logit_divisor="logits_scaling"),
+    "granite": GRANITE,
+    "granite_swa": replace(GRANITE, sinks="self_attn.sinks"),
     "hyperclovax": Family(
         attention_post_norm="post_norm1", mlp_post_norm="post_norm2", residual_factor="residual_multiplier",
         logit_factor="logits_scaling",
@@ -215,23 +218,41 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "opt": replace(OPT, requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False))),
     "biogpt": replace(OPT, backbone="biogpt", final_norm="layer_norm"),
     "bitnet": Family(mix_norm="self_attn.attn_sub_norm"),
+    "youtu": replace(DEEPSEEK, experts=None, shared_gate=None, shared_down=None),
     "mixtral": EXPERTS,
     "qwen3_moe": EXPERTS,
+    "qwen3_vl_moe_text": EXPERTS,
     "olmoe": replace(EXPERTS, requires=(("clip_qkv", None),)),
+    "flex_olmo": replace(OLMO2, experts="mlp.experts"),
     "minimax_m2": EXPERTS,
+    "mellum": EXPERTS,
     "gpt_oss": EXPERTS,
     "phimoe": replace(EXPERTS, norm="layer"),
     "qwen2_moe": QWEN2_MOE,
     "glm4_moe": SHARED,
+    "glm4v_moe_text": SHARED,
     "dots1": SHARED,
     "ernie4_5_moe": SHARED,
+    "exaone_moe": SHARED,
+    "solar_open": SHARED,
+    "hy_v3": SHARED,
+    "hunyuan_v1_moe": replace(
+        EXPERTS, shared_gate="mlp.shared_mlp.gate_proj", shared_down="mlp.shared_mlp.down_proj"
+    ),
+    "afmoe": replace(
+        SHARED, mix_gate="self_attn.gate_proj", attention_post_norm="post_attention_layernorm",
+        mlp_norm="pre_mlp_layernorm", mlp_post_norm="post_mlp_layernorm",
+    ),
+    "cohere2_moe": replace(
+        COHERE, experts="mlp.experts", requires=(("num_shared_experts", 0), ("rms_norm_eps", None)),
+    ),
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
     "glm4_moe_lite": DEEPSEEK,
     "granitemoe": GRANITE_MOE,
-    "granitemoeshared": replace(
-        GRANITE_MOE, gate_rows="first_half", shared_gate="shared_mlp.input_linear", shared_down="shared_mlp.output_linear"
-    ),
+    "granitemoeshared": GRANITE_SHARED,
+    "granitemoe_swa": replace(GRANITE_SHARED, sinks="self_attn.sinks"),
+    "granitemoehybrid": replace(GRANITE_SHARED, gate="shared_mlp.input_linear", down="shared_mlp.output_linear"),
 }  # fmt: skip
 
 _NO_INTERFACE = "its attention does not call transformers' AttentionInterface, which gives DePass the attention pattern"

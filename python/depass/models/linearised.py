@@ -8,7 +8,11 @@ the other factors are frozen. Inside :func:`linearised` the model's outputs stay
 * attention passes on ``v`` of the gradient of its values, ``q`` of its queries' and ``k`` of its keys';
 * a gated MLP ``act(g) ⊙ u`` passes ``gate`` of the gradient through ``g`` with ``act(g) ⊙ u / g`` frozen (0 where ``g`` is
   0), and ``up`` of it through ``u`` with ``act(g)`` frozen. An ungated MLP passes all of it through ``act(z) / z · z``.
-  These are secants of the activation; its tangent, the derivative, can take their place.
+  These are secants of the activation; its tangent, the derivative, can take their place;
+* an expert that a position chose is such an MLP. Which experts it chose and the router's weights are frozen, and so are
+  the sigmoids that multiply what the heads mix or the output of the MLP beside the experts.
+
+:mod:`depass.models.layer_paths` has the paths through attention and MLPs.
 """
 
 from __future__ import annotations
@@ -16,21 +20,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from ..errors import ModelError
 from ..rules import PathWeights
 from . import weights
-from .bound import BoundModel, Layer, Norm, epsilon_of
+from .bound import BoundModel, Norm, epsilon_of
 from .capture import eager_with_patterns, of_this_thread, refuse_nested, running
 from .health import refuse_dropout
+from .layer_paths import LayerPaths, Slope
 from .trace import NORMS
-
-Slope = Literal["secant", "tangent"]
 
 
 @contextmanager
@@ -66,8 +68,7 @@ def linearised(bound: BoundModel, path_weights: PathWeights, slope: Slope = "sec
         for norm in _norms(bound):
             stack.callback(norm.norm.module.register_forward_hook(norm.hook).remove)
         for each in layers:
-            stack.callback(each.layer.gate.module.register_forward_hook(each.gate).remove)
-            stack.callback(each.layer.down.module.register_forward_pre_hook(each.hidden).remove)
+            each.hook(stack)
         yield layers
 
 
@@ -109,19 +110,6 @@ def refuse(bound: BoundModel) -> None:
     _norms(bound)
 
 
-class _Scaled(torch.autograd.Function):
-    """A tensor, with ``weight`` times its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient * ctx.weight, None
-
-
 class _Normed(torch.autograd.Function):
     """A norm's own output, with the gradient of ``γ ⊙ x · r`` for a frozen ``r``."""
 
@@ -143,32 +131,6 @@ class _Normed(torch.autograd.Function):
         return of_x.to(ctx.dtype), None, None, None, None
 
 
-class _Hidden(torch.autograd.Function):
-    """The hidden vector: ``slope`` times its gradient goes to the gate's output, ``up`` times to the hidden vector."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gate: Tensor, slope: Tensor, up: float) -> Tensor:
-        ctx.save_for_backward(slope)
-        ctx.dtype, ctx.up = gate.dtype, up
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (slope,) = ctx.saved_tensors
-        of_hidden = gradient * ctx.up if ctx.needs_input_grad[0] else None
-        return of_hidden, (gradient.to(slope.dtype) * slope).to(ctx.dtype), None, None
-
-
-def _only(x: Tensor, weight: float) -> Tensor:
-    """``x`` with ``weight`` times its gradient."""
-    if weight == 0:
-        return x.detach()
-    if weight == 1 or not x.requires_grad:
-        return x
-    scaled: Tensor = _Scaled.apply(x, weight)  # type: ignore[no-untyped-call]
-    return scaled
-
-
 def _norms(bound: BoundModel) -> list[_FrozenNorm]:
     """The norms of all layers, those on queries and keys too, and the final norm, each module once.
 
@@ -178,7 +140,8 @@ def _norms(bound: BoundModel) -> list[_FrozenNorm]:
     found, epsilon = [], bound.family.epsilon
     for index, layer in enumerate(bound.layers):
         # attention and MLP may read the stream through one norm
-        declared = {id(norm.module): norm for name in NORMS if (norm := getattr(layer, name)) is not None}
+        names = (*NORMS, "mix_norm")
+        declared = {id(norm.module): norm for name in names if (norm := getattr(layer, name)) is not None}
         found += [_FrozenNorm(bound, norm) for norm in declared.values()]
         for path, module in layer.module.named_modules():
             if id(module) in declared or "norm" not in type(module).__name__.lower() or next(module.children(), None):
@@ -229,89 +192,3 @@ class _FrozenNorm:
                 "linear rules cannot freeze its scale"
             )
         self.undeclared = None
-
-
-class LayerPaths:
-    """How gradients flow through one layer's attention and MLP, in the model's latest call of the layer.
-
-    Attributes:
-        steering: the queries and keys, each ``[B, H, N, d]``, as far as the attention's pattern passes them a gradient.
-        through_mlp: how much of the hidden vector's gradient the MLP's factors carry together.
-    """
-
-    def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights, slope: Slope) -> None:
-        self.bound, self.index, self.path_weights, self.slope = bound, index, path_weights, slope
-        self.layer: Layer = bound.layers[index]
-        self.thread = threading.get_ident()
-        self.steering: list[Tensor] = []
-        self.through_mlp = 1.0
-        self.kept: Tensor | None = None  # the gate's output, which carries its path
-        self.passed: Tensor | None = None  # the same, detached, from which the MLP makes its hidden vector
-        self.source: Any = None  # where in autograd's graph the gate's input comes from
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values with the gradients that they carry."""
-        w = self.path_weights
-        self.steering = [x for x, weight in ((query, w.q), (key, w.k)) if weight != 0 and x.requires_grad]
-        return _only(query, w.q), _only(key, w.k), _only(value, w.v)
-
-    @of_this_thread
-    def gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Keep the gate's output and pass it on detached, so that the hidden vector's own gradient is the up path's."""
-        if not torch.is_grad_enabled() or not output.requires_grad:
-            return None
-        self.source = get_gradient_edge(args[0]).node if args[0].requires_grad else None
-        self.kept, *up = (output,) if self.layer.gate.rows == "all" else output.chunk(2, -1)
-        self.passed = self.kept.detach().requires_grad_(self.slope == "tangent")
-        return torch.cat([self.passed, *up], -1) if up else self.passed
-
-    @of_this_thread
-    def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Give the down projection a hidden vector whose gradient both paths carry by their weights."""
-        if not torch.is_grad_enabled():
-            return None
-        gate, passed, self.kept, self.passed = self.kept, self.passed, None, None
-        if gate is None or passed is None:
-            raise ModelError(
-                f"the gate of layer {self.index} of {self.bound.name} did not run before its down projection, as its "
-                "depass.Family says it does; correct the family"
-            )
-        hidden, w = args[0], self.path_weights
-        is_gated = _reaches(hidden, self.source, passed)
-        of_gate, of_up = (w.gate, w.up) if is_gated else (1.0, 0.0)
-        self.through_mlp = of_gate + of_up
-        slope = self._slope(hidden, passed, of_gate) if of_gate else None
-        if not of_up:
-            hidden = hidden.detach()
-        if slope is None:
-            return (_only(hidden, of_up), *args[1:])
-        return (_Hidden.apply(hidden, gate, slope, of_up), *args[1:])  # type: ignore[no-untyped-call]
-
-    def _slope(self, hidden: Tensor, passed: Tensor, weight: float) -> Tensor:
-        """``weight`` times what the hidden vector gains by the gate's output, neuron by neuron, in the shape of both."""
-        if self.slope == "tangent":
-            (derivative,) = torch.autograd.grad(hidden, passed, torch.ones_like(hidden), retain_graph=True)
-            return weight * derivative.to(self.bound.state_dtype)
-        with torch.no_grad():
-            g = passed.to(self.bound.state_dtype)
-            return torch.where(g == 0, 0, weight * hidden.to(g) / g)
-
-
-def _reaches(x: Tensor, node: Any, besides: Tensor) -> bool:
-    """Whether ``x`` was computed from the output of a node of autograd's graph, or from another leaf than a parameter.
-
-    An ungated MLP's hidden vector was not, once its pre-activation is detached, even where its activation has parameters.
-    The detached pre-activation, ``besides``, may be a leaf itself and does not count.
-    """
-    waiting: list[Any] = [get_gradient_edge(x).node] if x.requires_grad else []
-    seen: set[Any] = set()
-    while waiting:
-        current = waiting.pop()
-        leaf = getattr(current, "variable", None)
-        is_foreign = leaf is not None and leaf is not besides and not isinstance(leaf, nn.Parameter)
-        if (current is not None and current is node) or is_foreign:
-            return True
-        if current is not None and current not in seen:
-            seen.add(current)
-            waiting += [each for each, _ in current.next_functions]
-    return False

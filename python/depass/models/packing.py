@@ -72,6 +72,15 @@ class Packing:
         """The index of a prompt's position in ``[B·T, ...]`` or ``[P, ...]`` of the model's tensors."""
         return position + (sum(self.lengths[:prompt]) if self.packed else prompt * self.longest)
 
+    def position_of_row(self, rows: int, device: torch.device) -> Tensor:
+        """``[B·T or P]`` int64, the position among ``P`` of each row of the model's tensors; ``P`` stands for padding."""
+        count = len(self._gather)
+        if self.packed or rows == count:
+            return torch.arange(rows, device=device)
+        found = torch.full((rows,), count, dtype=torch.int64, device=device)
+        found[self._index("_gather", device)] = torch.arange(count, device=device)
+        return found
+
     def spread(self, tensor: Tensor) -> Tensor:
         """``[B, H, T, d]`` of a tensor ``[1, H, P, d]``, whose prompts end with copies of their last row."""
         rows = tensor[0].index_select(1, self._index("_spread", tensor.device))  # [H, B·T, d]

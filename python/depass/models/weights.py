@@ -38,7 +38,10 @@ def dense(module: Any, name: str = "weight") -> Tensor | None:
 def device_of(module: Any) -> torch.device:
     """The device that a module with weights runs on."""
     hook = _offloading(module)
-    device: torch.device = module.weight.device if hook is None else torch.device(hook.execution_device)
+    if hook is not None:
+        return torch.device(hook.execution_device)
+    weight = getattr(module, "weight", None)
+    device: torch.device = (own_tensors(module)[0] if weight is None else weight).device
     return device
 
 

@@ -84,13 +84,14 @@ class RowBytes:
         in_fp32 = traits(device).fp32_sums
         gate = product if product == state else state + product if in_fp32 else product
         run = width * (product if product == state or in_fp32 else 2 * product)
-        gathered = width * product if bound.has_experts else 0  # the rows of an expert, at most all
+        # the rows of one expert, at most all of them, and where its and the others' rows are
+        of_places = 0 if layer.experts is None else width * product + 16 * layer.experts.chosen
         latent = max((each.latent.shape[0] for each in bound.layers if each.latent is not None), default=0)
         return RowBytes(
             attention=(layer.value.shape[0] + layer.output.shape[1]) * product,
             run=run + latent * (product + state),
             gate=gate,
-            mlp=layer.neurons * gate + run + gathered,
+            mlp=layer.neurons * gate + run + of_places,
         )
 
 

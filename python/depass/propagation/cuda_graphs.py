@@ -42,8 +42,13 @@ class Recorded(Protocol):
 Record = Callable[[Any], AbstractContextManager[Recorded]]  # takes a memory pool and records what runs inside
 
 
-def refuse_graphs(devices: set[torch.device], quantized: bool) -> None:
+def refuse_graphs(devices: set[torch.device], quantized: bool, has_experts: bool) -> None:
     """Raise an OptionError where the layers of a model on ``devices`` cannot be recorded."""
+    if has_experts:
+        raise OptionError(
+            "cuda_graphs=True records the same steps for every prompt, but each prompt chooses its own experts in this "
+            "model; leave cuda_graphs out"
+        )
     if len(devices) > 1 or next(iter(devices)).type != "cuda" or quantized:
         raise OptionError(
             f"cuda_graphs=True needs an unquantised model on one CUDA device, but this model {lies_on(devices, quantized)}; "

@@ -16,7 +16,7 @@ from depass_kernels import SourceLayout, share_hidden
 from depass_kernels.reference import matmul
 
 from ..models.bound import MLP, Layer
-from ..models.experts import Experts, ExpertWeights, Places, hidden_vectors
+from ..models.experts import Experts, ExpertWeights, Places, hidden_vectors, summed_bias
 from ..models.trace import Trace
 from .blocks import _PositionBlock, neurons_at_once
 from .projections import add_constant, constant_of, folded
@@ -71,7 +71,11 @@ class _Every:
             if self.constant is not None:
                 add_constant(gate, self.constant[n], block.layout)
             shared = share(
-                self.propagation, gate, self.hidden[in_trace, n], block.layout, None if total is None else total[in_trace, n]
+                self.propagation,
+                gate,
+                self.hidden[in_trace, n],
+                block.layout,
+                None if total is None else total[in_trace, n],
             )
             self.propagation.add(shared, self.down_weight[:, n], self.propagation.state[block.begin : block.end])
 
@@ -117,7 +121,9 @@ class _Routed:
             gate = operand.new_empty(len(rows), n.stop - n.start)
             for expert, run in places.each():
                 held = ends[expert]
-                torch.mm(operand.index_select(0, rows[held]), self.read.gate(expert)[n].to(operand.dtype).T, out=gate[held])
+                torch.mm(
+                    operand.index_select(0, rows[held]), self.read.gate(expert)[n].to(operand.dtype).T, out=gate[held]
+                )
                 constant = self._constant(expert)
                 if constant is not None:
                     gate[starts[run].to(gate.device)] += constant[n].to(gate.dtype)
@@ -135,11 +141,7 @@ class _Routed:
         if not self.experts.has_bias:
             return
         state, norm = self.propagation.state, self.layer.mlp_post_norm
-        bias = state.new_zeros(len(self.chosen), state.shape[1])  # [P, D]
-        for expert, run in self.places.each():
-            of_expert = self.read.down_bias(expert)
-            assert of_expert is not None
-            bias.index_add_(0, self.places.position[run], self.places.weight[run, None] * of_expert.to(state.dtype))
+        bias = summed_bias(self.read, self.places, len(self.chosen), state.dtype)  # [P, D]
         self.propagation.add_bias(bias if norm is None else norm.weighted(bias))
 
 
@@ -149,9 +151,7 @@ def _factor(trace: Trace, weight: Tensor | None, dtype: torch.dtype) -> Tensor |
     return factors[0] if len(factors) == 1 else factors[0] * factors[1] if factors else None
 
 
-def share(
-    propagation: Propagation, gate: Tensor, hidden: Tensor, layout: SourceLayout, total: Tensor | None
-) -> Tensor:
+def share(propagation: Propagation, gate: Tensor, hidden: Tensor, layout: SourceLayout, total: Tensor | None) -> Tensor:
     """The hidden vectors ``[P', n]`` shared out by the pre-activations ``[R', n]``, in the dtype of the products."""
     dtype, sharing = propagation.bound.product_dtype, propagation.sharing
     return share_hidden(

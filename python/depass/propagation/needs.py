@@ -48,12 +48,14 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     buffers = max(attention * row.attention + min(attention, blocks.run) * row.run + scattered,
                   min(rows, blocks.mlp) * row.mlp)  # fmt: skip
     folded = _copied_weights(bound, layer, device)
-    folded += max(sum(weights.lent_bytes(p.module, bound.dtype) for p in layer.projections) for layer in bound.layers)
+    folded += max(_lent(bound, layer) for layer in bound.layers)
     padded = len(lengths) * max(lengths)
     patterns = bound.num_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
-    activations = padded * (4 * neurons + 8 * width) * own
+    chosen, of_experts = _places(bound)
+    activations = padded * (4 * neurons + (8 + 3 * chosen) * width) * own
     kept = patterns * own * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows
+    buffers += padded * of_experts * (2 * own + number)  # hidden vectors and pre-activations, made again
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
     if bound.parallel:
         with_rows += rows * values * product
@@ -88,6 +90,20 @@ def fitting(
     return blocks, needs(bound, rows, lengths, blocks, device)
 
 
+def _places(bound: BoundModel) -> tuple[int, int]:
+    """How many experts a position chooses at most, and how many neurons they have together."""
+    layers = [layer.experts for layer in bound.layers if layer.experts is not None]
+    return max((each.chosen for each in layers), default=0), max((each.chosen * each.neurons for each in layers), default=0)
+
+
+def _lent(bound: BoundModel, layer: Layer) -> int:
+    """The bytes of the copies of a layer's offloaded or quantised weights; of experts, those of all."""
+    lent = sum(weights.lent_bytes(projection.module, bound.dtype) for projection in layer.projections)
+    if layer.experts is None or not weights.is_offloaded(layer.experts.module):
+        return lent
+    return lent + sum(tensor.nbytes for tensor in layer.experts.tensors.values())
+
+
 def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> int:
     """The bytes of the copies of a layer's weights in its attention or its MLP, whichever has more."""
     dtype = bound.product_dtype_on(device)
@@ -101,8 +117,19 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
         return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
 
     attention = copied(layer.value) + copied(layer.output, layer.attention_post_norm)
+    attention += 0 if layer.latent is None else copied(layer.latent)
     of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm)
-    return max(attention, of_mlp)
+    return max(attention, of_mlp + _copied_of_an_expert(bound, layer, device))
+
+
+def _copied_of_an_expert(bound: BoundModel, layer: Layer, device: torch.device) -> int:
+    """The bytes of the copies of one expert's weights, which exist one after the other."""
+    if layer.experts is None:
+        return 0
+    dtype, size = bound.product_dtype_on(device), layer.experts.neurons * bound.hidden_size
+    if layer.mlp_post_norm is not None or layer.experts.factor != 1:
+        return size * (bound.state_dtype.itemsize + dtype.itemsize)
+    return size * dtype.itemsize * (dtype != bound.dtype)
 
 
 def room(bound: BoundModel) -> int:

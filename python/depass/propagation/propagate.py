@@ -235,7 +235,8 @@ class Propagation:
     def add_bias(self, bias: Tensor) -> None:
         """Add a sublayer's output bias, ``[D]`` or ``[P, D]`` by position of the trace, to the bias source."""
         assert self.layout is not None
-        self.state[bias_rows(self.layout, self.state)] += bias if bias.dim() == 1 else self.at(bias)
+        where = self._where if bias.dim() == 2 else None
+        self.state[bias_rows(self.layout, self.state)] += bias if where is None else bias[where]
 
 
 class _Attention:

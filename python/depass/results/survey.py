@@ -34,9 +34,10 @@ class Survey(TargetedResult):
             without one.
         heads_by_position: ``[T, L, N, H]``, the output of each head at each position.
         modules_by_position: ``[T, L, N, 2]``, the output of attention and of the MLP at each position.
-        neurons: ``[T, L, k]``, the ``k`` neurons of each layer with the largest scores, summed over positions.
-        neuron_ids: ``[T, L, k]`` int64, their numbers.
-        other_neurons: ``[T, L]``, the sum over the layer's other neurons.
+        neurons: ``[T, L, k]``, the ``k`` neurons of each layer with the largest scores, summed over positions. Layers with
+            routed experts are left out: each position goes through other neurons there. Their rows are zero.
+        neuron_ids: ``[T, L, k]`` int64, their numbers; -1 in layers with routed experts.
+        other_neurons: ``[T, L]``, the sum over the layer's other neurons; zero in layers with routed experts.
         layers: the numbers of the ``L`` layers.
         targets: the targets.
         target_logits: ``[T]`` fp32, the model's own logits.
@@ -85,6 +86,8 @@ class Survey(TargetedResult):
     def top_neurons(self, k: int = 10, target: int = 0) -> list[tuple[Source, float]]:
         """The ``k`` kept neurons with the largest absolute scores, over all layers, with their signed scores in logits.
 
+        Layers with routed experts have none; ``dp.sweep("experts", ...)`` scores their experts.
+
         Raises:
             SourceError: ``k`` is less than 1.
             TargetError: the index is out of range.
@@ -92,7 +95,8 @@ class Survey(TargetedResult):
         if k < 1:
             raise SourceError(f"top_neurons({k}): k must be at least 1")
         scores, ids = self.neurons[self.row(target)].flatten(), self.neuron_ids[target].flatten().tolist()
-        best, each = scores.abs().argsort(descending=True, stable=True)[:k].tolist(), self.neurons.shape[2]
+        order, each = scores.abs().argsort(descending=True, stable=True).tolist(), self.neurons.shape[2]
+        best = [index for index in order if ids[index] >= 0][:k]
         found = [(self.layers[index // each], ids[index], float(scores[index])) for index in best]
         return [
             (Source(f"L{layer}N{number}", "neuron", layer=layer, index=number), score) for layer, number, score in found

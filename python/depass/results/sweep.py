@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 from torch import Tensor
 
 from ..inputs.prompt import Prompt
 from ..inputs.settings import Settings
 from ..inputs.targets import Target
-from ..sources.source import Source
+from ..sources.source import Kind, Source
 from ..views.page import View, sweep_view
 from .common import ScoredResult, check_shape, common, described, judged, listed
+
+SweepKind = Literal["heads", "neurons", "experts", "modules"]
+SWEEP_KINDS: tuple[SweepKind, ...] = get_args(SweepKind)
+_NAMES: dict[str, tuple[str, Kind]] = {"heads": ("H", "head"), "neurons": ("N", "neuron"), "experts": ("E", "expert")}
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep(ScoredResult):
-    """The score of each head, neuron or module of every layer for each target.
+    """The score of each head, neuron, expert or module of every layer for each target.
 
     Every layer is a separate decomposition: ``scores[t, l].sum() + rest[t, l] + bias[t, l] + balance[t, l]`` is the logit of
     target ``t`` for each layer ``l``. For modules every column is a separate decomposition, too:
@@ -27,16 +31,17 @@ class Sweep(ScoredResult):
     scores of a baseline need not add up: its ``rest``, ``bias``, ``balance`` and ``conservation_error`` are NaN.
 
     Attributes:
-        scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits, for ``C`` heads, ``C`` neurons, or attention
-            and MLP.
+        scores: ``[targets, layers, C]`` fp32 on the CPU, signed, in logits, for ``C`` heads, neurons or experts, or
+            attention and MLP.
         rest: ``[targets, layers]``, the score of the remainder; for modules ``[targets, layers, 2]``, because attention
             and MLP are two decompositions.
         bias: the score of the model's biases, with the shape of ``rest``; zeros for a model without biases.
         balance: the score of ``pattern`` or ``unassigned`` (``settings.balance`` says which), with the shape of ``rest``;
             zeros for rules without one.
         layers: the layer numbers, one per row.
-        columns: the numbers of the heads or neurons, one per column; for modules, 0 for attention and 1 for the MLP.
-        kind: ``heads``, ``neurons`` or ``modules``.
+        columns: the numbers of the heads, neurons or experts, one per column; for modules, 0 for attention and 1 for the
+            MLP.
+        kind: ``heads``, ``neurons``, ``experts`` or ``modules``.
         targets: the targets.
         target_logits: ``[targets]`` fp32, the model's own logits.
         conservation_error: the conservation error of each decomposition (see :class:`Attribution`), with the shape of
@@ -51,7 +56,7 @@ class Sweep(ScoredResult):
     balance: Tensor
     layers: tuple[int, ...]
     columns: tuple[int, ...]
-    kind: Literal["heads", "neurons", "modules"]
+    kind: SweepKind
     targets: tuple[Target, ...]
     target_logits: Tensor
     conservation_error: Tensor
@@ -73,8 +78,8 @@ class Sweep(ScoredResult):
         layer, index = self.layers[row], self.columns[column]
         if self.kind == "modules":
             return Source(f"L{layer}.{('attn', 'mlp')[index]}", "module", layer=layer)
-        letter, kind = ("H", "head") if self.kind == "heads" else ("N", "neuron")
-        return Source(f"L{layer}{letter}{index}", kind, layer=layer, index=index)  # type: ignore[arg-type]
+        letter, kind = _NAMES[self.kind]
+        return Source(f"L{layer}{letter}{index}", kind, layer=layer, index=index)
 
     def source_at(self, index: int) -> Source:
         """The component of the score at ``index`` of a target's flattened scores."""

@@ -1,4 +1,4 @@
-"""Components of a layer as sources: the outputs of heads, neurons and modules.
+"""Components of a layer as sources: the outputs of heads, neurons, routed experts and modules.
 
 Each spec names a layer and decomposes the residual stream there. From there on, its sources go through the model like any
 others. The remainder is the source ``rest``, so that the sources add up to the residual stream (docs/sources.md).
@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..checks import listed
 from ..errors import SourceError
 from ..models.bound import BoundModel, Layer, Norm, Projection, into_stream
+from ..models.experts import Places, outputs, summed_bias
 from ..models.trace import Trace
 from .parts import _after, _indices, _named, _Parts
 from .source import Source
@@ -47,7 +49,8 @@ class Heads:
 class Neurons:
     """The outputs of a layer's MLP neurons as sources: ``W_down[:, f] · h[t, f]`` for neuron ``f`` at position ``t``.
 
-    They start after the layer; the source ``rest`` is the remainder of the residual stream there.
+    They start after the layer; the source ``rest`` is the remainder of the residual stream there. Layers with routed experts
+    are refused; :class:`RoutedExperts` scores them expert by expert.
 
     Args:
         layer: the layer, from 0.
@@ -65,8 +68,33 @@ class Neurons:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The outputs of a layer's routed experts as sources; the remainder of the residual stream is the source ``rest``.
+
+    At a position that chose expert ``e``, its output is ``w[t, e] · W_down[e] · h[t, e]`` with the router's weight ``w``,
+    after the norm on the MLP's output if the model has one. At other positions it is zero. The sources start after the
+    layer. The remainder holds the output of the MLP beside the experts (the shared experts), if there is one. The experts'
+    output biases belong to the bias source.
+
+    Args:
+        layer: the layer, from 0. It must have routed experts.
+        ids: the experts; by default all. Other experts are part of the remainder.
+        positions: the positions whose outputs count, as for :class:`Heads`.
+    """
+
+    layer: int
+    ids: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _keep_iterators(self)
+
+
+@dataclass(frozen=True)
 class Modules:
     """The output of a layer's attention or MLP as one source, biases included; the remainder is the source ``rest``.
+
+    The MLP's output includes the layer's routed experts and the MLP beside them.
 
     Args:
         layer: the layer, from 0.
@@ -114,12 +142,18 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
 
 def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
-    count = layer.down.shape[1]
+    if layer.experts is not None:
+        raise SourceError(
+            f"Neurons(layer={spec.layer}): this layer of {bound.name} has routed experts, whose neurons are no sources; "
+            f"take the experts, RoutedExperts({spec.layer}), or the whole MLP, Modules({spec.layer}, 'mlp')"
+        )
+    down = layer.only_mlp.down
+    count = down.shape[1]
     ids = _indices(_named("ids", spec), spec.ids, count)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
         assert trace.hidden is not None
-        weight, hidden = layer.down.weight, trace.hidden[where]  # [D, F], [p, F]
+        weight, hidden = down.weight, trace.hidden[where]  # [D, F], [p, F]
         if len(ids) < count:
             chosen = torch.tensor(ids, device=hidden.device)
             weight, hidden = weight[:, chosen], hidden[:, chosen]
@@ -129,6 +163,51 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
 
     sources = [Source(f"L{spec.layer}N{n}", "neuron", layer=spec.layer, index=n) for n in ids]
     return _Parts("end", sources, outputs, _after)
+
+
+def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel) -> _Parts:
+    layer = bound.layers[spec.layer]
+    experts = layer.experts
+    if experts is None:
+        those = f"; its layers with experts are {listed(bound.expert_layers)}" if bound.has_experts else ""
+        raise SourceError(
+            f"RoutedExperts(layer={spec.layer}): this layer of {bound.name} has no routed experts{those}; take "
+            f"Neurons({spec.layer}) or Modules({spec.layer}, 'mlp')"
+        )
+    ids = _indices(_named("ids", spec), spec.ids, experts.count)
+    numbers = {expert: number for number, expert in enumerate(ids)}
+
+    def each(trace: Trace, where: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        assert trace.routed is not None
+        places, scale = _places(trace, layer, where, ids), trace.scales.get("mlp_post_norm")
+        added = outputs(experts.read(), places, trace.routed[where], bound.state_dtype, with_bias=False)
+        for expert, run, output in added:
+            at = where[places.position[run]]
+            output = output if layer.mlp_post_norm is None else layer.mlp_post_norm.weighted(output)
+            yield numbers[expert], at, output if scale is None else output * scale[at, None]
+
+    def bias(trace: Trace) -> Tensor | None:
+        if not experts.has_bias:
+            return None
+        places, length = _places(trace, layer), len(trace.stream)
+        summed = summed_bias(experts.read("down_proj_bias"), places, length, bound.state_dtype)
+        return _post_normed(summed, layer, trace)
+
+    sources = [Source(f"L{spec.layer}E{e}", "expert", layer=spec.layer, index=e) for e in ids]
+    return _Parts("end", sources, None, _after, bias, each=each)
+
+
+def _places(trace: Trace, layer: Layer, where: Tensor | None = None, ids: Sequence[int] | None = None) -> Places:
+    """The places of a layer's experts at some positions, by default at all; with ``ids`` only those of some experts."""
+    assert layer.experts is not None
+    assert trace.chosen is not None
+    assert trace.chosen_weights is not None
+    chosen, weight = trace.chosen, trace.chosen_weights
+    if where is not None:
+        chosen, weight = chosen[where], weight[where]
+    if ids is not None:
+        chosen = chosen.masked_fill(~torch.isin(chosen, torch.tensor(ids, device=chosen.device)), -1)
+    return Places.of(chosen, weight, layer.experts.count)
 
 
 def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
@@ -146,8 +225,7 @@ def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
         return _Parts("middle", [source], attention, lambda trace: _after_attention(trace, layer, bound))
 
     def mlp(trace: Trace, where: Tensor) -> Tensor:
-        scale = trace.scales.get("mlp_post_norm")
-        return _output(trace.hidden, layer.down, layer.mlp_post_norm, scale, trace, bound)[where, None]
+        return _mlp_output(trace, layer, bound)[where, None]
 
     return _Parts("end", [source], mlp, _after)
 
@@ -159,6 +237,30 @@ def _after_attention(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:
 def _attention_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N, D]
     scale = trace.scales.get("attention_post_norm")
     return _output(trace.mixed, layer.output, layer.attention_post_norm, scale, trace, bound)
+
+
+def _mlp_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N, D]
+    """What the MLP adds to the residual stream: that of the experts, and of the MLP that every position goes through."""
+    if layer.experts is None:
+        scale = trace.scales.get("mlp_post_norm")
+        return _output(trace.hidden, layer.only_mlp.down, layer.mlp_post_norm, scale, trace, bound)
+    assert trace.routed is not None
+    added = torch.zeros_like(trace.stream, dtype=bound.state_dtype)
+    if layer.mlp is not None:
+        of_mlp = _output(trace.hidden, layer.mlp.down, None, None, trace, bound)
+        added += of_mlp if trace.mlp_weight is None else of_mlp * trace.mlp_weight[:, None].to(of_mlp)
+    places = _places(trace, layer)
+    for _, run, output in outputs(layer.experts.read(), places, trace.routed, bound.state_dtype):
+        added.index_add_(0, places.position[run], output)
+    return _post_normed(added, layer, trace)
+
+
+def _post_normed(added: Tensor, layer: Layer, trace: Trace) -> Tensor:
+    """What an MLP adds ``[N, D]``, after the norm on its output if there is one."""
+    scale = trace.scales.get("mlp_post_norm")
+    if layer.mlp_post_norm is None or scale is None:
+        return added
+    return layer.mlp_post_norm.weighted(added) * scale[:, None]
 
 
 def _output(

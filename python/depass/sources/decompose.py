@@ -15,7 +15,7 @@ from ..errors import SourceError
 from ..inputs.prompt import UNITS, check_unit
 from ..models.bound import BoundModel
 from ..models.trace import Trace
-from .components import Heads, Modules, Neurons, _heads, _modules, _neurons
+from .components import Heads, Modules, Neurons, RoutedExperts, _heads, _modules, _neurons, _routed_experts
 from .parts import _indices, _named, _Parts, check_layer
 from .source import Decomposition, Source
 from .spans import SECTIONS, Sentences, Spans
@@ -30,7 +30,8 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
 
     Raises:
         OptionError: the layer is out of range.
-        SourceError: heads, neurons or positions are out of range, or a tensor has the wrong shape.
+        SourceError: heads, neurons, experts or positions are out of range, the layer has none of them, or a tensor has the
+            wrong shape.
     """
     layer = check_layer(spec, bound)
     spec = replace(spec, layer=layer)
@@ -51,17 +52,14 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
             rows[:below].view(first, len(always), width),
             rows[below:].view(length - first, len(sources), width),
         )
-        missing = parts.whole(trace).to(rows)
+        missing = parts.whole(trace).to(rows, copy=True)
         bias = parts.bias(trace)
         if bias is not None:
             early[:, 0], late[:, 0] = bias[:first], bias[first:]
-            missing = missing - bias
-        at_once = max(1, _NUMBERS // (len(parts.sources) * width))
-        for begin in range(0, len(positions), at_once):
-            where = torch.tensor(positions[begin : begin + at_once], device=rows.device)
-            outputs = parts.outputs(trace, where)
-            late[where - first, len(always) :] = outputs
-            missing = missing.index_add(0, where, outputs.sum(1), alpha=-1)
+            missing -= bias
+        for own, where, outputs in parts.blocks(trace, torch.tensor(positions, device=rows.device), _NUMBERS):
+            late[where - first, len(always) + own.start : len(always) + own.stop] = outputs
+            missing.index_add_(0, where, outputs.sum(1), alpha=-1)
         if parts.has_rest:
             early[:, rest], late[:, rest] = missing[:first], missing[first:]
         else:
@@ -73,6 +71,7 @@ def decompose_components(spec: Any, length: int, bound: BoundModel) -> Decomposi
 _MAKERS: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {
     Heads: _heads,
     Neurons: _neurons,
+    RoutedExperts: _routed_experts,
     Modules: _modules,
     Subspace: _subspace,
     Custom: lambda spec, length, bound: _given(spec, spec.parts, "part", length, bound, has_rest=False),
@@ -103,5 +102,5 @@ def check_kind(sources: Any) -> None:
     elif not isinstance(sources, (Spans, Sentences, *COMPONENTS)):
         raise SourceError(
             f"sources must be {', '.join(map(repr, UNITS + SECTIONS))}, Sentences(language), Spans([...]), or an instance "
-            f"of Heads, Neurons, Modules, Subspace or Custom, got {sources!r}"
+            f"of Heads, Neurons, RoutedExperts, Modules, Subspace or Custom, got {sources!r}"
         )

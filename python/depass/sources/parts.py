@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +18,39 @@ from .source import Kind, Moment, Source, check_labels
 
 
 class _Parts(NamedTuple):
-    """The parts that a component spec describes."""
+    """The parts that a component spec describes.
+
+    Exactly one of ``outputs`` and ``each`` is given: ``each`` where most outputs are zero.
+    """
 
     moment: Moment
     sources: list[Source]
-    outputs: Callable[[Trace, Tensor], Tensor]  # trace, positions [p] -> [p, sources, D] in the state's dtype
+    outputs: Callable[[Trace, Tensor], Tensor] | None  # trace, positions [p] -> [p, sources, D] in the state's dtype
     whole: Callable[[Trace], Tensor]  # the residual stream that the parts and the remainder add up to, [N, D]
     bias: Callable[[Trace], Tensor | None] = lambda trace: None  # the start of the bias source, [N, D]
     has_rest: bool = True
+    # trace, positions [p] -> of one source after the other: its number, some of the positions [q], its outputs there [q, D]
+    each: Callable[[Trace, Tensor], Iterator[tuple[int, Tensor, Tensor]]] | None = None
+
+    def blocks(self, trace: Trace, where: Tensor, numbers: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The outputs that are not zero, in blocks of about ``numbers`` numbers.
+
+        Args:
+            trace: the layer's trace.
+            where: ``[p]`` int64, the positions whose outputs count.
+            numbers: how many numbers a block of several sources has.
+
+        Yields:
+            ``n`` consecutive sources, the positions ``[q]``, and the sources' outputs there ``[q, n, D]``.
+        """
+        if self.each is not None:
+            for source, positions, outputs in self.each(trace, where):
+                yield slice(source, source + 1), positions, outputs[:, None]
+            return
+        assert self.outputs is not None
+        at_once = max(1, numbers // (len(self.sources) * trace.stream.shape[1]))
+        for positions in torch.split(where, at_once):
+            yield slice(0, len(self.sources)), positions, self.outputs(trace, positions)
 
 
 def check_layer(spec: Any, bound: BoundModel) -> int:

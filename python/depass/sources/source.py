@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ..models.trace import Trace
 
 
-Kind = Literal["token", "span", "rest", "bias", "head", "neuron", "module", "subspace", "part", "pattern", "unassigned"]
+Kind = Literal[
+    "token", "span", "rest", "bias", "head", "neuron", "expert", "module", "subspace", "part", "pattern", "unassigned"
+]
 BESIDE = ("rest", "bias", "pattern", "unassigned")  # the kinds that are no part of the prompt or of the model
 Moment = Literal["start", "middle", "end"]  # of a layer; the middle lies between its attention and its MLP
 
@@ -26,10 +28,10 @@ class Source:
     """One source: a part of the prompt, a component of the model, the remainder or the model's biases.
 
     Attributes:
-        label: the text of a token or span, or the name of a component (``L3H5``, ``L3N120``, ``L3.attn``).
-        kind: ``token`` or ``span``; ``head``, ``neuron``, ``module``, ``subspace`` or ``part`` for a component; ``rest``
-            for the remainder; ``bias`` for the model's own biases; ``pattern`` for what a rule credits to steering attention
-            on top of the logit (its score takes that back); ``unassigned`` for what a rule's paths do not carry.
+        label: the text of a token or span, or the name of a component (``L3H5``, ``L3N120``, ``L3E7``, ``L3.attn``).
+        kind: ``token`` or ``span``; ``head``, ``neuron``, ``expert``, ``module``, ``subspace`` or ``part`` for a component;
+            ``rest`` for the remainder; ``bias`` for the model's own biases; ``pattern`` for what a rule credits to steering
+            attention on top of the logit (its score takes that back); ``unassigned`` for what a rule's paths do not carry.
         start: the first position of a token or span, else None.
         end: one past the last position of a token or span, else None.
         layer: the layer of a component, else None.

@@ -16,6 +16,7 @@ from ..sources.source import BESIDE, Source
 
 NUMBERED = 16  # up to so many columns of a sweep, each cell shows its number
 GRID = 64  # up to so many columns of a sweep are drawn; with more (neurons), a view shows sums or a list
+SINGULAR = {"heads": "attention head", "neurons": "neuron", "experts": "expert", "modules": "module"}
 POSITIONS = 120  # up to so many columns of tokens are drawn; of a longer prompt, neighbouring tokens are summed
 
 

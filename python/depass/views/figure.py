@@ -16,6 +16,7 @@ from ..files import write_atomically
 from .drawing import (
     GRID,
     NUMBERED,
+    SINGULAR,
     Explained,
     Grid,
     Layered,
@@ -94,7 +95,7 @@ def _map(figure: Any, sweep: Grid, target: int) -> None:
         for row, line in enumerate(scores.tolist()):
             for column, score in enumerate(line):
                 axes.text(column, row, f"{score:+.2f}", ha="center", va="center", fontsize=6.5)
-    _columns(axes, names, {"heads": "attention head", "neurons": "neuron", "modules": "module"}[sweep.kind])
+    _columns(axes, names, SINGULAR[sweep.kind])
     _layers(axes, sweep.layers)
 
 

@@ -25,6 +25,7 @@ from ..sources.source import Source, name
 from .drawing import (
     GRID,
     NUMBERED,
+    SINGULAR,
     Explained,
     Grid,
     Layered,
@@ -53,7 +54,6 @@ _SENTENCE = 160  # characters of a sentence in a list; a longer one is cut in th
 _WIDEST = 12  # characters of a token over its column
 _BY_POSITION = 150_000  # scores by position of heads and modules on a survey's page, about a megabyte and a half
 _DIGITS = 5  # significant digits of a score
-_SINGULAR = {"heads": "attention head", "neurons": "neuron", "modules": "module"}
 _FRAME_HEIGHT = 480  # pixels, until the page in the frame has told its height
 
 
@@ -280,7 +280,7 @@ def sweep_view(sweep: Grid) -> View:
     )
     sums = f"{separately} {others} add up to the target's logit. So compare layers; do not add them up."
     return {
-        "question": f"How much each {_SINGULAR[kind]} contributed to the target, layer by layer",
+        "question": f"How much each {SINGULAR[kind]} contributed to the target, layer by layer",
         "facts": " · ".join([*_facts(sweep.settings), f"{len(sweep.layers)} layers × {len(sweep.columns)} {kind}"]),
         **_words(sweep.settings, sums),
         "targets": [_target(sweep, row, place(sweep, row)) for row in rows],
@@ -296,7 +296,7 @@ def sweep_view(sweep: Grid) -> View:
             {
                 "columns": [{"name": heading, "beside": beside} for heading, beside in cells.headings],
                 "layers": list(sweep.layers),
-                "across": _SINGULAR[kind] if whole else f"sum of {_SINGULAR[kind]} scores",
+                "across": SINGULAR[kind] if whole else f"sum of {SINGULAR[kind]} scores",
                 "numbered": cells.numbered,
                 "every": 1 if cells.numbered else 4,
                 "upright": False,

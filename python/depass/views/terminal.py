@@ -182,7 +182,7 @@ def grid(sweep: Grid, row: int, width: int) -> list[Text]:
 def layers(survey: Layered, row: int, width: int) -> list[Text]:
     """One target's lines: a heading, one line per layer with its heads, modules and largest neurons, and the tokens.
 
-    Neurons, then heads, are left out where the line is too narrow for them.
+    Neurons, then heads, are left out where the line is too narrow for them. Layers with routed experts have no neurons.
     """
     count, heads = len(survey.prompt.tokens), survey.heads[row]  # [L, H]
     parts = [f"{count} tokens", *(label for label, _ in behind(survey))]
@@ -205,6 +205,8 @@ def layers(survey: Layered, row: int, width: int) -> list[Text]:
         for score in survey.modules[row, index].tolist():
             line.append(f"{score:+.2f}".rjust(_NUMBER + 2))
         for rank in survey.neurons[row, index].abs().argsort(descending=True, stable=True)[:each].tolist():
+            if survey.neuron_ids[row, index, rank] < 0:  # the layer has routed experts
+                break
             score = float(survey.neurons[row, index, rank])
             text = f"N{int(survey.neuron_ids[row, index, rank])} {score:+.2f}"
             line.append("  ").append(text, style=colour(score / neurons)).append(" " * (_NEURON - 2 - len(text)))
