@@ -219,8 +219,10 @@ def test_wrong_declarations_of_every_family_are_found_in_every_dtype(name: str) 
 
 
 KINDS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "torchao int8, dynamic")
-# of several kinds: norms before, after, on both sides, with 1 + w, LayerNorms, parallel layers, fused values, factors
-SOME = ("gemma2", "olmo3", "granite", "nemotron", "phi", "codegen", "opt", "biogpt", "phi3")
+# of several kinds: norms before, after, on both sides, with 1 + w, LayerNorms, parallel layers, fused values, factors;
+# experts whose weights stay as they are, beside quantised projections
+SOME = ("gemma2", "olmo3", "granite", "nemotron", "phi", "codegen", "opt", "biogpt", "phi3", "qwen3_moe", "granitemoeshared",
+        "deepseek_v3")  # fmt: skip
 
 
 def packed(name: str, kind: str, dtype: torch.dtype) -> Any:
@@ -233,6 +235,8 @@ def packed(name: str, kind: str, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("name", [name for name in SOME if name in models.EVERY])
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_declarations_of_quantised_models_are_found(kind: str, name: str) -> None:
+    if name == "deepseek_v3" and kind.startswith("bitsandbytes"):
+        pytest.skip("its kernels refuse the model's own latent vectors")
     dense = made(name, **wide(name))
     family = as_configured(FAMILIES[dense.config.model_type], dense.config)
     for dtype in (torch.float32, torch.bfloat16):

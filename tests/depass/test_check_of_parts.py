@@ -88,7 +88,7 @@ def _calling(forward: Callable[..., Any], own: Callable[..., Any]) -> Callable[.
 
 def weighted_twice(self: Any, own: Any, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
     out: Tensor = own(self, x, chosen, weight)
-    return out * weight[:, :1]
+    return out * weight[:, :1].to(out.dtype)
 
 
 def scaled(self: Any, own: Any, *args: Any) -> Tensor:

@@ -45,6 +45,23 @@ def test_after_a_run(model: Any) -> None:
     assert res.target_logits[0].item() == pytest.approx(own.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", [name for name in ("qwen2_moe", "gpt_oss", "deepseek_v3") if name in models.CONFIGS])
+def test_experts_keep_their_implementation_and_their_numbers(name: str, implementation: str, device: str) -> None:
+    """No function for experts is registered: the model's own runs, whichever it is, and its logits stay bit for bit."""
+    its, ids = models.make(name, device=device), models.prompt(9)
+    its.config._experts_implementation = implementation
+    batch = torch.tensor([ids], device=its.device)
+    with torch.no_grad():
+        before = its(batch).logits
+        found = DePass(its).attribute(ids, 5, strict=True)
+        assert torch.equal(its(batch).logits, before)
+    assert found.target_logits[0].item() == pytest.approx(before[0, -1, 5].item(), rel=1e-4)
+    assert its.config._experts_implementation == implementation
+    assert hooks(its) == 0
+    assert not capture._at_work
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError, MemoryError])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_after_an_exception_in_any_layer(model: Any, interruption: type[BaseException], layer: int) -> None:

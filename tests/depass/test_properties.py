@@ -164,9 +164,10 @@ def test_mixed_parts_add_up_to_the_mixed_whole(
 
 SLOW_LOOP = ("llama", "llama-biased", "llama-tied-wide-heads", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox",
              "gpt-neox-sequential", "olmo2", "gemma2", "phi3", "starcoder2",
-             *(name for name in ("granite", "olmo", "phi", "cohere", "codegen") if name in models.CONFIGS))  # fmt: skip
+             *(name for name in ("granite", "olmo", "phi", "cohere", "codegen", "bitnet", "qwen3_moe", "qwen2_moe", "gpt_oss",
+                                 "deepseek_v3", "granitemoeshared") if name in models.CONFIGS))  # fmt: skip
 BIASED = ("llama-biased", "qwen2", "gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "phi", "cohere",
-          "codegen")  # fmt: skip
+          "codegen", "qwen2_moe", "gpt_oss", "deepseek_v3")  # fmt: skip
 OWN_HEAD_DIM = ("llama", "llama-biased", "llama-tied-wide-heads", "mistral", "qwen3", "gemma2", "gemma3")
 
 
@@ -185,6 +186,11 @@ def shapes(draw: st.DrawFn, name: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": draw(st.sampled_from([k for k in (1, 2, 3, 4) if heads % k == 0])),
     }  # fmt: skip
+    if name == "deepseek_v3":  # whose keys and values have as many heads
+        made["num_key_value_heads"] = heads
+    if "num_experts_per_tok" in models.CONFIGS[name][1]:
+        made["num_experts_per_tok"] = draw(st.integers(1, 3))
+        made["moe_intermediate_size" if "moe_intermediate_size" in models.CONFIGS[name][1] else "intermediate_size"] = inner
     if name in OWN_HEAD_DIM:
         made["head_dim"] = draw(st.sampled_from([2, 4, 8]))
     if models.CONFIGS[name][1].get("sliding_window"):
@@ -203,7 +209,7 @@ def spans(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
     return draw(st.lists(st.sampled_from(pieces), min_size=1, unique=True))
 
 
-@examples(40)
+@examples(50)
 @given(data=st.data())
 def test_states_of_random_shapes_are_the_slow_loops(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(SLOW_LOOP))

@@ -16,7 +16,11 @@ def places(model: Any) -> list[int]:
     return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biased", "gemma2", "gpt2", "gpt-neox"])
+NAMES = [name for name in ("llama", "llama-biased", "gemma2", "gpt2", "gpt-neox", "qwen2_moe", "gpt_oss", "deepseek_v3")
+         if name in models.CONFIGS]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_streamed_results_are_the_same(name: str, device: str) -> None:
     model, ids = models.make(name), models.prompt(17)
     plain, streamed = DePass(models.make(name, device=device)), DePass(model, stream_to=device)

@@ -30,7 +30,8 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 # sizes of quantised models, by their names in the configs: 4-bit kernels want whole blocks of 64
 WIDE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "n_embd": 64, "n_inner": 128, "ffn_dim": 128, "word_embed_proj_dim": 64,
-    "head_dim": 16,
+    "head_dim": 16, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "shared_intermediate_size": 64,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 8,
 }  # fmt: skip
 MULTIMODAL = [name for name in multimodal.NAMES if name.endswith("vl") or name == "glm4v"]  # with decoders of their own
 NAMES = [*models.EVERY, *MULTIMODAL]
@@ -101,6 +102,8 @@ def wide(name: str) -> dict[str, Any]:
     if name in MULTIMODAL:  # the sections of their positions hold for heads of 8
         return {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
     sizes = WIDE | ({"head_dim": 32} if name.endswith("wide-heads") else {})
+    if "kv_lora_rank" in models.EVERY[name][1]:
+        sizes = {size: number for size, number in sizes.items() if size != "head_dim"}  # that of the rotated keys
     return {size: number for size, number in sizes.items() if size in models.EVERY[name][1]}
 
 

@@ -148,7 +148,7 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
         found["stream"] = _difference(steps.after(seen, middle), steps.trace.after, steps.stream, middle)
         rounding = [part for part in layer.projections if weights.rounds_inputs(part.module)]
         if rounding:
-            found["weights"] = torch.stack([_reading(part, trace.hidden) for part in rounding]).amax(0).expand(len(at))
+            found["weights"] = torch.stack([_reading(part, trace.mixed) for part in rounding]).amax(0).expand(len(at))
     return found
 
 
