@@ -38,15 +38,13 @@ def linear_needs(
 ) -> LinearNeeds:
     """The needs of a pass over prompts of these lengths, through so many layers and back from so many targets."""
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
-    (neurons, width), mixed = bound.widest_layer.gate.shape, bound.widest_layer.output.shape[1]
-    tokens, rows = sum(lengths), bound.num_heads * len(lengths) * max(lengths)  # of a pattern, for each query
-    at_once = queries_at_once(bound.device, bound.num_heads * len(lengths), max(lengths))
-    pattern, is_kept = rows * at_once, at_once == max(lengths)  # in blocks it is computed again
+    wide, tokens, heads = bound.widest_layer, sum(lengths), bound.num_heads * len(lengths)
+    (neurons, width), mixed, values = wide.gate.shape, wide.output.shape[1], wide.value.shape[0]
+    at_once, longest = queries_at_once(bound.device, heads, max(lengths)), max(lengths)
+    pattern, is_kept = heads * longest * at_once, at_once == longest  # in blocks it is computed again on the way back
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
-    layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number) + pattern * number * is_kept
-    layer += (
-        0 if is_kept else tokens * (mixed + 2 * bound.widest_layer.value.shape[0]) * number
-    )  # queries, keys, values
+    layer = tokens * (neurons * (2 * number + state) + (3 * width + mixed) * number)
+    layer += pattern * number if is_kept else tokens * (mixed + 2 * values) * number  # or queries, keys and values
     together = min(targets, group_size(bound, lengths, path_weights))
     back = together * tokens * (4 * neurons + 8 * width) * max(number, state) * 3 // 5  # measured: not all at once
     ahead = pattern * (number + in_fp32 * 3 // 2)
@@ -67,7 +65,11 @@ def group_size(bound: BoundModel, lengths: Sequence[int], path_weights: PathWeig
 
 
 def recomputes(needed: LinearNeeds, layers: int, available: int) -> bool:
-    """Whether layers are run again, because the activations of all do not fit into half of the available memory."""
+    """Whether layers are run again, because the activations of all do not fit into half of the available memory.
+
+    Where they fit, keeping them is faster on a CPU, too. It was not while patterns were kept, whatever their size: at 2,048
+    tokens of SmolLM2 fresh memory took longer than another run (:mod:`depass.models.query_blocks`).
+    """
     return needed.total(layers) > available // 2
 
 
