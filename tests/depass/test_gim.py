@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -176,7 +177,10 @@ def modified_attention(
     found = scaled(q, 0.25) @ k.mT * (scaling or q.shape[-1] ** -0.5)
     if options.get("softcap"):
         found = options["softcap"] * (found / options["softcap"]).tanh()
-    pattern = Tempered.apply(found.masked_fill(mask < 0, -1e4))  # type: ignore[no-untyped-call]
+    found = found.masked_fill(mask < 0, -1e4)
+    if hasattr(module, "sinks"):  # one more logit of each row, whose share no value gets
+        found = torch.cat([found, module.sinks.view(1, -1, 1, 1).expand(*found.shape[:3], 1)], -1)
+    pattern = Tempered.apply(found)[..., : k.shape[2]]  # type: ignore[no-untyped-call]
     return (pattern @ v).transpose(1, 2), pattern
 
 
@@ -208,13 +212,26 @@ def modified(model: Any) -> Iterator[None]:
         handles = [
             module.register_forward_hook(lambda _, __, output: scaled(output, 0.5))
             for mlp in model.modules()
-            for name in ("gate_up_proj", "gate_proj", "up_proj" if hasattr(mlp, "gate_proj") else "")  # of a product
-            if (module := getattr(mlp, name, None)) is not None
+            for name in ("gate_up_proj", "input_linear", "gate_proj", "up_proj" if hasattr(mlp, "gate_proj") else "")
+            if isinstance(module := getattr(mlp, name, None), torch.nn.Module)  # of a product
         ]
+        for path, module in model.named_modules():
+            if path.endswith(".experts"):
+                model.config._experts_implementation = "batched_mm"  # which makes hidden vectors by _apply_gate
+                half = partial(of_halves, module._apply_gate)
+                patch.setattr(module, "_apply_gate", half)
+                handles.append(module.register_forward_pre_hook(lambda _, args: (*args[:2], args[2].detach())))
+            if path.endswith("shared_expert_gate"):
+                handles.append(module.register_forward_hook(lambda _, __, output: output.detach()))
         yield
     for handle in handles:
         handle.remove()
     model.config._attn_implementation = before
+
+
+def of_halves(apply_gate: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
+    """An expert's hidden vectors, of whose two factors each gets half of the gradient."""
+    return apply_gate(scaled(both, 0.5))
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)

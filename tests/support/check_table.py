@@ -91,7 +91,7 @@ def cell(measure: Callable[[], BoundModel]) -> str:
         found, allowed = differences(measure())
     except ImportError:
         return "not measured"
-    except (AssertionError, ValueError):  # the library's kernel refuses this shape
+    except (AssertionError, ValueError, RuntimeError):  # the library's kernel refuses this shape
         return "refused"
     worst = max(found.values())
     return f"**{worst:.0e}**" if worst > allowed else f"{worst:.0e}"

@@ -401,7 +401,9 @@ class LayerCapture:
     def read_by_value(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the input of the value projection, whose kernel rounds it."""
         if self.seen is not None:
-            self.seen.read_by_value = self.run.packing.flat(args[0].flatten(0, -2))  # latent vectors are [B, 1, T, rank]
+            self.seen.read_by_value = self.run.packing.flat(
+                args[0].flatten(0, -2)
+            )  # latent vectors are [B, 1, T, rank]
 
     @of_this_thread
     def activation(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
