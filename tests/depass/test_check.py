@@ -160,7 +160,7 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         "no mix_gate": {"mix_gate": None},
         "no sinks": {"sinks": None},
     }
-    layer = model.get_submodule(f"{family.backbone}.{family.layers}.0")
+    layer = with_attention(model, family)
     weightless = getattr(model.get_submodule(f"{family.backbone}.{family.final_norm}"), "weight", None) is None
     wrong = {change: replace(family, **fields) for change, fields in changes.items()}
     return {
@@ -173,6 +173,12 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         and not (change.startswith("no ") and isinstance(_norm(layer, family, change[3:]), nn.Identity))
         and not (change == "no MLP beside the experts" and holder(model, family, "shared_gate") is None)
     }
+
+
+def with_attention(model: Any, family: Family) -> Any:
+    """The first layer that has attention, and no recurrence in its place."""
+    layers = model.get_submodule(f"{family.backbone}.{family.layers}")
+    return next(layer for layer in layers if any(path == family.attention for path, _ in layer.named_modules()))
 
 
 def _other_rows(layer: Any, family: Family, rows: str) -> bool:

@@ -68,9 +68,11 @@ def test_batches_sweeps_and_components_agree(name: str, device: str) -> None:
         sweep, one = dp.sweep(kind, ids, 5), dp.attribute(ids, 5, sources=spec)  # type: ignore[arg-type]
         assert sweep.conservation_error.max() < 1e-6
         own = [index for index, source in enumerate(one.sources) if source.kind in ("head", "neuron", "expert")]
-        assert len(own) == sweep.scores.shape[2]
-        row = sweep.layers.index(spec.layer)
-        assert torch.allclose(sweep.scores[0, row], one.scores[0, own], atol=1e-6)
+        columns = [one.sources[index].index for index in own]
+        assert kind == "experts" or columns == list(sweep.columns)
+        row = sweep.scores[0, sweep.layers.index(spec.layer)]
+        assert torch.allclose(row[columns], one.scores[0, own], atol=1e-6)
+        assert not row[[column for column in sweep.columns if column not in columns]].any()  # experts that none chose
         linear = dp.sweep(kind, ids, 5, rule="half")  # type: ignore[arg-type]
         assert linear.conservation_error.max() < 1e-6
 

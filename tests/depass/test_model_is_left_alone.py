@@ -59,7 +59,7 @@ def test_experts_keep_their_implementation_and_their_numbers(name: str, implemen
     assert found.target_logits[0].item() == pytest.approx(before[0, -1, 5].item(), rel=1e-4)
     assert its.config._experts_implementation == implementation
     assert hooks(its) == 0
-    assert not capture._at_work
+    assert not attention.at_work
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError, MemoryError])

@@ -106,9 +106,22 @@ def looked_at(dp: DePass, index: int) -> tuple[Any, Family, Seen, float]:
     norms = [
         norm for norm in (family.attention_post_norm, family.mlp_post_norm) if norm is not None and has(layer, norm)
     ]
-    paths = [family.attention, family.output, *blocks(family, layer), *experts, *norms]
+    paths = [*mixing(family, layer), *blocks(family, layer), *experts, *norms]
     factor = getattr(model.config, family.residual_factor) if family.residual_factor else 1.0
     return layer, family, Seen(model, layer, paths), factor
+
+
+def mixing(family: Family, layer: Any) -> tuple[str, str]:
+    """The module that mixes positions, and its output projection."""
+    if family.recurrence is not None and has(layer, family.recurrence):
+        return family.recurrence, f"{family.recurrence}.out_proj"
+    return family.attention, family.output
+
+
+def heads_of(dp: DePass, module: Any) -> int:
+    """How many heads a module that mixes positions has."""
+    own = next((getattr(module, name) for name in ("num_v_heads", "A_log") if hasattr(module, name)), None)
+    return dp.model.config.num_attention_heads if own is None else own if isinstance(own, int) else len(own)
 
 
 def post_norm(layer: Any, path: str | None) -> str | None:
@@ -126,8 +139,9 @@ def test_modules_and_heads_are_what_the_modules_put_out(name: str, device: str) 
 def compare(dp: DePass, index: int) -> None:
     layer, family, seen, factor = looked_at(dp, index)
     norm = post_norm(layer, family.attention_post_norm)
-    mixed, output = seen.got[family.output][0].detach(), layer.get_submodule(family.output)
-    count = dp.model.config.num_attention_heads
+    module, written_by = mixing(family, layer)
+    mixed, output = seen.got[written_by][0].detach(), layer.get_submodule(written_by)
+    count = heads_of(dp, layer.get_submodule(module))
     width = mixed.shape[-1] // count
     removed = []
     for head in range(count):
@@ -135,7 +149,7 @@ def compare(dp: DePass, index: int) -> None:
         without[..., head * width : (head + 1) * width] = 0
         with torch.no_grad():
             removed.append(flat(output(mixed) - output(without)))
-    attention, *heads = seen.normed(seen.put[family.attention], norm, *removed)
+    attention, *heads = seen.normed(seen.put[module], norm, *removed)
     close(starts(dp, Modules(index, "attn"))[f"L{index}.attn"], attention * factor, norm, attention)
     rows = starts(dp, Heads(index))
     for head, own in enumerate(heads):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+from allocated import allocated
 from torch import Tensor
 
 from depass import (
@@ -23,8 +25,13 @@ from depass import (
     baselines,
     masking,
 )
+from depass.engine.backward import Backward
+from depass.engine.linear_memory import linear_needs
 from depass.engine.routing import chosen_experts
+from depass.inputs.targets import check
+from depass.models.bind import bind
 from depass.models.experts import Places
+from depass.rules import LINEAR
 
 IDS = models.prompt(8)
 FAMILIES = ["qwen3_moe", "qwen2_moe", "gpt_oss", "granitemoeshared"]  # with a dense layer, a weight, biases, a factor
@@ -397,3 +404,31 @@ def test_random_scores_and_unknown_baselines() -> None:
         OptionError, match="unknown baseline 'activation' for experts; choose from attribution_patching, "
     ):
         baselines.experts(dp, "activation", IDS, 5)
+
+
+# --- plans --------------------------------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [1, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_plan_counts_what_experts_take_in_a_backward_pass(recompute: bool, targets: int, dtype: torch.dtype) -> None:
+    bound = bind(models.make("qwen3_moe", dtype, **WIDE, mlp_only_layers=[]))
+    asked = check(TopK(targets), 96, range(0), None, bound)
+    run = partial(Backward, bound, [models.prompt(96)], [asked], LINEAR["half"], recompute=recompute)
+    run().run()  # its first run checks the layers, too
+    needed = linear_needs(bound, [96], models.LAYERS, targets, LINEAR["half"])
+    planned = needed.total(1 if recompute else models.LAYERS)
+    assert 0.8 * planned <= allocated(run().run) <= 1.15 * planned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [48, 192])
+def test_a_plan_counts_what_experts_take_beside_a_state(length: int, dtype: torch.dtype) -> None:
+    dp, ids = DePass(models.make("qwen3_moe", dtype, **WIDE, mlp_only_layers=[])), models.prompt(length)
+    dp.attribute(ids, 5)  # its first run checks the layers, too
+    plan = dp.plan(length, measure=False)
+    planned = plan.total_bytes - plan.weights_bytes
+    assert 0.7 * planned <= allocated(lambda: dp.attribute(ids, 5)) <= 1.15 * planned

@@ -80,15 +80,16 @@ class Recurrence(ABC):
         bias = _convolution(self.module)[1]
         return None if bias is None else bias[self.channels.start : self.channels.stop]
 
-    def _convolved(self, x: Tensor) -> Tensor:
-        """The convolution of ``[B, T, C]`` over positions before its SiLU, in fp32 or fp64."""
+    def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution of ``[B, T, C]`` over positions, before and behind its SiLU.
+
+        Both are rounded to the model's dtype, as the model rounds them, and then at least fp32.
+        """
         weight, bias = _convolution(self.module)
+        u = functional.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=weight.shape[1] - 1, groups=len(weight))
+        u = u[..., : x.shape[1]].transpose(1, 2)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        u = functional.conv1d(
-            x.transpose(1, 2).to(dtype), weight[:, None].to(dtype), None if bias is None else bias.to(dtype),
-            padding=weight.shape[1] - 1, groups=len(weight),
-        )  # fmt: skip
-        return u[..., : x.shape[1]].transpose(1, 2)
+        return u.to(dtype), functional.silu(u).to(dtype)
 
 
 class DeltaRule(Recurrence):
@@ -116,8 +117,8 @@ class DeltaRule(Recurrence):
         """See :meth:`Recurrence.frozen`."""
         m, (batch, length) = self.module, x.shape[:2]
         qkv, z, b, a = self._projected(x)
-        u = self._convolved(qkv)
-        query, key, value = torch.split(functional.silu(u), [m.key_dim, m.key_dim, m.value_dim], -1)
+        u, behind = self._convolved(qkv)
+        query, key, value = torch.split(behind, [m.key_dim, m.key_dim, m.value_dim], -1)
         repeats = m.num_v_heads // m.num_k_heads
         query, key = (
             _unit(each.reshape(batch, length, -1, m.head_k_dim)).repeat_interleave(repeats, 2).transpose(1, 2)
@@ -167,10 +168,10 @@ class StateSpace(Recurrence):
         """See :meth:`Recurrence.frozen`."""
         m, (batch, length) = self.module, x.shape[:2]
         z, read, step = torch.split(_linear(m.in_proj, x), [m.intermediate_size, m.conv_dim, m.num_heads], -1)
-        u = self._convolved(read)
+        u, behind = self._convolved(read)
         states = m.n_groups * m.ssm_state_size
-        value, b, c = torch.split(functional.silu(u), [m.intermediate_size, states, states], -1)
-        step = functional.softplus(step.to(u) + _own(m, "dt_bias").to(u)).clamp(*m.time_step_limit).transpose(1, 2)
+        value, b, c = torch.split(behind, [m.intermediate_size, states, states], -1)
+        step = functional.softplus(step + _own(m, "dt_bias").to(step)).to(u).clamp(*m.time_step_limit).transpose(1, 2)
         b, c = (
             each.reshape(batch, length, m.n_groups, -1).repeat_interleave(m.num_heads // m.n_groups, 2).transpose(1, 2)
             for each in (b, c)
