@@ -214,6 +214,7 @@ SINCE = {
          "glm4_moe", "glm4v_moe_text", "dots1", "ernie4_5_moe", "exaone_moe", "solar_open", "hy_v3", "hunyuan_v1_moe",
          "afmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "5.7",
     ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "bamba"), "5.7"),  # older ones: not tried
     "cohere2_moe": "5.9", "mellum": "5.10", "granitemoe": "5.13", "granitemoeshared": "5.13", "granitemoehybrid": "5.13",
     "granite_swa": "5.15", "granitemoe_swa": "5.15",
 }  # fmt: skip
