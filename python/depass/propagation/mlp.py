@@ -18,7 +18,7 @@ from depass_kernels.reference import matmul
 from ..models.bound import MLP, Layer
 from ..models.experts import Experts, ExpertWeights, Places, hidden_vectors, summed_bias
 from ..models.trace import Trace
-from .blocks import _PositionBlock, neurons_at_once
+from .blocks import _PositionBlock, neurons_at_once, traits
 from .projections import add_constant, constant_of, folded
 
 if TYPE_CHECKING:
@@ -115,15 +115,15 @@ class _Routed:
         hidden, total = self.hidden[in_layer], None if self.total is None else self.total[in_layer]
         state = self.propagation.state[block.begin : block.end]
         ends = {expert: slice(int(starts[run.start]), int(starts[run.stop])) for expert, run in places.each()}
+        sums_are_fp32 = traits(operand.device).fp32_sums and operand.dtype.itemsize == 2
+        gate_dtype = torch.float32 if sums_are_fp32 else operand.dtype
         at_once = neurons_at_once(self.experts.neurons, self.propagation.blocks.gates // max(1, len(rows)))
         for f in range(0, self.experts.neurons, at_once):
             n = slice(f, min(f + at_once, self.experts.neurons))
-            gate = operand.new_empty(len(rows), n.stop - n.start)
+            gate = operand.new_empty(len(rows), n.stop - n.start, dtype=gate_dtype)
             for expert, run in places.each():
-                held = ends[expert]
-                torch.mm(
-                    operand.index_select(0, rows[held]), self.read.gate(expert)[n].to(operand.dtype).T, out=gate[held]
-                )
+                held, weight = ends[expert], self.read.gate(expert)[n].to(operand.dtype)
+                gate[held] = matmul(operand.index_select(0, rows[held]), weight)
                 constant = self._constant(expert)
                 if constant is not None:
                     gate[starts[run].to(gate.device)] += constant[n].to(gate.dtype)
