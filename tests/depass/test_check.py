@@ -171,7 +171,11 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         and not (change == "no residual_factor" and getattr(model.config, family.residual_factor or "", 1) == 1)
         and not (change.startswith("value_rows") and not _other_rows(layer, family, each.value_rows))
         and not (change.startswith("no ") and isinstance(_norm(layer, family, change[3:]), nn.Identity))
-        and not (change == "no MLP beside the experts" and holder(model, family, "shared_gate") is None)
+        and not ("shared_" in change and holder(model, family, "experts") is None)
+        and not (
+            change == "no MLP beside the experts"
+            and None in (holder(model, family, "experts"), holder(model, family, "shared_gate"))
+        )
     }
 
 

@@ -53,7 +53,7 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no such sinks": ("llama", {"sinks": "self_attn.sinks"}, r"lacks modules .*Missing: .*self_attn.sinks"),
     "a norm of the hidden vector": ("bitnet", {"mix_norm": "mlp.ffn_sub_norm"}, r"of shape \[56\]; here it has \[32\]"),
     "a norm of one head": ("qwen3", {"attention_norm": "self_attn.q_norm"}, r"weight of shape \[8\]; here it has \[32\]"),
-    "the block as its experts": ("qwen3_moe", {"experts": "mlp"}, "experts of layer 0 .* not of the experts interface"),
+    "the block as its experts": ("qwen3_moe", {"experts": "mlp"}, "experts of layer 0 .* not of transformers"),
 }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def without_down(model: Any) -> None:
 UNREADABLE: dict[str, tuple[Callable[[Any], None], str]] = {
     "a list of modules": (
         in_a_list,
-        r"\(ModuleList\) are not of the experts interface of transformers.*DePass supports no others",
+        r"\(ModuleList\) are not of transformers' experts interface.*DePass supports no others",
     ),
     "integers": (of_integers, r"hold torch.int8 weights of shape \[6, 32, 24\] as down_proj.*load unquantised weights"),
     "eight bits": (of_eight_bits, r"hold torch.float8_e4m3fn weights of shape \[6, 48, 32\] as gate_up_proj"),

@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no epsilon": ("olmo", {}, {"epsilon": None}, r"\(OlmoLayerNorm\) has no eps; declare it: depass.Family\(epsilon="),
     "bad requirements": ("olmo", {}, {"requires": ("clip_qkv",)}, "give a tuple of pairs"),
     "layers without attention": (
-        "granitemoehybrid", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, {},
+        "granitemoehybrid", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, {"recurrence": None},
         r"layer 1 of GraniteMoeHybridForCausalLM has no attention \(self_attn\), which other layers have",
     ),
     "MLPs beside experts that are averaged with them": (

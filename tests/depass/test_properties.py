@@ -241,7 +241,9 @@ def test_states_of_random_shapes_are_the_slow_loops(data: st.DataObject) -> None
 @examples(40)
 @given(data=st.data())
 def test_parts_of_random_shapes_add_up_alone_and_together(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(sorted(models.CONFIGS)))
+    # the sizes of a recurrence hang together
+    names = [name for name in sorted(models.CONFIGS) if not name.startswith(("qwen3_next", "granitemoehybrid"))]
+    name = data.draw(st.sampled_from(names))
     its = models.make(name, torch.float64, seed=data.draw(st.integers(0, 99)), **data.draw(shapes(name)))
     prompts = data.draw(
         st.lists(st.lists(st.integers(3, models.VOCABULARY - 1), min_size=1, max_size=24), min_size=1, max_size=4)

@@ -15,7 +15,7 @@ from .paths import has
 
 _OUTSIDE = ("layers", "final_norm")
 _INSIDE = (
-    "attention", "latent", "latent_norm", "value", "mix_gate", "mix_norm", "output", "experts", "shared_gate", "shared_down",
+    "attention", "recurrence", "latent", "latent_norm", "value", "mix_gate", "mix_norm", "output", "experts", "shared_gate", "shared_down",
     "shared_weight", "gate", "down", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm",
 )  # fmt: skip
 _DENSE = ("gate", "down")  # which no layer has where all have experts
@@ -79,7 +79,9 @@ def _beside(name: str, family: Family, model: nn.Module, layers: Sequence[nn.Mod
     lacking: dict[str, str] = {}
     for field in (*_OUTSIDE, *_INSIDE):
         path = getattr(family, field)
-        if path is None:
+        if path is None or (
+            field == "mix_gate" and family.mix_gate_rows != "all"
+        ):  # then it is the queries' projection
             continue
         places: Sequence[nn.Module] = [model]
         if field in _OUTSIDE:
