@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import browser as browsers
+import models
 import published
 import pytest
 import torch
@@ -114,7 +115,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         eps = getattr(self, "eps", getattr(self, "variance_epsilon", 1e-5))  # OLMo's norm has its own in its code
-        weight = getattr(self, "weight", 1) + (1 if "Gemma" in type(self).__name__ else 0)
+        weight = getattr(self, "weight", 1) + models.adds_one(self)
         x = x - x.mean(-1, keepdim=True) if type(self).__name__.endswith("LayerNorm") else x
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
 

@@ -27,6 +27,7 @@ from depass.models.tempered import TemperedSoftmax
 from depass.rules import PathWeights
 
 IDS = models.prompt(9)
+NAMES = [name for name in models.CONFIGS if name not in models.RECURRENT]  # gim refuses linear attention
 TARGET, POSITION = 5, 7  # a position before the last: what lies behind it has no score
 interactions = import_module("depass.baselines.tokens")._interactions  # the module's name is a function's too
 
@@ -186,7 +187,7 @@ def modified_attention(
 
 def frozen_rms(self: Any, x: Tensor) -> Tensor:
     eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    weight = self.weight + 1 if "Gemma" in type(self).__name__ else self.weight
+    weight = self.weight + models.adds_one(self)
     return weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt().detach()  # type: ignore[no-any-return]
 
 
@@ -234,7 +235,7 @@ def of_halves(apply_gate: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
     return apply_gate(scaled(both, 0.5))
 
 
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_a_model_modified_by_hand(name: str, doubled: Callable[[str], Any]) -> None:
     model = doubled(name)
     with modified(model):
@@ -248,7 +249,7 @@ def test_gpt2s_other_attention_has_the_same_gradient() -> None:
     close(gradient(upcast), gradient(usual), 1e-5)
 
 
-@pytest.mark.parametrize("name", [*models.CONFIGS, *models.OTHERS])
+@pytest.mark.parametrize("name", [*NAMES, *models.OTHERS])
 def test_the_model_computes_what_it_always_does(name: str) -> None:
     model, ids = models.make(name), torch.tensor([IDS])
     with torch.no_grad(), eager_with_patterns(bind(model)):
@@ -258,7 +259,7 @@ def test_the_model_computes_what_it_always_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [*models.CONFIGS, *models.OTHERS])
+@pytest.mark.parametrize("name", [*NAMES, *models.OTHERS])
 def test_several_targets_and_prompts_of_every_family(name: str, dtype: torch.dtype) -> None:
     if name in models.OTHERS and dtype != torch.float32:
         pytest.skip("the family's own code refuses other dtypes than fp32")
@@ -357,6 +358,11 @@ def test_a_norm_without_an_epsilon_is_refused_by_gim() -> None:
     model = models.make("qwen3")
     model.model.layers[1].self_attn.q_norm = type("ScalelessNorm", (nn.Identity,), {})()
     refused(model, r"q_norm of layer 1 of Qwen3ForCausalLM \(ScalelessNorm\) has no eps")
+
+
+@pytest.mark.parametrize("name", models.RECURRENT)
+def test_linear_attention_is_refused_by_gim(name: str) -> None:
+    refused(models.make(name), "layer 0 of .* has linear attention, .* take rule='half', 'up' or 'taylor'")
 
 
 def test_a_wrong_family_is_refused_by_gim() -> None:

@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 
 from depass.models.families import FAMILIES, Family
+from depass.rules import PathWeights
 
 VOCABULARY = 101
 LAYERS = 3
@@ -240,6 +241,7 @@ NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not runs(name)]
 CONFIGS = {name: config for name, config in CONFIGS.items() if runs(name)}
 SIMILAR = {name: config for name, config in SIMILAR.items() if runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
+RECURRENT = [name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state"} & {*sizes}]
 WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if "num_experts_per_tok" in sizes]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
@@ -247,6 +249,16 @@ _IN_FP64 = (
     "gpt2", "gpt_b", "gpt-", "gptj", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2",
 )  # fmt: skip
 NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
+
+
+def takes(name: str, weights: PathWeights) -> bool:
+    """Whether a linear rule is defined for the model: linear attention refuses those that weigh queries, keys or values."""
+    return name not in RECURRENT or (not weights.steers and weights.v == 1)
+
+
+def adds_one(norm: torch.nn.Module) -> bool:
+    """Whether an RMSNorm of transformers stores ``w`` and multiplies by ``1 + w``."""
+    return any(family in type(norm).__name__ for family in ("Gemma", "Qwen3Next", "Qwen3_5"))
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **others: Any) -> Any:
