@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depass.files import write_atomically
 from depass.models.bind import bind
-from depass.propagation import propagate
+from depass.propagation import mlp, propagate
 from depass.propagation.blocks import TRAITS
 from depass_kernels import SourceLayout, backends
 from depass_kernels.layout import forget_kept_layouts
@@ -172,7 +172,8 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
         work = METHODS[case.question][OURS](model, case, "auto")
         counting = _Counting(model)
         stack.enter_context(mock.patch.object(backends, "run", counting.run_op))
-        stack.enter_context(mock.patch.object(propagate, "matmul", counting.product_in_fp32))
+        for module in (mlp, propagate):  # of the pre-activations, and of latent values
+            stack.enter_context(mock.patch.object(module, "matmul", counting.product_in_fp32))
         _name_parts(stack, counting, model, layers)
         with counting:
             work()
@@ -182,7 +183,7 @@ def count(case: Case, layers: int) -> Counter[Kernel]:
 def _name_parts(stack: ExitStack, counting: _Counting, model: Any, layers: int) -> None:
     """Tell the counter which part of the work runs, and count the model's second layer for all layers that were left out."""
     moves = propagate.Propagation
-    join, attention, mlp, forward = moves.join, moves.attention, moves.mlp, model.model.forward
+    join, attention, mlp_of, forward = moves.join, moves.attention, moves.mlp, model.model.forward
     before: Counter[Kernel] = Counter()  # up to the last layer's end
 
     def named_join(self: propagate.Propagation, *given: Any) -> None:
@@ -196,7 +197,7 @@ def _name_parts(stack: ExitStack, counting: _Counting, model: Any, layers: int) 
     def named_mlp(self: propagate.Propagation, index: int, *given: Any) -> None:
         nonlocal before
         with counting.part("decomposition"):
-            mlp(self, index, *given)
+            mlp_of(self, index, *given)
         if index == 1:  # the first layer also copies the layouts to the device
             for kernel, times in (counting.kernels - before).items():
                 counting.kernels[kernel] += times * (layers - len(model.model.layers))

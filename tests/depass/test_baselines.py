@@ -186,7 +186,7 @@ def test_attribution_patching_is_the_derivative_by_the_size_of_an_output(
     assert sweep.scores.shape == (2, models.LAYERS, count)
     step = 0.05  # most families round to fp32 somewhere: a wide step, and five points for its error
     for layer, index in ((0, 1), (1, count - 1), (2, 2)):
-        module = (bound.layers[layer].output if kind == "heads" else bound.layers[layer].down).module
+        module = (bound.layers[layer].output if kind == "heads" else bound.layers[layer].only_mlp.down).module
 
         def scaled(by: float, module: Any = module, index: int = index) -> float:
             def hook(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ from depass import (
     Modules,
     Neurons,
     OptionError,
+    RoutedExperts,
     SourceError,
     Subspace,
     TargetError,
@@ -59,13 +60,20 @@ def split(dp: DePass, ids: list[int], layer: int) -> Tensor:
     return parts
 
 
+def of_mlp(dp: DePass, layer: int, ids: list[int] | None = None, **options: Any) -> Neurons | RoutedExperts:
+    """Neurons of a layer or, where it has routed experts, as many of those."""
+    if layer not in dp.bound.expert_layers:
+        return Neurons(layer, ids, **options)
+    return RoutedExperts(layer, None if ids is None else range(len(ids)), **options)
+
+
 SPECS: dict[str, Callable[[DePass, list[int]], Any]] = {
     "heads": lambda dp, ids: Heads(LAYER),
     "heads of the last layer": lambda dp, ids: Heads(models.LAYERS - 1),
     "two heads at two positions": lambda dp, ids: Heads(LAYER, ids=[2, 0], positions=[-1, (len(ids) - 1) // 2]),
-    "neurons": lambda dp, ids: Neurons(LAYER),
-    "neurons of the last layer at the last position": lambda dp, ids: Neurons(models.LAYERS - 1, positions=[-1]),
-    "three neurons": lambda dp, ids: Neurons(LAYER, ids=[5, 1, 40], positions=[len(ids) - 1]),
+    "neurons": lambda dp, ids: of_mlp(dp, LAYER),
+    "neurons of the last layer at the last position": lambda dp, ids: of_mlp(dp, models.LAYERS - 1, positions=[-1]),
+    "three neurons": lambda dp, ids: of_mlp(dp, LAYER, ids=[5, 1, 30], positions=[len(ids) - 1]),
     "attn": lambda dp, ids: Modules(LAYER, "attn"),
     "mlp": lambda dp, ids: Modules(LAYER, "mlp", positions=[0]),
     "basis": lambda dp, ids: Subspace(LAYER, basis=basis()),

@@ -18,9 +18,10 @@ import torch
 from depass import DePass, Heads, MemoryLimitError, MemoryLimitWarning, ModelError, Neurons, OptionError, Spans, Token
 from depass.cli.main import main
 from depass.models.bind import bind
+from depass.models.bound import Layer
 from depass.models.loading import empty_model
+from depass.propagation import mlp, propagate
 from depass.propagation import needs as memory
-from depass.propagation import propagate
 from depass.propagation.blocks import TRAITS, neurons_at_once
 
 MEASURED = """
@@ -118,20 +119,35 @@ def test_targets_cost_a_backward_pass_each_and_a_decomposed_state_nothing() -> N
         dp.plan(40, targets=0)
 
 
+def operations_of_a_row(layer: Layer) -> tuple[int, int]:
+    """The operations of a row in a layer: for its values, and for the output projection and the MLP."""
+    values = [layer.value.weight] if layer.latent is None else [layer.latent.weight, layer.value.weight]
+    others = [layer.output.weight]
+    if layer.mlp is not None:
+        others += [layer.mlp.gate.weight, layer.mlp.down.weight]
+    if layer.experts is not None:  # those that the row's position chose
+        read = layer.experts.read()
+        others += [part for expert in range(layer.experts.chosen) for part in (read.gate(expert), read.down(expert))]
+    return 2 * sum(weight.numel() for weight in values), 2 * sum(weight.numel() for weight in others)
+
+
 @pytest.mark.parametrize("name", models.EVERY)
 def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
     dp, ids = DePass(models.make(name)), models.prompt(9)
-    given: list[tuple[Any, Any]] = [("token", "token"), (3, Spans([(0, 3), (3, 6), (6, 9)])), ("heads", Heads(1)),
-                                    ("neurons", Neurons(1))]  # fmt: skip
+    numbers, layers = range(models.LAYERS), dp.bound.layers
+    dense = [index for index in numbers if layers[index].experts is None]
+    given: list[tuple[Any, Any]] = [("token", "token"), (3, Spans([(0, 3), (3, 6), (6, 9)])),
+                                    ("heads", Heads(max(numbers, key=lambda index: layers[index].num_heads)))]  # fmt: skip
+    if dense:
+        given.append(("neurons", Neurons(max(dense, key=lambda index: layers[index].neurons))))
     for planned, sources in given:
         layout = dp.states(ids, models.LAYERS, sources=sources).layout
         plan = dp.plan(9, sources=planned, measure=False)
         assert (plan.rows, plan.sources) == (layout.rows, layout.most)
         assert plan.state_bytes == layout.rows * 32 * 4
-    layer = dp.bound.layers[0]
-    each = sum(2 * part.weight.numel() for part in (layer.value, layer.output, layer.gate, layer.down))
-    last = plan.rows * 2 * layer.value.weight.numel() + plan.sources * (each - 2 * layer.value.weight.numel())
-    assert plan.operations == plan.rows * (models.LAYERS - 1) * each + last
+        each = [operations_of_a_row(layer) for layer in layers]
+        everywhere = sum(map(sum, each)) - each[-1][1]  # behind the last attention, the last position's rows alone
+        assert plan.operations == plan.rows * everywhere + plan.sources * each[-1][1]
 
 
 def test_a_model_of_shapes_alone_plans_the_same(tmp_path: Path) -> None:
@@ -207,7 +223,7 @@ def test_a_limit_of_the_process_is_seen() -> None:
 def memory_runs_out(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     """The sharing of more rows than that ends as an allocation that fails does; how many it was asked for, every time."""
     asked: list[int] = []
-    shared = propagate.share_hidden
+    shared = mlp.share_hidden
 
     def failing(gate: Any, hidden: Any, layout: Any, **options: Any) -> Any:
         asked.append(layout.rows)
@@ -215,7 +231,7 @@ def memory_runs_out(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
         return shared(gate, hidden, layout, **options)
 
-    monkeypatch.setattr(propagate, "share_hidden", failing)
+    monkeypatch.setattr(mlp, "share_hidden", failing)
     return asked
 
 
@@ -246,7 +262,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(propagate, "share_hidden", failing)
+    monkeypatch.setattr(mlp, "share_hidden", failing)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         dp.attribute(models.prompt(9))
 

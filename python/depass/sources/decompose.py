@@ -56,22 +56,58 @@ def decompose_components(spec: Any, length: int, bound: BoundModel, routing: Ten
     layout = SourceLayout.from_starts([0] * len(always) + starts, length)
 
     def fill(rows: Tensor, trace: Trace) -> None:
-        begins = layout.to(rows.device).row_start[:-1]  # [N], the row of source 0 at each position
+        room = _Room(rows, layout, len(always), None if parts.starts is not None else positions[0])
         missing = parts.whole(trace).to(rows, copy=True)
         bias = parts.bias(trace)
         if bias is not None:
-            rows[begins] = bias.to(rows)
+            room.everywhere(0, bias)
             missing -= bias
         for own, where, outputs in parts.blocks(trace, torch.tensor(positions, device=rows.device), _NUMBERS):
-            held = torch.arange(len(always) + own.start, len(always) + own.stop, device=rows.device)
-            rows[begins[where][:, None] + held] = outputs
+            room.components(own, where, outputs)
             missing.index_add_(0, where, outputs.sum(1), alpha=-1)
         if parts.has_rest:
-            rows[begins + rest] = missing
+            room.everywhere(rest, missing)
         else:
             _must_vanish(missing, parts.whole(trace), spec, bound)
 
     return Decomposition(sources, layout, False, layer, parts.moment, fill, spec)
+
+
+class _Room:
+    """The rows ``[R, D]`` of a decomposition, to write the sources' parts to.
+
+    Args:
+        rows: the rows.
+        layout: their layout.
+        always: how many sources are there at all positions; they are the first.
+        first: the position where all components start; None if each starts at its own. With one start the rows are two
+            dense tensors, and nothing is scattered.
+    """
+
+    def __init__(self, rows: Tensor, layout: SourceLayout, always: int, first: int | None) -> None:
+        self.rows, self.always, self.first = rows, always, first
+        if first is None:
+            self.begins = layout.to(rows.device).row_start[:-1]  # [N], the row of source 0 at each position
+        else:
+            below, width = first * always, rows.shape[1]
+            self.early = rows[:below].view(first, always, width)
+            self.late = rows[below:].view(layout.positions - first, -1, width)
+
+    def everywhere(self, source: int, values: Tensor) -> None:
+        """Write the part ``[N, D]`` of one of the sources that are there at all positions."""
+        if self.first is None:
+            self.rows[self.begins + source] = values.to(self.rows)
+        else:
+            self.early[:, source], self.late[:, source] = values[: self.first], values[self.first :]
+
+    def components(self, own: slice, where: Tensor, outputs: Tensor) -> None:
+        """Write the parts ``[q, n, D]`` of ``n`` consecutive components at the positions ``where`` ``[q]``."""
+        sources = slice(self.always + own.start, self.always + own.stop)
+        if self.first is None:
+            held = torch.arange(sources.start, sources.stop, device=self.rows.device)
+            self.rows[self.begins[where][:, None] + held] = outputs
+        else:
+            self.late[where - self.first, sources] = outputs
 
 
 _MAKERS: dict[type, Callable[[Any, int, BoundModel], _Parts]] = {
