@@ -22,9 +22,12 @@ import torch
 import transformers
 
 from depass import DePass
+from depass.evaluate.summary import table
 from depass.files import write_atomically
 
-from .machine import ROOT, commit
+from .machine import ROOT, Machine, commit
+from .wording import NOTHING, where
+from .wording import seconds as shown
 
 FILE = ROOT / "benchmarks" / "results" / "experts.json"
 EXPERTS, CHOSEN, NEURONS = 64, 8, 384
@@ -36,7 +39,7 @@ CONSERVATION = 1e-4  # the largest error without a doubt about the run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark, print its table and store its rows."""
+    """Run the benchmark, print its table and store its row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=(32, 96), metavar="N", help="tokens of each prompt")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
@@ -44,19 +47,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="file of results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    code, rows = commit(), []
+    code, measured = commit(), []
     models = {"experts": routed(), "dense": dense()}
     for length in options.lengths:
-        for rule in ("softmax", "half", None):
-            seconds = timed({name: work(dp, length, rule) for name, dp in models.items()}, options.runs)
-            rows.append(
-                {"tokens": length, "rule": rule or "plain pass", "threads": options.threads, "commit": code, **seconds}
-            )
-    write_atomically(options.out, (json.dumps(rows, indent=1) + "\n").encode())
-    print(f"{'tokens':>6}  {'':10}  {'experts':>9}  {'dense':>9}  ratio")
-    for row in rows:
-        ratio = row["experts"] / row["dense"]
-        print(f"{row['tokens']:>6}  {row['rule']:10}  {row['experts']:7.3f} s  {row['dense']:7.3f} s  {ratio:5.2f}")
+        for method in ("plain eager pass", "half", "softmax"):
+            seconds = timed({name: work(dp, length, method) for name, dp in models.items()}, options.runs)
+            measured.append({"method": method, "length": length, **seconds})
+    row = {
+        "what": "experts", "lengths": list(options.lengths), "runs": options.runs, "measured": measured, **code,
+        **Machine("cpu").describe(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+    write_atomically(options.out, (json.dumps(row, indent=1) + "\n").encode())
+    print(section(options.out))
+
+
+def section(file: Path = FILE) -> str:
+    """What was measured and where, and the table, from a file of results."""
+    if not file.exists():
+        return NOTHING
+    row = json.loads(file.read_text())
+    lengths = " ".join(map(str, row["lengths"]))
+    caption = (
+        f"Command: `python -m benchmarks.experts --lengths {lengths} --runs {row['runs']} --threads {row['threads']}`. "
+        f"Processor time, medians. {where([row])}"
+    )
+    lines = [[each["method"], str(each["length"]), shown(each["experts"]), shown(each["dense"]),
+              f"{each['experts'] / each['dense']:.2f}×"] for each in row["measured"]]  # fmt: skip
+    return f"{caption}\n\n{table(['method', 'tokens', '64 experts', 'dense', 'ratio'], lines)}"
 
 
 def routed() -> DePass:
@@ -78,18 +95,20 @@ def dense() -> DePass:
 
 def _of(kind: Any, config: Any) -> DePass:
     torch.manual_seed(0)
-    return DePass(kind(config).eval())
+    model = kind(config).eval()
+    model.set_attn_implementation("eager")
+    return DePass(model)
 
 
-def work(dp: DePass, length: int, rule: str | None) -> Callable[[], None]:
-    """What is timed: an attribution under a rule, or without one the model's own pass. It is run once and checked."""
+def work(dp: DePass, length: int, method: str) -> Callable[[], None]:
+    """What is timed: an attribution under a rule, which is checked first, or the model's own pass."""
     ids = torch.randint(5, SHAPE["vocab_size"], (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    if rule is None:
+    if method == "plain eager pass":
         return partial(_plain, dp, ids)
-    error = float(dp.attribute(ids, 5, rule=rule).conservation_error.max())
+    error = float(dp.attribute(ids, 5, rule=method).conservation_error.max())
     if error > CONSERVATION:
-        raise SystemExit(f"{rule} at {length} tokens misses the logit by {error:.1e}; nothing was timed")
-    return partial(_attribute, dp, ids, rule)
+        raise SystemExit(f"{method} at {length} tokens misses the logit by {error:.1e}; nothing was timed")
+    return partial(_attribute, dp, ids, method)
 
 
 @torch.no_grad()

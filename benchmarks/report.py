@@ -15,7 +15,7 @@ from typing import Any
 from depass.evaluate.summary import table
 from depass.files import write_atomically
 
-from . import report_linear, wording
+from . import experts, report_linear, wording
 from .figures import COLOURS, draw, shown
 from .machine import BenchmarkError
 from .ops import OPS
@@ -412,7 +412,11 @@ def _linear(newest: Newest, path: Path) -> str:
     return report_linear.section(newest.linear_figures, path)
 
 
+def _experts(_: Newest, __: Path) -> str:
+    return experts.section()
+
+
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
     "speed": _speed, "comparison": _comparison, **{name: _question(name) for name in METHODS}, "ops": _ops,
-    "linear": _linear, "predicted": _predicted, "figures": _figures,
+    "linear": _linear, "experts": _experts, "predicted": _predicted, "figures": _figures,
 }  # fmt: skip
