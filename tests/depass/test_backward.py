@@ -54,17 +54,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  #
 LENGTH = 9
 TARGETS = [TopK(2), 5, Contrast(7, 9), TopK(1, position=3), Direction(torch.linspace(-1, 1, 32))]
 OWN = PathWeights(q=-0.5, k=2.0, v=0.25, gate=0.75, up=1.0)
+OF_MLP = PathWeights(gate=0.75, up=1.0)  # such weights are defined for linear attention too
 WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
 WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
-OF_MLP = PathWeights(gate=0.75, up=1.0)
 ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
 # What computes in fp32 whatever the model's dtype: the products of CodeGen's and GPT-J's queries and keys; the others'
 # routers; the sum of hy_v3's experts and the MLP beside them; the sinks of granite_swa and granitemoe_swa; recurrences.
-PARTS_IN_FP32 = ("granite_swa", "granitemoe_swa", "hy_v3", *models.RECURRENT)
+SINKS_IN_FP32 = ("granite_swa", "granitemoe_swa")
+SUMS_IN_FP32 = ("hy_v3",)
 COMPUTES_IN_FP32 = (
-    *PARTS_IN_FP32, "codegen", "gptj", "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe",
-    "glm4_moe", "glm4_moe_lite", "solar_open",
+    "codegen", "gptj", "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe",
+    "glm4_moe_lite", "solar_open", *SUMS_IN_FP32, *SINKS_IN_FP32, *models.RECURRENT,
 )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def test_logits_are_the_forward_engines(name: str) -> None:
 def test_taylor_tokens_are_the_forward_engines(name: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(LENGTH)
     one, dp = scored(model, ids, "taylor", TARGETS), DePass(model)
-    limit = 1e-6 if name in PARTS_IN_FP32 else 1e-9
+    limit = 1e-6 if name in SINKS_IN_FP32 + SUMS_IN_FP32 else 1e-9
     for start in range(models.LAYERS):
         bias, _, tokens = split(*forward_scores(dp, ids, TARGETS, start_layer=start))
         close(one.tokens[:, start], tokens, limit)
@@ -176,7 +177,7 @@ def test_taylor_tokens_are_the_forward_engines(name: str, exact: Any) -> None:
 def test_taylor_components_are_the_forward_engines(name: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(LENGTH)
     one, dp = scored(model, ids, "taylor", TARGETS), DePass(model)
-    limit = 1e-6 if name in PARTS_IN_FP32 else 1e-9
+    limit = 1e-6 if name in SINKS_IN_FP32 + SUMS_IN_FP32 else 1e-9
     for layer in range(models.LAYERS):
         cases = {
             "heads": (Heads(layer), one.heads[:, layer]),
@@ -619,7 +620,7 @@ def test_scores_add_up_at_the_input_of_every_layer(name: str, rule: str, exact: 
         must_add_up(scored(model, ids, rule, TARGETS), 1e-6)
     weights = RULES.get(rule, rule)
     of_queries = ("cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "cohere2_moe")
-    in_fp32 = name in PARTS_IN_FP32 or (weights.steers and name in of_queries)
+    in_fp32 = name in (*SUMS_IN_FP32, *models.RECURRENT) or (weights.steers and name in of_queries)
     must_add_up(scored(exact(model), ids, rule, TARGETS), 1e-6 if in_fp32 else 1e-9)
     must_add_up(scored(models.make(name), ids, rule, TARGETS), 1e-5)
 
@@ -1008,6 +1009,15 @@ def refused(model: Any, match: str, bound: BoundModel | None = None) -> None:
     with pytest.raises(ModelError, match=match):
         everything(bound, [ids], [asked(bound, ids)], RULES["half"])
     assert hooks(model) == before
+
+
+@pytest.mark.parametrize("weights", [PathWeights(q=0.5), PathWeights(k=0.5), PathWeights(v=0.5)], ids=str)
+@pytest.mark.parametrize("name", models.RECURRENT)
+def test_weights_of_queries_keys_and_values_are_refused_for_linear_attention(name: str, weights: PathWeights) -> None:
+    model = models.make(name)
+    with pytest.raises(ModelError, match=r"has linear attention, .* take rule='half', 'up' or 'taylor'"):
+        scored(model, models.prompt(LENGTH), weights)
+    assert hooks(model) == 0
 
 
 def test_dropout_at_work_is_refused() -> None:
