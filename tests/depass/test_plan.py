@@ -15,7 +15,18 @@ import models
 import pytest
 import torch
 
-from depass import DePass, Heads, MemoryLimitError, MemoryLimitWarning, ModelError, Neurons, OptionError, Spans, Token
+from depass import (
+    DePass,
+    Heads,
+    MemoryLimitError,
+    MemoryLimitWarning,
+    ModelError,
+    Neurons,
+    OptionError,
+    RoutedExperts,
+    Spans,
+    Token,
+)
 from depass.cli.main import main
 from depass.models.bind import bind
 from depass.models.bound import Layer
@@ -148,6 +159,35 @@ def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
         each = [operations_of_a_row(layer) for layer in layers]
         everywhere = sum(map(sum, each)) - each[-1][1]  # behind the last attention, the last position's rows alone
         assert plan.operations == plan.rows * everywhere + plan.sources * each[-1][1]
+
+
+@pytest.mark.parametrize("name", models.WITH_EXPERTS)
+def test_experts_are_planned_as_if_the_first_position_chose_them_all(name: str) -> None:
+    dp, ids = DePass(models.make(name)), models.prompt(9)
+    layer, bias = dp.bound.expert_layers[0], int(dp.bound.has_bias)
+    count = max(len(dp.bound.layers[index].experts.read().tensors["down_proj"]) for index in dp.bound.expert_layers)
+    plan = dp.plan(9, sources="experts", measure=False)
+    assert (plan.rows, plan.sources) == (9 * (count + 1 + bias), count + 1 + bias)
+    found = dp.states(ids, models.LAYERS, sources=RoutedExperts(layer)).layout
+    assert found.rows <= plan.rows
+    assert found.most <= plan.sources
+
+
+def test_layers_that_lack_the_sources_are_named() -> None:
+    with pytest.raises(OptionError, match=r"sources='experts' of a plan: .* has no experts"):
+        DePass(models.make("llama")).plan(9, sources="experts", measure=False)
+    with pytest.raises(OptionError, match=r"sources='neurons' of a plan: .* has experts in every layer.*'experts'"):
+        DePass(models.make("gpt_oss")).plan(9, sources="neurons", measure=False)
+
+
+def test_a_way_back_counts_each_layers_own_heads() -> None:
+    """A layer of linear attention has other heads than a layer of attention has."""
+    dp = DePass(models.make("qwen3_next"))
+    mixed = sum(layer.output.weight.shape[1] for layer in dp.bound.layers)
+    assert mixed != models.LAYERS * dp.bound.layers[0].output.weight.shape[1]
+    # products with weights grow with the tokens, those with patterns with their square: two on the way there, one back
+    one, two = (dp.plan(tokens, rule="half", measure=False).operations for tokens in (8, 16))
+    assert two - 2 * one == 3 * 2 * mixed * (16**2 - 2 * 8**2)
 
 
 def test_a_model_of_shapes_alone_plans_the_same(tmp_path: Path) -> None:

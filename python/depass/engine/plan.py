@@ -310,7 +310,8 @@ def _backward(bound: BoundModel, positions: int, room: int, path_weights: PathWe
     recomputed = recomputes(needed, depth, room)
     kept = 1 if recomputed else depth
     products = 2 * positions * sum(numbers(layer.module) - layer.idle_numbers for layer in bound.layers)
-    mixing = 2 * positions**2 * bound.layers[0].output.shape[1] * depth  # one product of patterns and vectors
+    # one product of patterns and vectors in every layer
+    mixing = 2 * positions**2 * sum(layer.output.shape[1] for layer in bound.layers)
     back = products + mixing * (4 if path_weights.steers else 1)
     operations = (2 if recomputed else 1) * (products + 2 * mixing) + targets * back
     return _Cost(

@@ -57,14 +57,16 @@ def decompose_components(spec: Any, length: int, bound: BoundModel, routing: Ten
 
     def fill(rows: Tensor, trace: Trace) -> None:
         room = _Room(rows, layout, len(always), None if parts.starts is not None else positions[0])
-        missing = parts.whole(trace).to(rows, copy=True)
+        missing = parts.whole(trace).to(rows)  # may be the trace's own
         bias = parts.bias(trace)
         if bias is not None:
             room.everywhere(0, bias)
-            missing -= bias
-        for own, where, outputs in parts.blocks(trace, torch.tensor(positions, device=rows.device), _NUMBERS):
+            missing = missing - bias
+        blocks = parts.blocks(trace, torch.tensor(positions, device=rows.device), _NUMBERS)
+        for index, (own, where, outputs) in enumerate(blocks):
             room.components(own, where, outputs)
-            missing.index_add_(0, where, outputs.sum(1), alpha=-1)
+            subtract = missing.index_add_ if index else missing.index_add
+            missing = subtract(0, where, outputs.sum(1), alpha=-1)
         if parts.has_rest:
             room.everywhere(rest, missing)
         else:
