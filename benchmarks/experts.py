@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(section(options.out))
 
 
-def section(file: Path = FILE) -> str:
-    """What was measured and where, and the table, from a file of results."""
+def section(file: Path | None = None) -> str:
+    """What was measured and where, and the table, from a file of results; by default the committed one."""
+    file = file or FILE
     if not file.exists():
         return NOTHING
     row = json.loads(file.read_text())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 
-from benchmarks import linear
+from benchmarks import experts, linear
 from benchmarks.__main__ import main
 from benchmarks.machine import BenchmarkError
 from benchmarks.ops import LIBRARY, TORCH
@@ -16,6 +18,7 @@ from benchmarks.predict import load
 from benchmarks.registry import OURS
 from benchmarks.report import NOTHING, TABLES, newest, report
 from benchmarks.runner import Row
+from depass import DePass
 from depass.files import append_row
 
 pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
@@ -54,9 +57,10 @@ TEXT = "# Title\n\nmine\n\n<!-- begin {0} -->\nold\n<!-- end {0} -->\n\nmine, to
 
 
 @pytest.fixture(autouse=True)
-def no_linear_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their file is not among the rows that a test gives."""
     monkeypatch.setattr(linear, "FILE", tmp_path / "linear.json")
+    monkeypatch.setattr(experts, "FILE", tmp_path / "experts.json")
 
 
 def filled(tmp_path: Path, name: str, rows: list[Row]) -> str:
@@ -265,3 +269,25 @@ def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         append_row(rows, row)
     assert main(arguments) == 0
     assert str(document) in capsys.readouterr().out
+
+
+def test_the_table_of_experts_says_what_was_measured(tmp_path: Path) -> None:
+    row = {
+        "lengths": [7], "runs": 3, "threads": 1, "measured": [{"method": "half", "length": 7, "experts": 0.3, "dense": 0.2}],
+        "commit": "0123456789abcdef", "changed": False, "date": "2026-01-02T03:04:05+0000", "gpu": None, "cpu": "a CPU",
+        "cpu_capability": "AVX2", "torch": "2.0", "transformers": "5.0",
+    }  # fmt: skip
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    text = experts.section(tmp_path / "row.json")
+    assert "`python -m benchmarks.experts --lengths 7 --runs 3 --threads 1`" in text
+    assert "Commit: 0123456789." in text
+    assert "| half | 7 | 300 ms | 200 ms | 1.50× |" in text
+
+
+def test_the_benchmark_of_experts_refuses_scores_that_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    dp = DePass(models.make("llama"))
+    monkeypatch.setattr(experts, "SHAPE", {"vocab_size": models.VOCABULARY})
+    experts.work(dp, 5, "half")()
+    monkeypatch.setattr(experts, "CONSERVATION", -1.0)
+    with pytest.raises(SystemExit, match="half at 5 tokens misses the logit by .*; nothing was timed"):
+        experts.work(dp, 5, "half")
