@@ -289,5 +289,5 @@ def test_the_benchmark_of_experts_refuses_scores_that_do_not_add_up(monkeypatch:
     monkeypatch.setattr(experts, "SHAPE", {"vocab_size": models.VOCABULARY})
     experts.work(dp, 5, "half")()
     monkeypatch.setattr(experts, "CONSERVATION", -1.0)
-    with pytest.raises(SystemExit, match="half at 5 tokens misses the logit by .*; nothing was timed"):
+    with pytest.raises(SystemExit, match=r"half at 5 tokens misses the logit by .*; nothing was timed"):
         experts.work(dp, 5, "half")
