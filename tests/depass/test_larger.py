@@ -214,7 +214,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if kind + name not in made:
             wide = {"n_embd": 64, "n_inner": 128} if name.startswith("gpt2") else WIDE
             dp = DePass.from_pretrained(saved(tmp_path_factory.mktemp(kind), name, **wide), quantization=config)
-            rounded = getattr(dp.bound.layers[0].down.module, "support_avx512bf16_for_cpu", False)
+            rounded = getattr(dp.bound.layers[0].only_mlp.down.module, "support_avx512bf16_for_cpu", False)
             made[kind + name] = dp, 3 / 254 if rounded else bound
         return made[kind + name]
 
@@ -252,7 +252,7 @@ def test_a_weight_that_only_its_kernel_can_read_is_its_product_with_the_identity
     quantised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dp, _ = quantised("torchao-int8")
-    module = dp.bound.layers[0].down.module
+    module = dp.bound.layers[0].only_mlp.down.module
     expected, lent = weights.dense(module), weights.lent_bytes(module, torch.float32)
     monkeypatch.setattr(weights, "_is_multiplied", lambda weight: True)
     torch.testing.assert_close(weights.dense(module), expected)
@@ -268,7 +268,7 @@ def test_parts_of_a_quantised_model_add_up_to_its_own_logit(kind: str, quantised
     for sources in ("token", Heads(1), Neurons(1), Modules(0, "attn")):
         found = dp.attribute(ids, [5, 7], sources=sources, strict=True)
         exact = max(
-            1e-6, bound if weights.rounds_inputs(dp.bound.layers[0].down.module) else 0
+            1e-6, bound if weights.rounds_inputs(dp.bound.layers[0].only_mlp.down.module) else 0
         )  # a rounding may turn over
         torch.testing.assert_close(found.target_logits, own, rtol=exact, atol=exact)
         assert float(found.conservation_error.max()) < bound

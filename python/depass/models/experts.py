@@ -207,6 +207,24 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
+class ExpertGate:
+    """The projection of one expert that computes its pre-activations."""
+
+    read: ExpertWeights
+    expert: int
+
+    @property
+    def weight(self) -> Tensor:
+        """``[F, D]``."""
+        return self.read.gate(self.expert)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[F]``, or None."""
+        return self.read.gate_bias(self.expert)
+
+
+@dataclass(frozen=True)
 class Places:
     """The ``S`` places of some positions, sorted by expert.
 

@@ -16,7 +16,7 @@ from depass_kernels import SourceLayout, share_hidden
 from depass_kernels.reference import matmul
 
 from ..models.bound import MLP, Layer
-from ..models.experts import Experts, ExpertWeights, Places, hidden_vectors, summed_bias
+from ..models.experts import ExpertGate, Experts, ExpertWeights, Places, hidden_vectors, summed_bias
 from ..models.trace import Trace
 from .blocks import _PositionBlock, neurons_at_once, traits
 from .projections import add_constant, constant_of, folded
@@ -60,7 +60,7 @@ class _Every:
         self.hidden = trace.hidden if self.factor is None else trace.hidden.to(state_dtype) * self.factor[:, None]
         self.gate_weight = mlp.gate.weight.to(dtype)  # [F, D]
         self.down_weight = folded(mlp.down.weight, layer.mlp_post_norm, dtype)  # [D, F]
-        self.constant = constant_of(mlp.gate.weight, mlp.gate.bias, layer.mlp_norm, state_dtype)  # [F]
+        self.constant = constant_of(mlp.gate, layer.mlp_norm, state_dtype)  # [F]
 
     def add(self, block: _PositionBlock, operand: Tensor, in_trace: slice | Tensor) -> None:
         neurons, total = len(self.gate_weight), self.trace.gate_total
@@ -134,8 +134,7 @@ class _Routed:
 
     def _constant(self, expert: int) -> Tensor | None:
         """The constant part of an expert's pre-activations, ``[F]``."""
-        bias, norm = self.read.gate_bias(expert), self.layer.mlp_norm
-        return constant_of(self.read.gate(expert), bias, norm, self.propagation.state.dtype)
+        return constant_of(ExpertGate(self.read, expert), self.layer.mlp_norm, self.propagation.state.dtype)
 
     def add_bias(self) -> None:
         if not self.experts.has_bias:

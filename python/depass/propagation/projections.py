@@ -7,7 +7,8 @@ from torch import Tensor
 
 from depass_kernels import SourceLayout
 
-from ..models.bound import Norm, into_stream
+from ..models.bound import Norm, Projection, into_stream
+from ..models.experts import ExpertGate
 
 
 def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
@@ -17,10 +18,13 @@ def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     return into_stream(weight, norm, at_least_fp32(dtype)).to(dtype)
 
 
-def constant_of(weight: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
-    """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None."""
-    beta = None if norm is None else norm.beta()
-    parts = [] if beta is None else [weight.to(dtype) @ beta.to(dtype)]
+def constant_of(projection: Projection | ExpertGate, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
+    """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None.
+
+    The weight is read only where the norm has a ``β``: of a quantised one that makes a copy.
+    """
+    beta, bias = None if norm is None else norm.beta(), projection.bias
+    parts = [] if beta is None else [projection.weight.to(dtype) @ beta.to(dtype)]
     if bias is not None:
         parts.append(bias.to(dtype))
     return sum(parts[1:], start=parts[0]) if parts else None

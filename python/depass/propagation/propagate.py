@@ -257,10 +257,10 @@ class _Attention:
         self.output_weight = folded(layer.output.weight, layer.attention_post_norm, dtype)  # [D, H·d]
         self.latent_weight = None if layer.latent is None else layer.latent.weight.to(dtype)  # [rank, D]
         first = layer.latent or layer.value  # which reads the residual stream
-        self.first_constant = constant_of(first.weight, first.bias, layer.attention_norm, state_dtype)
+        self.first_constant = constant_of(first, layer.attention_norm, state_dtype)
         self.constant = None
         if layer.latent is not None:
-            self.constant = constant_of(layer.value.weight, layer.value.bias, layer.latent_norm, state_dtype)
+            self.constant = constant_of(layer.value, layer.latent_norm, state_dtype)
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
         propagation, rows = self.propagation, block.rows_on(self.propagation.state.device)
