@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from allocated import allocated
 from torch import Tensor
 from torch.nn import functional
 
@@ -154,3 +155,13 @@ def test_layers_with_different_numbers_of_heads() -> None:
     assert survey.heads.shape == (1, 3, 8)
     torch.testing.assert_close(survey.heads[:, [0, 2]], swept.scores, rtol=1e-4, atol=1e-5)
     assert bool((survey.heads[:, 1, 4:] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [48, 192])
+@pytest.mark.parametrize("name", [name for name in ("qwen3_5_text", "bamba") if name in models.EVERY])
+def test_a_plan_counts_what_a_recurrence_takes(name: str, length: int, dtype: torch.dtype) -> None:
+    dp, ids = DePass(models.make(name, dtype)), models.prompt(length)
+    dp.attribute(ids, 5)  # its first run checks the layers, too
+    plan = dp.plan(length, measure=False)
+    assert 0.7 <= allocated(lambda: dp.attribute(ids, 5)) / (plan.total_bytes - plan.weights_bytes) <= 1.15

@@ -55,10 +55,12 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
     if any(layer.recurrence is not None for layer in bound.layers):
         own_pattern = max(number, 4)  # computed for some heads at a time, with seven more such matrices
-        scores = max(scores, patterns * own_pattern + 7 * own_pattern * max(padded * max(lengths), HEADS_NUMBERS))
+        together = min(patterns, max(padded * max(lengths), HEADS_NUMBERS))
+        scores = max(scores, own_pattern * (patterns + 7 * together))
     chosen, of_experts = _places(bound)
     activations = padded * (4 * neurons + (8 + 3 * chosen) * width) * own
-    kept = patterns * own * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows
+    in_pattern = own if all(layer.recurrence is None for layer in bound.layers) else max(own, 4)
+    kept = patterns * in_pattern * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows
     buffers += padded * of_experts * (2 * own + number)  # hidden vectors and pre-activations, made again
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
     if bound.parallel:
