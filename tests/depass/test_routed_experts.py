@@ -432,3 +432,12 @@ def test_a_plan_counts_what_experts_take_beside_a_state(length: int, dtype: torc
     plan = dp.plan(length, measure=False)
     planned = plan.total_bytes - plan.weights_bytes
     assert 0.7 * planned <= allocated(lambda: dp.attribute(ids, 5)) <= 1.15 * planned
+
+
+@pytest.mark.parametrize("name", [name for name in ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text", "bamba")
+                                  if name in models.EVERY])  # fmt: skip
+def test_offloaded_experts_and_recurrences_give_the_same(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="weights are offloaded by accelerate")
+    expected, model = DePass(models.make(name)).attribute(IDS, 5), models.make(name)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(DePass(model).attribute(IDS, 5).scores, expected.scores)
