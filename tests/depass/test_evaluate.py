@@ -174,11 +174,40 @@ def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: 
     assert "and 1 stopped sessions" in (out / "report.md").read_text()
 
 
+def test_a_run_leaves_out_the_first_items_and_then_counts_its_limit(dp: DePass, tmp_path: Path) -> None:
+    run(Lengths(), dp, LengthsOptions(skip=7, limit=3), tmp_path)
+    assert sorted(rows_of(tmp_path)) == ["7", "8", "9"]
+
+
+def test_results_compare_methods_prompt_by_prompt(dp: DePass, tmp_path: Path) -> None:
+    """A shift that all prompts share is found whatever the prompts' own spread."""
+    own = {"ours": [0.0, 10.0, 100.0], "theirs": [1.0, 11.0, 101.0]}
+    costs = {"theirs": [3.0, 1.0, 2.0]}
+    ours, theirs = summary.results("area", "lower", own, "ours", 0, [4, 5, 9], costs)
+    assert ours.against is None
+    assert ours.cost is None
+    assert theirs.against == (1.0, 1.0, 1.0)
+    assert theirs.value.value == pytest.approx(113 / 3)
+    assert theirs.value.low < 2 < 100 < theirs.value.high
+    assert (theirs.prompts, theirs.tokens, theirs.cost, theirs.reference) == (3, 6, 2, "ours")
+
+    class Compared(Lengths):
+        def results(self, rows: Sequence[Row], options: LengthsOptions) -> list[summary.Result]:
+            return [ours, theirs]
+
+    run(Compared(), dp, LengthsOptions(limit=4), tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["settings"]["model"] == dp.name
+    assert [line["method"] for line in written["results"]] == ["ours", "theirs"]
+    assert written["results"][1]["against"] == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"seed": 1}, "holds a run with seed 0, but this run has 1; use the same options, or choose another --out"),
         ({"limit": 5}, "limit None, but this run has 5"),
+        ({"skip": 5}, "skip None, but this run has 5"),
         ({"unit": "bytes"}, "unit 'characters', but this run has 'bytes'"),
     ],
 )

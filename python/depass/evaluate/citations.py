@@ -69,7 +69,7 @@ class Citations(Task[CitationsOptions]):
     def items(self, options: CitationsOptions) -> list[Item]:
         """Generated prompts; the kinds alternate."""
         kinds = list(KINDS) if options.data == BOTH else [options.data]
-        count = COUNT if options.limit is None else math.ceil(options.limit / len(kinds))
+        count = COUNT if options.needed is None else math.ceil(options.needed / len(kinds))
         return [
             Item(f"{kind}-{index}", {"kind": kind, "questions": questions(kind, index, options.seed)})
             for index in range(count)

@@ -123,7 +123,7 @@ class Components(Task[ComponentsOptions]):
 
     def items(self, options: ComponentsOptions) -> list[Item]:
         """Prompts with their answers."""
-        return data.prompts(options.data, options.seed, options.limit)
+        return data.prompts(options.data, options.seed, options.needed)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: ComponentsOptions) -> Iterator[Row]:
         """Mask each prompt that the model answers right, by every ranking, end and percentage; does it stay right?"""

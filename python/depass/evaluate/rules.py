@@ -80,7 +80,7 @@ class Rules(Task[RulesOptions]):
 
     def items(self, options: RulesOptions) -> list[Item]:
         """Prompts with their answers."""
-        return data.prompts(options.data, options.seed, options.limit)
+        return data.prompts(options.data, options.seed, options.needed)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: RulesOptions) -> Iterator[Row]:
         """Each prompt's curves for each variant."""

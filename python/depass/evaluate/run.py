@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def run(
 ) -> Path:
     """Measure the items that have no row yet, and write the report.
 
-    Writes three files into ``folder``: ``run.json`` (settings, seed, versions), ``rows.jsonl`` (one row per item, written
-    when it is measured), and at the end ``report.md`` with its figures.
+    Writes into ``folder``: ``run.json`` (settings, seed, versions), ``rows.jsonl`` (one row per item, written when it is
+    measured), and at the end ``results.json`` (see :class:`.summary.Result`) and ``report.md`` with its figures.
 
     Args:
         task: the task to run.
@@ -53,7 +54,7 @@ def run(
         DePassError: the task cannot run at all.
     """
     folder, settings = Path(folder), _settings(task, dp, options, quantization)
-    items = task.items(options)[: options.limit]
+    items = task.items(options)[options.skip :][: options.limit]
     if not items:
         raise DataError(f"{options.data} has no rows to measure; give a data set with rows")
     assert len({item.id for item in items}) == len(items), "two items have the same id"
@@ -116,6 +117,8 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that the rows depend on, as JSON. The model's device is not part of it."""
     task_options = dict(vars(options))
+    if not options.skip:
+        del task_options["skip"]  # runs that began before there was this option have no such setting
     for name in task.files:
         if task_options.get(name) is not None and Path(task_options[name]).is_file():
             task_options[f"{name}_sha256"] = hashlib.sha256(_bytes(task_options[name])).hexdigest()
@@ -179,6 +182,9 @@ def _report(
     text = "\n\n".join(
         [f"# {task.name}: {task.help}", _head(description), counts(rows), task.report(good, options, folder)]
     )
+    if good:
+        lines = [asdict(result) for result in task.results(good, options)]
+        write_json(folder / "results.json", {"settings": description["settings"], "results": lines})
     path = folder / "report.md"
     write_atomically(path, (text.rstrip() + "\n").encode())
     return path

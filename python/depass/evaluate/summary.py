@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +44,63 @@ def mean(values: Sequence[float], seed: int) -> Mean:
     )
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Mean(float(sample.mean()), low, high)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one method does in one experiment: a line of a run's ``results.json``.
+
+    Attributes:
+        measure: what is measured, in words: ``"patch-top, area"``. All methods of one measure can be compared.
+        better: ``"lower"`` or ``"higher"``.
+        method: the method's name.
+        value: the mean over prompts.
+        prompts: how many prompts.
+        against: the mean over the same prompts of this method's value less that of the reference, or None for the
+            reference itself.
+        reference: the method that all others are compared with.
+        tokens: the prompts' mean length.
+        cost: the median over prompts of the time that the method takes, in plain passes of the model over the same prompts;
+            None: not measured.
+    """
+
+    measure: str
+    better: str
+    method: str
+    value: Mean
+    prompts: int
+    against: Mean | None
+    reference: str
+    tokens: float
+    cost: float | None = None
+
+
+def results(
+    measure: str,
+    better: str,
+    values: Mapping[str, Sequence[float]],
+    reference: str,
+    seed: int,
+    tokens: Sequence[int],
+    costs: Mapping[str, Sequence[float]] | None = None,
+) -> list[Result]:
+    """One result per method, from each method's value for each prompt, the prompts' lengths and perhaps the methods' costs.
+
+    Methods are compared prompt by prompt, so all must have values for the same prompts in the same order.
+    """
+    compared = {
+        name: None
+        if name == reference or reference not in values
+        else mean([own - other for own, other in zip(of, values[reference], strict=True)], seed)
+        for name, of in values.items()
+    }
+    return [
+        Result(
+            measure, better, name, mean(of, seed), len(of), compared[name], reference, sum(tokens) / len(tokens),
+            statistics.median(costs[name]) if costs is not None and name in costs else None,
+        )
+        for name, of in values.items()
+    ]  # fmt: skip
 
 
 def area(x: Sequence[float], y: Tensor) -> Tensor:

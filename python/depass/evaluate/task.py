@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from ..api import DePass
 from ..arguments import CommandOptions, argument
+from .summary import Result
 
 Row = dict[str, Any]
 
@@ -21,7 +22,8 @@ class TaskOptions(CommandOptions):
     Attributes:
         data: a file, or the name of a built-in set if the task has some.
         seed: seed of all random numbers.
-        limit: measure only the first ``limit`` items; None: all.
+        skip: leave out the first ``skip`` items: prompts on which something was chosen should not be reported.
+        limit: measure only the first ``limit`` of the others; None: all.
 
     Raises:
         OptionError: a field has an invalid value.
@@ -29,7 +31,13 @@ class TaskOptions(CommandOptions):
 
     data: str = field(metadata=argument("the data file (required)", metavar="FILE"))
     seed: int = field(default=0, metadata=argument("seed of all random numbers (default: 0)", metavar="N", least=0))
+    skip: int = field(default=0, metadata=argument("leave out the first N items (default: 0)", metavar="N", least=0))
     limit: int | None = field(default=None, metadata=argument("measure only the first N items", metavar="N", least=1))
+
+    @property
+    def needed(self) -> int | None:
+        """How many items a run looks at, those that it leaves out included; None: all."""
+        return None if self.limit is None else self.skip + self.limit
 
 
 AnyTaskOptions = TypeVar("AnyTaskOptions", bound=TaskOptions)
@@ -67,7 +75,7 @@ class Task(ABC, Generic[AnyTaskOptions]):
 
     @abstractmethod
     def items(self, options: AnyTaskOptions) -> list[Item]:
-        """All items; the run takes the first ``options.limit`` of them.
+        """All items; the run leaves out ``options.skip`` and takes the first ``options.limit`` of the others.
 
         Raises:
             DataError: the data set cannot be read.
@@ -87,6 +95,10 @@ class Task(ABC, Generic[AnyTaskOptions]):
     @abstractmethod
     def report(self, rows: Sequence[Row], options: AnyTaskOptions, folder: Path) -> str:
         """A Markdown report on the ``ok`` rows, which may be empty. Its figures are written into ``folder``."""
+
+    def results(self, rows: Sequence[Row], options: AnyTaskOptions) -> list[Result]:
+        """What the ``ok`` rows, one or more, say of each method; a task that compares no methods has none."""
+        return []
 
 
 def skipped(item: Item, reason: str, **more: Any) -> Row:

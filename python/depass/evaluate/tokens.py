@@ -76,7 +76,7 @@ class Tokens(Task[TokensOptions]):
     def items(self, options: TokensOptions) -> list[Item]:
         """Prompts with their answers."""
         scorers(options.methods, options.seed)  # refuses unknown methods before any data are loaded
-        return data.prompts(options.data, options.seed, options.limit)
+        return data.prompts(options.data, options.seed, options.needed)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: TokensOptions) -> Iterator[Row]:
         """Each prompt's curves for each method.
