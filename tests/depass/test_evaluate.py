@@ -181,15 +181,16 @@ def test_a_run_leaves_out_the_first_items_and_then_counts_its_limit(dp: DePass, 
 
 def test_results_compare_methods_prompt_by_prompt(dp: DePass, tmp_path: Path) -> None:
     """A shift that all prompts share is found whatever the prompts' own spread."""
-    own = {"ours": [0.0, 10.0, 100.0], "theirs": [1.0, 11.0, 101.0]}
+    own = {"ours": [0.0, 10.0, 100.0], "theirs": [1.0, 11.0, 101.0], "slow": [None, 12.0, None]}
     costs = {"theirs": [3.0, 1.0, 2.0]}
-    ours, theirs = summary.results("area", "lower", own, "ours", 0, [4, 5, 9], costs)
+    ours, theirs, slow = summary.results("area", "lower", own, "ours", 0, [4, 5, 9], costs)
     assert ours.against is None
     assert ours.cost is None
     assert theirs.against == (1.0, 1.0, 1.0)
     assert theirs.value.value == pytest.approx(113 / 3)
     assert theirs.value.low < 2 < 100 < theirs.value.high
     assert (theirs.prompts, theirs.tokens, theirs.cost, theirs.reference) == (3, 6, 2, "ours")
+    assert (slow.prompts, slow.value.value, slow.against, slow.values) == (1, 12, (2, 2, 2), (None, 12, None))
 
     class Compared(Lengths):
         def results(self, rows: Sequence[Row], options: LengthsOptions) -> list[summary.Result]:

@@ -31,6 +31,7 @@ def run(
     folder: str | os.PathLike[str],
     *,
     quantization: str | None = None,
+    seconds: float | None = None,
 ) -> Path:
     """Measure the items that have no row yet, and write the report.
 
@@ -43,6 +44,7 @@ def run(
         options: an instance of ``task.Options``.
         folder: the output directory; it is created if needed.
         quantization: the model's quantization, as given to :meth:`DePass.from_pretrained`.
+        seconds: measure no further item after so much time; the report is on the items measured by then. None: all items.
 
     Returns:
         The report's path.
@@ -67,13 +69,13 @@ def run(
             description["sessions"].append(this_session)
             write_json(folder / "run.json", description)
             try:
-                _measure(task, dp, items, rows, options, folder)
+                _measure(task, dp, items, rows, options, folder, seconds)
             except (OutputError, KeyboardInterrupt) as stop:
                 say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
                 raise
             this_session["seconds"] = round(time.monotonic() - began, 1)
             write_json(folder / "run.json", description)
-        return _report(task, [rows[item.id] for item in items], description, options, folder)
+        return _report(task, items, rows, description, options, folder)
 
 
 def _measure(
@@ -83,8 +85,10 @@ def _measure(
     rows: dict[str, Row],
     options: AnyTaskOptions,
     folder: Path,
+    seconds: float | None,
 ) -> None:
-    """Add the missing rows, on disk and to ``rows``."""
+    """Add the missing rows, on disk and to ``rows``, until the time is up."""
+    began = time.monotonic()
 
     def add(row: Row) -> None:
         assert row["id"] not in rows, f"two rows of item {row['id']}"
@@ -105,6 +109,8 @@ def _measure(
         for row in task.measure(dp, prepared, missing, options):
             add(row)
             update(len(rows))
+            if seconds is not None and time.monotonic() - began > seconds:
+                return
     lost = [item.id for item in missing if item.id not in rows]
     assert not lost, f"no rows of the items {', '.join(lost)}"
 
@@ -173,18 +179,21 @@ def _read(path: Path) -> dict[str, Row]:
 
 def _report(
     task: Task[AnyTaskOptions],
-    rows: Sequence[Row],
+    items: Sequence[Item],
+    rows: dict[str, Row],
     description: dict[str, Any],
     options: AnyTaskOptions,
     folder: Path,
 ) -> Path:
-    good = [row for row in rows if row["status"] == "ok"]
-    text = "\n\n".join(
-        [f"# {task.name}: {task.help}", _head(description), counts(rows), task.report(good, options, folder)]
-    )
+    measured = [rows[item.id] for item in items if item.id in rows]
+    good = [row for row in measured if row["status"] == "ok"]
+    parts = [f"# {task.name}: {task.help}", _head(description), counts(measured)]
+    if len(measured) < len(items):
+        parts.append(f"{len(items) - len(measured)} more items were not measured: the time was up.")
+    text = "\n\n".join([*parts, task.report(good, options, folder)])
     if good:
         lines = [asdict(result) for result in task.results(good, options)]
-        write_json(folder / "results.json", {"settings": description["settings"], "results": lines})
+        write_json(folder / "results.json", {"task": task.name, "settings": description["settings"], "results": lines})
     path = folder / "report.md"
     write_atomically(path, (text.rstrip() + "\n").encode())
     return path

@@ -56,12 +56,14 @@ class Result:
         method: the method's name.
         value: the mean over prompts.
         prompts: how many prompts.
-        against: the mean over the same prompts of this method's value less that of the reference, or None for the
+        against: the mean of this method's value less that of the reference, over the prompts that have both; None for the
             reference itself.
         reference: the method that all others are compared with.
         tokens: the prompts' mean length.
         cost: the median over prompts of the time that the method takes, in plain passes of the model over the same prompts;
             None: not measured.
+        values: the method's value for each of the experiment's prompts, in one order for all methods, to five digits; None
+            where the method was not measured.
     """
 
     measure: str
@@ -72,13 +74,14 @@ class Result:
     against: Mean | None
     reference: str
     tokens: float
-    cost: float | None = None
+    cost: float | None
+    values: tuple[float | None, ...]
 
 
 def results(
     measure: str,
     better: str,
-    values: Mapping[str, Sequence[float]],
+    values: Mapping[str, Sequence[float | None]],
     reference: str,
     seed: int,
     tokens: Sequence[int],
@@ -86,21 +89,33 @@ def results(
 ) -> list[Result]:
     """One result per method, from each method's value for each prompt, the prompts' lengths and perhaps the methods' costs.
 
-    Methods are compared prompt by prompt, so all must have values for the same prompts in the same order.
+    All methods must have values for the same prompts in the same order; None where a method was not measured.
     """
-    compared = {
-        name: None
-        if name == reference or reference not in values
-        else mean([own - other for own, other in zip(of, values[reference], strict=True)], seed)
-        for name, of in values.items()
-    }
-    return [
-        Result(
-            measure, better, name, mean(of, seed), len(of), compared[name], reference, sum(tokens) / len(tokens),
-            statistics.median(costs[name]) if costs is not None and name in costs else None,
+    found = []
+    for name, of in values.items():
+        known = [value for value in of if value is not None]
+        compared = name != reference and reference in values
+        found.append(
+            Result(
+                measure=measure,
+                better=better,
+                method=name,
+                value=mean(known, seed),
+                prompts=len(known),
+                against=mean(differences(of, values[reference]), seed) if compared else None,
+                reference=reference,
+                tokens=sum(tokens) / len(tokens),
+                cost=statistics.median(costs[name]) if costs is not None and name in costs else None,
+                values=tuple(None if value is None else float(f"{value:.5g}") for value in of),
+            )
         )
-        for name, of in values.items()
-    ]  # fmt: skip
+    return found
+
+
+def differences(values: Sequence[float | None], others: Sequence[float | None]) -> list[float]:
+    """The differences of two methods' values, over the prompts that have both."""
+    pairs = zip(values, others, strict=True)
+    return [value - other for value, other in pairs if value is not None and other is not None]
 
 
 def area(x: Sequence[float], y: Tensor) -> Tensor:

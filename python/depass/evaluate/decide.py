@@ -1,0 +1,259 @@
+"""Which method when: a decision table and a figure, from the results of several experiments."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import rules
+from ..errors import DataError, OptionError
+from .summary import COLOURS, Mean, Result, differences, mean, new_figure, save, table
+
+BUDGETS = (3.0, 10.0, math.inf)  # plain passes of the model
+MARKERS = "os^Dvp"
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+RANDOM = "random"
+QUESTIONS = {
+    "patch-top, area": "Which tokens does the answer depend on?",
+    "recover-top, area": "Which tokens suffice for the answer?",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one run found.
+
+    Attributes:
+        model: the model's name.
+        data: the data set: the file's name without its ending, or the built-in set's name.
+        task: the task's name.
+        seed: the seed of the run; intervals here are drawn with it, too.
+        results: one line for each measure and method.
+    """
+
+    model: str
+    data: str
+    task: str
+    seed: int
+    results: tuple[Result, ...]
+
+    def measures(self) -> dict[str, list[Result]]:
+        """The results by measure."""
+        by_measure: dict[str, list[Result]] = {}
+        for result in self.results:
+            by_measure.setdefault(result.measure, []).append(result)
+        return by_measure
+
+
+def load(folder: Path) -> Experiment:
+    """The experiment of a run's directory.
+
+    Raises:
+        DataError: the directory has no ``results.json``, or another program wrote it.
+    """
+    try:
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        settings, lines = content["settings"], content["results"]
+        results = tuple(_result(line) for line in lines)
+        data = Path(settings["data"]).stem
+        return Experiment(settings["model"], data, content["task"], settings["seed"], results)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} has no results of an evaluation ({error}); give the --out of depass evaluate"
+        ) from error
+
+
+def _result(line: dict[str, Any]) -> Result:
+    value, against = Mean(*line["value"]), line["against"]
+    against = None if against is None else Mean(*against)
+    return Result(**{**line, "value": value, "against": against, "values": tuple(line["values"])})
+
+
+# Choosing.
+
+
+def adds_up(method: str) -> bool:
+    """Whether a method's scores add up to what they explain: those of rules do, except where paths carry only a part."""
+    try:
+        return rules.read(method).balance != "unassigned"
+    except OptionError:
+        return False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to take within a budget.
+
+    Attributes:
+        best: the result with the best mean.
+        level: methods that are not shown to be worse than the best: the interval of the difference contains 0. The
+            cheapest first.
+        chosen: of the best and the level ones, the cheapest whose scores add up; the best if there is none.
+        fallback: where the chosen method's scores do not add up: the best of those whose scores do.
+        behind: by how much the fallback is worse than the best.
+    """
+
+    best: Result
+    level: tuple[Result, ...]
+    chosen: Result
+    fallback: Result | None
+    behind: Mean | None
+
+
+def choose(measured: Sequence[Result], budget: float, seed: int) -> Choice | None:
+    """Choose among the results of one measure; None: no method costs so little."""
+    affordable = [r for r in measured if math.isinf(budget) or (r.cost is not None and r.cost <= budget)]
+    if not affordable:
+        return None
+    sign = 1.0 if affordable[0].better == "lower" else -1.0
+    best = _best(affordable, sign)
+
+    def behind(result: Result) -> Mean:
+        return mean([sign * difference for difference in differences(result.values, best.values)], seed)
+
+    affordable = [r for r in affordable if differences(r.values, best.values)]
+    level = [r for r in affordable if r is not best and behind(r).low <= 0]
+    level.sort(key=lambda r: (math.inf if r.cost is None else r.cost, sign * r.value.value))
+    additive = [r for r in (best, *level) if adds_up(r.method)]
+    if additive:
+        cheapest = min(additive, key=lambda r: (math.inf if r.cost is None else r.cost, sign * r.value.value))
+        return Choice(best, tuple(level), cheapest, None, None)
+    others = [r for r in affordable if adds_up(r.method)]
+    fallback = min(others, key=lambda r: sign * r.value.value) if others else None
+    return Choice(best, tuple(level), best, fallback, None if fallback is None else behind(fallback))
+
+
+def _best(results: Sequence[Result], sign: float) -> Result:
+    """The lowest ``sign`` times mean. A method measured on fewer prompts counts only against the others' values there."""
+    most = max(result.prompts for result in results)
+    best = min((r for r in results if r.prompts == most), key=lambda r: sign * r.value.value)
+    fewer = [
+        (sign * _average(differences(r.values, best.values)), i) for i, r in enumerate(results) if r.prompts < most
+    ]
+    ahead, index = min(fewer, default=(0.0, 0))
+    return results[index] if ahead < 0 else best
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.inf
+
+
+# Showing.
+
+
+def decision_table(experiments: Iterable[Experiment]) -> str:
+    """A row for each measure of each experiment, a column for each budget."""
+    head = ["question", "measure", "prompts", "model", *(_budget(budget) for budget in BUDGETS)]
+    lines = []
+    for experiment in experiments:
+        for measure, measured in experiment.measures().items():
+            most, better = max(r.prompts for r in measured), measured[0].better
+            lines.append(
+                [
+                    QUESTIONS.get(measure, measure),
+                    f"{measure} ({better} is better)",
+                    f"{experiment.data}: {most}, {measured[0].tokens:.0f} tokens",
+                    experiment.model,
+                    *(_cell(choose(measured, budget, experiment.seed)) for budget in BUDGETS),
+                ]
+            )
+    return table(head, lines)
+
+
+EXPLAINED = (
+    "A cell names, among the methods that cost no more, the one to take: the cheapest whose scores add up, of those that "
+    "are not shown to be worse than the best (the 95 % interval of the difference, prompt by prompt, contains 0). The best "
+    "stands in brackets, where it is another one. Where no rule that adds up is level with the best, the cell names the "
+    "best, then the best rule that adds up, and how much worse it is. Costs are in plain passes of the model over the same "
+    "prompts, measured in the same run. Many methods are compared on the same prompts, so of twenty that are level, one "
+    "may seem worse by chance."
+)
+
+DRAWN = (
+    "Faithfulness against cost. A filled mark is a method whose scores add up. A line reaches over the 95 % interval of the "
+    "mean over prompts. The dashed line is random scores."
+)
+
+
+def _budget(budget: float) -> str:
+    return "any cost" if math.isinf(budget) else f"up to {budget:g} plain passes"
+
+
+def _cell(choice: Choice | None) -> str:
+    if choice is None:
+        return "none costs so little"
+    chosen, best = choice.chosen, choice.best
+    text = f"**{chosen.method}** {_value(chosen)}"
+    if chosen is not best:
+        return f"{text} (best: {best.method} {_value(best)})"
+    if choice.fallback is None or choice.behind is None:
+        return text
+    worse = choice.behind
+    how = f"worse by {worse.value:.3f} [{worse.low:.3f}, {worse.high:.3f}]"
+    return f"{text}; adds up: **{choice.fallback.method}** {_value(choice.fallback)}, {how}"
+
+
+def _value(result: Result) -> str:
+    return f"{result.value.value:.3f}" + ("" if result.cost is None else f" at {_times(result.cost)}")
+
+
+def _times(cost: float) -> str:
+    return f"{cost:.0f}×" if cost >= 10 else f"{cost:.1f}×"
+
+
+def draw(experiments: Sequence[Experiment], path: Path) -> str:
+    """A figure of faithfulness against cost: a row of panels for each experiment, a panel for each measure.
+
+    A filled mark is a method whose scores add up. A line reaches over the mean's 95 % interval.
+
+    Returns:
+        The Markdown that shows it in a page of the same directory.
+    """
+    shown = [(experiment, experiment.measures()) for experiment in experiments]
+    columns = max(len(measures) for _, measures in shown)
+    figure = new_figure(3.4 * columns + 0.4, 3.0 * len(shown) + 1.6)
+    grid: Any = figure.subplots(len(shown), columns, squeeze=False)
+    names = list(dict.fromkeys(result.method for experiment, _ in shown for result in experiment.results))
+    styles = {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
+        for i, name in enumerate(names)
+    }
+    points = {}
+    for row, (experiment, measures) in zip(grid, shown, strict=True):
+        for axes in row[len(measures) :]:
+            axes.axis("off")
+        for axes, (measure, measured) in zip(row, measures.items(), strict=False):
+            for result in measured:
+                if result.method == RANDOM:
+                    points[RANDOM] = axes.axhline(result.value.value, color="0.6", linestyle="--", linewidth=1)
+                elif result.cost is not None:
+                    points[result.method] = _point(axes, result, styles[result.method])
+            axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            axes.set_title(
+                f"{experiment.model}, {experiment.data}\n{measure}; {measured[0].better} is better", fontsize=9
+            )
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("cost in plain passes of the model", fontsize=9)
+    handles = [points[name] for name in names if name in points]
+    figure.legend(handles, [name for name in names if name in points], loc="outside lower center", ncols=6, fontsize=8,
+                  frameon=False)  # fmt: skip
+    return save(figure, path)
+
+
+def _point(axes: Any, result: Result, style: dict[str, str]) -> Any:
+    value = result.value
+    reach = [[value.value - value.low], [value.high - value.value]]
+    filled = {} if adds_up(result.method) else {"markerfacecolor": "none"}
+    return axes.errorbar(
+        result.cost, value.value, yerr=reach, linestyle="none", elinewidth=0.8, markersize=5, **style, **filled
+    )

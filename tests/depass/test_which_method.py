@@ -1,0 +1,137 @@
+"""The decision table and its figure, from values that are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depass import DataError
+from depass.evaluate import decide
+from depass.evaluate.decide import Experiment, adds_up, choose, decision_table, draw, load
+from depass.evaluate.summary import Result, results
+
+PROMPTS = 40
+
+
+def spread(shift: float, count: int = PROMPTS, noise: float = 0.0) -> list[float | None]:
+    """Values that differ between prompts far more than methods do; ``noise`` has the sign of the prompt's parity."""
+    return [10.0 * i + shift + noise * (-1) ** i if i < count else None for i in range(PROMPTS)]
+
+
+def measured(values: dict[str, list[float | None]], costs: dict[str, float], better: str = "lower") -> list[Result]:
+    times = {name: [cost] for name, cost in costs.items()}
+    return results("patch-top, area", better, values, "softmax", 0, [8] * PROMPTS, times)
+
+
+COSTS = {"softmax": 5.0, "half": 2.0, "gradient_norm": 2.5, "leave_one_out": 30.0}
+
+
+def test_the_best_is_chosen_within_the_budget() -> None:
+    found = measured({name: spread(shift) for name, shift in zip(COSTS, (3.0, 4.0, 5.0, 1.0), strict=True)}, COSTS)
+    for budget, name in ((1.9, None), (2.0, "half"), (5.0, "softmax"), (float("inf"), "leave_one_out")):
+        choice = choose(found, budget, 0)
+        assert (choice and choice.best.method) == name
+
+
+def test_higher_is_better_turns_the_order() -> None:
+    values = {name: spread(shift) for name, shift in zip(COSTS, (3.0, 4.0, 5.0, 1.0), strict=True)}
+    choice = choose(measured(values, COSTS, "higher"), 10.0, 0)
+    assert choice is not None
+    assert choice.best.method == "gradient_norm"
+    assert choice.fallback is not None
+    assert choice.fallback.method == "half"
+    assert choice.behind == (1.0, 1.0, 1.0)
+
+
+def test_of_methods_that_are_level_the_cheapest_that_adds_up_is_chosen() -> None:
+    """Softmax is best by 0.01 on the mean; prompt by prompt it loses as often as it wins."""
+    values = {
+        "softmax": spread(3.0, noise=1.0),
+        "half": spread(3.01, noise=-1.0),
+        "gradient_norm": spread(3.02, noise=-1.0),
+        "leave_one_out": spread(3.5, noise=1.0),  # worse in every prompt
+    }
+    choice = choose(measured(values, COSTS), float("inf"), 0)
+    assert choice is not None
+    assert choice.best.method == "softmax"
+    assert [result.method for result in choice.level] == ["half", "gradient_norm"]
+    assert choice.chosen.method == "half"
+    assert choice.fallback is None
+
+
+def test_a_method_with_fewer_prompts_is_compared_on_those_alone() -> None:
+    """The first prompts have low values: a mean over them alone is lower than every other."""
+    values = {"softmax": spread(0.0), "leave_one_out": spread(1.0, count=10)}
+    choice = choose(measured(values, COSTS), float("inf"), 0)
+    assert choice is not None
+    assert choice.best.method == "softmax"
+    values["leave_one_out"] = spread(-1.0, count=10)
+    choice = choose(measured(values, COSTS), float("inf"), 0)
+    assert choice is not None
+    assert choice.best.method == "leave_one_out"
+    assert choice.behind == (1.0, 1.0, 1.0)
+
+
+def test_a_method_without_a_cost_fits_no_budget() -> None:
+    found = measured({"softmax": spread(3.0), "half": spread(1.0)}, {"softmax": 5.0})
+    for budget, name in ((10.0, "softmax"), (float("inf"), "half")):
+        choice = choose(found, budget, 0)
+        assert choice is not None
+        assert choice.best.method == name
+
+
+@pytest.mark.parametrize(
+    ("method", "adds"),
+    [("softmax", True), ("half", True), ("steer", True), ("steered", True), ("softmax+half", True), ("dual_path", False),
+     ("softmax+dual_path", False), ("gim", False), ("random", False), ("integrated_gradients_20", False)],
+)  # fmt: skip
+def test_which_methods_add_up(method: str, adds: bool) -> None:
+    assert adds_up(method) == adds
+
+
+# Files.
+
+
+def saved(folder: Path, lines: list[Any]) -> Path:
+    folder.mkdir()
+    settings = {"model": "small", "data": "sets/known_1000.json", "seed": 3}
+    (folder / "results.json").write_text(json.dumps({"task": "tokens", "settings": settings, "results": lines}))
+    return folder
+
+
+def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
+    found = measured({"softmax": spread(3.0), "half": spread(1.0, count=7)}, {"softmax": 5.0})
+    experiment = load(saved(tmp_path / "run", [asdict(result) for result in found]))
+    assert experiment == Experiment("small", "known_1000", "tokens", 3, tuple(found))
+
+
+def test_a_directory_without_results_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no results of an evaluation"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="has no results of an evaluation"):
+        load(saved(tmp_path / "old", [{"measure": "patch-top"}]))
+
+
+def test_the_table_and_the_figure_show_every_experiment(tmp_path: Path) -> None:
+    values = {name: spread(shift) for name, shift in zip(COSTS, (3.0, 4.0, 5.0, 1.0), strict=True)} | {
+        "random": spread(9.0)
+    }
+    experiments = [
+        Experiment(model, "known_1000", "tokens", 0, tuple(measured(values, COSTS))) for model in ("one", "two")
+    ]
+    lines = decision_table(experiments).splitlines()
+    assert len(lines) == 2 + len(experiments)
+    assert "Which tokens does the answer depend on?" in lines[2]
+    assert "known_1000: 40, 8 tokens" in lines[2]
+    assert "| **half** 199.000 at 2.0× |" in lines[2]
+    assert (
+        "**leave_one_out** 196.000 at 30×; adds up: **softmax** 198.000 at 5.0×, worse by 2.000 [2.000, 2.000]"
+        in lines[3]
+    )
+    assert draw(experiments, tmp_path / "which.png") == "![which](which.png)"
+    assert (tmp_path / "which.png").read_bytes().startswith(b"\x89PNG")
+    assert decide.EXPLAINED
