@@ -855,8 +855,8 @@ def test_scores_are_products_in_the_states_dtype() -> None:
             close(gradient.scores(), (gradient.gradient.double() * gradient.x).sum(-1).float(), 1e-6)
 
         def layer(self, gradients: LayerGradients) -> None:
-            of_mixed, of_hidden = gradients.of_mixed.double(), gradients.of_hidden.double()
-            heads = (of_mixed * gradients.mixed).unflatten(-1, (4, -1)).sum(-1)
+            of_mixed, of_hidden = gradients.of_mixed[0].double(), gradients.of_hidden.double()
+            heads = (of_mixed * gradients.mixed[0]).unflatten(-1, (4, -1)).sum(-1)
             close(gradients.heads(), heads.float(), 1e-6)
             close(gradients.neurons()[:, 0], (of_hidden * gradients.hidden).sum(1).float(), 1e-6)
             called.append(gradients.layer)

@@ -112,8 +112,8 @@ def switch_off(bound: BoundModel, index: int, part: str) -> None:
         for each in (name for name in layer.experts.tensors if name.startswith("down_proj")):
             layer.experts.tensors[each][:2] = 0
         return
-    projection = layer.output if part == "heads" else layer.only_mlp.down
-    columns = 2 * (projection.shape[1] // layer.num_heads if part == "heads" else 1)
+    projection = layer.mixers[0].output if part == "heads" else layer.only_mlp.down
+    columns = 2 * (projection.shape[1] // layer.mixers[0].num_heads if part == "heads" else 1)
     module = projection.module
     (module.weight if type(module).__name__ == "Conv1D" else module.weight.T)[:columns] = 0
 

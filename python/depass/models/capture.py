@@ -280,7 +280,7 @@ class MixerCapture:
         trace, trace.pattern = self.trace, self._unmasked(frozen.pattern)
         trace.value_scale, trace.mix_scale = self._flat(frozen.value_scale), self._flat(frozen.mix_scale)
         if self.seen is not None:
-            self.seen.mixed = self._flat(frozen.mixed)
+            self.seen.mixed, self.seen.convolved = self._flat(frozen.mixed), self._flat(frozen.values)
 
     @of_this_thread
     def values_of_recurrence(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -53,6 +53,7 @@ class SeenMixer:
     mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
     sinks_differ: bool | None = None  # whether sinks act where the family does not say; None without sinks
     read_by_value: Tensor | None = None  # [P, D], the input of the value projection where its kernel rounds it
+    convolved: Tensor | None = None  # [P, K·d], which the convolution of a recurrence reads
 
 
 @dataclass
@@ -214,7 +215,8 @@ class _Steps:
             if mixer.latent_norm is not None and trace.latent_scale is not None:
                 declared = _normed(mixer.latent_norm, declared, trace.latent_scale[:, None])
         if seen.read_by_value is None:
-            return _difference(_projected(mixer.value, declared), values)
+            missed = _difference(_projected(mixer.value, declared), values)
+            return missed if seen.convolved is None else missed.maximum(_difference(values, self.of(seen.convolved)))
         read = self.of(seen.read_by_value)
         given = declared * mixer.value.input_factor
         return torch.maximum(_difference(given, read), _difference(_by_kernel(mixer.value, read), values))

@@ -30,12 +30,14 @@ class Frozen(NamedTuple):
     """What a recurrence freezes, for ``B`` prompts of ``T`` tokens.
 
     Attributes:
+        values: ``[B, T, H·d]``, which the convolution reads.
         pattern: ``[B, H, T, T]``.
         value_scale: ``[B, T, H·d]``, the ``σ`` of the SiLU behind the convolution.
         mix_scale: ``[B, T, H·d]``, of the norm and the gate before the output projection.
         mixed: ``[B, T, H·d]``, the pattern times the values.
     """
 
+    values: Tensor
     pattern: Tensor
     value_scale: Tensor
     mix_scale: Tensor
@@ -131,9 +133,8 @@ class DeltaRule(Recurrence):
         root = torch.rsqrt(core.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
         gate = functional.silu(z.to(u)).reshape(core.shape)
         scale = _own(m.norm, "weight").to(u) * root * gate
-        return Frozen(
-            pattern, u[..., self.channels.start : self.channels.stop].sigmoid(), scale.flatten(2), core.flatten(2)
-        )
+        values = slice(self.channels.start, self.channels.stop)
+        return Frozen(qkv[..., values], pattern, u[..., values].sigmoid(), scale.flatten(2), core.flatten(2))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values together, the gate, and what makes step sizes and decays, each ``[B, T, ...]``."""
@@ -185,9 +186,8 @@ class StateSpace(Recurrence):
         pattern = _by_heads(state_space_pattern, c, b, decay, step[..., None])
         pattern.diagonal(dim1=2, dim2=3).add_(_own(m, "D").to(u)[:, None])
         core = _mixed(pattern, value.reshape(batch, length, m.num_heads, -1)).flatten(2)
-        return Frozen(
-            pattern, u[..., : m.intermediate_size].sigmoid(), self._scale(core, functional.silu(z.to(u))), core
-        )
+        values, scale = read[..., : m.intermediate_size], self._scale(core, functional.silu(z.to(u)))
+        return Frozen(values, pattern, u[..., : m.intermediate_size].sigmoid(), scale, core)
 
     def _scale(self, core: Tensor, gate: Tensor) -> Tensor:
         """The norm's scale and weight times the gate ``[B, T, H·d]``; the norm reads ``core`` before or behind the gate."""
