@@ -142,7 +142,7 @@ class LayerGradients:
 
     def heads(self) -> Tensor:
         """The scores of the heads' outputs by position, ``[T, P, H]``, one mixer's after the other's."""
-        by_mixer = []
+        by_mixer = [self._zero[..., None][..., :0]]  # of a layer without attention
         for mixer, mixed, of_mixed in zip(self._modules.mixers, self.mixed, self.of_mixed, strict=True):
             by_head = mixed.reshape(len(mixed), mixer.num_heads, -1)
             by_mixer.append(_dot(of_mixed.reshape(len(of_mixed), *by_head.shape), by_head, self._dtype))
