@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers as tf
 
+from depass import Heads, Modules, Neurons
 from depass.models.families import FAMILIES, Family
 from depass.rules import PathWeights
 
@@ -273,6 +274,17 @@ NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or
 def takes(name: str, weights: PathWeights) -> bool:
     """Whether a linear rule is defined for the model: linear attention refuses those that weigh queries, keys or values."""
     return name not in RECURRENT or (not weights.steers and weights.v == 1)
+
+
+def holds(bound: Any, spec: Any) -> bool:
+    """Whether a spec's layer has such components: layers with experts have no neurons, and some have one sublayer."""
+    if isinstance(spec, (Heads, Neurons, Modules)):
+        layer = bound.layers[spec.layer]
+        if isinstance(spec, Neurons):
+            return layer.experts is None and layer.mlp is not None
+        of_attention = isinstance(spec, Heads) or spec.module == "attn"
+        return bool(layer.mixers) if of_attention else layer.has_mlp
+    return True
 
 
 def adds_one(norm: torch.nn.Module) -> bool:
