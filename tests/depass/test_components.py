@@ -67,15 +67,33 @@ def of_mlp(dp: DePass, layer: int, ids: list[int] | None = None, **options: Any)
     return RoutedExperts(layer, None if ids is None else range(len(ids)), **options)
 
 
+def attentive(dp: DePass) -> int:
+    """The layer that is looked at, or the last that has attention."""
+    layers = [index for index, layer in enumerate(dp.bound.layers) if layer.mixers]
+    return LAYER if LAYER in layers else layers[-1]
+
+
+def feeding(dp: DePass) -> int:
+    """The layer that is looked at, or the last that has an MLP or experts."""
+    layers = [index for index, layer in enumerate(dp.bound.layers) if layer.has_mlp]
+    return LAYER if LAYER in layers else layers[-1]
+
+
+def last_feeding(dp: DePass) -> int:
+    return max(index for index, layer in enumerate(dp.bound.layers) if layer.has_mlp)
+
+
 SPECS: dict[str, Callable[[DePass, list[int]], Any]] = {
-    "heads": lambda dp, ids: Heads(LAYER),
-    "heads of the last layer": lambda dp, ids: Heads(models.LAYERS - 1),
-    "two heads at two positions": lambda dp, ids: Heads(LAYER, ids=[2, 0], positions=[-1, (len(ids) - 1) // 2]),
-    "neurons": lambda dp, ids: of_mlp(dp, LAYER),
-    "neurons of the last layer at the last position": lambda dp, ids: of_mlp(dp, models.LAYERS - 1, positions=[-1]),
-    "three neurons": lambda dp, ids: of_mlp(dp, LAYER, ids=[5, 1, 30], positions=[len(ids) - 1]),
-    "attn": lambda dp, ids: Modules(LAYER, "attn"),
-    "mlp": lambda dp, ids: Modules(LAYER, "mlp", positions=[0]),
+    "heads": lambda dp, ids: Heads(attentive(dp)),
+    "heads of the last layer": lambda dp, ids: Heads(
+        max(index for index, layer in enumerate(dp.bound.layers) if layer.mixers)
+    ),
+    "two heads at two positions": lambda dp, ids: Heads(attentive(dp), ids=[2, 0], positions=[-1, (len(ids) - 1) // 2]),
+    "neurons": lambda dp, ids: of_mlp(dp, feeding(dp)),
+    "neurons of the last layer at the last position": lambda dp, ids: of_mlp(dp, last_feeding(dp), positions=[-1]),
+    "three neurons": lambda dp, ids: of_mlp(dp, feeding(dp), ids=[5, 1, 30], positions=[len(ids) - 1]),
+    "attn": lambda dp, ids: Modules(attentive(dp), "attn"),
+    "mlp": lambda dp, ids: Modules(feeding(dp), "mlp", positions=[0]),
     "basis": lambda dp, ids: Subspace(LAYER, basis=basis()),
     "projections": lambda dp, ids: Subspace(
         LAYER, projection=basis().T[None] @ basis()[None] * torch.ones(2, 1, 1) / 50

@@ -60,9 +60,8 @@ _MAMBA = {
 }  # fmt: skip
 _MAMBA_TYPES = {"layer_types": ["mamba", "attention", "mamba"]}
 _NEMOTRON = {  # a layer is a mixer, an MLP or experts
-    **EXPERTS, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "ssm_state_size": 8, "mamba_num_heads": 4,
-    "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 8, "head_dim": 8, "use_bias": True, "attention_bias": True,
-    "mlp_bias": True,
+    **_BIASED, "use_bias": True, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
+    "chunk_size": 8, "head_dim": 8,
 }  # fmt: skip
 _FALCON = {
     **_BIASED, **_MAMBA, "mamba_d_ssm": 64, "mamba_proj_bias": True, "projectors_bias": True, "embedding_multiplier": 0.7,
@@ -121,7 +120,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # layers with one sublayer: attention, experts with an MLP beside, Mamba-2; and attention and Mamba-2 side by side,
     # with a factor on each part
-    "nemotron_h": ("NemotronH", {**_NEMOTRON, "layers_block_type": ["full_attention", "moe", "linear_attention"]}),
+    "nemotron_h": (
+        "NemotronH",
+        {**_NEMOTRON, **EXPERTS, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32,
+         "layers_block_type": ["full_attention", "moe", "linear_attention"]},
+    ),
     "falcon_h1": ("FalconH1", _FALCON),
 }  # fmt: skip
 # Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
@@ -268,7 +271,9 @@ WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if "num_experts_per_t
 _IN_FP64 = (
     "gpt2", "gpt_b", "gpt-", "gptj", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2",
 )  # fmt: skip
-NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
+NORMS_IN_FP32 = tuple(
+    name for name in EVERY if not name.startswith(_IN_FP64) or name.startswith(("phi3", "nemotron_h"))
+)
 
 
 def takes(name: str, weights: PathWeights) -> bool:

@@ -155,8 +155,10 @@ class LayerGradients:
             positions: ``[P]`` bool, true where an output counts; by default everywhere.
 
         Raises:
-            SourceError: the layer has routed experts.
+            SourceError: the layer has routed experts, or no MLP.
         """
+        if self.routed is None and self.hidden is None:
+            raise SourceError(f"layer {self.layer} of {self.bound.name} has no MLP; take its heads: Heads({self.layer})")
         if self.routed is not None or self.hidden is None or self.of_hidden is None:
             raise SourceError(
                 f"layer {self.layer} of {self.bound.name} has routed experts, whose neurons are not the same at every "
