@@ -150,8 +150,10 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         "parallel": {"parallel": not family.parallel},
         "norms exchanged": {"attention_norm": family.mlp_norm, "mlp_norm": family.attention_norm},
         **{f"no {norm}": {norm: None} for norm in (*NORMS, "latent_norm", "mix_norm")},
-        **{f"no factor of {part}": {"factors": tuple(pair for pair in family.factors if pair[0] != part)}
-           for part, _ in family.factors},
+        **{
+            f"no factor of {part}": {"factors": tuple(pair for pair in family.factors if pair[0] != part)}
+            for part, _ in family.factors
+        },
         **{f"norm {kind}": {"norm": kind} for kind in get_args(NormKind)},
         **{f"value_rows {rows}": {"value_rows": rows} for rows in get_args(ValueRows)},
         **{

@@ -28,6 +28,7 @@ from depass import (
     Subspace,
     TargetError,
     TopK,
+    masking,
 )
 
 LENGTH, LAYER, HEADS, D = 7, 1, 4, 32
@@ -410,3 +411,48 @@ ODD: list[tuple[Callable[[DePass, list[int]], Any], str]] = [
 def test_odd_values_are_named(work: Callable[[DePass, list[int]], Any], says: str) -> None:
     with pytest.raises(DePassError, match=says):
         work(DePass(models.make("llama")), models.prompt(9))
+
+
+@pytest.mark.skipif("nemotron_h" not in models.EVERY, reason="this transformers lacks the model")
+def test_what_a_layer_with_one_sublayer_lacks_is_refused() -> None:
+    """Layer 0 has attention, layer 1 experts, layer 2 Mamba-2."""
+    dp, ids = DePass(models.make("nemotron_h")), models.prompt(LENGTH)
+    for sources in (Heads(1), Modules(1, "attn")):
+        with pytest.raises(
+            SourceError, match=r"\(layer=1\): .* has no attention, only an MLP; take Modules\(1, 'mlp'\)"
+        ):
+            dp.attribute(ids, 5, sources=sources)
+    for sources in (Neurons(0), Neurons(2), Modules(0, "mlp")):
+        with pytest.raises(
+            SourceError, match=r"has no MLP, only attention or a recurrence; take Heads\(\d\) or Modules"
+        ):
+            dp.attribute(ids, 5, sources=sources)
+    with pytest.raises(
+        SourceError, match=r"RoutedExperts\(layer=2\): .* no routed experts; its layers with experts are 1"
+    ):
+        dp.attribute(ids, 5, sources=RoutedExperts(2))
+    assert dp.sweep("heads", ids, 5).layers == (0, 2)
+    assert dp.sweep("experts", ids, 5).layers == (1,)
+    assert dp.sweep("modules", ids, 5).layers == (0, 1, 2)
+    survey = dp.survey(ids, 5, rule="half")
+    assert not survey.heads[:, 1].any()
+    assert not survey.modules[:, [0, 2], 1].any()
+    assert not survey.modules[:, 1, 0].any()
+
+
+@pytest.mark.skipif("falcon_h1" not in models.EVERY, reason="this transformers lacks the model")
+def test_heads_side_by_side_are_numbered_one_after_the_other() -> None:
+    """Four heads of attention, then four of the recurrence: masking these is what zeros in its output projection are."""
+    its, ids = models.make("falcon_h1", torch.float64), models.prompt(LENGTH)
+    dp = DePass(its)
+    for given in (range(8), [6, 1, 4]):
+        states = dp.states(ids, LAYER + 1, sources=Heads(LAYER, ids=given))
+        assert [source.index for source in states.sources if source.kind == "head"] == sorted(given)
+    every, some = (dp.attribute(ids, 5, sources=Heads(LAYER, ids=given), rule="half") for given in (None, [6, 1, 4]))
+    torch.testing.assert_close(some.scores[0, 2:], every.scores[0, [3, 6, 8]])
+    with masking.heads(dp, {LAYER: [4, 5, 6, 7]}), torch.no_grad():
+        masked = its(torch.tensor([ids])).logits
+    its.model.layers[LAYER].mamba.out_proj.weight.data.zero_()
+    with torch.no_grad():
+        without = its(torch.tensor([ids])).logits
+    torch.testing.assert_close(masked, without, rtol=1e-9, atol=1e-9)

@@ -63,7 +63,10 @@ def test_batches_sweeps_and_components_agree(name: str, device: str) -> None:
         assert (found.scores - one.scores).abs().max() < 1e-5  # type: ignore[union-attr]
     layers = list(enumerate(dp.bound.layers))
     heads = Heads(next(index for index, layer in layers if index and layer.mixers))
-    parts: dict[str, Any] = {"heads": heads, "neurons": Neurons([index for index, layer in layers if layer.has_mlp][-1])}
+    parts: dict[str, Any] = {
+        "heads": heads,
+        "neurons": Neurons([index for index, layer in layers if layer.has_mlp][-1]),
+    }
     if dp.bound.has_experts:
         parts = {"heads": heads, "experts": RoutedExperts(dp.bound.expert_layers[-1])}
     for kind, spec in parts.items():

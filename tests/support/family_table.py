@@ -40,7 +40,9 @@ def special(kind: str, family: Family) -> str:
         found.append(f"experts{beside.replace('an MLP', 'a weighted MLP') if family.shared_weight else beside}")
     if family.recurrence is not None:
         kinds = {"delta_rule": "a gated delta rule", "state_space": "Mamba-2"}
-        found.append(f"{kinds[family.recurrence_kind]} {'beside the attention' if kind == 'falcon_h1' else 'in some layers'}")
+        found.append(
+            f"{kinds[family.recurrence_kind]} {'beside the attention' if kind == 'falcon_h1' else 'in some layers'}"
+        )
     if family.single:
         found.append("one sublayer a layer")
     if family.latent is not None:

@@ -264,7 +264,9 @@ NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not runs(name)]
 CONFIGS = {name: config for name, config in CONFIGS.items() if runs(name)}
 SIMILAR = {name: config for name, config in SIMILAR.items() if runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
-RECURRENT = [name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state", "ssm_state_size"} & {*sizes}]
+RECURRENT = [
+    name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state", "ssm_state_size"} & {*sizes}
+]
 WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if "num_experts_per_tok" in sizes]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding

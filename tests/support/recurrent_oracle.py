@@ -203,7 +203,9 @@ class RecurrentOracle(Oracle):
             return 1.0
         whole = self.captured[at + ".norm:in"].double()[t]
         whole = whole if self.name == "falcon_h1" and config.mamba_norm_before_gate else whole * gate[t]
-        groups = config.mamba_n_groups if self.name == "falcon_h1" else len(whole) // getattr(norm, "group_size", len(whole))
+        groups = (
+            config.mamba_n_groups if self.name == "falcon_h1" else len(whole) // getattr(norm, "group_size", len(whole))
+        )
         by_group = whole.unflatten(0, (groups, -1))
         root = by_group.square().mean(-1, keepdim=True).add(norm.variance_epsilon).rsqrt().expand(by_group.shape)
         return norm.weight * root.flatten()

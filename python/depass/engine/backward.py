@@ -158,7 +158,9 @@ class LayerGradients:
             SourceError: the layer has routed experts, or no MLP.
         """
         if self.routed is None and self.hidden is None:
-            raise SourceError(f"layer {self.layer} of {self.bound.name} has no MLP; take its heads: Heads({self.layer})")
+            raise SourceError(
+                f"layer {self.layer} of {self.bound.name} has no MLP; take its heads: Heads({self.layer})"
+            )
         if self.routed is not None or self.hidden is None or self.of_hidden is None:
             raise SourceError(
                 f"layer {self.layer} of {self.bound.name} has routed experts, whose neurons are not the same at every "

@@ -157,12 +157,11 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
     ids = _indices(_named("ids", spec), spec.ids, layer.num_heads)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
-        added = trace.stream.new_empty(len(where), len(ids), trace.stream.shape[1], dtype=bound.state_dtype)
+        by_mixer = []
         for (mixer, own), of_mixer in zip(layer.heads, trace.mixers, strict=True):
-            places = [place for place, head in enumerate(ids) if own.start <= head < own.stop]
-            if places:
-                heads = [ids[place] - own.start for place in places]
-                added[:, places] = _of_heads(mixer, layer, of_mixer, where, heads, bound)
+            heads = [head - own.start for head in ids if own.start <= head < own.stop]
+            by_mixer.append(_of_heads(mixer, layer, of_mixer, where, heads, bound))
+        added = torch.cat(by_mixer, 1)
         return _post_scaled(added, trace.scales.get("attention_post_norm"), where)
 
     def bias(trace: Trace) -> Tensor | None:
