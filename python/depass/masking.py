@@ -99,8 +99,8 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
     """The number of heads, neurons or experts of each layer that has any.
 
     Raises:
-        OptionError: the layers have different numbers of such components, the model has no experts, or neurons are asked
-            for and it has experts.
+        OptionError: the layers have different numbers of such components, the model has none, or neurons are asked for and
+            it has experts.
     """
     if kind == "neurons" and bound.has_experts:
         raise OptionError(
@@ -110,6 +110,8 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
     if kind == "experts" and not bound.has_experts:
         raise OptionError(f"{bound.name} has no routed experts; take its heads or neurons")
     counts = {_count(bound.layers[layer], kind) for layer in layers_with(bound, kind)}
+    if not counts:
+        raise OptionError(f"{bound.name} has no {kind}: its layers have another sublayer alone")
     if len(counts) > 1:
         raise OptionError(
             f"the layers of {bound.name} have different numbers of {kind}, {sorted(counts)}; they must have the same"

@@ -193,16 +193,21 @@ def _most(bound: BoundModel, sources: str) -> int:
         lacking = "has no experts"
     else:
         counts = [layer.mlp.down.shape[1] for layer in bound.layers if layer.mlp is not None and layer.experts is None]
-        lacking = "has experts in every layer, whose neurons are no sources; choose 'experts'"
+        has_experts = "has experts in every layer, whose neurons are no sources; choose 'experts'"
+        lacking = has_experts if bound.has_experts else "has no layer with an MLP; choose 'heads'"
     if not counts:
         raise OptionError(f"sources={sources!r} of a plan: {bound.name} {lacking}")
     return max(counts)
 
 
 def measured_rate(bound: BoundModel, device: torch.device) -> float:
-    """The operations per second of this device's matrix products, in the shapes of the model's MLP or of an expert."""
+    """The operations per second of this device's matrix products, in the shapes of the model's MLP or of an expert.
+
+    A model without an MLP has those of its output projections.
+    """
     layer, width = bound.widest_layer, bound.hidden_size
     neurons = layer.neurons if layer.experts is None else layer.experts.neurons
+    neurons = neurons or bound.most_mixed
     dtype = bound.product_dtype_on(device)
     rows = 4096 if device.type == "cuda" else 256
     a = torch.randn(rows, width, device=device).to(dtype)

@@ -271,6 +271,8 @@ def layers_of_sweep(bound: BoundModel, kind: SweepKind, layers: Any, ids: Any) -
         raise OptionError(f"{bound.name} has no routed experts; sweep its heads, neurons or modules")
     every = [index for index, layer in enumerate(bound.layers) if _has(layer, kind)]
     wanted = list(every) if layers is None else integers("layers", layers, OptionError)
+    if not every:
+        raise OptionError(f"{bound.name} has no {kind}: its layers have another sublayer alone; sweep its modules")
     if not wanted or len(set(wanted)) < len(wanted):
         raise OptionError(f"layers must be a non-empty list without duplicates, got {layers}")
     if kind in ("experts", "heads") and ids is None:
