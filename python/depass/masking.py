@@ -21,7 +21,7 @@ from .checks import integer, integers, listed
 from .errors import OptionError
 from .models import attention, capture
 from .models.bind import bind
-from .models.bound import BoundModel, Layer
+from .models.bound import BoundModel, Layer, Projection
 
 Masked = Mapping[int, Sequence[int]] | Tensor
 Kind = Literal["heads", "neurons", "experts"]
@@ -96,11 +96,11 @@ def bound_of(model: Any) -> BoundModel:
 
 
 def num_components(bound: BoundModel, kind: Kind) -> int:
-    """The number of heads, neurons or experts per layer that has any.
+    """The number of heads, neurons or experts of each layer that has any.
 
     Raises:
-        OptionError: the layers have different numbers of such components, the model has no experts, or neurons are asked
-            for and it has experts.
+        OptionError: the layers have different numbers of such components, the model has none, or neurons are asked for and
+            it has experts.
     """
     if kind == "neurons" and bound.has_experts:
         raise OptionError(
@@ -109,7 +109,9 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
         )
     if kind == "experts" and not bound.has_experts:
         raise OptionError(f"{bound.name} has no routed experts; take its heads or neurons")
-    counts = {_count(layer, kind) for layer in bound.layers if kind != "experts" or layer.experts is not None}
+    counts = {_count(bound.layers[layer], kind) for layer in layers_with(bound, kind)}
+    if not counts:
+        raise OptionError(f"{bound.name} has no {kind}: its layers have another sublayer alone")
     if len(counts) > 1:
         raise OptionError(
             f"the layers of {bound.name} have different numbers of {kind}, {sorted(counts)}; they must have the same"
@@ -119,16 +121,23 @@ def num_components(bound: BoundModel, kind: Kind) -> int:
 
 def layers_with(bound: BoundModel, kind: Kind) -> tuple[int, ...]:
     """The layers that have components of a kind."""
-    return bound.expert_layers if kind == "experts" else tuple(range(len(bound.layers)))
+    return tuple(index for index, layer in enumerate(bound.layers) if _count(layer, kind))
 
 
 def _count(layer: Layer, kind: Kind) -> int:
     if kind == "heads":
         return layer.num_heads
     if kind == "neurons":
-        return int(layer.only_mlp.down.shape[1])
-    assert layer.experts is not None
-    return layer.experts.count
+        return 0 if layer.mlp is None else int(layer.mlp.down.shape[1])
+    return 0 if layer.experts is None else layer.experts.count
+
+
+def read_by(layer: Layer, kind: Kind) -> list[tuple[Projection, slice]]:
+    """The projections that read a layer's heads or neurons, each with those that it reads among all."""
+    if kind == "heads":
+        return [(mixer.output, heads) for mixer, heads in layer.heads]
+    down = layer.only_mlp.down
+    return [(down, slice(0, down.shape[1]))]
 
 
 @contextmanager
@@ -150,10 +159,10 @@ def _mask_layer(stack: ExitStack, layer: Layer, off: Tensor, kind: Kind) -> None
         stack.callback(layer.module.register_forward_pre_hook(zero.begin, with_kwargs=True).remove)
         stack.callback(layer.experts.module.register_forward_pre_hook(zero.hook, with_kwargs=True).remove)
         return
-    module = (layer.output if kind == "heads" else layer.only_mlp.down).module
-    stack.callback(module.register_forward_pre_hook(_Zero(off).hook).remove)
-    if kind == "heads":
-        _mask_heads(stack, module, off)
+    for projection, own in read_by(layer, kind):
+        stack.callback(projection.module.register_forward_pre_hook(_Zero(off[:, own]).hook).remove)
+        if kind == "heads":
+            _mask_heads(stack, projection.module, off[:, own])
 
 
 def _mask_heads(stack: ExitStack, module: Any, off: Tensor) -> None:

@@ -72,7 +72,7 @@ def test_patterns_are_the_bridges(booted: Any) -> None:
 
     class Patterns(Capture):
         def layer(self, index: int, trace: Any) -> None:
-            kept.append(trace.pattern[0].clone())
+            kept.append(trace.mixers[0].pattern[0].clone())
 
     kept: list[torch.Tensor] = []
     Patterns(dp.bound, [IDS], range(models.LAYERS)).run()

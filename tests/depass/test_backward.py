@@ -180,13 +180,12 @@ def test_taylor_components_are_the_forward_engines(name: str, exact: Any) -> Non
     limit = 1e-6 if name in SINKS_IN_FP32 + SUMS_IN_FP32 else 1e-9
     for layer in range(models.LAYERS):
         cases = {
-            "heads": (Heads(layer), one.heads[:, layer]),
+            "heads": (Heads(layer), one.heads[:, layer, : dp.bound.layers[layer].num_heads]),
             "neurons": (Neurons(layer), one.neurons[layer]),
             "attn": (Modules(layer, "attn"), one.modules[:, layer, :1]),
             "mlp": (Modules(layer, "mlp"), one.modules[:, layer, 1:]),
         }
-        if bind(model).layers[layer].experts is not None:
-            del cases["neurons"]
+        cases = {parts: case for parts, case in cases.items() if models.holds(dp.bound, case[0])}
         for parts, (spec, got) in cases.items():
             bias, rest, own = split(*forward_scores(dp, ids, TARGETS, spec))
             close(got, own, limit)
@@ -629,7 +628,7 @@ def must_add_up(one: Everything, limit: float) -> None:
     logits = torch.tensor([readout.logit for readout in one.readouts], dtype=torch.float64)
     size = one.tokens.double().abs().sum(-1).clamp(min=1.0)
     assert ((one.tokens.double().sum(-1) + one.biases + one.balance - logits[:, None]).abs() <= limit * size).all()
-    layers, has_experts = size[:, :-1], torch.tensor([neurons.shape[1] == 0 for neurons in one.neurons])
+    layers = size[:, :-1]
     for parts, own in {
         "heads": one.heads.sum(-1),
         "attn": one.modules[..., 0],
@@ -638,7 +637,7 @@ def must_add_up(one: Everything, limit: float) -> None:
         "mlp": one.modules[..., 1],
     }.items():
         total = own.double() + one.rest[parts] + one.bias[parts] + one.balances[parts]  # type: ignore[index]
-        here = has_experts if parts == "experts" else ~has_experts if parts == "neurons" else slice(None)
+        here = torch.tensor(one.has[parts])  # type: ignore[index]
         assert ((total - logits[:, None]).abs() <= 10 * limit * layers)[:, here].all()
 
 
@@ -855,8 +854,8 @@ def test_scores_are_products_in_the_states_dtype() -> None:
             close(gradient.scores(), (gradient.gradient.double() * gradient.x).sum(-1).float(), 1e-6)
 
         def layer(self, gradients: LayerGradients) -> None:
-            of_mixed, of_hidden = gradients.of_mixed.double(), gradients.of_hidden.double()
-            heads = (of_mixed * gradients.mixed).unflatten(-1, (4, -1)).sum(-1)
+            of_mixed, of_hidden = gradients.of_mixed[0].double(), gradients.of_hidden.double()
+            heads = (of_mixed * gradients.mixed[0]).unflatten(-1, (4, -1)).sum(-1)
             close(gradients.heads(), heads.float(), 1e-6)
             close(gradients.neurons()[:, 0], (of_hidden * gradients.hidden).sum(1).float(), 1e-6)
             called.append(gradients.layer)

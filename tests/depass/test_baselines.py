@@ -186,7 +186,7 @@ def test_attribution_patching_is_the_derivative_by_the_size_of_an_output(
     assert sweep.scores.shape == (2, models.LAYERS, count)
     step = 0.05  # most families round to fp32 somewhere: a wide step, and five points for its error
     for layer, index in ((0, 1), (1, count - 1), (2, 2)):
-        module = (bound.layers[layer].output if kind == "heads" else bound.layers[layer].only_mlp.down).module
+        module = (bound.layers[layer].mixers[0].output if kind == "heads" else bound.layers[layer].only_mlp.down).module
 
         def scaled(by: float, module: Any = module, index: int = index) -> float:
             def hook(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -229,7 +229,7 @@ def test_norms_are_of_what_a_head_or_neuron_writes(name: str, device: str) -> No
     activations = baselines.neurons(dp, "activation", IDS, target).scores
     for index, layer in enumerate(bound.layers):
         for module, norm, columns, found in (
-            (layer.output.module, layer.attention_post_norm, 4, heads),
+            (layer.mixers[0].output.module, layer.attention_post_norm, 4, heads),
             (layer.only_mlp.down.module, layer.mlp_post_norm, 56, neurons),
         ):
             (x,) = captured(model, [module])

@@ -298,7 +298,7 @@ def test_a_batch_runs_on_as_many_tokens_as_it_has(name: str) -> None:
         alone = dp.attribute(prompt, 5)
         cap = getattr(dp.model.config, "final_logit_softcapping", None)
         own = own if cap is None else cap * torch.atanh(own / cap)
-        torch.testing.assert_close(found.target_logits[0].double(), own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.target_logits[0].double(), own.double(), rtol=1e-5, atol=1e-5)
         # a softmax in fp32 sums longer rows in another order, and sharing by a softmax makes more of it
         torch.testing.assert_close(found.scores, alone.scores, rtol=1e-5, atol=1e-5)
         assert found.settings.padded != dp.bound.takes_positions

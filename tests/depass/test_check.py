@@ -42,7 +42,7 @@ def worst(model: Any, family: Family | None = None) -> dict[str, float]:
 def steps_of(bound: BoundModel) -> set[str]:
     """The steps that are compared in a model whose declaration is right and whose weights are dense."""
     steps = STEPS.keys() - {"activation", "weights"}  # found where it differs, and where kernels round inputs
-    if not hasattr(bound.layers[0].attention, "sinks"):
+    if not any(hasattr(mixer.module, "sinks") for layer in bound.layers for mixer in layer.mixers):
         steps -= {"sinks"}
     if all(layer.mlp is None for layer in bound.layers):
         steps -= {"gate"}
@@ -65,9 +65,11 @@ def test_right_declarations_stay_far_below_the_limit(name: str) -> None:
     for dtype in DTYPES:
         for seed in range(3):
             model = models.make(name, dtype, seed=seed)
-            found = worst(model)
+            found, bound = worst(model), bind(model)
             assert max(found.values()) < 1 / 4, (dtype, seed, found)
-            assert found.keys() == steps_of(bind(model))
+            if any(layer.mlp is not None and layer.mlp.gate.factor != 1 for layer in bound.layers):
+                found.pop("activation", None)  # a factor before the activation rounds in half precision
+            assert found.keys() == steps_of(bound)
 
 
 @pytest.mark.parametrize(("name", "family"), [("Phi", PHI), ("Cohere", COHERE)])
@@ -147,7 +149,11 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
     changes: dict[str, dict[str, Any]] = {
         "parallel": {"parallel": not family.parallel},
         "norms exchanged": {"attention_norm": family.mlp_norm, "mlp_norm": family.attention_norm},
-        **{f"no {norm}": {norm: None} for norm in (*NORMS, "mix_norm")},
+        **{f"no {norm}": {norm: None} for norm in (*NORMS, "latent_norm", "mix_norm")},
+        **{
+            f"no factor of {part}": {"factors": tuple(pair for pair in family.factors if pair[0] != part)}
+            for part, _ in family.factors
+        },
         **{f"norm {kind}": {"norm": kind} for kind in get_args(NormKind)},
         **{f"value_rows {rows}": {"value_rows": rows} for rows in get_args(ValueRows)},
         **{
@@ -159,6 +165,7 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         "no shared_weight": {"shared_weight": None},
         "no mix_gate": {"mix_gate": None},
         "no sinks": {"sinks": None},
+        "no recurrence": {"recurrence": None if is_side_by_side(model, family) else family.recurrence},
     }
     layer = with_attention(model, family)
     weightless = getattr(model.get_submodule(f"{family.backbone}.{family.final_norm}"), "weight", None) is None
@@ -167,6 +174,7 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         change: each
         for change, each in wrong.items()
         if each != family
+        and not (change == "parallel" and family.single)
         and not (weightless and each.norm.endswith("plus_one"))
         and not (change == "no residual_factor" and getattr(model.config, family.residual_factor or "", 1) == 1)
         and not (change.startswith("value_rows") and not _other_rows(layer, family, each.value_rows))
@@ -182,7 +190,13 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
 def with_attention(model: Any, family: Family) -> Any:
     """The first layer that has attention, and no recurrence in its place."""
     layers = model.get_submodule(f"{family.backbone}.{family.layers}")
-    return next(layer for layer in layers if any(path == family.attention for path, _ in layer.named_modules()))
+    return next(layer for layer in layers if has(layer, family.attention) and has(layer, family.value))
+
+
+def is_side_by_side(model: Any, family: Family) -> bool:
+    """Whether layers have attention and a recurrence."""
+    layer = with_attention(model, family)
+    return family.recurrence not in (None, family.attention) and has(layer, str(family.recurrence))
 
 
 def _other_rows(layer: Any, family: Family, rows: str) -> bool:
@@ -196,7 +210,7 @@ def _other_rows(layer: Any, family: Family, rows: str) -> bool:
 
 
 def _norm(layer: Any, family: Family, name: str) -> Any:
-    path = getattr(family, name) if name in NORMS else None
+    path = getattr(family, name) if name in (*NORMS, "latent_norm") else None
     return None if path is None else layer.get_submodule(path)
 
 

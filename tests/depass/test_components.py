@@ -28,6 +28,7 @@ from depass import (
     Subspace,
     TargetError,
     TopK,
+    masking,
 )
 
 LENGTH, LAYER, HEADS, D = 7, 1, 4, 32
@@ -67,15 +68,33 @@ def of_mlp(dp: DePass, layer: int, ids: list[int] | None = None, **options: Any)
     return RoutedExperts(layer, None if ids is None else range(len(ids)), **options)
 
 
+def attentive(dp: DePass) -> int:
+    """The layer that is looked at, or the last that has attention."""
+    layers = [index for index, layer in enumerate(dp.bound.layers) if layer.mixers]
+    return LAYER if LAYER in layers else layers[-1]
+
+
+def feeding(dp: DePass) -> int:
+    """The layer that is looked at, or the last that has an MLP or experts."""
+    layers = [index for index, layer in enumerate(dp.bound.layers) if layer.has_mlp]
+    return LAYER if LAYER in layers else layers[-1]
+
+
+def last_feeding(dp: DePass) -> int:
+    return max(index for index, layer in enumerate(dp.bound.layers) if layer.has_mlp)
+
+
 SPECS: dict[str, Callable[[DePass, list[int]], Any]] = {
-    "heads": lambda dp, ids: Heads(LAYER),
-    "heads of the last layer": lambda dp, ids: Heads(models.LAYERS - 1),
-    "two heads at two positions": lambda dp, ids: Heads(LAYER, ids=[2, 0], positions=[-1, (len(ids) - 1) // 2]),
-    "neurons": lambda dp, ids: of_mlp(dp, LAYER),
-    "neurons of the last layer at the last position": lambda dp, ids: of_mlp(dp, models.LAYERS - 1, positions=[-1]),
-    "three neurons": lambda dp, ids: of_mlp(dp, LAYER, ids=[5, 1, 30], positions=[len(ids) - 1]),
-    "attn": lambda dp, ids: Modules(LAYER, "attn"),
-    "mlp": lambda dp, ids: Modules(LAYER, "mlp", positions=[0]),
+    "heads": lambda dp, ids: Heads(attentive(dp)),
+    "heads of the last layer": lambda dp, ids: Heads(
+        max(index for index, layer in enumerate(dp.bound.layers) if layer.mixers)
+    ),
+    "two heads at two positions": lambda dp, ids: Heads(attentive(dp), ids=[2, 0], positions=[-1, (len(ids) - 1) // 2]),
+    "neurons": lambda dp, ids: of_mlp(dp, feeding(dp)),
+    "neurons of the last layer at the last position": lambda dp, ids: of_mlp(dp, last_feeding(dp), positions=[-1]),
+    "three neurons": lambda dp, ids: of_mlp(dp, feeding(dp), ids=[5, 1, 30], positions=[len(ids) - 1]),
+    "attn": lambda dp, ids: Modules(attentive(dp), "attn"),
+    "mlp": lambda dp, ids: Modules(feeding(dp), "mlp", positions=[0]),
     "basis": lambda dp, ids: Subspace(LAYER, basis=basis()),
     "projections": lambda dp, ids: Subspace(
         LAYER, projection=basis().T[None] @ basis()[None] * torch.ones(2, 1, 1) / 50
@@ -392,3 +411,48 @@ ODD: list[tuple[Callable[[DePass, list[int]], Any], str]] = [
 def test_odd_values_are_named(work: Callable[[DePass, list[int]], Any], says: str) -> None:
     with pytest.raises(DePassError, match=says):
         work(DePass(models.make("llama")), models.prompt(9))
+
+
+@pytest.mark.skipif("nemotron_h" not in models.EVERY, reason="this transformers lacks the model")
+def test_what_a_layer_with_one_sublayer_lacks_is_refused() -> None:
+    """Layer 0 has attention, layer 1 experts, layer 2 Mamba-2."""
+    dp, ids = DePass(models.make("nemotron_h")), models.prompt(LENGTH)
+    for sources in (Heads(1), Modules(1, "attn")):
+        with pytest.raises(
+            SourceError, match=r"\(layer=1\): .* has no attention, only an MLP; take Modules\(1, 'mlp'\)"
+        ):
+            dp.attribute(ids, 5, sources=sources)
+    for sources in (Neurons(0), Neurons(2), Modules(0, "mlp")):
+        with pytest.raises(
+            SourceError, match=r"has no MLP, only attention or a recurrence; take Heads\(\d\) or Modules"
+        ):
+            dp.attribute(ids, 5, sources=sources)
+    with pytest.raises(
+        SourceError, match=r"RoutedExperts\(layer=2\): .* no routed experts; its layers with experts are 1"
+    ):
+        dp.attribute(ids, 5, sources=RoutedExperts(2))
+    assert dp.sweep("heads", ids, 5).layers == (0, 2)
+    assert dp.sweep("experts", ids, 5).layers == (1,)
+    assert dp.sweep("modules", ids, 5).layers == (0, 1, 2)
+    survey = dp.survey(ids, 5, rule="half")
+    assert not survey.heads[:, 1].any()
+    assert not survey.modules[:, [0, 2], 1].any()
+    assert not survey.modules[:, 1, 0].any()
+
+
+@pytest.mark.skipif("falcon_h1" not in models.EVERY, reason="this transformers lacks the model")
+def test_heads_side_by_side_are_numbered_one_after_the_other() -> None:
+    """Four heads of attention, then four of the recurrence: masking these is what zeros in its output projection are."""
+    its, ids = models.make("falcon_h1", torch.float64), models.prompt(LENGTH)
+    dp = DePass(its)
+    for given in (range(8), [6, 1, 4]):
+        states = dp.states(ids, LAYER + 1, sources=Heads(LAYER, ids=given))
+        assert [source.index for source in states.sources if source.kind == "head"] == sorted(given)
+    every, some = (dp.attribute(ids, 5, sources=Heads(LAYER, ids=given), rule="half") for given in (None, [6, 1, 4]))
+    torch.testing.assert_close(some.scores[0, 2:], every.scores[0, [3, 6, 8]])
+    with masking.heads(dp, {LAYER: [4, 5, 6, 7]}), torch.no_grad():
+        masked = its(torch.tensor([ids])).logits
+    its.model.layers[LAYER].mamba.out_proj.weight.data.zero_()
+    with torch.no_grad():
+        without = its(torch.tensor([ids])).logits
+    torch.testing.assert_close(masked, without, rtol=1e-9, atol=1e-9)

@@ -53,6 +53,21 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no such sinks": ("llama", {"sinks": "self_attn.sinks"}, r"lacks modules .*Missing: .*self_attn.sinks"),
     "a norm of the hidden vector": ("bitnet", {"mix_norm": "mlp.ffn_sub_norm"}, r"of shape \[56\]; here it has \[32\]"),
     "a norm of one head": ("qwen3", {"attention_norm": "self_attn.q_norm"}, r"weight of shape \[8\]; here it has \[32\]"),
+    "a factor of no part": ("llama", {"factors": (("up", "x"),)}, r"give a tuple of pairs \(part, name .* parts are 'value"),
+    "a factor that is no pair": ("llama", {"factors": ("gate",)}, r"Family\(factors=\('gate',\)\): give a tuple of pairs"),
+    "a factor that no config has": (
+        "falcon_h1", {"factors": (("gate", "mlp_multipliers.2"),)}, "has mlp_multipliers.2=None; it must be a positive",
+    ),
+    "a factor on logits that is left out": (
+        "falcon_h1", {"logit_factor": None}, "has lm_head_multiplier=0.6, which its family does not declare",
+    ),
+    "a norm on the sum of two mixers": (
+        "falcon_h1", {"attention_post_norm": "pre_ff_layernorm"}, "self_attn and mamba, side by side; DePass supports no",
+    ),
+    "a layer's only sublayer under another name": (
+        "nemotron_h", {"experts": None, "shared_gate": None, "shared_down": None}, "Missing: .*layers.1.mixer.v_proj",
+    ),
+    "layers with one sublayer declared as whole ones": ("nemotron_h", {"single": False}, "lacks modules|is no state_space"),
     "the block as its experts": ("qwen3_moe", {"experts": "mlp"}, "experts of layer 0 .* not of transformers"),
 }  # fmt: skip
 

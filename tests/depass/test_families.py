@@ -61,9 +61,14 @@ def test_batches_sweeps_and_components_agree(name: str, device: str) -> None:
     alone = [dp.attribute(each, 5) for each in (ids, ids[:4])]
     for one, found in zip(alone, dp.attribute_many([ids, ids[:4]], 5), strict=True):
         assert (found.scores - one.scores).abs().max() < 1e-5  # type: ignore[union-attr]
-    parts: dict[str, Any] = {"heads": Heads(1), "neurons": Neurons(1)}
+    layers = list(enumerate(dp.bound.layers))
+    heads = Heads(next(index for index, layer in layers if index and layer.mixers))
+    parts: dict[str, Any] = {
+        "heads": heads,
+        "neurons": Neurons([index for index, layer in layers if layer.has_mlp][-1]),
+    }
     if dp.bound.has_experts:
-        parts = {"heads": Heads(1), "experts": RoutedExperts(dp.bound.expert_layers[-1])}
+        parts = {"heads": heads, "experts": RoutedExperts(dp.bound.expert_layers[-1])}
     for kind, spec in parts.items():
         sweep, one = dp.sweep(kind, ids, 5), dp.attribute(ids, 5, sources=spec)  # type: ignore[arg-type]
         assert sweep.conservation_error.max() < 1e-6
@@ -112,8 +117,8 @@ def switch_off(bound: BoundModel, index: int, part: str) -> None:
         for each in (name for name in layer.experts.tensors if name.startswith("down_proj")):
             layer.experts.tensors[each][:2] = 0
         return
-    projection = layer.output if part == "heads" else layer.only_mlp.down
-    columns = 2 * (projection.shape[1] // layer.num_heads if part == "heads" else 1)
+    projection = layer.mixers[0].output if part == "heads" else layer.only_mlp.down
+    columns = 2 * (projection.shape[1] // layer.mixers[0].num_heads if part == "heads" else 1)
     module = projection.module
     (module.weight if type(module).__name__ == "Conv1D" else module.weight.T)[:columns] = 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tape
 import torch
-from models import make
+from models import EVERY, make
 
 from depass import DePass, OptionError
 from depass.engine import request
@@ -47,6 +47,17 @@ def test_recorded_steps_give_what_steps_give(name: str, rule: str, monkeypatch: 
         assert (
             len(replays) == max(0, turn - 1) * 2 * LAYERS
         )  # attention and MLP; the first is no recording yet, the second records
+
+
+@needs_csrc
+@pytest.mark.skipif("nemotron_h-dense" not in EVERY, reason="this transformers lacks the model")
+def test_layers_with_one_sublayer_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the other step is empty, and an empty CUDA graph cannot be replayed."""
+    model = make("nemotron_h-dense")
+    plain, graphed = DePass(model, engine="forward"), recorded(model, engine="forward")
+    monkeypatch.setattr(tape.Recorded, "replay", lambda _: pytest.fail("a step was replayed"))
+    for ids in prompts(9, 4):
+        assert torch.equal(graphed.attribute(ids, 5).scores, plain.attribute(ids, 5).scores)
 
 
 @needs_csrc

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from linear_oracle import LinearOracle
+from recurrent_oracle import RecurrentOracle
 
 from depass import (
     Attribution,
@@ -33,6 +34,7 @@ from depass.engine import linear, segment
 from depass.engine.linear_memory import linear_needs
 from depass.rules import LINEAR
 
+HYBRIDS = ("nemotron_h", "falcon_h1")
 TARGETS = [TopK(2), Contrast(3, 4, position=5), Direction(torch.linspace(-1, 1, 32)), 7]
 SOURCES: list[Any] = [
     "token", Spans([(1, 3), (4, 9)]), Heads(1), Heads(1, ids=[2], positions=[0, 4]), Neurons(1, ids=[0, 7, 3]),
@@ -41,9 +43,8 @@ SOURCES: list[Any] = [
 
 
 def sources_of(dp: DePass) -> list[Any]:
-    """Those of the sources that a model has: layers with experts have no neurons."""
-    layers = dp.bound.layers
-    return [each for each in SOURCES if not isinstance(each, Neurons) or layers[each.layer].experts is None]
+    """Those of the sources that a model has."""
+    return [each for each in SOURCES if models.holds(dp.bound, each)]
 
 
 def close(got: Any, expected: Any, limit: float) -> None:
@@ -90,6 +91,21 @@ def test_tokens_equal_a_loop_that_takes_no_gradients(name: str, rule: str) -> No
     res = DePass(model, rule=rule).attribute(ids, 5, strict=True)
     bias = res.sources[0].kind == "bias"
     oracle = LinearOracle(name, model, ids, [0] * (7 + bias), [t + bias for t in range(7)], bias)
+    states = oracle.weigh(LINEAR[rule].gate, LINEAR[rule].up).run("", 0.0, None)
+    expected = oracle.scores(states[-1], 6, 5)
+    torch.testing.assert_close(res.scores[0].double(), expected, rtol=0, atol=1e-5 * float(expected.abs().sum()))
+
+
+class HybridOracle(RecurrentOracle, LinearOracle):
+    """The loop of linear rules with the recurrences of the other one."""
+
+
+@pytest.mark.parametrize("rule", ["half", "up"])
+@pytest.mark.parametrize("name", [name for name in models.RECURRENT if name.startswith(HYBRIDS)])
+def test_tokens_of_hybrids_equal_a_loop_that_takes_no_gradients(name: str, rule: str) -> None:
+    model, ids = models.make(name, torch.float64), models.prompt(7)
+    res = DePass(model, rule=rule).attribute(ids, 5, strict=True)
+    oracle = HybridOracle(name.split("-")[0], model, ids, [0] * 8, list(range(1, 8)), True)
     states = oracle.weigh(LINEAR[rule].gate, LINEAR[rule].up).run("", 0.0, None)
     expected = oracle.scores(states[-1], 6, 5)
     torch.testing.assert_close(res.scores[0].double(), expected, rtol=0, atol=1e-5 * float(expected.abs().sum()))

@@ -22,10 +22,10 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     return made
 
 
-def without_columns(name: str, device: str, layer: int, part: str, columns: list[int]) -> Tensor:
-    """The logits of a copy whose projection has zeros in these columns."""
+def without_columns(name: str, device: str, layer: int, columns: list[int]) -> Tensor:
+    """The logits of a copy whose output projection has zeros in these columns."""
     model = models.make(name, torch.float64, device)
-    projection = getattr(bind(model).layers[layer], part)
+    projection = bind(model).layers[layer].mixers[0].output
     projection.weight.data[:, columns] = 0
     return logits(model)
 
@@ -33,11 +33,11 @@ def without_columns(name: str, device: str, layer: int, part: str, columns: list
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masked_heads_are_heads_without_output_weights(name: str, device: str) -> None:
     model = models.make(name, torch.float64, device)
-    d = bind(model).layers[1].output.weight.shape[1] // 4
+    d = bind(model).layers[1].mixers[0].output.weight.shape[1] // 4
     before = logits(model)
     with masking.heads(model, {1: [0, 3]}):
         masked = logits(model)
-    removed = without_columns(name, device, 1, "output", [*range(d), *range(3 * d, 4 * d)])
+    removed = without_columns(name, device, 1, [*range(d), *range(3 * d, 4 * d)])
     assert torch.allclose(masked, removed, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(masked, before)
     assert torch.equal(logits(model), before)
@@ -110,7 +110,7 @@ def test_an_attribution_under_a_mask_is_that_of_the_model_without_the_weights(
 ) -> None:
     masked, removed = (models.make(name, torch.float64, device) for _ in range(2))
     layer = bind(removed).layers[1]
-    projection = layer.output if kind == "heads" else layer.only_mlp.down
+    projection = layer.mixers[0].output if kind == "heads" else layer.only_mlp.down
     d = projection.weight.shape[1] // 4 if kind == "heads" else 1
     projection.weight.data[:, [*range(d), *range(3 * d, 4 * d)]] = 0
     dp, ids = DePass(masked, rule=rule), IDS[0].tolist()

@@ -89,7 +89,7 @@ def test_nothing_of_a_layer_outlives_it(model: Any, monkeypatch: pytest.MonkeyPa
 
     def attention(self: Propagation, index: int, trace: Trace, *rest: Any) -> None:
         assert not [ref for ref in kept if ref() is not None]
-        kept.extend(weakref.ref(tensor) for tensor in (trace.pattern, trace.hidden, *trace.scales.values()))
+        kept.extend(weakref.ref(tensor) for tensor in (trace.mixers[0].pattern, trace.hidden, *trace.scales.values()))
         whole(self, index, trace, *rest)
 
     monkeypatch.setattr(Propagation, "attention", attention)

@@ -86,7 +86,7 @@ def test_baselines_surveys_and_masks_take_the_text_decoder(name: str, device: st
     prompt = torch.tensor([ids], device=device)
     with torch.no_grad(), masking.heads(model, off):
         masked = model(input_ids=prompt).logits
-    weight = dp.bound.layers[1].output.module.weight
+    weight = dp.bound.layers[1].mixers[0].output.module.weight
     with torch.no_grad():
         weight[:, : weight.shape[1] // dp.bound.most_heads] = 0
         assert torch.allclose(masked, model(input_ids=prompt).logits, atol=1e-4)

@@ -13,7 +13,7 @@ from recurrent_oracle import RecurrentOracle
 from depass import DePass, Spans
 
 LENGTH = 7
-RECURRENT = ("qwen3_next", "granitemoehybrid-mamba")
+RECURRENT = ("qwen3_next", "granitemoehybrid-mamba", "nemotron_h", "falcon_h1")
 NEW = ("bitnet", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared", *RECURRENT)
 FAMILIES = [
     "llama",

@@ -82,6 +82,8 @@ def flat(x: Tensor) -> Tensor:
 def blocks(family: Family, layer: Any) -> list[str]:
     """The modules whose outputs are added up to the MLP's output."""
     paths = [path for path in (family.experts, family.shared_down) if path is not None and has(layer, path)]
+    if family.single and not has(layer, family.down) and not paths:
+        return []
     if not paths or family.experts not in paths:
         return [family.down.rpartition(".")[0] or family.down]  # an OPT layer has no module for its MLP
     inside = family.experts.rpartition(".")[0]
@@ -106,16 +108,22 @@ def looked_at(dp: DePass, index: int) -> tuple[Any, Family, Seen, float]:
     norms = [
         norm for norm in (family.attention_post_norm, family.mlp_post_norm) if norm is not None and has(layer, norm)
     ]
-    paths = [*mixing(family, layer), *blocks(family, layer), *experts, *norms]
+    own = [path for module, output, _ in mixing(family, layer) for path in (module, output)]
+    paths = [*own, *blocks(family, layer), *experts, *norms]
     factor = getattr(model.config, family.residual_factor) if family.residual_factor else 1.0
     return layer, family, Seen(model, layer, paths), factor
 
 
-def mixing(family: Family, layer: Any) -> tuple[str, str]:
-    """The module that mixes positions, and its output projection."""
-    if family.recurrence is not None and has(layer, family.recurrence):
-        return family.recurrence, f"{family.recurrence}.out_proj"
-    return family.attention, family.output
+def mixing(family: Family, layer: Any) -> list[tuple[str, str, float]]:
+    """The modules that mix positions, their output projections, and what the layer multiplies their outputs by."""
+    found = []
+    if has(layer, family.output):
+        found.append((family.attention, family.output, getattr(layer, "attn_out_multiplier", 1.0)))  # Falcon-H1's
+    if has(layer, f"{family.recurrence}.out_proj"):
+        found.append(
+            (str(family.recurrence), f"{family.recurrence}.out_proj", getattr(layer, "ssm_out_multiplier", 1.0))
+        )
+    return found
 
 
 def heads_of(dp: DePass, module: Any) -> int:
@@ -138,26 +146,37 @@ def test_modules_and_heads_are_what_the_modules_put_out(name: str, device: str) 
 
 def compare(dp: DePass, index: int) -> None:
     layer, family, seen, factor = looked_at(dp, index)
-    norm = post_norm(layer, family.attention_post_norm)
-    module, written_by = mixing(family, layer)
+    norm, total, first = post_norm(layer, family.attention_post_norm), torch.zeros(()), 0
+    mixers = mixing(family, layer)
+    rows = starts(dp, Heads(index)) if mixers else {}
+    for module, written_by, outside in mixers:
+        removed = parts_of(seen, layer, written_by, heads_of(dp, layer.get_submodule(module)))
+        attention, *heads = (part * outside for part in seen.normed(seen.put[module], norm, *removed))
+        for head, own in enumerate(heads, start=first):
+            close(rows[f"L{index}H{head}"], own * factor, norm, attention)
+        total, first = total + attention, first + len(heads)
+    assert not mixers or f"L{index}H{first}" not in rows
+    modules = blocks(family, layer)
+    assert mixers or modules
+    if mixers:
+        close(starts(dp, Modules(index, "attn"))[f"L{index}.attn"], total * factor, norm, total)
+    if modules:
+        norm = post_norm(layer, family.mlp_post_norm)
+        whole = torch.stack([seen.put[path] for path in modules]).sum(0)
+        (mlp,) = seen.normed(whole, norm)
+        close(starts(dp, Modules(index, "mlp"))[f"L{index}.mlp"], mlp * factor, norm, mlp)
+
+
+def parts_of(seen: Seen, layer: Any, written_by: str, count: int) -> list[Tensor]:
+    """What each head adds to the output of a projection: what is missing without it."""
     mixed, output = seen.got[written_by][0].detach(), layer.get_submodule(written_by)
-    count = heads_of(dp, layer.get_submodule(module))
-    width = mixed.shape[-1] // count
-    removed = []
+    width, removed = mixed.shape[-1] // count, []
     for head in range(count):
         without = mixed.clone()
         without[..., head * width : (head + 1) * width] = 0
         with torch.no_grad():
             removed.append(flat(output(mixed) - output(without)))
-    attention, *heads = seen.normed(seen.put[module], norm, *removed)
-    close(starts(dp, Modules(index, "attn"))[f"L{index}.attn"], attention * factor, norm, attention)
-    rows = starts(dp, Heads(index))
-    for head, own in enumerate(heads):
-        close(rows[f"L{index}H{head}"], own * factor, norm, attention)
-    norm = post_norm(layer, family.mlp_post_norm)
-    whole = torch.stack([seen.put[path] for path in blocks(family, layer)]).sum(0)
-    (mlp,) = seen.normed(whole, norm)
-    close(starts(dp, Modules(index, "mlp"))[f"L{index}.mlp"], mlp * factor, norm, mlp)
+    return removed
 
 
 @pytest.mark.parametrize("name", models.WITH_EXPERTS)

@@ -132,8 +132,8 @@ def test_targets_cost_a_backward_pass_each_and_a_decomposed_state_nothing() -> N
 
 def operations_of_a_row(layer: Layer) -> tuple[int, int]:
     """The operations of a row in a layer: for its values, and for the output projection and the MLP."""
-    values = [layer.value.weight] if layer.latent is None else [layer.latent.weight, layer.value.weight]
-    others = [layer.output.weight]
+    read = [part for mixer in layer.mixers for part in (mixer.latent, mixer.value) if part is not None]
+    values, others = [part.weight for part in read], [mixer.output.weight for mixer in layer.mixers]
     if layer.mlp is not None:
         others += [layer.mlp.gate.weight, layer.mlp.down.weight]
     if layer.experts is not None:  # those that the row's position chose
@@ -146,7 +146,7 @@ def operations_of_a_row(layer: Layer) -> tuple[int, int]:
 def test_rows_and_operations_are_those_of_a_run(name: str) -> None:
     dp, ids = DePass(models.make(name)), models.prompt(9)
     numbers, layers = range(models.LAYERS), dp.bound.layers
-    dense = [index for index in numbers if layers[index].experts is None]
+    dense = [index for index in numbers if layers[index].experts is None and layers[index].mlp is not None]
     given: list[tuple[Any, Any]] = [("token", "token"), (3, Spans([(0, 3), (3, 6), (6, 9)])),
                                     ("heads", Heads(max(numbers, key=lambda index: layers[index].num_heads)))]  # fmt: skip
     if dense:
@@ -183,8 +183,9 @@ def test_layers_that_lack_the_sources_are_named() -> None:
 def test_a_way_back_counts_each_layers_own_heads() -> None:
     """A layer of linear attention has other heads than a layer of attention has."""
     dp = DePass(models.make("qwen3_next"))
-    mixed = sum(layer.output.weight.shape[1] for layer in dp.bound.layers)
-    assert mixed != models.LAYERS * dp.bound.layers[0].output.weight.shape[1]
+    widths = [mixer.output.weight.shape[1] for layer in dp.bound.layers for mixer in layer.mixers]
+    mixed = sum(widths)
+    assert mixed != models.LAYERS * widths[0]
     # products with weights grow with the tokens, those with patterns with their square: two on the way there, one back
     one, two = (dp.plan(tokens, rule="half", measure=False).operations for tokens in (8, 16))
     assert two - 2 * one == 3 * 2 * mixed * (16**2 - 2 * 8**2)

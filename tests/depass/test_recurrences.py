@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers as tf
 from allocated import allocated
 from torch import Tensor
 from torch.nn import functional
@@ -165,3 +166,42 @@ def test_a_plan_counts_what_a_recurrence_takes(name: str, length: int, dtype: to
     dp.attribute(ids, 5)  # its first run checks the layers, too
     plan = dp.plan(length, measure=False)
     assert 0.7 <= allocated(lambda: dp.attribute(ids, 5)) / (plan.total_bytes - plan.weights_bytes) <= 1.15
+
+
+MAMBA2 = Family(
+    backbone="backbone", final_norm="norm_f", attention_norm="norm", recurrence="mixer", recurrence_kind="state_space",
+    single=True,
+)  # fmt: skip
+
+
+def pure_mamba() -> Any:
+    """A model whose layers have Mamba-2 alone."""
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8, "expand": 2}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = tf.Mamba2Config(vocab_size=101, hidden_size=32, num_hidden_layers=3, **sizes, **special)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tf.Mamba2ForCausalLM(config).eval()
+        models.fill(model, MAMBA2)
+    return model
+
+
+@pytest.mark.skipif("nemotron_h" not in models.EVERY, reason="older transformers: not tried")
+def test_a_model_without_attention_and_mlp_can_be_declared() -> None:
+    model, ids = pure_mamba(), models.prompt(9)
+    dp = DePass(model, family=MAMBA2)
+    for rule in ("softmax", "taylor", "half"):
+        for sources in ("token", Heads(1)):
+            assert dp.attribute(ids, 5, rule=rule, sources=sources, strict=True).conservation_error.max() < 1e-5
+    assert dp.sweep("modules", ids, 5).scores[:, :, 0].abs().min() > 0
+    assert dp.plan(9, sources="heads").seconds
+    with pytest.raises(OptionError, match="has no neurons"):
+        dp.sweep("neurons", ids, 5)
+    with pytest.raises(OptionError, match="has no neurons"), masking.neurons(dp, {0: [1]}):
+        pass
+    with pytest.raises(OptionError, match="has no layer with an MLP; choose 'heads'"):
+        dp.plan(9, sources="neurons")
+    with masking.heads(dp, {1: [0, 1, 2, 3]}), torch.no_grad():
+        masked = model(torch.tensor([ids])).logits
+    model.backbone.layers[1].mixer.out_proj.weight.data.zero_()
+    torch.testing.assert_close(masked, model(torch.tensor([ids])).logits)

@@ -326,10 +326,10 @@ def test_every_prompt_of_a_batch_may_have_a_mask_of_its_own(name: str, lengths: 
 @pytest.mark.parametrize("name", ["bitnet", *models.WITH_EXPERTS])
 def test_masked_heads_are_heads_without_output_weights(name: str, rule: str, device: str) -> None:
     masked, removed = made(name, device), made(name, device)
-    heads = masked.bound.most_heads
-    weight = removed.bound.layers[1].output.module.weight
-    weight.data[:, : weight.shape[1] // heads] = 0
-    with masking.heads(masked, {1: [0]}):
+    index = next(index for index, layer in enumerate(removed.bound.layers) if layer.mixers)
+    mixer = removed.bound.layers[index].mixers[0]
+    mixer.output.module.weight.data[:, : mixer.output.shape[1] // mixer.num_heads] = 0
+    with masking.heads(masked, {index: [0]}):
         got = masked.attribute(IDS, 5, rule=rule)
     wanted = removed.attribute(IDS, 5, rule=rule)
     torch.testing.assert_close(got.scores, wanted.scores, rtol=1e-5, atol=1e-6)

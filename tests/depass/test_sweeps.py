@@ -48,16 +48,23 @@ def spec(kind: str, layer: int, **options: Any) -> list[Any]:
 def test_a_sweep_is_its_layers_runs(name: str, kind: Any, device: str) -> None:
     dp, ids = DePass(models.make(name, torch.float64, device)), models.prompt(LENGTH)
     layers = tuple(range(models.LAYERS))
+    if kind == "heads":
+        layers = tuple(layer for layer in layers if models.holds(dp.bound, Heads(layer)))
     if kind == "neurons" and dp.bound.has_experts:
         with pytest.raises(SourceError, match=r"Neurons\(layer=\d\): this layer of .* has routed experts"):
             dp.sweep(kind, ids, TARGETS)
-        layers = tuple(layer for layer in layers if layer not in dp.bound.expert_layers)
+        layers = tuple(layer for layer in layers if models.holds(dp.bound, Neurons(layer)))
         if not layers:
             return  # tests/depass/test_routed_experts.py sweeps the experts
     sweep = dp.sweep(kind, ids, TARGETS, layers=layers)
     assert sweep.layers == layers
     for row, layer in enumerate(sweep.layers):
         for column, one in enumerate(spec(kind, layer)):
+            if not models.holds(dp.bound, one):  # what adds nothing scores nothing
+                assert not sweep.scores[:, row, column].any()
+                total = sweep.rest[:, row, column] + sweep.bias[:, row, column]
+                assert torch.allclose(total, sweep.target_logits, rtol=1e-5, atol=1e-5)
+                continue
             res = dp.attribute(ids, TARGETS, sources=one)
             always = [source.kind for source in res.sources].index("rest")
             scores = sweep.scores[:, row, column : column + 1] if kind == "modules" else sweep.scores[:, row]

@@ -117,6 +117,7 @@ SHORT = {
     "^layer .* lacks .*, which": "its layers differ in their modules",
     "activation modules read": "activation modules read the outputs of several projections of a layer",
     "no list of modules": "its layers are no list of the length that its config says",
+    "none of its layers has attention": "none of its layers has attention alone",
     "encoder-only": "an encoder-only model",
     "adds to the stream is not": "what a layer adds to the stream is not what its projections write",
     "is not the attention pattern times the values": "its attention scales the pattern's output",

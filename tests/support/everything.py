@@ -8,10 +8,11 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from depass.engine.backward import Backward, LayerGradients, Parts, StreamGradient
 from depass.inputs.targets import Asked, Readout
-from depass.models.bound import BoundModel
+from depass.models.bound import BoundModel, Layer
 from depass.rules import PathWeights
 
 
@@ -26,12 +27,13 @@ class Everything:
         tokens: ``[T, L + 1, N]``, of the stream at the input of each layer and at the output of the last.
         biases: ``[T, L + 1]``, of the biases behind it.
         balance: ``[T, L + 1]``, the balance behind it; see :attr:`depass.rules.PathWeights.balance`.
-        heads: ``[T, L, H]``.
-        neurons: by layer, ``[T, F]``; ``[T, 0]`` where a layer has experts.
+        heads: ``[T, L, H]``; zero behind the heads that a layer has.
+        neurons: by layer, ``[T, F]``; ``[T, 0]`` where a layer has experts or no MLP.
         experts: by layer, ``[T, E]``; ``[T, 0]`` where a layer has none.
         modules: ``[T, L, 2]``, of attention and MLP.
         rest, bias, balances: by kind of parts, the scores ``[T, L]`` of these sources; see :meth:`LayerGradients.rest`.
             Zero in layers that do not have this kind.
+        has: by kind of parts, the layers that have it.
     """
 
     readouts: list[Readout]
@@ -45,6 +47,7 @@ class Everything:
     rest: dict[Parts, Tensor]
     bias: dict[Parts, Tensor]
     balances: dict[Parts, Tensor]
+    has: dict[Parts, list[bool]]
 
 
 def everything(
@@ -71,6 +74,15 @@ def everything(
     return [run.of(prompt) for prompt in range(len(prompts))]
 
 
+def parts_of(layer: Layer) -> set[Parts]:
+    """The kinds of parts that a layer has."""
+    has: dict[Parts, bool] = {
+        "heads": bool(layer.mixers), "attn": bool(layer.mixers), "mlp": layer.has_mlp,
+        "neurons": layer.experts is None and layer.mlp is not None, "experts": layer.experts is not None,
+    }  # fmt: skip
+    return {parts for parts, is_here in has.items() if is_here}
+
+
 class _Everything(Backward):
     """Keeps every score by layer, as rows ``[T, ...]`` in which targets that were left out are zero."""
 
@@ -85,13 +97,14 @@ class _Everything(Backward):
 
     def layer(self, gradients: LayerGradients) -> None:
         sums = gradients.of_prompts
-        scores, none = {"heads": sums(gradients.heads())}, gradients.after.behind
-        own, lacking = ("neurons", "experts") if gradients.routed is None else ("experts", "neurons")
-        scores[own] = getattr(gradients, own)()
-        scores[lacking] = none[..., None][..., :0]
+        heads, none = sums(gradients.heads()), gradients.after.behind
+        scores = {"heads": functional.pad(heads, (0, self.bound.most_heads - heads.shape[-1]))}
+        has = parts_of(self.bound.layers[gradients.layer])
+        for own in ("neurons", "experts"):
+            scores[own] = getattr(gradients, own)() if own in has else none[..., None][..., :0]
         scores["modules"] = torch.stack([sums(gradients.attention()), sums(gradients.mlp())], -1)
         for parts in get_args(Parts):
-            is_here = parts != lacking
+            is_here = parts in has
             scores[f"rest {parts}"] = sums(gradients.rest(parts)) if is_here else torch.zeros_like(none)
             scores[f"bias {parts}"] = gradients.bias(parts) if is_here else torch.zeros_like(none)
             scores[f"balance {parts}"] = gradients.balance(parts) if is_here else torch.zeros_like(none)
@@ -130,4 +143,5 @@ class _Everything(Backward):
             rest=by_parts("rest"),
             bias=by_parts("bias"),
             balances=by_parts("balance"),
+            has={parts: [parts in parts_of(self.bound.layers[layer]) for layer in layers] for parts in get_args(Parts)},
         )

@@ -25,20 +25,26 @@ def places(family: Family) -> str:
 
 def reads(family: Family) -> str:
     """What the MLP reads."""
+    if family.single:
+        return "the layer's input"
     if isinstance(family.parallel, str):
         return f"the layer's input with `{family.parallel}`"
     return "the layer's input" if family.parallel else "after the attention"
 
 
-def special(family: Family) -> str:
-    """What else a family has."""
+def special(kind: str, family: Family) -> str:
+    """What else a family has; whether a recurrence stands beside the attention no family says."""
     found = []
     if family.experts is not None:
         beside = " and an MLP beside" if family.shared_gate else ""
         found.append(f"experts{beside.replace('an MLP', 'a weighted MLP') if family.shared_weight else beside}")
     if family.recurrence is not None:
         kinds = {"delta_rule": "a gated delta rule", "state_space": "Mamba-2"}
-        found.append(f"{kinds[family.recurrence_kind]} in some layers")
+        found.append(
+            f"{kinds[family.recurrence_kind]} {'beside the attention' if kind == 'falcon_h1' else 'in some layers'}"
+        )
+    if family.single:
+        found.append("one sublayer a layer")
     if family.latent is not None:
         found.append("latent values")
     elif family.value_rows != "all":
@@ -54,6 +60,7 @@ def special(family: Family) -> str:
     if family.epsilon is not None:
         found.append(f"epsilon {family.epsilon}")
     found += [f"factor `{name}`" for name in (family.residual_factor, family.logit_factor) if name]
+    found += [f"factor `{name}`" for _, name in family.factors]
     found += [f"divisor `{name}`" for name in (family.logit_divisor,) if name]
     found += [f"only `{name}={value}`" for name, value in family.requires]
     return ", ".join(found)
@@ -64,7 +71,7 @@ def lines() -> Iterator[str]:
     yield "| `model_type` | norm | norms on sublayers | the MLP reads | special | transformers |"
     yield "|---|---|---|---|---|---|"
     for kind, family in FAMILIES.items():
-        cells = (NORMS[family.norm], places(family), reads(family), special(family), models.since(kind))
+        cells = (NORMS[family.norm], places(family), reads(family), special(kind, family), models.since(kind))
         yield f"| `{kind}` | {' | '.join(cells)} |"
 
 

@@ -19,7 +19,7 @@ from oracle import Oracle
 from torch import Tensor
 from torch.nn import functional
 
-UNGATED = ("gpt2", "gpt-neox", "starcoder2", "codegen")
+UNGATED = ("gpt2", "gpt-neox", "starcoder2", "codegen", "nemotron_h")
 
 
 Pair = Callable[[Tensor, bool], tuple[Tensor, Tensor]]  # what a part sends to the gate and to the up projection
@@ -89,6 +89,8 @@ class LinearOracle(Oracle):
         both = self.both_of(path, e, x, is_bias)
         if self.name == "gpt_oss":
             return both[::2], both[1::2]
+        if self.is_ungated:
+            return both, torch.zeros_like(both)
         return both[: len(both) // 2], both[len(both) // 2 :]
 
     def pair(self, path: str, x: Tensor, is_bias: bool) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,7 @@ class LinearOracle(Oracle):
     def act(self, z: Tensor) -> Tensor:
         config = self.model.config
         kind = getattr(config, "hidden_activation", None) or getattr(config, "activation_function", None)
-        kind = kind or config.hidden_act
+        kind = kind or getattr(config, "mlp_hidden_act", None) or config.hidden_act  # the first is Nemotron-H's
         if self.name == "gpt_oss":
             z = z.clamp(max=config.swiglu_limit)
             return z * torch.sigmoid(config.swiglu_alpha * z)
@@ -124,6 +126,7 @@ class LinearOracle(Oracle):
         """The scores of parts of the final stream at a position: the frozen final norm, then the head."""
         head, norm, config = self.model.get_output_embeddings(), self.final_norm, self.model.config
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere's; Granite's
+        factor *= getattr(config, "lm_head_multiplier", 1.0)  # Falcon-H1's
         scores = []
         for m in range(len(x)):
             is_bias = self.bias and m == 0
@@ -135,5 +138,6 @@ class LinearOracle(Oracle):
     def final_norm(self) -> str:
         if self.name.startswith("gpt-neox"):
             return "gpt_neox.final_layer_norm"
-        own = {"gpt2": "transformer.ln_f", "codegen": "transformer.ln_f", "phi": "model.final_layernorm"}
+        own = {"gpt2": "transformer.ln_f", "codegen": "transformer.ln_f", "phi": "model.final_layernorm",
+               "falcon_h1": "model.final_layernorm", "nemotron_h": "model.norm_f"}  # fmt: skip
         return own.get(self.name, "model.norm")

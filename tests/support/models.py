@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers as tf
 
+from depass import Heads, Modules, Neurons
 from depass.models.families import FAMILIES, Family
 from depass.rules import PathWeights
 
@@ -58,6 +59,16 @@ _MAMBA = {
     "mamba_chunk_size": 8,
 }  # fmt: skip
 _MAMBA_TYPES = {"layer_types": ["mamba", "attention", "mamba"]}
+_NEMOTRON = {  # a layer is a mixer, an MLP or experts
+    **_BIASED, "use_bias": True, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
+    "chunk_size": 8, "head_dim": 8,
+}  # fmt: skip
+_FALCON = {
+    **_BIASED, **_MAMBA, "mamba_d_ssm": 64, "mamba_proj_bias": True, "projectors_bias": True, "embedding_multiplier": 0.7,
+    "lm_head_multiplier": 0.6, "key_multiplier": 0.8, "attention_in_multiplier": 1.3, "attention_out_multiplier": 0.7,
+    "ssm_in_multiplier": 0.8, "ssm_out_multiplier": 1.2, "ssm_multipliers": [0.9, 1.4, 0.7, 1.2, 0.8],
+    "mlp_multipliers": [1.5, 0.6],
+}  # fmt: skip
 _LOCAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 # name: (class prefix, config), of the families that the installed transformers has
@@ -107,6 +118,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LOCAL, **_FACTORS, **_MAMBA, **_MAMBA_TYPES, "logits_scaling": 3.0, "intermediate_size": 24,
          "shared_intermediate_size": 32},
     ),
+    # layers with one sublayer: attention, experts with an MLP beside, Mamba-2; and attention and Mamba-2 side by side,
+    # with a factor on each part
+    "nemotron_h": (
+        "NemotronH",
+        {**_NEMOTRON, **EXPERTS, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32,
+         "layers_block_type": ["full_attention", "moe", "linear_attention"]},
+    ),
+    "falcon_h1": ("FalconH1", _FALCON),
 }  # fmt: skip
 # Families that differ from those of CONFIGS by paths, and by switches that CONFIGS have too. The tests that take longest
 # leave them out; tests/depass/test_families.py has shorter ones.
@@ -164,6 +183,9 @@ SIMILAR: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5Moe", {**EXPERTS, **_RECURRENT, "num_experts": 4, "shared_expert_intermediate_size": 32},
     ),
     "bamba": ("Bamba", {**SIZES, **_MAMBA, "attn_layer_indices": [1], "mamba_proj_bias": True}),
+    "nemotron_h-dense": ("NemotronH", {**_NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "mlp"]}),
+    "falcon_h1-normed": ("FalconH1", {**_FALCON, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "falcon_h1-normed-before-gate": ("FalconH1", {**_FALCON, "mamba_rms_norm": True}),
     "granitemoehybrid": (  # without Mamba layers
         "GraniteMoeHybrid",
         {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32,
@@ -216,6 +238,7 @@ SINCE = {
          "afmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "5.7",
     ),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "bamba"), "5.7"),  # older ones: not tried
+    **dict.fromkeys(("nemotron_h", "falcon_h1"), "5.24"),  # older ones: not tried
     "cohere2_moe": "5.9", "mellum": "5.10", "granitemoe": "5.13", "granitemoeshared": "5.13", "granitemoehybrid": "5.13",
     "granite_swa": "5.15", "granitemoe_swa": "5.15",
 }  # fmt: skip
@@ -241,19 +264,34 @@ NOT_HERE = [name for name in (*CONFIGS, *SIMILAR) if not runs(name)]
 CONFIGS = {name: config for name, config in CONFIGS.items() if runs(name)}
 SIMILAR = {name: config for name, config in SIMILAR.items() if runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
-RECURRENT = [name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state"} & {*sizes}]
+RECURRENT = [
+    name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state", "ssm_state_size"} & {*sizes}
+]
 WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if "num_experts_per_tok" in sizes]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
 _IN_FP64 = (
     "gpt2", "gpt_b", "gpt-", "gptj", "codegen", "nemotron", "phi", "stablelm", "persimmon", "opt", "biogpt", "jais2",
 )  # fmt: skip
-NORMS_IN_FP32 = tuple(name for name in EVERY if not name.startswith(_IN_FP64) or "phi3" in name)
+NORMS_IN_FP32 = tuple(
+    name for name in EVERY if not name.startswith(_IN_FP64) or name.startswith(("phi3", "nemotron_h"))
+)
 
 
 def takes(name: str, weights: PathWeights) -> bool:
     """Whether a linear rule is defined for the model: linear attention refuses those that weigh queries, keys or values."""
     return name not in RECURRENT or (not weights.steers and weights.v == 1)
+
+
+def holds(bound: Any, spec: Any) -> bool:
+    """Whether a spec's layer has such components: layers with experts have no neurons, and some have one sublayer."""
+    if isinstance(spec, (Heads, Neurons, Modules)):
+        layer = bound.layers[spec.layer]
+        if isinstance(spec, Neurons):
+            return layer.experts is None and layer.mlp is not None
+        of_attention = isinstance(spec, Heads) or spec.module == "attn"
+        return bool(layer.mixers) if of_attention else layer.has_mlp
+    return True
 
 
 def adds_one(norm: torch.nn.Module) -> bool:
@@ -305,7 +343,7 @@ def _values(path: str, parameter: torch.Tensor, family: Family) -> torch.Tensor:
         return normal
     inner = shape[0] if ".c_" in path else shape[-1]  # GPT-2 keeps [in, out]
     if family.experts is not None and f".{family.experts}." in path:  # [experts, out, in], gpt_oss [experts, in, out]
-        is_first = "gate_up_proj" in path
+        is_first = "up_proj" in path
         return (0.6 if is_first else 0.8) * normal / (32 if is_first else 24) ** 0.5 * (1 if len(shape) == 3 else 0.3)
     # pre-activations of a few times the temperature, so that a softmax over the sources has something to choose
     outputs = (family.output, family.down)

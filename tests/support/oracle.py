@@ -22,6 +22,7 @@ EXPERTS: dict[str, tuple[str, str | None, str | None]] = {
     "qwen3_moe": ("mlp.experts", None, None),
     "qwen2_moe": ("mlp.experts", "mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"),
     "qwen3_next": ("mlp.experts", "mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"),
+    "nemotron_h": ("mixer.experts", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
     "granitemoehybrid": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),
     "gpt_oss": ("mlp.experts", None, None),
     "deepseek_v3": ("mlp.experts", "mlp.shared_experts.gate_proj", "mlp.shared_experts.down_proj"),
@@ -297,7 +298,7 @@ class Oracle:
             if self.name in ("qwen2_moe", "qwen3_next"):
                 weight = self.captured[f"model.layers.{layer}.mlp.shared_expert_gate:out"][t, 0].sigmoid()
             yield Branch(
-                hidden, self.captured[p["g"] + ":out"][t][: len(hidden)], partial(self.linear, p["g"]),
+                hidden, self.pre_activations(p["g"], t)[: len(hidden)], partial(self.linear, p["g"]),
                 lambda x, is_bias: weight * self.linear(p["d"], x, is_bias),
             )  # fmt: skip
         path = self.experts(layer)
@@ -309,13 +310,21 @@ class Oracle:
             hidden, total = self.hidden(path, e, self.captured[path + ":in"][t])
             yield Branch(hidden, total, partial(self.gate_of, path, e), partial(self.down_of, path, e, weight))
 
+    def pre_activations(self, path: str, t: int) -> Tensor:
+        """The model's own, of the projection at a path."""
+        return self.captured[path + ":out"][t]
+
     def gate_of(self, path: str, e: int, x: Tensor, is_bias: bool) -> Tensor:
         """The gate's rows of expert ``e``'s first projection."""
         both = self.both_of(path, e, x, is_bias)
+        if self.name == "nemotron_h":  # without an up projection
+            return both
         return both[::2] if self.name == "gpt_oss" else both[: len(both) // 2]
 
     def both_of(self, path: str, e: int, x: Tensor, is_bias: bool) -> Tensor:
         experts = self.module(path)
+        if self.name == "nemotron_h":
+            return experts.up_proj[e] @ x
         if self.name != "gpt_oss":
             return experts.gate_up_proj[e] @ x
         both = x @ experts.gate_up_proj[e]
@@ -324,6 +333,8 @@ class Oracle:
     def hidden(self, path: str, e: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden vector and the pre-activations of expert ``e`` for its own input ``[D]``."""
         experts, both, total = self.module(path), self.both_of(path, e, x, True), self.gate_of(path, e, x, True)
+        if self.name == "nemotron_h":
+            return total.relu() ** 2, total
         if self.name != "gpt_oss":
             return total * total.sigmoid() * both[len(both) // 2 :], total
         gate, up = total.clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)

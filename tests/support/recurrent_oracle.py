@@ -18,7 +18,7 @@ RULES = ("torch_chunk_gated_delta_rule", "mamba2_chunk_scan")  # of the modeling
 
 
 class RecurrentOracle(Oracle):
-    """Adds Qwen3-Next and Granite 4 (Mamba-2) hybrids to the slow loop."""
+    """Adds hybrids to the slow loop: Qwen3-Next, and with Mamba-2 Granite 4, Nemotron-H and Falcon-H1."""
 
     def _capture(self, run: Any) -> None:
         space = sys.modules[type(run).__module__]
@@ -37,11 +37,53 @@ class RecurrentOracle(Oracle):
         self.recurrent = [index for index in range(self.layers) if self._module_of(index) is not None]
         assert len(self.recurrent) == len(self.calls)
         attentions = iter(self.patterns)
-        self.patterns = [None if index in self.recurrent else next(attentions) for index in range(self.layers)]
+        self.attentive = [index for index in range(self.layers) if f"{self.paths(index)['o']}:in" in self.captured]
+        self.patterns = [next(attentions) if index in self.attentive else None for index in range(self.layers)]
+        assert next(attentions, None) is None
+
+    def paths(self, layer: int) -> dict[str, str | None]:
+        at, p = f"model.layers.{layer}.", super().paths(layer)
+        if self.name == "nemotron_h":  # a layer has one of these
+            beside = self.experts(layer) is not None
+            p |= {"an": at + "norm", "mn": at + "norm", "o": at + "mixer.o_proj", "v": at + "mixer.v_proj"}
+            if not beside:
+                has_mlp = at + "mixer.down_proj:in" in self.captured
+                p |= {"g": at + "mixer.up_proj", "d": at + "mixer.down_proj"} if has_mlp else {"g": None, "d": None}
+        if self.name == "falcon_h1":
+            p |= {"mn": at + "pre_ff_layernorm", "g": at + "feed_forward.gate_proj", "d": at + "feed_forward.down_proj"}
+        return p
+
+    def linear(self, path: str, x: Tensor, bias_source: bool) -> Tensor:
+        before, behind = self.factors(path)
+        return super().linear(path, x * before, bias_source) * behind
+
+    def factors(self, path: str) -> tuple[float, Any]:
+        """What Falcon-H1 multiplies the input and the output of a projection by, as its modeling file says."""
+        config, name = self.model.config, path.partition(".layers.")[2].partition(".")[2]
+        if self.name != "falcon_h1":
+            return 1.0, 1.0
+        behind = {
+            "self_attn.o_proj": config.attention_out_multiplier, "mamba.out_proj": config.ssm_out_multiplier,
+            "feed_forward.gate_proj": config.mlp_multipliers[0], "feed_forward.down_proj": config.mlp_multipliers[1],
+        }  # fmt: skip
+        if name == "mamba.in_proj":
+            m = self.module(path.removesuffix(".in_proj"))
+            states = m.n_groups * m.ssm_state_size
+            sizes = [m.intermediate_size, m.intermediate_size, states, states, m.num_heads]  # z, x, B, C, dt
+            pairs = zip(sizes, config.ssm_multipliers, strict=True)
+            return config.ssm_in_multiplier, torch.cat([torch.full((size,), by).double() for size, by in pairs])
+        return config.attention_in_multiplier if name == "self_attn.v_proj" else 1.0, behind.get(name, 1.0)
+
+    def pre_activations(self, path: str, t: int) -> Tensor:
+        return super().pre_activations(path, t) * self.factors(path)[1]
+
+    def projected(self, at: str) -> Tensor:  # [T, z + x + B + C + dt]
+        """What Mamba-2's first projection wrote, times its factors."""
+        return self.captured[at + ".in_proj:out"].double() * self.factors(at + ".in_proj")[1]
 
     def _module_of(self, layer: int) -> str | None:
         at = f"model.layers.{layer}."
-        paths = [at + name for name in ("linear_attn", "mamba") if f"{at}{name}.out_proj:in" in self.captured]
+        paths = [at + name for name in ("linear_attn", "mamba", "mixer") if f"{at}{name}.out_proj:in" in self.captured]
         return paths[0] if paths else None
 
     def behind_heads(self, of_heads: Tensor, layer: int, t: int, is_bias: bool) -> Tensor:
@@ -54,10 +96,10 @@ class RecurrentOracle(Oracle):
         return of_heads * gate.sigmoid()
 
     def attention(self, x: list[list[Tensor]], layer: int) -> list[list[Tensor]]:
+        after = super().attention(x, layer) if layer in self.attentive else [row[:] for row in x]
         if layer not in self.recurrent:
-            return super().attention(x, layer)
+            return after
         p, at = self.paths(layer), str(self._module_of(layer))
-        after = [row[:] for row in x]
         for m in range(len(x)):
             is_bias = self.bias and m == 0
             normed = [self.normed(str(p["an"]), x[m][t], t, is_bias) for t in range(len(self.ids))]
@@ -133,7 +175,7 @@ class RecurrentOracle(Oracle):
         def of(y: Tensor) -> Tensor:
             return y[width : 2 * width]
 
-        own = [of(y) for y in self.captured[at + ".in_proj:out"].double()]
+        own = [of(y) for y in self.projected(at)]
         return self.convolved(at, [of(self.linear(at + ".in_proj", part, is_bias)) for part in x], own, 0, is_bias)
 
     def state_space(self, at: str, layer: int, values: list[Tensor]) -> list[Tensor]:
@@ -141,9 +183,8 @@ class RecurrentOracle(Oracle):
         m, (args, options) = self.module(at), self.calls[self.recurrent.index(layer)]
         step, a, b, c = (each.double() for each in (args[1][0], args[2], args[3][0], args[4][0]))
         step = functional.softplus(step + options["dt_bias"].double()).clamp(*options["dt_limit"])
-        gate = functional.silu(self.captured[at + ".in_proj:out"].double()[:, : m.intermediate_size])
-        whole, of_group = self.captured[at + ".norm:in"].double() * gate, m.num_heads // m.n_groups
-        found, d = [], m.head_dim
+        gate = functional.silu(self.projected(at)[:, : m.intermediate_size])
+        of_group, found, d = m.num_heads // m.n_groups, [], m.head_dim
         states = [torch.zeros(m.ssm_state_size, d, dtype=torch.float64) for _ in range(m.num_heads)]
         for t, v in enumerate(values):
             outs = []
@@ -152,7 +193,19 @@ class RecurrentOracle(Oracle):
                 written = torch.outer(b[t, h // of_group], step[t, h] * own)
                 states[h] = states[h] * (step[t, h] * a[h]).exp() + written
                 outs.append(states[h].T @ c[t, h // of_group] + m.D[h] * own)
-            groups = whole[t].unflatten(0, (-1, getattr(m.norm, "group_size", m.intermediate_size)))
-            scale = groups.square().mean(-1, keepdim=True).add(m.norm.variance_epsilon).rsqrt().expand(groups.shape)
-            found.append(m.norm.weight * torch.cat(outs) * gate[t] * scale.flatten())
+            found.append(torch.cat(outs) * gate[t] * self.scale_of_state_space(at, gate, t))
         return found
+
+    def scale_of_state_space(self, at: str, gate: Tensor, t: int) -> Tensor | float:
+        """The norm's weight and scale, by groups of channels; Falcon-H1 may have none, or one before the gate."""
+        norm, config = self.module(at + ".norm"), self.model.config
+        if self.name == "falcon_h1" and not config.mamba_rms_norm:
+            return 1.0
+        whole = self.captured[at + ".norm:in"].double()[t]
+        whole = whole if self.name == "falcon_h1" and config.mamba_norm_before_gate else whole * gate[t]
+        groups = (
+            config.mamba_n_groups if self.name == "falcon_h1" else len(whole) // getattr(norm, "group_size", len(whole))
+        )
+        by_group = whole.unflatten(0, (groups, -1))
+        root = by_group.square().mean(-1, keepdim=True).add(norm.variance_epsilon).rsqrt().expand(by_group.shape)
+        return norm.weight * root.flatten()

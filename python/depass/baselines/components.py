@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..api import DePass
 from ..checks import integer
 from ..errors import OptionError
-from ..masking import Kind, layers_with, num_components
+from ..masking import Kind, layers_with, num_components, read_by
 from ..models import attention, capture
 from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture, routing_of
@@ -161,10 +161,12 @@ class _Inputs:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.inputs: list[Tensor] = []  # or the router's weights [N, k]
+        self.modules: list[nn.Module] = []  # that read these
         self.chosen: list[Tensor] = []  # [N, k], with these
 
     @capture.of_this_thread
-    def keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.modules.append(module)
         self.inputs.append(args[0])
 
     @capture.of_this_thread
@@ -180,13 +182,19 @@ def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case
     They are summed over positions, or with ``last`` taken only at the targets' own positions.
     """
     kept, count = _Inputs(), num_components(bound, kind)
-    modules = [(layer.output if kind == "heads" else layer.only_mlp.down).module for layer in bound.layers]
+    read = [each for layer in layers_with(bound, kind) for each in read_by(bound.layers[layer], kind)]
+    place = {each.module: number for number, (each, _) in enumerate(read)}
 
     def of_target(products: list[Tensor], position: int) -> Tensor:
         counted = slice(position, position + 1) if last else slice(None)
-        parts = [product[0, counted].sum(0).cpu() for product in products]
-        return torch.stack([part.view(count, -1).sum(1) for part in parts])
+        by_module: dict[int, Tensor] = {}
+        for module, product in zip(kept.modules, products, strict=True):
+            number = place[module]
+            own = read[number][1]
+            by_module[number] = product[0, counted].sum(0).cpu().view(own.stop - own.start, -1).sum(1)
+        return torch.cat([by_module[number] for number in range(len(read))]).view(-1, count)
 
+    modules = list(place)
     hooks = (module.register_forward_pre_hook(kept.keep) for module in modules)
     return _gradient_times_value(bound, case, hooks, kept, of_target)
 
@@ -268,26 +276,32 @@ class _ReadLayers(Capture):
             self.layers_read.append(values.cpu())
 
 
-def _output_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
-    assert trace.mixed is not None
-    heads = layer.num_heads
-    mixed = trace.mixed[positions].float().view(len(positions), heads, -1)  # [targets, H, d]
-    weight = into_stream(layer.output.weight, layer.attention_post_norm, torch.float32)
-    weight = weight.reshape(len(weight), heads, -1)  # [D, H, d]
-    sizes: Tensor = torch.linalg.vector_norm(torch.einsum("thd,ohd->tho", mixed, weight), dim=-1)
+def _output_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | None:
+    if not layer.mixers:
+        return None
+    by_mixer = []
+    for mixer, own in zip(layer.mixers, trace.mixers, strict=True):
+        assert own.mixed is not None
+        mixed = own.mixed[positions].float().view(len(positions), mixer.num_heads, -1)  # [targets, H, d]
+        weight = into_stream(mixer.output.weight, layer.attention_post_norm, torch.float32)
+        weight = weight.reshape(len(weight), mixer.num_heads, -1)  # [D, H, d]
+        by_mixer.append(torch.linalg.vector_norm(torch.einsum("thd,ohd->tho", mixed, weight), dim=-1))
+    sizes = torch.cat(by_mixer, 1)
     scale = trace.scales.get("attention_post_norm")
     return sizes if scale is None else sizes * scale[positions, None]
 
 
-def _activation(_: Layer, trace: Trace, positions: list[int]) -> Tensor:
-    assert trace.hidden is not None
-    return trace.hidden[positions].float()
+def _activation(_: Layer, trace: Trace, positions: list[int]) -> Tensor | None:
+    return None if trace.hidden is None else trace.hidden[positions].float()
 
 
-def _activation_x_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor:
+def _activation_x_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | None:
+    activation = _activation(layer, trace, positions)
+    if activation is None:
+        return None
     weight = into_stream(layer.only_mlp.down.weight, layer.mlp_post_norm, torch.float32)
     columns: Tensor = torch.linalg.vector_norm(weight, dim=0)  # [F]
-    sizes = _activation(layer, trace, positions) * columns
+    sizes = activation * columns
     scale = trace.scales.get("mlp_post_norm")
     return sizes if scale is None else sizes * scale[positions, None]
 

@@ -267,15 +267,17 @@ def _by_attention(reduce: Callable[[list[Tensor]], Tensor], bound: BoundModel, c
 
 
 class _Patterns(Capture):
-    """Each layer's attention pattern ``[B, T, T]``, averaged over heads, on the first layer's device."""
+    """The patterns ``[B, T, T]`` of layers that have heads, averaged over these, on the first layer's device."""
 
     def __init__(self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range) -> None:
         super().__init__(bound, prompts, layers)
         self.patterns: list[Tensor] = []
 
     def layer(self, index: int, trace: Trace) -> None:
-        assert trace.pattern is not None
-        pattern = trace.pattern.float().mean(1)
+        if not trace.mixers:  # positions do not mix
+            return
+        by_mixer = [mixer.pattern.float() for mixer in trace.mixers if mixer.pattern is not None]
+        pattern = torch.cat(by_mixer, 1).mean(1)
         self.patterns.append(pattern.to(self.patterns[0].device if self.patterns else pattern.device))
 
 

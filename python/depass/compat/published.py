@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models.bound import BoundModel, Layer, Norm, Projection
+from ..models.bound import BoundModel, Layer, Mixer, Norm, Projection
 from ..models.capture import Capture
 from ..models.trace import Trace
 
@@ -45,6 +45,11 @@ class _Frozen:
     hidden: Tensor  # [N, F]
     gate_total: Tensor | None  # [N, F], for the taylor rule
 
+    @property
+    def mixer(self) -> Mixer:
+        """The layer's attention."""
+        return self.layer.mixers[0]
+
 
 class _Freezing(Capture):
     """A run of the model that keeps each layer's frozen values, in ``dtype`` and on the layer's device."""
@@ -59,10 +64,11 @@ class _Freezing(Capture):
         layer = self.bound.layers[index]
         device, dtype = layer.device, self.dtype
         own = trace.map(lambda tensor: tensor.to(device, dtype, copy=True))
-        assert own.pattern is not None
+        pattern = own.mixers[0].pattern
+        assert pattern is not None
         assert own.hidden is not None
         scales = own.scales["attention_norm"], own.scales["mlp_norm"]
-        self.layers_frozen.append(_Frozen(layer, own.stream, own.pattern[0], *scales, own.hidden, own.gate_total))
+        self.layers_frozen.append(_Frozen(layer, own.stream, pattern[0], *scales, own.hidden, own.gate_total))
 
 
 class Published:
@@ -120,7 +126,7 @@ class Published:
             state = torch.stack([first.stream, middle - first.stream])
         else:
             mixed = self._mix(first.stream[None], first)[0]  # [N, H, d]
-            weight = first.layer.output.weight.to(self.dtype)  # [D, H·d]
+            weight = first.mixer.output.weight.to(self.dtype)  # [D, H·d]
             heads = torch.einsum("qhd,Dhd->hqD", mixed, weight.reshape(len(weight), *mixed.shape[1:]))
             state = torch.cat([first.stream[None], heads])
         return self._last(self._mlp(state, first, False), frozen[1:])
@@ -176,14 +182,14 @@ class Published:
         return deque(states(), maxlen=None if keep_all else 1)
 
     def _attention(self, state: Tensor, frozen: _Frozen) -> Tensor:
-        return state + self._mix(state, frozen).flatten(2) @ frozen.layer.output.weight.to(self.dtype).T
+        return state + self._mix(state, frozen).flatten(2) @ frozen.mixer.output.weight.to(self.dtype).T
 
     def _mix(self, state: Tensor, frozen: _Frozen) -> Tensor:
         """Every head's values ``[M, N, H, d]``, mixed by the frozen pattern, without the value bias (quirk 3)."""
-        values = _read(state, frozen.attention_scale, frozen.layer.value, frozen.layer.attention_norm)  # [M, N, K·d]
-        width = frozen.layer.output.shape[1] // frozen.layer.num_heads
+        values = _read(state, frozen.attention_scale, frozen.mixer.value, frozen.layer.attention_norm)  # [M, N, K·d]
+        width = frozen.mixer.output.shape[1] // frozen.mixer.num_heads
         values = values.view(*state.shape[:2], -1, width)  # [M, N, K, d]
-        values = values.repeat_interleave(frozen.layer.num_heads // values.shape[2], dim=2)
+        values = values.repeat_interleave(frozen.mixer.num_heads // values.shape[2], dim=2)
         return torch.einsum("hqk,mkhd->mqhd", frozen.pattern, values)
 
     def _mlp(self, state: Tensor, frozen: _Frozen, exclude_first: bool) -> Tensor:
@@ -233,19 +239,24 @@ def _share(gate: Tensor, rule: str, temperature: float) -> Tensor:
     return torch.softmax(gate / temperature, dim=0)
 
 
-def _scales_mixes(layer: Layer) -> bool:
-    return any(part is not None for part in (layer.mix_gate, layer.mix_norm, layer.sinks))
+def _scales_mixes(mixer: Mixer) -> bool:
+    return any(part is not None for part in (mixer.mix_gate, mixer.mix_norm, mixer.sinks))
 
 
 def _refuse_other_families(bound: BoundModel) -> None:
+    mixers = [mixer for layer in bound.layers for mixer in layer.mixers]
     reasons = [
         (bound.final_norm.is_centred, "LayerNorm"),
-        (any(layer.output.factor != 1 for layer in bound.layers), "a factor on what a sublayer adds"),
+        (any(not layer.mixers or not layer.has_mlp for layer in bound.layers), "layers with one sublayer"),
+        (
+            any(part.is_scaled for layer in bound.layers for part in layer.projections),
+            "a factor on what a sublayer adds",
+        ),
         ((bound.logit_factor, bound.logit_divisor) != (1, 1), "a factor on logits"),
         (bound.has_experts, "routed experts"),
-        (any(layer.recurrence is not None for layer in bound.layers), "linear attention"),
-        (any(layer.latent is not None for layer in bound.layers), "values projected from a latent vector"),
-        (any(_scales_mixes(layer) for layer in bound.layers), "a gate, a norm or sinks on what the heads mix"),
+        (bound.has_recurrence, "linear attention"),
+        (any(mixer.latent is not None for mixer in mixers), "values projected from a latent vector"),
+        (any(_scales_mixes(mixer) for mixer in mixers), "a gate, a norm or sinks on what the heads mix"),
         (bound.parallel, "attention and MLP in parallel"),
         (any(layer.attention_post_norm or layer.mlp_post_norm for layer in bound.layers), "post-norms"),
         (any(not (layer.attention_norm and layer.mlp_norm) for layer in bound.layers), "sublayers without a pre-norm"),

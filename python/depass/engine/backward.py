@@ -105,10 +105,11 @@ class LayerGradients:
         layer: the layer.
         lengths: the prompts' numbers of tokens.
         before, after: the stream at the layer's input and at its output.
-        middle: ``[T, P, D]``, the gradient of the stream between attention and MLP; None where they are parallel.
-        mixed, of_mixed: the input of the attention's output projection ``[P, H·d]``, and its gradients ``[T, P, H·d]``.
+        middle: ``[T, P, D]``, the gradient of the stream between attention and MLP; None where they are parallel, or where
+            the layer has no attention.
+        mixed, of_mixed: by mixer, the input of its output projection ``[P, H·d]``, and its gradients ``[T, P, H·d]``.
         hidden, of_hidden: the input of the MLP's down projection ``[P, F]``, and its gradients ``[T, P, F]``; None where the
-            layer has experts alone.
+            layer has experts or a mixer alone.
         routed: the experts' hidden vectors and gradients; None in a layer without experts.
         biases: the scores ``[T, P]`` of the layer's biases, by the path of their module in the layer.
         late_biases: the paths of those that the layer adds behind its middle.
@@ -121,8 +122,8 @@ class LayerGradients:
     before: StreamGradient
     after: StreamGradient
     middle: Tensor | None
-    mixed: Tensor
-    of_mixed: Tensor
+    mixed: list[Tensor]
+    of_mixed: list[Tensor]
     hidden: Tensor | None
     of_hidden: Tensor | None
     routed: RoutedGradients | None
@@ -140,10 +141,12 @@ class LayerGradients:
         return _of_prompts(scores, self.lengths)
 
     def heads(self) -> Tensor:
-        """The scores of the heads' outputs by position, ``[T, P, H]``."""
-        of_mixed, mixed, heads = self.of_mixed, self.mixed, self._modules.num_heads
-        by_head = mixed.reshape(len(mixed), heads, -1)
-        return _dot(of_mixed.reshape(len(of_mixed), *by_head.shape), by_head, self._dtype)
+        """The scores of the heads' outputs by position, ``[T, P, H]``, one mixer's after the other's."""
+        by_mixer = [self._zero[..., None][..., :0]]  # of a layer without attention
+        for mixer, mixed, of_mixed in zip(self._modules.mixers, self.mixed, self.of_mixed, strict=True):
+            by_head = mixed.reshape(len(mixed), mixer.num_heads, -1)
+            by_mixer.append(_dot(of_mixed.reshape(len(of_mixed), *by_head.shape), by_head, self._dtype))
+        return torch.cat(by_mixer, -1)
 
     def neurons(self, positions: Tensor | None = None) -> Tensor:
         """The scores of the neurons' outputs, summed over each prompt's positions, ``[T, B, F]``.
@@ -152,8 +155,12 @@ class LayerGradients:
             positions: ``[P]`` bool, true where an output counts; by default everywhere.
 
         Raises:
-            SourceError: the layer has routed experts.
+            SourceError: the layer has routed experts, or no MLP.
         """
+        if self.routed is None and self.hidden is None:
+            raise SourceError(
+                f"layer {self.layer} of {self.bound.name} has no MLP; take its heads: Heads({self.layer})"
+            )
         if self.routed is not None or self.hidden is None or self.of_hidden is None:
             raise SourceError(
                 f"layer {self.layer} of {self.bound.name} has routed experts, whose neurons are not the same at every "
@@ -190,7 +197,8 @@ class LayerGradients:
 
     def attention(self) -> Tensor:
         """The scores of the attention's output by position ``[T, P]``, its output bias included."""
-        return _dot(self.of_mixed, self.mixed, self._dtype) + self._bias_of(self._modules.output.module)
+        dots = (_dot(of_mixed, mixed, self._dtype) for of_mixed, mixed in zip(self.of_mixed, self.mixed, strict=True))
+        return sum(dots, self._zero) + self._biases_of_attention()
 
     def mlp(self) -> Tensor:
         """The scores of the MLP's output by position ``[T, P]``, its output biases included.
@@ -226,7 +234,7 @@ class LayerGradients:
         if parts in ("heads", "attn") and self.middle is not None:
             own = own + self._sum_of(self.late_biases)
         if parts == "heads":
-            own = own + self.of_prompts(self._bias_of(self._modules.output.module))
+            own = own + self.of_prompts(self._biases_of_attention())
         return own + self.of_prompts(self._bias_of_experts()) if parts == "experts" else own
 
     def balance(self, parts: Parts) -> Tensor:
@@ -274,6 +282,10 @@ class LayerGradients:
         """The scores ``[T, P]`` of one module's bias, zero if it has none."""
         return self.biases.get(self._path_of(module), self._zero)
 
+    def _biases_of_attention(self) -> Tensor:
+        """The scores ``[T, P]`` of the mixers' output biases, zero if there are none."""
+        return sum((self._bias_of(mixer.output.module) for mixer in self._modules.mixers), self._zero)
+
     def _bias_of_experts(self) -> Tensor:
         """The scores ``[T, P]`` of the experts' output biases, zero if there are none."""
         experts = self._modules.experts
@@ -287,7 +299,8 @@ class LayerGradients:
 
     @property
     def _zero(self) -> Tensor:  # [T, P]
-        return torch.zeros(self.of_mixed.shape[:2], dtype=self._dtype, device=self.of_mixed.device)
+        gradient = self.after.gradient
+        return torch.zeros(gradient.shape[:2], dtype=self._dtype, device=gradient.device)
 
 
 def _of_prompts(scores: Tensor, lengths: list[int]) -> Tensor:
@@ -524,8 +537,8 @@ class Backward:
             before=StreamGradient(index, group, x, of_x, *before),
             after=StreamGradient(index + 1, group, flat(segment.output.detach()), self._flat(gradient), *behind),
             middle=None if found.middle is None else self._flat(found.middle),
-            mixed=flat(segment.mixed.detach()),
-            of_mixed=self._flat(found.mixed),
+            mixed=[flat(mixed.detach()) for mixed in segment.mixed],
+            of_mixed=[self._flat(mixed) for mixed in found.mixed],
             hidden=None if segment.hidden is None else flat(segment.hidden.detach()),
             of_hidden=None if found.hidden is None else self._flat(found.hidden),
             routed=routed,
@@ -572,9 +585,9 @@ class Backward:
         if self.path_weights.balance is None:
             return zero, zero
         flat, dtype = self.packing.flat, self.bound.state_dtype
-        in_attention = zero + (1 - self.path_weights.v) * _dot(
-            self._flat(found.mixed), flat(segment.mixed.detach()), dtype
-        )
+        pairs = zip(found.mixed, segment.mixed, strict=True)
+        of_mixed = sum((_dot(self._flat(of), flat(mixed.detach()), dtype) for of, mixed in pairs), zero)
+        in_attention = zero + (1 - self.path_weights.v) * of_mixed
         for x, of_x in zip(segment.flow.steering, found.steering, strict=True):
             own, gradient = x.detach().transpose(1, 2).flatten(2), of_x.transpose(2, 3).flatten(3)  # [T, B, N, H·d]
             in_attention = in_attention - _dot(self._flat(gradient), flat(own), dtype)

@@ -39,17 +39,17 @@ def linear_needs(
     """The needs of a pass over prompts of these lengths, through so many layers and back from so many targets."""
     number, state = bound.dtype.itemsize, bound.state_dtype.itemsize
     widest = bound.widest_layer
-    neurons, width, mixed = widest.neurons, bound.hidden_size, widest.output.shape[1]
+    neurons, width, mixed = widest.neurons, bound.hidden_size, bound.most_mixed
     tokens, of_query = sum(lengths), bound.most_heads * len(lengths) * max(lengths)  # numbers in patterns
     at_once = max(lengths)
-    if not any(layer.recurrence is not None for layer in bound.layers):
+    if not bound.has_recurrence:
         at_once = queries_at_once(bound.device, bound.most_heads * len(lengths), max(lengths))
     pattern, is_kept = of_query * at_once, at_once == max(lengths)  # in blocks it is computed again
     in_fp32 = 4 * (number < 4)  # a softmax of half precision computes in fp32, and then rounds
     of_neuron = 2 * number + state if widest.experts is None else number + 2 * state
     layer = tokens * (neurons * of_neuron + (3 * width + mixed) * number) + pattern * number * is_kept
     if not is_kept:  # queries, keys and values
-        layer += tokens * (mixed + 2 * widest.value.shape[0]) * number
+        layer += tokens * (mixed + 2 * bound.most_values) * number
     together = min(targets, group_size(bound, lengths, path_weights))
     back = together * tokens * _numbers_back(bound) * max(number, state) * 3 // 5  # measured: not all at once
     ahead = pattern * (number + in_fp32 * 3 // 2)

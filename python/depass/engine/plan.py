@@ -193,16 +193,21 @@ def _most(bound: BoundModel, sources: str) -> int:
         lacking = "has no experts"
     else:
         counts = [layer.mlp.down.shape[1] for layer in bound.layers if layer.mlp is not None and layer.experts is None]
-        lacking = "has experts in every layer, whose neurons are no sources; choose 'experts'"
+        has_experts = "has experts in every layer, whose neurons are no sources; choose 'experts'"
+        lacking = has_experts if bound.has_experts else "has no layer with an MLP; choose 'heads'"
     if not counts:
         raise OptionError(f"sources={sources!r} of a plan: {bound.name} {lacking}")
     return max(counts)
 
 
 def measured_rate(bound: BoundModel, device: torch.device) -> float:
-    """The operations per second of this device's matrix products, in the shapes of the model's MLP or of an expert."""
+    """The operations per second of this device's matrix products, in the shapes of the model's MLP or of an expert.
+
+    A model without an MLP has those of its output projections.
+    """
     layer, width = bound.widest_layer, bound.hidden_size
     neurons = layer.neurons if layer.experts is None else layer.experts.neurons
+    neurons = neurons or bound.most_mixed
     dtype = bound.product_dtype_on(device)
     rows = 4096 if device.type == "cuda" else 256
     a = torch.randn(rows, width, device=device).to(dtype)
@@ -290,11 +295,13 @@ def _forward(
     workspace_bytes: int | None,
 ) -> _Cost:
     """What a decomposed state of ``rows`` rows and ``count`` sources needs."""
-    mixed = [2 * (layer.value.shape.numel() + (0 if layer.latent is None else layer.latent.shape.numel()))
-             for layer in bound.layers]  # fmt: skip
-    others = [2 * (layer.output.shape.numel() + 2 * layer.neurons * bound.hidden_size) for layer in bound.layers]
+    projections = [projection for layer in bound.layers for mixer in layer.mixers for projection in mixer.projections]
+    outputs = [sum(mixer.output.shape.numel() for mixer in layer.mixers) for layer in bound.layers]
+    before = 2 * (sum(projection.shape.numel() for projection in projections) - sum(outputs))  # values, latent ones too
+    others = [2 * (output + 2 * layer.neurons * bound.hidden_size)
+              for output, layer in zip(outputs, bound.layers, strict=True)]  # fmt: skip
     # of the last layer only the last position's rows
-    operations = rows * (sum(mixed) + sum(others[:-1])) + count * others[-1]
+    operations = rows * (before + sum(others[:-1])) + count * others[-1]
     own = 2 * positions * (numbers(bound.backbone) - sum(layer.idle_numbers for layer in bound.layers))
     blocks, needed = fitting(bound, rows, [positions], workspace_bytes, device, room)
     return _Cost(
@@ -311,7 +318,7 @@ def _backward(bound: BoundModel, positions: int, room: int, path_weights: PathWe
     kept = 1 if recomputed else depth
     products = 2 * positions * sum(numbers(layer.module) - layer.idle_numbers for layer in bound.layers)
     # one product of patterns and vectors in every layer
-    mixing = 2 * positions**2 * sum(layer.output.shape[1] for layer in bound.layers)
+    mixing = 2 * positions**2 * sum(layer.mixed for layer in bound.layers)
     back = products + mixing * (4 if path_weights.steers else 1)
     operations = (2 if recomputed else 1) * (products + 2 * mixing) + targets * back
     return _Cost(

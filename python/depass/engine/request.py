@@ -15,12 +15,12 @@ from ..errors import ModelError, OptionError
 from ..inputs.prompt import Prompt, encode
 from ..inputs.targets import Asked, Sum, check
 from ..models.alterations import alterations
-from ..models.bound import BoundModel
+from ..models.bound import BoundModel, Layer
 from ..models.linearised import refuse
 from ..propagation.sharing import MLPSharing
 from ..results.sweep import SweepKind
 from ..rules import FORWARD, AnyRule, PathWeights
-from ..sources.components import Heads, Modules, Neurons, RoutedExperts
+from ..sources.components import Heads, Modules, Neurons, RoutedExperts, refuse_absent
 from ..sources.decompose import COMPONENTS, check_kind, decompose_components
 from ..sources.parts import check_layer
 from ..sources.source import Decomposition
@@ -236,17 +236,27 @@ def decompose(bound: BoundModel, tokenizer: Any, prompt: Prompt, sources: Any, c
     if isinstance(sources, RoutedExperts):
         routing = chosen_experts(bound, prompt.ids, [check_layer(sources, bound)]).get(sources.layer)
     parts = decompose_components(sources, len(prompt.ids), bound, routing)
+    if isinstance(sources, Modules):
+        refuse_absent(sources, bound)
     if parts.layer >= chosen.stop:
         raise OptionError(f"stop_layer={chosen.stop} must be greater than the layer of {name}, {parts.layer}")
     return parts
 
 
 def components_of_layer(kind: str, layer: int, ids: Any, positions: Any) -> list[Any]:
-    """The specs that decompose a layer in a sweep: one, or two for modules."""
+    """The specs that decompose a layer in a sweep: one, or two for modules. A module that it lacks is no source."""
     if kind == "modules":
         return [Modules(layer, "attn", positions), Modules(layer, "mlp", positions)]
     by_kind: dict[str, Callable[..., Any]] = {"heads": Heads, "neurons": Neurons, "experts": RoutedExperts}
     return [by_kind[kind](layer, ids, positions)]
+
+
+def _has(layer: Layer, kind: SweepKind) -> bool:
+    """Whether a sweep of a kind looks at a layer by default; one of neurons is refused where there are experts."""
+    has: dict[SweepKind, bool] = {
+        "heads": bool(layer.mixers), "neurons": layer.has_mlp, "experts": layer.experts is not None, "modules": True,
+    }  # fmt: skip
+    return has[kind]
 
 
 def layers_of_sweep(bound: BoundModel, kind: SweepKind, layers: Any, ids: Any) -> list[int]:
@@ -259,13 +269,15 @@ def layers_of_sweep(bound: BoundModel, kind: SweepKind, layers: Any, ids: Any) -
     experts = kind == "experts"
     if experts and not bound.has_experts:
         raise OptionError(f"{bound.name} has no routed experts; sweep its heads, neurons or modules")
-    every = bound.expert_layers if experts else range(len(bound.layers))
+    every = [index for index, layer in enumerate(bound.layers) if _has(layer, kind)]
     wanted = list(every) if layers is None else integers("layers", layers, OptionError)
+    if not every:
+        raise OptionError(f"{bound.name} has no {kind}: its layers have another sublayer alone; sweep its modules")
     if not wanted or len(set(wanted)) < len(wanted):
         raise OptionError(f"layers must be a non-empty list without duplicates, got {layers}")
     if kind in ("experts", "heads") and ids is None:
         held = {index: layer.experts.count for index, layer in enumerate(bound.layers) if layer.experts is not None}
-        held = held if experts else {index: layer.num_heads for index, layer in enumerate(bound.layers)}
+        held = held if experts else {index: layer.num_heads for index, layer in enumerate(bound.layers) if layer.mixers}
         counts = {held[index] for index in wanted if index in held}
         if len(counts) > 1:
             raise OptionError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import ModelError
 from ..models.alterations import alterations, said_of, within
+from ..models.bound import Mixer
 from ..models.capture import of_this_thread
 from ..models.layer_paths import ExpertsCall, LayerPaths
 from ..models.weights import dense
@@ -25,7 +27,7 @@ class Found(NamedTuple):
     """Gradients of ``t`` targets, each ``[t, ...]`` of the tensor that it belongs to."""
 
     leaf: Tensor
-    mixed: Tensor
+    mixed: list[Tensor]
     hidden: Tensor | None
     routed: Tensor | None
     steering: list[Tensor]
@@ -58,8 +60,8 @@ class Segment:
     Attributes:
         leaf: the residual stream at the layer's input, in the model's shape.
         output: the residual stream at its output.
-        mixed: the input of the attention's output projection.
-        hidden: the input of the MLP's down projection, None in a layer that has experts alone.
+        mixed: the inputs of the mixers' output projections.
+        hidden: the input of the MLP's down projection, None in a layer that has none beside experts, or a mixer alone.
         routed: the call of the experts, None in a layer without.
         biased: the places where the layer adds biases, in the order of its calls.
         early: how many of them come before the middle of the layer.
@@ -67,7 +69,7 @@ class Segment:
 
     leaf: Tensor
     output: Tensor
-    mixed: Tensor
+    mixed: list[Tensor]
     hidden: Tensor | None = None
     routed: ExpertsCall | None = None
 
@@ -76,19 +78,18 @@ class Segment:
         self.thread = threading.get_ident()
         self.has_graph = not run.recompute  # of the model's next call of the layer
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.middle: GradientEdge | None = None
+        self.middle: tuple[GradientEdge, float] | None = None  # with what multiplies that output before it is added
         self.biased: list[Biased] = []
         self.early = 0
-        self.ran: set[str] = set()
+        self.ran: set[nn.Module] = set()
         self.paths = {module: path for path, module in self.modules.module.named_modules()}
 
     def hook(self, stack: ExitStack) -> None:
         """Register the hooks, after those of the linearised model; they are removed when the stack closes."""
         modules = self.modules
-        hooks = [
-            modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
-            modules.output.module.register_forward_pre_hook(self.at_mixed),
-        ]
+        hooks = [modules.module.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        for number, mixer in enumerate(modules.mixers):
+            hooks.append(mixer.output.module.register_forward_pre_hook(partial(self.at_mixed, number)))
         if modules.mlp is not None:
             hooks.append(modules.mlp.down.module.register_forward_pre_hook(self.at_hidden))
         if modules.experts is not None:
@@ -100,8 +101,9 @@ class Segment:
                 hooks.append(module.register_forward_hook(self.at_bias, prepend=module in detached))
         if not self.run.bound.parallel:
             norm = modules.attention_post_norm
-            written = modules.output.module if norm is None else norm.module
-            hooks.append(written.register_forward_hook(self.at_middle))
+            for output in (mixer.output for mixer in modules.mixers):
+                written = output.module if norm is None else norm.module
+                hooks.append(written.register_forward_hook(partial(self.at_middle, output.factor)))
         hooks.append(modules.module.register_forward_hook(self.end))
         for hook in hooks:
             stack.callback(hook.remove)
@@ -118,37 +120,38 @@ class Segment:
         self.leaf = x.requires_grad_() if self.has_graph else x
         args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
         self.call = (args, kwargs) if self.run.recompute else None
+        self.mixed = [x.new_empty(0) for _ in self.modules.mixers]
         torch.set_grad_enabled(self.has_graph)
         return args, kwargs
 
     @of_this_thread
-    def at_mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        """Keep the input of the attention's output projection."""
-        self.ran.add("output projection")
+    def at_mixed(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        """Keep the input of a mixer's output projection."""
+        self.ran.add(module)
         if not torch.is_grad_enabled():
             return None
-        self._keep_biases_of_recurrence()
-        self.mixed = _in_graph(args[0])
-        return (self.mixed, *args[1:])
+        self._keep_biases_of_recurrence(self.modules.mixers[number])
+        self.mixed[number] = _in_graph(args[0])
+        return (self.mixed[number], *args[1:])
 
-    def _keep_biases_of_recurrence(self) -> None:
+    def _keep_biases_of_recurrence(self, mixer: Mixer) -> None:
         """Keep the places where a recurrence adds the biases of its values and of their convolution."""
-        recurrence, flow = self.modules.recurrence, self.flow.recurrence
+        recurrence, flow = mixer.recurrence, self.flow.recurrence
         if recurrence is None or flow is None:
             return
         if flow.call is None:
             self._must_carry(None)
             return
-        path, of_values, of_taps = self.paths[recurrence.module], self.modules.value.bias, recurrence.taps_bias()
+        path, of_values, of_taps = self.paths[recurrence.module], mixer.value.bias, recurrence.taps_bias()
         if of_values is not None:
             self.biased.append(Biased(f"{path}.values", get_gradient_edge(flow.call.values), of_values.detach()))
         if of_taps is not None:
             self.biased.append(Biased(f"{path}.conv1d", get_gradient_edge(flow.call.convolved), of_taps.detach()))
 
     @of_this_thread
-    def at_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> Any:
+    def at_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
         """Keep the input of the down projection."""
-        self.ran.add("down projection")
+        self.ran.add(module)
         if not torch.is_grad_enabled():
             return None
         self.hidden = _in_graph(args[0])
@@ -157,7 +160,7 @@ class Segment:
     @of_this_thread
     def at_experts(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keep the experts' hidden vectors, and the places where they add their biases."""
-        self.ran.add("experts")
+        self.ran.add(module)
         if not torch.is_grad_enabled():
             return
         assert self.flow.experts is not None
@@ -215,11 +218,11 @@ class Segment:
         return reached
 
     @of_this_thread
-    def at_middle(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the place where the attention adds to the stream."""
+    def at_middle(self, factor: float, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the place where the attention, ``factor`` times, adds to the stream; of several mixers, the last's."""
         if torch.is_grad_enabled():
             self._must_carry(output)
-            self.middle, self.early = get_gradient_edge(output), len(self.biased)
+            self.middle, self.early = (get_gradient_edge(output), factor), len(self.biased)
 
     @of_this_thread
     def end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -241,10 +244,12 @@ class Segment:
 
     def must_have_run(self) -> None:
         """Raise a ModelError where a part of the layer did not run."""
-        parts = {"output projection": True, "down projection": self.modules.mlp is not None}
-        parts["experts"] = self.modules.experts is not None
-        for part, has_part in parts.items():
-            if has_part and part not in self.ran:
+        layer = self.modules
+        parts = [("output projection", mixer.output.module) for mixer in layer.mixers]
+        parts += [] if layer.mlp is None else [("down projection", layer.mlp.down.module)]
+        parts += [] if layer.experts is None else [("experts", layer.experts.module)]
+        for part, module in parts:
+            if module not in self.ran:
                 raise ModelError(
                     f"{self.run.bound.name} did not run the {part} of layer {self.index}, which DePass needs; correct the "
                     "model's depass.Family"
@@ -273,9 +278,9 @@ class Segment:
         """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last."""
         self._must_carry(self.output)
         own = [self.hidden, None if self.routed is None else self.routed.hidden]
-        tensors = [self.leaf, self.mixed, *(each for each in own if each is not None)]
+        tensors = [self.leaf, *self.mixed, *(each for each in own if each is not None)]
         steering, edges = self.flow.steering, [each.output for each in self.biased]
-        inputs = [*tensors, *steering, *edges, *(() if self.middle is None else (self.middle,))]
+        inputs = [*tensors, *steering, *edges, *(() if self.middle is None else (self.middle[0],))]
         gradient, is_batch = gradient.to(self.output.dtype), len(gradient) > 1
         found: Sequence[Any] = torch.autograd.grad(
             self.output, inputs, gradient if is_batch else gradient[0], retain_graph=not is_last, allow_unused=True,
@@ -284,11 +289,11 @@ class Segment:
         if any(each is None for each in found[: len(tensors)]):
             self._must_carry(None)
         remaining = iter(found if is_batch else [None if each is None else each[None] for each in found])
-        leaf, mixed = next(remaining), next(remaining)
+        leaf, mixed = next(remaining), [next(remaining) for _ in self.mixed]
         hidden, routed = (None if each is None else next(remaining) for each in own)
         of_steering, of_edges = ([next(remaining) for _ in some] for some in (steering, edges))
         # the gradient of what the attention adds to the stream is its output's by the factor between them
-        middle = None if self.middle is None else next(remaining) / self.modules.output.factor
+        middle = None if self.middle is None else next(remaining) / self.middle[1]
         return Found(leaf, mixed, hidden, routed, of_steering, middle, of_edges)
 
 

@@ -36,10 +36,11 @@ def survey(
         progress: see :meth:`depass.DePass.survey`.
 
     Raises:
-        OptionError: a layer has fewer neurons; those with routed experts, whose neurons are left out, do not count.
+        OptionError: a layer has fewer neurons. Layers with routed experts, whose neurons are left out, and layers without
+            an MLP do not count.
         NonFiniteError: a logit or a score is not finite.
     """
-    counts = [layer.neurons for layer in engine.bound.layers if layer.experts is None]
+    counts = [layer.neurons for layer in engine.bound.layers if layer.experts is None and layer.mlp is not None]
     if neurons < 1 or (counts and neurons > min(counts)):
         allowed = f"from 1 to {min(counts)}, the neurons of a layer of {engine.bound.name}" if counts else "at least 1"
         raise OptionError(f"neurons={neurons}: need {allowed}")
@@ -102,8 +103,8 @@ class _SurveyPass(LinearPass):
         self._keep(gradients.layer, gradients.targets, scores)
 
     def _neurons(self, gradients: LayerGradients) -> dict[str, Tensor]:
-        """The largest neurons and the sum of the others; the number -1 and zeros where the layer has experts."""
-        if gradients.routed is not None:
+        """The largest neurons and the sum of the others; the number -1 and zeros where the layer has experts or no MLP."""
+        if gradients.routed is not None or gradients.hidden is None:
             zero = gradients.after.scores().new_zeros(len(gradients.targets), self.largest)
             return {
                 "neuron_ids": torch.full_like(zero, -1, dtype=torch.int64),

@@ -176,7 +176,12 @@ def stacked(
 
 
 def _by_column(scores: Tensor, parts: Decomposition, columns: Sequence[int], kind: SweepKind) -> Tensor:
-    """The scores ``[T, C]`` of components from a decomposition; an expert that no position chose has 0."""
+    """The scores ``[T, C]`` of components from a decomposition; a missing one has 0.
+
+    An expert that no position chose is missing, and a module that the layer lacks.
+    """
+    if kind == "modules":
+        return scores if scores.shape[1] else scores.new_zeros(len(scores), 1)
     if kind != "experts":
         return scores
     place = {expert: column for column, expert in enumerate(columns)}

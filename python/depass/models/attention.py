@@ -26,10 +26,10 @@ from .bound import BoundModel
 from .packing import Packing, first_positions
 
 if TYPE_CHECKING:
-    from .capture import LayerCapture
+    from .capture import MixerCapture
 
 ATTENTION = "depass"
-at_work: dict[nn.Module, LayerCapture] = {}  # by attention module, while a pass runs
+at_work: dict[nn.Module, MixerCapture] = {}  # by attention module, while a pass runs
 running = threading.RLock()  # held during a pass
 Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values
 # of the values [B, K, T, d], the output [B, T, H, d] and the pattern [B, H, T, T]
@@ -61,14 +61,14 @@ def _attention(
         in_blocks = None if carry is None else query_blocks.attend(eager, module, (query, key, value), mask, options)
         output, pattern = eager(module, query, key, value, mask, **options) if in_blocks is None else (in_blocks, None)
     if module in at_work:
-        layer, sinks = at_work[module], at_work[module].modules.sinks
+        mixer, sinks = at_work[module], at_work[module].mixer.sinks
         given = options.get("s_aux") if sinks is None else sinks
-        if layer.seen is not None and given is not None:
+        if mixer.seen is not None and given is not None:
             inside = sinks_inside(query, key, mask, pattern, given, options["scaling"])
-            layer.seen.sinks_differ = inside is not None and inside != (sinks is None)
+            mixer.seen.sinks_differ = inside is not None and inside != (sinks is None)
         if sinks is not None:
             pattern = pattern * sink_scale(query, key, mask, pattern, sinks, options["scaling"])
-        layer.attention(pattern, value)
+        mixer.attention(pattern, value)
     watch = _watch.get()
     if watch is not None:
         watch(module, value, output, pattern)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
-from .bind_layer import bind_layer, number_of
+from .bind_layer import bind_layer, config_number, number_of
 from .bound import BoundModel, Norm, Projection, epsilon_of
 from .experts import refuse_experts, refuse_other_experts
-from .families import FAMILIES, UNSUPPORTED, Family, Origin
+from .families import FAMILIES, UNSUPPORTED, Factor, Family, Origin
 from .infer import InferenceError, compare, infer, known_layers
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
 from .packing import takes_positions
-from .paths import has, has_experts, has_recurrence, linear_paths, module_paths
+from .paths import WRITING, has, has_attention, has_experts, linear_paths, module_paths
 from .positions import switches
 from .shapes import refuse_shapes
 
@@ -203,11 +203,23 @@ def _refuse_declaration(family: Any) -> None:
     pairs = family.requires if isinstance(family.requires, tuple) else (None,)
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise ModelError(f"Family(requires={family.requires!r}): give a tuple of pairs (name in the config, value)")
+    _refuse_factors(family)
     hints = get_type_hints(Family).items()
     for field_name, choices in ((name, get_args(hint)) for name, hint in hints if get_origin(hint) is Literal):
         if getattr(family, field_name) not in choices:
             raise ModelError(
                 f"Family({field_name}={getattr(family, field_name)!r}): choose one of {', '.join(map(repr, choices))}"
+            )
+
+
+def _refuse_factors(family: Family) -> None:
+    """Raise a ModelError where the family's factors are no pairs of a part and a name."""
+    parts, pairs = get_args(Factor), family.factors if isinstance(family.factors, tuple) else (None,)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and pair[0] in parts and isinstance(pair[1], str)):
+            raise ModelError(
+                f"Family(factors={family.factors!r}): give a tuple of pairs (part, name in the config); the parts are "
+                f"{', '.join(map(repr, parts))}"
             )
 
 
@@ -233,6 +245,8 @@ def _refuse_missing(model: Any, family: Family) -> None:
 
 def _refuse_layers_without_attention(model: Any, family: Family) -> None:
     """Raise a ModelError where some layers have something else in place of attention, as those of hybrid models."""
+    if family.single:
+        return
     blocks = _blocks(model, family) if has(model, f"{family.backbone}.{family.layers}") else []
     mixing = [path for path in (family.attention, family.recurrence) if path is not None]
     lacking = [index for index, block in enumerate(blocks) if not any(has(block, path) for path in mixing)]
@@ -252,13 +266,13 @@ def _refuse_config(config: Any, family: Family, name: str) -> None:
                 f"{name} has {key}={getattr(text, key, None)!r}; DePass supports it only with {key}={value!r}"
             )
     declared = {key: getattr(family, key) for key in _FACTORS if getattr(family, key) is not None}
-    for key, factor in declared.items():
-        if not _is_positive(getattr(text, factor, None)):
+    for key, factor in (*declared.items(), *(("factors", factor) for _, factor in family.factors)):
+        if not _is_positive(config_number(text, factor)):
             raise ModelError(
-                f"Family({key}={factor!r}): the config of {name} has {factor}={getattr(text, factor, None)!r}; it must be "
+                f"Family({key}={factor!r}): the config of {name} has {factor}={config_number(text, factor)!r}; it must be "
                 "a positive number"
             )
-    for factor in ("logits_scaling", "logit_scale", "residual_multiplier"):
+    for factor in ("logits_scaling", "logit_scale", "lm_head_multiplier", "residual_multiplier"):
         if factor not in declared.values() and getattr(text, factor, None) not in (None, 1, 1.0):
             raise ModelError(
                 f"{name} has {factor}={getattr(text, factor)}, which its family does not declare; name it in "
@@ -278,8 +292,13 @@ def _refuse_config(config: Any, family: Family, name: str) -> None:
 
 def _refuse_norms(model: Any, family: Family) -> None:
     """Raise a ModelError where a norm has no epsilon, or a weight under another name."""
-    paths = [path for path in (getattr(family, part) for part in _LAYER_NORMS) if path is not None]
-    norms = [block.get_submodule(path) for block in _blocks(model, family) for path in paths]
+    norms = [
+        block.get_submodule(paths[part])
+        for block in _blocks(model, family)
+        for paths in (module_paths(block, family),)
+        for part in _LAYER_NORMS
+        if part in paths
+    ]
     norms = [module for module in norms if not isinstance(module, nn.Identity)]
     for module in (*norms, model.get_submodule(f"{family.backbone}.{family.final_norm}")):
         said = f"a norm of {type(model).__name__} ({type(module).__name__})"
@@ -294,8 +313,9 @@ def _refuse_norms(model: Any, family: Family) -> None:
 
 def _refuse_width(blocks: Sequence[Any], head: Any, family: Family, name: str) -> None:
     """Raise a ModelError where the head reads vectors of another width than the layers write."""
-    output = linear_paths(blocks[0], family)["output"]
-    written, read = Projection(blocks[0].get_submodule(output)).shape[0], Projection(head).shape[1]
+    paths = ((block, linear_paths(block, family)) for block in blocks)
+    block, output = next((block, paths[part]) for block, paths in paths for part in WRITING if part in paths)
+    written, read = Projection(block.get_submodule(output)).shape[0], Projection(head).shape[1]
     if written != read:
         raise ModelError(
             f"the layers of {name} write vectors of width {written}, but its head reads width {read}; DePass does not "
@@ -389,7 +409,7 @@ def _missing_paths(model: Any, family: Family) -> list[str]:
         missing = [path for path in module_paths(block, family).values() if not has(block, path)]
         if (
             family.sinks is not None
-            and not has_recurrence(block, family)
+            and has_attention(block, family)
             and not any(path == family.sinks for path, _ in block.named_parameters())
         ):
             missing.append(family.sinks)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
-from .bound import MLP, Layer, Norm, Projection
+from .bound import MLP, Layer, Mixer, Norm, Projection
 from .experts import Experts
-from .families import Family
-from .paths import has_experts, has_recurrence, has_shared, module_paths
+from .families import Factor, Family
+from .paths import has_attention, has_experts, has_mlp, has_recurrence, has_shared, module_paths
 from .recurrences import recurrence
 from .trace import NORMS
 
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")  # in configs
 
 
+def config_number(config: Any, name: str) -> Any:
+    """A number of the config; ``name.i`` is the ``i``-th of several. None where it is missing."""
+    name, _, place = name.partition(".")
+    found = getattr(config, name, None)
+    if not place or found is None:
+        return found
+    return found[int(place)] if place.isdigit() and int(place) < len(found) else None
+
+
 def number_of(config: Any, name: str | None) -> float:
     """A factor of the config by its name; 1 without a name."""
-    return 1.0 if name is None else float(getattr(config, name))
+    return 1.0 if name is None else float(config_number(config, name))
 
 
 def bind_layer(layer: Any, family: Family, config: Any) -> Layer:
@@ -27,76 +37,103 @@ def bind_layer(layer: Any, family: Family, config: Any) -> Layer:
     Raises:
         ModelError: its recurrence is not of the family's kind.
     """
-    factor = number_of(config, family.residual_factor)
     paths = module_paths(layer, family)
-
-    norms: dict[str, Any] = {}
-    for part in (*NORMS, "mix_norm"):
-        module = layer.get_submodule(paths[part]) if part in paths else nn.Identity()
-        norms[part] = None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
-    bind_mixing = _bind_recurrence if has_recurrence(layer, family) else _bind_attention
+    mixers = []
+    if has_attention(layer, family):
+        mixers.append(_bind_attention(layer, family, config))
+    if has_recurrence(layer, family):
+        mixers.append(_bind_recurrence(layer, family, config))
     return Layer(
         module=layer,
-        output=Projection(layer.get_submodule(paths["output"]), factor=factor),
-        mlp=_bind_mlp(layer, family, factor),
-        experts=_bind_experts(layer, family, factor, config),
+        mixers=tuple(mixers),
+        mlp=_bind_mlp(layer, family, config),
+        experts=_bind_experts(layer, family, config),
         held={path: layer.get_submodule(path) for path in paths.values()},
-        **norms,
-        **bind_mixing(layer, family, config),
+        **{part: _bind_norm(layer, family, paths.get(part)) for part in NORMS},
     )
 
 
-def _bind_attention(layer: Any, family: Family, config: Any) -> dict[str, Any]:
-    """The parts of a layer's attention, by the field of :class:`Layer`."""
-    heads, output = config.num_attention_heads, Projection(layer.get_submodule(family.output))
-    fused = layer.get_submodule(family.value)
+def _bind_norm(layer: Any, family: Family, path: str | None) -> Norm | None:
+    """The norm at a path; None without a path, or where an ``nn.Identity`` stands in its place."""
+    module = nn.Identity() if path is None else layer.get_submodule(path)
+    return None if isinstance(module, nn.Identity) else Norm(module, family.norm, family.epsilon)
+
+
+def _factor(family: Family, config: Any, part: Factor) -> float:
+    """What the model multiplies a part by; what sublayers write has the factor on the residual stream, too."""
+    names = [name for each, name in family.factors if each == part]
+    if part in ("output", "recurrence_output", "down") and family.residual_factor is not None:
+        names.append(family.residual_factor)
+    return math.prod(number_of(config, name) for name in names)
+
+
+def _bind_attention(layer: Any, family: Family, config: Any) -> Mixer:
+    """The parts of a layer's attention."""
+    heads, fused = config.num_attention_heads, layer.get_submodule(family.value)
+    output = Projection(layer.get_submodule(family.output), factor=_factor(family, config, "output"))
+    read = _factor(family, config, "value_input")
     rows: str = family.value_rows
     if rows == "last":  # q has as many rows as the output projection has columns; k and v share the others equally
         rows = f"last:{(Projection(fused).shape[0] - output.shape[1]) // 2}"
     if rows == "end_of_head":
         rows = f"end_of_head:{output.shape[1] // heads}"
-    found = {
-        "num_heads": heads,
-        "attention": layer.get_submodule(family.attention),
-        "value": Projection(fused, rows, heads),
-    }
+    found: dict[str, Any] = {}
     if family.latent is not None:
-        found["latent"] = Projection(layer.get_submodule(family.latent), f"first:{Projection(fused).shape[1]}")
+        first = f"first:{Projection(fused).shape[1]}"
+        found["latent"] = Projection(layer.get_submodule(family.latent), first, input_factor=read)
+        read = 1.0
     if family.mix_gate is not None:
         found["mix_gate"] = Projection(layer.get_submodule(family.mix_gate), family.mix_gate_rows, heads)
     if family.sinks is not None:
         found["sinks"] = layer.get_parameter(family.sinks)
-    return found
+    return Mixer(
+        module=layer.get_submodule(family.attention),
+        num_heads=heads,
+        value=Projection(fused, rows, heads, input_factor=read),
+        output=output,
+        latent_norm=_bind_norm(layer, family, family.latent_norm),
+        mix_norm=_bind_norm(layer, family, family.mix_norm),
+        **found,
+    )
 
 
-def _bind_recurrence(layer: Any, family: Family, config: Any) -> dict[str, Any]:
-    """The parts of a recurrence that a layer has in the place of attention, by the field of :class:`Layer`."""
+def _bind_recurrence(layer: Any, family: Family, config: Any) -> Mixer:
+    """The parts of a layer's recurrence."""
+    assert family.recurrence is not None
     module = layer.get_submodule(family.recurrence)
     found = recurrence(module, family.recurrence_kind, f"{family.recurrence} of a layer")
-    return {
-        "num_heads": found.heads,
-        "attention": module,
-        "value": Projection(*found.value_projection()),
-        "recurrence": found,
-    }
+    factors = [_factor(family, config, part) for part in ("recurrence_value", "recurrence_input")]
+    return Mixer(
+        module=module,
+        num_heads=found.heads,
+        value=Projection(*found.value_projection(), *factors),
+        output=Projection(module.out_proj, factor=_factor(family, config, "recurrence_output")),
+        recurrence=found,
+    )
 
 
-def _bind_mlp(layer: Any, family: Family, factor: float) -> MLP | None:
-    """The MLP that every position goes through; None where a layer has experts alone."""
+def _bind_mlp(layer: Any, family: Family, config: Any) -> MLP | None:
+    """The MLP that every position goes through; None where a layer has experts alone, or a mixer alone."""
     gate, down, weight = family.gate, family.down, None
-    if has_experts(layer, family):
-        if family.shared_gate is None or family.shared_down is None or not has_shared(layer, family):
-            return None
+    if has_shared(layer, family):
+        assert family.shared_gate is not None
+        assert family.shared_down is not None
         gate, down = family.shared_gate, family.shared_down
         weight = None if family.shared_weight is None else layer.get_submodule(family.shared_weight)
-    down_projection = Projection(layer.get_submodule(down), factor=factor)
-    return MLP(Projection(layer.get_submodule(gate), family.gate_rows), down_projection, weight)
+    elif not has_mlp(layer, family):
+        return None
+    factors = [_factor(family, config, part) for part in ("gate", "down")]
+    return MLP(
+        Projection(layer.get_submodule(gate), family.gate_rows, factor=factors[0]),
+        Projection(layer.get_submodule(down), factor=factors[1]),
+        weight,
+    )
 
 
-def _bind_experts(layer: Any, family: Family, factor: float, config: Any) -> Experts | None:
+def _bind_experts(layer: Any, family: Family, config: Any) -> Experts | None:
     """The routed experts of a layer, if it has them."""
     if family.experts is None or not has_experts(layer, family):
         return None
     module = layer.get_submodule(family.experts)
     chosen = next((number for name in _CHOSEN if isinstance(number := getattr(config, name, None), int)), None)
-    return Experts(module, chosen or len(module.down_proj), factor)
+    return Experts(module, chosen or len(module.down_proj), _factor(family, config, "down"))

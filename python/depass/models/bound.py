@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -88,13 +89,15 @@ def into_stream(weight: Tensor, post_norm: Norm | None, dtype: torch.dtype) -> T
 class Projection:
     """A linear layer, or some of its output rows, with weight ``[out, in]``.
 
-    A ``factor`` by which the model multiplies its output is part of the weight and of the bias.
+    A ``factor`` by which the model multiplies its output is part of the weight and of the bias. An ``input_factor`` by
+    which it multiplies what the module reads is part of the weight.
     """
 
     module: Any
     rows: str = "all"
     num_heads: int = 1
     factor: float = 1.0
+    input_factor: float = 1.0
 
     @property
     def weight(self) -> Tensor:
@@ -104,7 +107,12 @@ class Projection:
         """
         weight = weights.dense(self.module)
         assert weight is not None
-        return self._multiplied(self._select(self._turned(weight)))
+        return _multiplied(self._select(self._turned(weight)), self.factor * self.input_factor)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a factor makes the weight a copy."""
+        return self.factor * self.input_factor != 1
 
     @property
     def shape(self) -> torch.Size:
@@ -118,20 +126,15 @@ class Projection:
     def bias(self) -> Tensor | None:
         """The bias ``[out]``, or None."""
         bias = weights.dense(self.module, "bias")
-        return None if bias is None else self._multiplied(self._select(bias))
-
-    def _multiplied(self, rows: Tensor) -> Tensor:
-        if self.factor == 1:
-            return rows
-        return rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.factor
+        return None if bias is None else _multiplied(self._select(bias), self.factor)
 
     def _turned(self, weight: Tensor) -> Tensor:
         # transformers' Conv1D stores [in, out]; nn.Linear stores [out, in]
         return weight.T if type(self.module).__name__ == "Conv1D" else weight
 
     def select_output(self, output: Tensor) -> Tensor:
-        """The projection's columns ``[P, out]`` of the module's output ``[P, all]``."""
-        return self._select(output.T).T
+        """The projection's output ``[P, out]``, from the module's ``[P, all]``."""
+        return _multiplied(self._select(output.T).T, self.factor)
 
     def _select(self, rows: Tensor) -> Tensor:
         if self.rows == "first_half":
@@ -155,6 +158,48 @@ class Projection:
         return rows
 
 
+def _multiplied(rows: Tensor, factor: float) -> Tensor:
+    return rows if factor == 1 else rows.to(torch.promote_types(rows.dtype, torch.float32)) * factor
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What moves values between positions: an attention, or a recurrence whose output is linear in its values.
+
+    Attributes:
+        module: the module that calls the attention function or holds the recurrence.
+        num_heads: the number of heads.
+        value: the value projection. Where there is a ``latent`` projection, it reads that one's output after
+            ``latent_norm``.
+        output: the output projection.
+        mix_gate, mix_norm: the gate and the norm on what the heads mix, or None.
+        sinks: ``[H]``, the attention sinks that scale what the heads mix, or None.
+        recurrence: the recurrence; None for an attention.
+    """
+
+    module: nn.Module
+    num_heads: int
+    value: Projection
+    output: Projection
+    latent: Projection | None = None
+    latent_norm: Norm | None = None
+    mix_gate: Projection | None = None
+    mix_norm: Norm | None = None
+    sinks: Any = None
+    recurrence: Recurrence | None = None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The linear layers that the decomposition uses."""
+        return (*(() if self.latent is None else (self.latent,)), self.value, self.output)
+
+    def has_bias(self) -> bool:
+        """Whether the values or the output have a bias."""
+        of_norm = self.latent_norm is not None and self.latent_norm.beta() is not None
+        of_taps = self.recurrence is not None and self.recurrence.has_bias
+        return of_norm or of_taps or any(projection.bias is not None for projection in self.projections)
+
+
 @dataclass(frozen=True)
 class MLP:
     """An MLP that every position goes through: a layer's only one, or the one beside its experts.
@@ -172,36 +217,58 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules, projections and norms of one layer.
+    """The modules, projections and norms of one layer: mixers that add to the stream, and then MLP or experts.
 
-    A layer has an :class:`MLP`, experts, or both. Where it has a ``latent`` projection, the value projection reads its
-    output after ``latent_norm``. A layer with a ``recurrence`` has it in the place of attention.
+    A layer has one mixer, or two side by side whose outputs add; or none. It has an :class:`MLP`, experts, or both; or
+    none. What it does not have adds nothing.
     """
 
     module: nn.Module
-    num_heads: int
-    attention: nn.Module
-    value: Projection
-    output: Projection
+    mixers: tuple[Mixer, ...]
     mlp: MLP | None
     experts: Experts | None
     attention_norm: Norm | None
     mlp_norm: Norm | None
     attention_post_norm: Norm | None
     mlp_post_norm: Norm | None
-    latent: Projection | None = None
-    latent_norm: Norm | None = None
-    mix_gate: Projection | None = None
-    mix_norm: Norm | None = None
-    recurrence: Recurrence | None = None
-    sinks: Any = None  # [H], the attention sinks that scale what the heads mix
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)  # by path, all that was found
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers that the decomposition uses; experts are no linear layers."""
-        latent = () if self.latent is None else (self.latent,)
-        return (*latent, self.value, self.output, *(() if self.mlp is None else (self.mlp.gate, self.mlp.down)))
+        of_mixers = [projection for mixer in self.mixers for projection in mixer.projections]
+        return (*of_mixers, *(() if self.mlp is None else (self.mlp.gate, self.mlp.down)))
+
+    @property
+    def num_heads(self) -> int:
+        """The number of heads of all mixers."""
+        return sum(mixer.num_heads for mixer in self.mixers)
+
+    @property
+    def heads(self) -> list[tuple[Mixer, slice]]:
+        """The mixers, each with its heads among all of the layer's."""
+        ends = list(itertools.accumulate((mixer.num_heads for mixer in self.mixers), initial=0))
+        return [(mixer, slice(*ends[number : number + 2])) for number, mixer in enumerate(self.mixers)]
+
+    @property
+    def recurrence(self) -> Recurrence | None:
+        """The recurrence of one of the mixers, or None."""
+        return next((mixer.recurrence for mixer in self.mixers if mixer.recurrence is not None), None)
+
+    @property
+    def values(self) -> int:
+        """The numbers of all mixers' values at a position."""
+        return sum(mixer.value.shape[0] for mixer in self.mixers)
+
+    @property
+    def mixed(self) -> int:
+        """The numbers that all mixers' output projections read at a position."""
+        return sum(mixer.output.shape[1] for mixer in self.mixers)
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the layer has an MLP or experts."""
+        return self.mlp is not None or self.experts is not None
 
     @property
     def only_mlp(self) -> MLP:
@@ -227,15 +294,16 @@ class Layer:
     @property
     def device(self) -> torch.device:
         """The device that the layer runs on."""
-        return weights.device_of(self.output.module)
+        held = [projection.module for projection in self.projections]
+        return weights.device_of((held or [self.experts and self.experts.module])[-1])
 
     def has_bias(self) -> bool:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
-        norms = (norm for norm in (self.attention_norm, self.mlp_norm, self.latent_norm) if norm is not None)
+        norms = (norm for norm in (self.attention_norm, self.mlp_norm) if norm is not None)
         of_experts = self.experts is not None and self.experts.has_bias
-        of_taps = self.recurrence is not None and self.recurrence.has_bias
-        of_projections = any(p.bias is not None for p in self.projections)
-        return of_experts or of_taps or of_projections or any(n.beta() is not None for n in norms)
+        of_mlp = self.mlp is not None and any(p.bias is not None for p in (self.mlp.gate, self.mlp.down))
+        of_mixers = any(mixer.has_bias() for mixer in self.mixers)
+        return of_experts or of_mlp or of_mixers or any(n.beta() is not None for n in norms)
 
 
 @dataclass(frozen=True)
@@ -281,6 +349,21 @@ class BoundModel:
     def most_heads(self) -> int:
         """The number of heads of the layer that has most."""
         return max(layer.num_heads for layer in self.layers)
+
+    @property
+    def most_values(self) -> int:
+        """The numbers of values at a position in the layer that has most."""
+        return max(layer.values for layer in self.layers)
+
+    @property
+    def most_mixed(self) -> int:
+        """The numbers that output projections read at a position in the layer where they read most."""
+        return max(layer.mixed for layer in self.layers)
+
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether a layer has a recurrence."""
+        return any(layer.recurrence is not None for layer in self.layers)
 
     @property
     def has_experts(self) -> bool:
@@ -333,8 +416,10 @@ class BoundModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights or, if they are quantised, of its residual stream."""
-        module = self.layers[0].value.module
-        weight: Tensor = (self.model.get_input_embeddings() if weights.is_packed(module) else module).weight
+        module = next((part.module for layer in self.layers for part in layer.projections), None)
+        if module is None or weights.is_packed(module):
+            module = self.model.get_input_embeddings()
+        weight: Tensor = module.weight
         return weight.dtype
 
     @property

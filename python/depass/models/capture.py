@@ -21,13 +21,13 @@ from ..errors import ModelError
 from . import weights
 from .alterations import Alteration, alterations, likely, said_of, within
 from .attention import at_work, eager_with_patterns, in_one_row, refuse_nested, running
-from .bound import MLP, BoundModel, Norm
-from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
+from .bound import MLP, BoundModel, Mixer, Norm
+from .check import Seen, SeenMixer, activations, differences, first_miss, last_differences, limit, mixed
 from .multimodal import must_read_ids_alone
 from .packing import Packing
 from .positions import fresh
 from .streaming import streamed
-from .trace import NORMS, Trace
+from .trace import NORMS, MixerTrace, Trace
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -215,36 +215,139 @@ class Check(Capture):
         """Nothing is read of a layer."""
 
 
+class MixerCapture:
+    """The hooks of one mixer of a layer: they fill its part of the layer's trace."""
+
+    def __init__(self, of: LayerCapture, mixer: Mixer, number: int) -> None:
+        self.of, self.mixer, self.number, self.thread = of, mixer, number, of.thread
+
+    def hooks(self, stack: ExitStack) -> list[RemovableHandle]:
+        """Register the hooks, and the mixer for the attention function until the stack closes."""
+        mixer, is_checked = self.mixer, self.of.seen is not None
+        hooks = [mixer.output.module.register_forward_pre_hook(self.mixed)]
+        if mixer.recurrence is None:
+            at_work[mixer.module] = self
+            stack.callback(at_work.pop, mixer.module)
+        else:
+            hooks.append(mixer.module.register_forward_pre_hook(self.recurrence, with_kwargs=True))
+            if is_checked:
+                hooks.append(mixer.value.module.register_forward_hook(self.values_of_recurrence))
+        if mixer.latent_norm is not None:
+            hooks.append(mixer.latent_norm.module.register_forward_pre_hook(self.latent_norm))
+        if mixer.mix_gate is not None:
+            hooks.append(mixer.mix_gate.module.register_forward_hook(self.mix_gate))
+        if mixer.mix_norm is not None:
+            hooks.append(mixer.mix_norm.module.register_forward_pre_hook(self.mix_norm))
+        if is_checked and weights.rounds_inputs(mixer.value.module):
+            hooks.append(mixer.value.module.register_forward_pre_hook(self.read_by_value))
+        return hooks
+
+    @property
+    def trace(self) -> MixerTrace:
+        """The mixer's part of the current layer's trace."""
+        return self.of.trace.mixers[self.number]
+
+    @property
+    def seen(self) -> SeenMixer | None:
+        """What the check reads of the mixer, or None where the layer is not checked."""
+        return None if self.of.seen is None else self.of.seen.mixers[self.number]
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        return self.of.run.packing.flat(tensor)
+
+    def attention(self, pattern: Tensor, values: Tensor) -> None:
+        """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
+        if not self.of.is_running or threading.get_ident() != self.thread:
+            return
+        self.trace.pattern = self._unmasked(pattern)
+        if self.seen is not None:
+            of_padded = self.of.run.packing.of_padded
+            self.seen.values = of_padded(values.transpose(1, 2)).flatten(1)
+            self.seen.mixed = of_padded(mixed(self.trace.pattern, values))
+
+    def _unmasked(self, pattern: Tensor) -> Tensor:
+        """A pattern without what masked heads pass on."""
+        off = masked_heads.get((self.mixer.output.module, self.thread))
+        return pattern if off is None else pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
+
+    @of_this_thread
+    def recurrence(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture what a recurrence freezes, computed from its input."""
+        assert self.mixer.recurrence is not None
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            frozen = self.mixer.recurrence.frozen(x)
+        trace, trace.pattern = self.trace, self._unmasked(frozen.pattern)
+        trace.value_scale, trace.mix_scale = self._flat(frozen.value_scale), self._flat(frozen.mix_scale)
+        if self.seen is not None:
+            self.seen.mixed, self.seen.convolved = self._flat(frozen.mixed), self._flat(frozen.values)
+
+    @of_this_thread
+    def values_of_recurrence(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture what the value projection of a recurrence writes, before the convolution."""
+        if self.seen is not None:
+            self.seen.values = self.mixer.value.select_output(self._flat(output))
+
+    @of_this_thread
+    def latent_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the scale of the norm on the latent vectors."""
+        assert self.mixer.latent_norm is not None
+        self.trace.latent_scale = self.mixer.latent_norm.scale(self._flat(args[0]), self.of.run.bound.state_dtype)
+
+    @of_this_thread
+    def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the input of the output projection."""
+        self.trace.mixed = self._flat(args[0])
+
+    @of_this_thread
+    def mix_gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture the gate on what the heads mix."""
+        assert self.mixer.mix_gate is not None
+        gate = self.mixer.mix_gate.select_output(self._flat(output)).sigmoid()
+        width = self.mixer.output.shape[1]
+        self._scale_mix(gate.repeat_interleave(width // gate.shape[1], 1))  # one number a head, or one a channel
+
+    @of_this_thread
+    def mix_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the scale and the weight of the norm on what the heads mix."""
+        norm, x = self.mixer.mix_norm, self._flat(args[0])
+        assert norm is not None
+        scale = norm.scale(x, self.of.run.bound.state_dtype)[:, None].expand(-1, x.shape[1])
+        self._scale_mix(norm.weighted(scale))
+
+    def _scale_mix(self, scale: Tensor) -> None:
+        before = self.trace.mix_scale
+        self.trace.mix_scale = scale if before is None else before * scale
+
+    @of_this_thread
+    def read_by_value(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the input of the value projection, whose kernel rounds it."""
+        if self.seen is not None:
+            self.seen.read_by_value = self._flat(args[0].flatten(0, -2))  # latent vectors are [B, 1, T, rank]
+
+
 class LayerCapture:
     """The hooks of one layer: they fill its trace, which is passed on and dropped when the layer ends."""
 
     def __init__(self, run: Capture, index: int, checked: bool) -> None:
         self.run, self.index, self.modules = run, index, run.bound.layers[index]
-        self.seen = Seen() if checked else None  # what the check reads, until the layer ends
+        mixers = self.modules.mixers
+        self.seen = Seen(mixers=tuple(SeenMixer() for _ in mixers)) if checked else None  # until the layer ends
         self.ended = False
         self.thread = threading.get_ident()  # other threads may run the model meanwhile
         self._trace: Trace | None = None
+        self.mixers = [MixerCapture(self, mixer, number) for number, mixer in enumerate(mixers)]
 
     def hook(self, stack: ExitStack) -> None:
         """Register the hooks; they are removed when the stack closes."""
         modules = self.modules
         norms = {name: norm for name in NORMS if (norm := getattr(modules, name)) is not None}
-        at_work[modules.attention] = self
-        stack.callback(at_work.pop, modules.attention)
         hooks = [
             modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
             modules.module.register_forward_hook(self.end),
-            modules.output.module.register_forward_pre_hook(self.mixed),
+            *(hook for mixer in self.mixers for hook in mixer.hooks(stack)),
             *(norm.module.register_forward_pre_hook(partial(self.norm, name, norm)) for name, norm in norms.items()),
         ]
-        if modules.recurrence is not None:
-            hooks.append(modules.recurrence.module.register_forward_pre_hook(self.recurrence, with_kwargs=True))
-            if self.seen is not None:
-                hooks.append(modules.value.module.register_forward_hook(self.values_of_recurrence))
-        if modules.mix_gate is not None:
-            hooks.append(modules.mix_gate.module.register_forward_hook(self.mix_gate))
-        if modules.mix_norm is not None:
-            hooks.append(modules.mix_norm.module.register_forward_pre_hook(self.mix_norm))
         if modules.mlp is not None:
             hooks += self._of_mlp(modules.mlp)
         if modules.experts is not None:
@@ -254,8 +357,6 @@ class LayerCapture:
                 around = str(self.run.bound.family.experts).rpartition(".")[0]
                 if around:
                     hooks.append(modules.module.get_submodule(around).register_forward_hook(self.block))
-        if self.seen is not None and weights.rounds_inputs(modules.value.module):
-            hooks.append(modules.value.module.register_forward_pre_hook(self.read_by_value))
         for hook in hooks:
             stack.callback(hook.remove)
 
@@ -275,6 +376,11 @@ class LayerCapture:
         return hooks
 
     @property
+    def is_running(self) -> bool:
+        """Whether the model is inside of the layer."""
+        return self._trace is not None
+
+    @property
     def trace(self) -> Trace:
         """The trace of the current layer."""
         assert self._trace is not None
@@ -288,70 +394,13 @@ class LayerCapture:
                 f"a callback (progress= or on_state=) ran {self.run.bound.name} after layer {self.run.reading}; run the "
                 "model after the attribution"
             )
-        self._trace = Trace(self.run.packing.flat(args[0] if args else kwargs["hidden_states"]))
+        stream = self.run.packing.flat(args[0] if args else kwargs["hidden_states"])
+        self._trace = Trace(stream, tuple(MixerTrace() for _ in self.mixers))
 
     @of_this_thread
     def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the scale of a norm's input."""
         self.trace.scales[name] = norm.scale(self.run.packing.flat(args[0]), self.run.bound.state_dtype)
-
-    def attention(self, pattern: Tensor, values: Tensor) -> None:
-        """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
-        if self._trace is None or threading.get_ident() != self.thread:
-            return
-        off = masked_heads.get((self.modules.output.module, self.thread))
-        if off is not None:  # a masked head passes no values on
-            pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
-        self._trace.pattern = pattern
-        if self.seen is not None:
-            self.seen.values = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
-            self.seen.mixed = self.run.packing.of_padded(mixed(pattern, values))
-
-    @of_this_thread
-    def recurrence(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Capture what a recurrence freezes, computed from its input."""
-        assert self.modules.recurrence is not None
-        x: Tensor = args[0] if args else kwargs["hidden_states"]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            frozen = self.modules.recurrence.frozen(x)
-        trace, flat = self.trace, self.run.packing.flat
-        pattern, off = frozen.pattern, masked_heads.get((self.modules.output.module, self.thread))
-        if off is not None:
-            pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
-        trace.pattern, trace.value_scale, trace.mix_scale = pattern, flat(frozen.value_scale), flat(frozen.mix_scale)
-        if self.seen is not None:
-            self.seen.mixed = flat(frozen.mixed)
-
-    @of_this_thread
-    def values_of_recurrence(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Capture what the value projection of a recurrence writes, before the convolution."""
-        if self.seen is not None:
-            self.seen.values = self.modules.value.select_output(self.run.packing.flat(output))
-
-    @of_this_thread
-    def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Capture the input of the attention's output projection."""
-        self.trace.mixed = self.run.packing.flat(args[0])
-
-    @of_this_thread
-    def mix_gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Capture the gate on what the heads mix."""
-        assert self.modules.mix_gate is not None
-        gate = self.modules.mix_gate.select_output(self.run.packing.flat(output)).sigmoid()
-        mixed = self.modules.output.shape[1]
-        self._scale_mix(gate.repeat_interleave(mixed // gate.shape[1], 1))  # one number a head, or one a channel
-
-    @of_this_thread
-    def mix_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Capture the scale and the weight of the norm on what the heads mix."""
-        norm, x = self.modules.mix_norm, self.run.packing.flat(args[0])
-        assert norm is not None
-        scale = norm.scale(x, self.run.bound.state_dtype)[:, None].expand(-1, x.shape[1])
-        self._scale_mix(norm.weighted(scale))
-
-    def _scale_mix(self, scale: Tensor) -> None:
-        before = self.trace.mix_scale
-        self.trace.mix_scale = scale if before is None else before * scale
 
     @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -380,7 +429,7 @@ class LayerCapture:
     def block(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Capture the output of the module around the experts."""
         output = output[0] if isinstance(output, tuple) else output
-        if self.seen is not None and isinstance(output, Tensor) and output.shape[-1] == self.modules.output.shape[0]:
+        if self.seen is not None and isinstance(output, Tensor) and output.shape[-1] == self.trace.stream.shape[-1]:
             self.seen.block = self.run.packing.flat(output)
 
     @of_this_thread
@@ -396,14 +445,6 @@ class LayerCapture:
     def _mlp(self) -> MLP:
         assert self.modules.mlp is not None
         return self.modules.mlp
-
-    @of_this_thread
-    def read_by_value(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Capture the input of the value projection, whose kernel rounds it."""
-        if self.seen is not None:
-            self.seen.read_by_value = self.run.packing.flat(
-                args[0].flatten(0, -2)
-            )  # latent vectors are [B, 1, T, rank]
 
     @of_this_thread
     def activation(self, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -435,14 +476,15 @@ class LayerCapture:
         if self.index > self.run.layers[0]:
             seen.before = self.run.stream
         at = self.run.checked_positions()
-        allowed = limit(self.modules, trace.stream, trace.hidden, seen.values, seen.gate)
+        values = [mixer.values for mixer in seen.mixers]
+        allowed = limit(self.modules, trace.stream, trace.hidden, *values, seen.gate)
         self.run.judge(self.index, differences(self.run.bound, self.index, trace, seen, at), allowed)
 
     def _must_be_whole(self, trace: Trace) -> None:
         name, index = self.run.bound.name, self.index
         found = self.run.alterations
         why = f"; {said_of(likely_here)}" if (likely_here := within(found, self.run.bound, self.modules.module)) else ""
-        if trace.pattern is None:
+        if any(mixer.pattern is None for mixer in trace.mixers):
             raise ModelError(
                 f"{name}: the attention of layer {index} does not call transformers' AttentionInterface, which DePass "
                 f"needs{why}"
@@ -452,6 +494,8 @@ class LayerCapture:
         if trace.chosen is None and self.modules.experts is not None:
             raise ModelError(f"{name}: the experts of layer {index} did not run, which DePass needs{why}")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
-        silent += ["mix_norm" for norm in (self.modules.mix_norm,) if norm is not None and trace.mix_scale is None]
+        for mixer, own in zip(self.modules.mixers, trace.mixers, strict=True):
+            silent += ["mix_norm"] if mixer.mix_norm is not None and own.mix_scale is None else []
+            silent += ["latent_norm"] if mixer.latent_norm is not None and own.latent_scale is None else []
         if silent:
             raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")

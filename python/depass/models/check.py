@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import weights
-from .bound import MLP, BoundModel, Layer, Norm, Projection
+from .bound import MLP, BoundModel, Layer, Mixer, Norm, Projection
 from .experts import ExpertWeights, Places, outputs
-from .paths import linear_paths
-from .trace import Trace
+from .paths import WRITING, linear_paths
+from .trace import MixerTrace, Trace
 
 # by step: what differs, with the paths of the family
 STEPS = {
@@ -46,17 +46,25 @@ LAST_STEPS = {
 
 
 @dataclass
+class SeenMixer:
+    """What the check reads of one mixer besides its trace, at all positions."""
+
+    values: Tensor | None = None  # [P, K·d], which the attention function gets
+    mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
+    sinks_differ: bool | None = None  # whether sinks act where the family does not say; None without sinks
+    read_by_value: Tensor | None = None  # [P, D], the input of the value projection where its kernel rounds it
+    convolved: Tensor | None = None  # [P, K·d], which the convolution of a recurrence reads
+
+
+@dataclass
 class Seen:
     """What the check reads besides the trace, at all positions."""
 
     before: Tensor | None = None  # [P, D], the stream after the layer before
-    values: Tensor | None = None  # [P, K·d], which the attention function gets
-    mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
-    sinks_differ: bool | None = None  # whether sinks act where the family does not say; None without sinks
+    mixers: tuple[SeenMixer, ...] = ()  # of bound.Layer.mixers
     experts: Tensor | None = None  # [P, D], the output of the experts
     block: Tensor | None = None  # [P, D], the output of the module around the experts
     gate: Tensor | None = None  # [P, F]
-    read_by_value: Tensor | None = None  # [P, D], the input of the value projection where its kernel rounds it
     read_by_gate: Tensor | None = None  # [P, D]
     activated: list[Tensor] = field(default_factory=list)  # [P, F], which the MLP's activation functions get
 
@@ -76,11 +84,15 @@ class Miss(NamedTuple):
             layer = bound.layers[index]
             own = linear_paths(layer.module, family)
             paths |= own
+            for part in ("value", "output"):
+                paths[part] = (
+                    " or ".join(own[each] for each in (part, f"recurrence_{part}") if each in own) or "no mixer"
+                )
             gate, down = ("gate", "down") if layer.experts is None else ("shared_gate", "shared_down")
-            paths["gate"] = own.get(gate, "no MLP")
-            of_mlp = [family.experts] if layer.experts is not None else []
-            adding = [own["output"], *of_mlp, *([own[down]] if layer.mlp is not None else [])]
-            paths["adding"] = f"{', '.join(map(str, adding[:-1]))} and {adding[-1]}"
+            paths["gate"], paths["down"] = own.get(gate, "no MLP"), own.get(down, "no MLP")
+            adding = [own[part] for part in WRITING if part in own]
+            adding += [str(family.experts)] if layer.experts is not None else []
+            paths["adding"] = " and ".join(filter(None, [", ".join(adding[:-1]), adding[-1]]))
         text = {**STEPS, **LAST_STEPS}[self.step].format(**paths)
         return f"{text} (relative difference {self.difference:.1e}, limit {self.limit:.0e})"
 
@@ -122,16 +134,9 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
         found = (
             {} if seen.before is None else {"input": _difference(seen.before.to(layer.device)[at], steps.trace.stream)}
         )
-        if seen.values is not None:
-            found["values"] = steps.compare_values(seen)
-        if seen.mixed is not None:
-            assert steps.trace.mixed is not None
-            mixed_values, scale = seen.mixed.to(layer.device)[at], steps.trace.mix_scale
-            found["mix"] = _difference(
-                mixed_values if scale is None else mixed_values * scale.to(mixed_values), steps.trace.mixed
-            )
-        if seen.sinks_differ is not None:
-            found["sinks"] = torch.full((len(at),), float(seen.sinks_differ), dtype=torch.float64, device="cpu")
+        for of_mixer in zip(layer.mixers, steps.trace.mixers, seen.mixers, strict=True):
+            for step, of_step in steps.compare_mixer(*of_mixer).items():
+                found[step] = torch.maximum(found[step], of_step) if step in found else of_step
         middle = steps.middle()
         if layer.experts is not None:
             found |= steps.compare_experts(seen, middle)
@@ -148,7 +153,7 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
         found["stream"] = _difference(steps.after(seen, middle), steps.trace.after, steps.stream, middle)
         rounding = [part for part in layer.projections if weights.rounds_inputs(part.module)]
         if rounding:
-            found["weights"] = torch.stack([_reading(part, trace.mixed) for part in rounding]).amax(0).expand(len(at))
+            found["weights"] = torch.stack([_reading(part, _like(trace)) for part in rounding]).amax(0).expand(len(at))
     return found
 
 
@@ -183,20 +188,38 @@ class _Steps:
 
     def __init__(self, bound: BoundModel, layer: Layer, trace: Trace, at: Tensor) -> None:
         self.layer, self.parallel, self.dtype = layer, bound.parallel, bound.state_dtype
-        self.trace = replace(trace, pattern=None).map(lambda tensor: tensor.to(at.device).index_select(0, at))
+        self.trace = trace.without_patterns().map(lambda tensor: tensor.to(at.device).index_select(0, at))
         self.stream = self.trace.stream.to(self.dtype)
         self.at = at
 
-    def compare_values(self, seen: Seen) -> Tensor:  # [n]
+    def compare_mixer(self, mixer: Mixer, trace: MixerTrace, seen: SeenMixer) -> dict[str, Tensor]:  # each [n]
+        """The differences of a mixer's values, of what it mixes, and of how its sinks act."""
+        found = {}
+        if seen.values is not None:
+            found["values"] = self._compare_values(mixer, trace, seen, self.of(seen.values))
+        if seen.mixed is not None:
+            assert trace.mixed is not None
+            mixed_values, scale = self.of(seen.mixed), trace.mix_scale
+            found["mix"] = _difference(
+                mixed_values if scale is None else mixed_values * scale.to(mixed_values), trace.mixed
+            )
+        if seen.sinks_differ is not None:
+            found["sinks"] = torch.full((len(self.at),), float(seen.sinks_differ), dtype=torch.float64, device="cpu")
+        return found
+
+    def _compare_values(self, mixer: Mixer, trace: MixerTrace, seen: SeenMixer, values: Tensor) -> Tensor:  # [n]
         """The difference of the values; where a kernel rounds its inputs, that of the inputs or of the kernel's output."""
-        assert seen.values is not None
-        values, declared = self.of(seen.values), self._normed("attention_norm", self.stream)
-        if self.layer.latent is not None:
-            declared = self._normed("latent_norm", _projected(self.layer.latent, declared))
+        declared = self._normed("attention_norm", self.stream)
+        if mixer.latent is not None:
+            declared = _projected(mixer.latent, declared).to(self.dtype)
+            if mixer.latent_norm is not None and trace.latent_scale is not None:
+                declared = _normed(mixer.latent_norm, declared, trace.latent_scale[:, None])
         if seen.read_by_value is None:
-            return _difference(_projected(self.layer.value, declared), values)
+            missed = _difference(_projected(mixer.value, declared), values)
+            return missed if seen.convolved is None else missed.maximum(_difference(values, self.of(seen.convolved)))
         read = self.of(seen.read_by_value)
-        return torch.maximum(_difference(declared, read), _difference(_by_kernel(self.layer.value, read), values))
+        given = declared * mixer.value.input_factor
+        return torch.maximum(_difference(given, read), _difference(_by_kernel(mixer.value, read), values))
 
     def compare_gate(self, seen: Seen, middle: Tensor) -> Tensor:  # [n]
         """The difference of the pre-activations; where a kernel rounds its inputs, that of the inputs."""
@@ -233,8 +256,11 @@ class _Steps:
         return seen.to(self.at.device)[self.at]
 
     def middle(self) -> Tensor:  # [n, D], the stream between attention and MLP
-        assert self.trace.mixed is not None
-        return self.stream + self._normed("attention_post_norm", _by_kernel(self.layer.output, self.trace.mixed))
+        added = torch.zeros_like(self.stream)
+        for mixer, trace in zip(self.layer.mixers, self.trace.mixers, strict=True):
+            assert trace.mixed is not None
+            added = added + _by_kernel(mixer.output, trace.mixed).to(self.dtype)
+        return self.stream + self._normed("attention_post_norm", added)
 
     def compare_block(self, seen: Seen, holds_mlp: bool) -> Tensor:  # [n]
         """The difference of the output of the module around the experts, which may hold the MLP beside them."""
@@ -279,14 +305,14 @@ def _projected(projection: Projection, x: Tensor) -> Tensor:
 
 
 def _by_kernel(projection: Projection, x: Tensor) -> Tensor:
-    """The same; where the kernel rounds its inputs to 8 bits, what it computes.
+    """The same of what the module gets, factor included; where the kernel rounds it to 8 bits, what the kernel computes.
 
     The size of this rounding has no bound: a few large numbers in ``x`` leave few bits to all others. ``x`` has the dtype
     that the model gives the kernel.
     """
     if not weights.rounds_inputs(projection.module):
-        return _projected(projection, x)
-    return projection.factor * projection.select_output(projection.module.forward(x))  # forward runs no hooks
+        return _projected(replace(projection, input_factor=1.0), x)
+    return projection.select_output(projection.module.forward(x))  # forward runs no hooks
 
 
 def _reading(projection: Projection, like: Tensor | None) -> Tensor:
@@ -297,7 +323,12 @@ def _reading(projection: Projection, like: Tensor | None) -> Tensor:
     assert like is not None
     random = torch.randn(1, projection.weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
     random = random.to(like)
-    return _difference(_projected(projection, random), _by_kernel(projection, random))
+    return _difference(_projected(replace(projection, input_factor=1.0), random), _by_kernel(projection, random))
+
+
+def _like(trace: Trace) -> Tensor | None:
+    """A tensor with the dtype and the device of what a layer's projections read."""
+    return trace.mixers[0].mixed if trace.mixers else trace.hidden
 
 
 def _curvature(read: ExpertWeights, like: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ ValueRows = Literal["all", "last", "last_of_head", "middle_of_four", "end_of_hea
 GateRows = Literal["all", "first_half"]
 MixGateRows = Literal["all", "second_of_head"]
 RecurrenceKind = Literal["delta_rule", "state_space"]
+Factor = Literal[
+    "value_input", "output", "recurrence_input", "recurrence_value", "recurrence_output", "gate", "down"
+]  # fmt: skip
 Origin = Literal["declared", "inferred", "given"]  # by the list, by a trial pass, by the caller
 
 
@@ -54,8 +57,8 @@ class Family:
         mix_norm: the path of an RMSNorm on what the heads mix, or None.
         sinks: the path of the attention sinks, one a head, that scale what the heads mix; or None. Sinks inside the
             softmax are part of the pattern and are not declared.
-        recurrence: the path of the module that some layers have in the place of attention, whose mixing is linear in its
-            values (linear attention); or None. Its parts have the names that transformers gives them.
+        recurrence: the path of the module that some layers have in the place of attention or beside it, whose mixing is
+            linear in its values (linear attention); or None. Its parts have the names that transformers gives them.
         recurrence_kind: what it computes: a gated ``delta_rule``, or a ``state_space`` (Mamba-2).
         experts: the path of the routed experts, in the layers that have them; other layers have ``gate`` and ``down``.
         shared_gate, shared_down: the paths of the projections of the MLP beside the experts that every position goes
@@ -63,6 +66,12 @@ class Family:
         shared_weight: the path of the projection the sigmoid of whose output, one number a position, multiplies that MLP's
             output, or None.
         parallel: whether attention and MLP both read the layer's input: True, False, or the name of the config's flag.
+        single: whether a layer has one sublayer alone: attention, a recurrence, an MLP or experts. A layer has the one whose
+            modules it has, and the norms of that one.
+        factors: pairs of a part and the config's number by which the model multiplies it (``mlp_multipliers.0`` is the first
+            of several). ``value_input`` and ``recurrence_input`` are what attention and recurrence read,
+            ``recurrence_value`` the recurrence's values before their convolution, ``gate`` the pre-activations, and
+            ``output``, ``recurrence_output`` and ``down`` what the sublayers write.
         residual_factor: the name of the config's number that multiplies what a sublayer adds to the residual stream.
         logit_factor, logit_divisor: the names of the config's numbers that the head's output is multiplied and divided by.
         requires: pairs of a name and the value that it must have in the config; models with another are refused.
@@ -98,6 +107,8 @@ class Family:
     shared_down: str | None = None
     shared_weight: str | None = None
     parallel: str | bool = False
+    single: bool = False
+    factors: tuple[tuple[Factor, str], ...] = ()
     residual_factor: str | None = None
     logit_factor: str | None = None
     logit_divisor: str | None = None
@@ -268,6 +279,22 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "bamba": Family(
         final_norm="final_layernorm", gate="feed_forward.gate_proj", down="feed_forward.down_proj",
         mlp_norm="pre_ff_layernorm", recurrence="mamba", recurrence_kind="state_space",
+    ),
+    "nemotron_h": Family(
+        final_norm="norm_f", attention="mixer", value="mixer.v_proj", output="mixer.o_proj", gate="mixer.up_proj",
+        down="mixer.down_proj", attention_norm="norm", mlp_norm="norm", recurrence="mixer",
+        recurrence_kind="state_space", experts="mixer.experts", shared_gate="mixer.shared_experts.up_proj",
+        shared_down="mixer.shared_experts.down_proj", single=True, requires=(("moe_latent_size", None),),
+    ),
+    "falcon_h1": Family(
+        final_norm="final_layernorm", gate="feed_forward.gate_proj", down="feed_forward.down_proj",
+        mlp_norm="pre_ff_layernorm", recurrence="mamba", recurrence_kind="state_space",
+        factors=(
+            ("value_input", "attention_in_multiplier"), ("output", "attention_out_multiplier"),
+            ("recurrence_input", "ssm_in_multiplier"), ("recurrence_value", "ssm_multipliers.1"),
+            ("recurrence_output", "ssm_out_multiplier"), ("gate", "mlp_multipliers.0"), ("down", "mlp_multipliers.1"),
+        ),
+        logit_factor="lm_head_multiplier",
     ),
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe_text": QWEN3_NEXT,

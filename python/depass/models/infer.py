@@ -49,7 +49,8 @@ def infer(model: Any) -> Family:
     """
     trial = tried(model)
     if trial.mixing is None:
-        raise InferenceError("none of its layers has attention")
+        alone = "" if trial.recurrence is None else f" alone, and each has a recurrence ({trial.recurrence[0]})"
+        raise InferenceError(f"none of its layers has attention{alone}")
     attention = infer_attention.ask(trial.mixing, trial.config)
     path, computes = trial.recurrence or (None, "delta_rule")
     answers = [infer_mlp.ask(layer, trial.config, _added(layer, attention, path)) for layer in trial.each]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class LayerPaths:
         steering: the queries and keys, each ``[B, H, N, d]``, as far as the attention's pattern passes them a gradient.
         mlp: the paths of the MLP that every position goes through, or None.
         experts: the paths of the routed experts, or None.
-        recurrence: the paths of the recurrence in the place of attention, or None.
+        recurrence: the paths of the recurrence, or None.
     """
 
     def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights, slope: Slope) -> None:
@@ -43,8 +44,10 @@ class LayerPaths:
         options = (bound.state_dtype, path_weights, slope)
         self.mlp = None if mlp is None else MLPPaths(mlp, at, *options)
         self.experts = None if experts is None else ExpertPaths(experts, *options)
-        recurrence = self.layer.recurrence
-        self.recurrence = None if recurrence is None else RecurrencePaths(self.layer, recurrence)
+        recurrent = (
+            RecurrencePaths(mixer, mixer.recurrence) for mixer in self.layer.mixers if mixer.recurrence is not None
+        )
+        self.recurrence = next(recurrent, None)
 
     @property
     def prepended(self) -> set[nn.Module]:
@@ -52,13 +55,13 @@ class LayerPaths:
         layer, found = self.layer, set[nn.Module]()
         if layer.mlp is not None:
             found |= {layer.mlp.gate.module, layer.mlp.weight}
-        return found if layer.mix_gate is None else found | {layer.mix_gate.module}
+        return found | {mixer.mix_gate.module for mixer in layer.mixers if mixer.mix_gate is not None}
 
     def hook(self, stack: ExitStack) -> None:
         """Register the hooks; they are removed when the stack closes."""
         hooks, mlp = [], self.layer.mlp
-        if self.layer.mix_gate is not None:
-            hooks.append(self.layer.mix_gate.module.register_forward_hook(self.mix_gate))
+        for gate in (mixer.mix_gate for mixer in self.layer.mixers if mixer.mix_gate is not None):
+            hooks.append(gate.module.register_forward_hook(partial(self.mix_gate, gate)))
         if self.mlp is not None and mlp is not None:
             hooks.append(mlp.gate.module.register_forward_hook(self.mlp.gate))
             hooks.append(mlp.down.module.register_forward_pre_hook(self.mlp.hidden))
@@ -69,10 +72,10 @@ class LayerPaths:
             hooks.append(module.register_forward_pre_hook(self.experts.begin, with_kwargs=True))
             # a caller's hook on the experts changes the output that has a gradient
             hooks.append(module.register_forward_hook(self.experts.end, prepend=True))
-        if self.recurrence is not None and self.layer.recurrence is not None:
-            module = self.layer.recurrence.module
-            hooks.append(module.register_forward_pre_hook(self.recurrence.begin, with_kwargs=True))
-            hooks.append(self.layer.output.module.register_forward_pre_hook(self.recurrence.mixed))
+        if self.recurrence is not None:
+            mixer = self.recurrence.mixer
+            hooks.append(mixer.module.register_forward_pre_hook(self.recurrence.begin, with_kwargs=True))
+            hooks.append(mixer.output.module.register_forward_pre_hook(self.recurrence.mixed))
         for hook in hooks:
             stack.callback(hook.remove)
 
@@ -88,13 +91,9 @@ class LayerPaths:
         return output.detach() if torch.is_grad_enabled() else None
 
     @of_this_thread
-    def mix_gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def mix_gate(self, gate: Projection, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Freeze the gate on what the heads mix; queries that the same projection computes keep their gradient."""
-        if not torch.is_grad_enabled() or not output.requires_grad:
-            return None
-        gate = self.layer.mix_gate
-        assert gate is not None
-        return _without(gate, output)
+        return _without(gate, output) if torch.is_grad_enabled() and output.requires_grad else None
 
 
 def _without(gate: Projection, output: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def linearised(bound: BoundModel, path_weights: PathWeights, slope: Slope = "sec
     refuse(bound)
     _refuse_steering(bound, path_weights)
     layers = [LayerPaths(bound, index, path_weights, slope) for index in range(len(bound.layers))]
-    of_attention = {each.layer.attention: each for each in layers}
+    of_attention = {mixer.module: each for each in layers for mixer in each.layer.mixers}
 
     def carried(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         paths = of_attention.get(module)
@@ -154,8 +154,9 @@ def _norms(bound: BoundModel) -> list[_FrozenNorm]:
     found, epsilon = [], bound.family.epsilon
     for index, layer in enumerate(bound.layers):
         # attention and MLP may read the stream through one norm
-        names = (*NORMS, "mix_norm")
-        declared = {id(norm.module): norm for name in names if (norm := getattr(layer, name)) is not None}
+        norms = [getattr(layer, name) for name in NORMS]
+        norms += [norm for mixer in layer.mixers for norm in (mixer.latent_norm, mixer.mix_norm)]
+        declared = {id(norm.module): norm for norm in norms if norm is not None}
         found += [_FrozenNorm(bound, norm) for norm in declared.values()]
         for path, module in layer.module.named_modules():
             if id(module) in declared or "norm" not in type(module).__name__.lower() or next(module.children(), None):

@@ -1,4 +1,4 @@
-"""How gradients flow through a recurrence that a layer has in the place of attention: through its values alone."""
+"""How gradients flow through a layer's recurrence: through its values alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .bound import Layer
+from .bound import Mixer
 from .capture import of_this_thread
 from .recurrences import Recurrence
 
@@ -31,8 +31,8 @@ class RecurrencePaths:
         call: the latest call with a graph, or None.
     """
 
-    def __init__(self, layer: Layer, recurrence: Recurrence) -> None:
-        self.layer, self.recurrence, self.thread = layer, recurrence, threading.get_ident()
+    def __init__(self, mixer: Mixer, recurrence: Recurrence) -> None:
+        self.mixer, self.recurrence, self.thread = mixer, recurrence, threading.get_ident()
         self.call: RecurrenceCall | None = None
         self._input: Tensor | None = None  # while the module runs
 
@@ -52,7 +52,7 @@ class RecurrencePaths:
             return None
         frozen = self.recurrence.frozen(x.detach())
         torch.set_grad_enabled(True)
-        value = self.layer.value
+        value = self.mixer.value
         bias = value.bias
         weight = value.weight.detach()
         values = functional.linear(x.to(weight), weight, None if bias is None else bias.detach().to(weight))
@@ -60,7 +60,7 @@ class RecurrencePaths:
         of_taps = self.recurrence.taps_bias()
         if of_taps is not None:
             convolved = convolved + of_taps.detach().to(convolved)
-        by_head = (convolved * frozen.value_scale).reshape(*x.shape[:2], self.layer.num_heads, -1).transpose(1, 2)
+        by_head = (convolved * frozen.value_scale).reshape(*x.shape[:2], self.mixer.num_heads, -1).transpose(1, 2)
         mixed = (frozen.pattern @ by_head).transpose(1, 2).flatten(2) * frozen.mix_scale
         self.call = RecurrenceCall(values, convolved)
         return (_Own.apply(mixed, (args[0].detach(),)), *args[1:])  # type: ignore[no-untyped-call]

@@ -30,12 +30,14 @@ class Frozen(NamedTuple):
     """What a recurrence freezes, for ``B`` prompts of ``T`` tokens.
 
     Attributes:
+        values: ``[B, T, H·d]``, which the convolution reads.
         pattern: ``[B, H, T, T]``.
         value_scale: ``[B, T, H·d]``, the ``σ`` of the SiLU behind the convolution.
         mix_scale: ``[B, T, H·d]``, of the norm and the gate before the output projection.
         mixed: ``[B, T, H·d]``, the pattern times the values.
     """
 
+    values: Tensor
     pattern: Tensor
     value_scale: Tensor
     mix_scale: Tensor
@@ -44,7 +46,7 @@ class Frozen(NamedTuple):
 
 @dataclass(frozen=True)
 class Recurrence(ABC):
-    """A layer's linear attention in the place of its attention: the module that holds it."""
+    """A layer's linear attention, in the place of its attention or beside it: the module that holds it."""
 
     module: Any
 
@@ -131,9 +133,8 @@ class DeltaRule(Recurrence):
         root = torch.rsqrt(core.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
         gate = functional.silu(z.to(u)).reshape(core.shape)
         scale = _own(m.norm, "weight").to(u) * root * gate
-        return Frozen(
-            pattern, u[..., self.channels.start : self.channels.stop].sigmoid(), scale.flatten(2), core.flatten(2)
-        )
+        values = slice(self.channels.start, self.channels.stop)
+        return Frozen(qkv[..., values], pattern, u[..., values].sigmoid(), scale.flatten(2), core.flatten(2))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values together, the gate, and what makes step sizes and decays, each ``[B, T, ...]``."""
@@ -147,7 +148,9 @@ class DeltaRule(Recurrence):
 
 
 class StateSpace(Recurrence):
-    """Mamba-2's state space (Granite 4 hybrids, Bamba): ``S_t = exp(Δ_t A) S_{t-1} + Δ_t B_t v_tᵀ``, read by ``C_t``."""
+    """Mamba-2's state space (Granite 4 hybrids, Bamba, Nemotron-H): ``S_t = exp(Δ_t A) S_{t-1} + Δ_t B_t v_tᵀ``, read by
+    ``C_t``. Falcon-H1's has factors on its input and on what its first projection writes, and may have no norm.
+    """
 
     @property
     def heads(self) -> int:
@@ -167,7 +170,10 @@ class StateSpace(Recurrence):
     def frozen(self, x: Tensor) -> Frozen:
         """See :meth:`Recurrence.frozen`."""
         m, (batch, length) = self.module, x.shape[:2]
-        z, read, step = torch.split(_linear(m.in_proj, x), [m.intermediate_size, m.conv_dim, m.num_heads], -1)
+        projected = _linear(m.in_proj, x * getattr(m, "ssm_in_multiplier", 1))
+        if hasattr(m, "mup_vector"):
+            projected = projected * m.mup_vector
+        z, read, step = torch.split(projected, [m.intermediate_size, m.conv_dim, m.num_heads], -1)
         u, behind = self._convolved(read)
         states = m.n_groups * m.ssm_state_size
         value, b, c = torch.split(behind, [m.intermediate_size, states, states], -1)
@@ -180,14 +186,19 @@ class StateSpace(Recurrence):
         pattern = _by_heads(state_space_pattern, c, b, decay, step[..., None])
         pattern.diagonal(dim1=2, dim2=3).add_(_own(m, "D").to(u)[:, None])
         core = _mixed(pattern, value.reshape(batch, length, m.num_heads, -1)).flatten(2)
-        gate = functional.silu(z.to(u))
-        group = getattr(
-            m.norm, "group_size", m.intermediate_size
-        )  # transformers before 5.23 norms all channels together
-        by_group = (core * gate).reshape(batch, length, -1, group)
-        root = torch.rsqrt(by_group.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
-        scale = root.expand(by_group.shape).flatten(2) * gate * _own(m.norm, "weight").to(u)
-        return Frozen(pattern, u[..., : m.intermediate_size].sigmoid(), scale, core)
+        values, scale = read[..., : m.intermediate_size], self._scale(core, functional.silu(z.to(u)))
+        return Frozen(values, pattern, u[..., : m.intermediate_size].sigmoid(), scale, core)
+
+    def _scale(self, core: Tensor, gate: Tensor) -> Tensor:
+        """The norm's scale and weight times the gate ``[B, T, H·d]``; the norm reads ``core`` before or behind the gate."""
+        norm, width = self.module.norm, core.shape[-1]
+        if isinstance(norm, nn.Identity):
+            return gate
+        size = width // norm.n_groups if hasattr(norm, "n_groups") else getattr(norm, "group_size", width)
+        read = core if getattr(norm, "norm_before_gate", False) else core * gate
+        by_group = read.reshape(*read.shape[:-1], -1, size)  # transformers before 5.23 norms all channels together
+        root = torch.rsqrt(by_group.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return root.expand(by_group.shape).flatten(2) * gate * _own(norm, "weight").to(core)
 
 
 KINDS = {"delta_rule": DeltaRule, "state_space": StateSpace}
@@ -216,7 +227,7 @@ def recurrence(module: Any, kind: str, which: str) -> Recurrence:
             f"{which} ({type(module).__name__}) is no {kind} as DePass knows it: it lacks {', '.join(lacking)}"
         )
     lacking = [name for name in ("weight", "variance_epsilon") if not hasattr(module.norm, name)]
-    if lacking:
+    if lacking and not (kind == "state_space" and isinstance(module.norm, nn.Identity)):
         raise ModelError(
             f"the norm of {which} ({type(module.norm).__name__}) is not as DePass knows it: it lacks {', '.join(lacking)}"
         )

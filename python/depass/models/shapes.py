@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ModelError
-from .bound import MLP, Layer, Norm, Projection
+from .bound import MLP, Layer, Mixer, Projection
 from .families import Family
 from .trace import NORMS
 
@@ -24,42 +24,44 @@ def refuse_shapes(layers: Sequence[Layer], family: Family, name: str) -> None:
         ModelError: two projections of a layer do not fit each other.
     """
     for index, layer in enumerate(layers):
-        said = (
-            _of_values(layer, family) or _of_mixing(layer, family) or _of_mlp(layer, family) or _of_norms(layer, family)
-        )
+        of_mixers = (_of_mixer(mixer, family) for mixer in layer.mixers)
+        said = next(filter(None, of_mixers), None) or _of_mlp(layer, family) or _of_norms(layer, family)
         if said is not None:
             raise ModelError(f"layer {index} of {name} does not fit its depass.Family: {said}")
 
 
-def _of_values(layer: Layer, family: Family) -> str | None:
-    rows, latent = _shape(layer.value), layer.latent
+def _of_mixer(mixer: Mixer, family: Family) -> str | None:
+    value = family.value if mixer.recurrence is None else f"the values of {family.recurrence}"
+    return _of_values(mixer, family, value) or _of_mixing(mixer, family)
+
+
+def _of_values(mixer: Mixer, family: Family, value: str) -> str | None:
+    rows, latent = _shape(mixer.value), mixer.latent
     if rows is None:
-        held = layer.value.module.weight.shape
-        return (
-            f"{family.value} has weights {list(held)}, of which value_rows={family.value_rows!r} takes no whole heads"
-        )
-    width = layer.output.shape[0]
-    first, path = (layer.value, family.value) if latent is None else (latent, family.latent)
+        held = mixer.value.module.weight.shape
+        return f"{value} has weights {list(held)}, of which value_rows={family.value_rows!r} takes no whole heads"
+    width = mixer.output.shape[0]
+    first, path = (mixer.value, value) if latent is None else (latent, family.latent)
     if first.shape[1] != width:
         name = "; name what projects it before: latent=..." if latent is None else ""
         return f"{path} reads vectors of width {first.shape[1]}, but the residual stream has width {width}{name}"
     if latent is not None and latent.shape[0] < rows[1]:
-        return f"{family.value} reads vectors of width {rows[1]}, but {family.latent} writes {latent.shape[0]} numbers"
+        return f"{value} reads vectors of width {rows[1]}, but {family.latent} writes {latent.shape[0]} numbers"
     return None
 
 
-def _of_mixing(layer: Layer, family: Family) -> str | None:
-    mixed, num_heads = layer.output.shape[1], layer.num_heads
-    if layer.mix_gate is not None:
-        rows = _shape(layer.mix_gate)
+def _of_mixing(mixer: Mixer, family: Family) -> str | None:
+    mixed, num_heads = mixer.output.shape[1], mixer.num_heads
+    if mixer.mix_gate is not None:
+        rows = _shape(mixer.mix_gate)
         if rows is None or rows[0] not in (num_heads, mixed):
-            held = layer.mix_gate.module.weight.shape[0]
+            held = mixer.mix_gate.module.weight.shape[0]
             return (
                 f"mix_gate={family.mix_gate!r} has {held if rows is None else rows[0]} rows with "
                 f"mix_gate_rows={family.mix_gate_rows!r}; a gate has {num_heads}, one a head, or {mixed}, one a number"
             )
-    if layer.sinks is not None and layer.sinks.shape != (num_heads,):
-        return f"sinks={family.sinks!r} has shape {list(layer.sinks.shape)}; sinks have [{num_heads}], one a head"
+    if mixer.sinks is not None and mixer.sinks.shape != (num_heads,):
+        return f"sinks={family.sinks!r} has shape {list(mixer.sinks.shape)}; sinks have [{num_heads}], one a head"
     return None
 
 
@@ -78,14 +80,20 @@ def _of_mlp(layer: Layer, family: Family) -> str | None:
 
 
 def _of_norms(layer: Layer, family: Family) -> str | None:
-    stream, mixed = layer.output.shape
-    others = {"mix_norm": mixed, "latent_norm": layer.value.shape[1]}
-    for name in (*NORMS, "mix_norm"):
-        norm: Norm | None = getattr(layer, name)
+    written = [mixer.output for mixer in layer.mixers] + ([] if layer.mlp is None else [layer.mlp.down])
+    widths = [(name, getattr(layer, name), projection.shape[0]) for name in NORMS for projection in written[:1]]
+    for mixer in layer.mixers:
+        widths.append(("mix_norm", mixer.mix_norm, mixer.output.shape[1]))
+        widths.append(("latent_norm", mixer.latent_norm, mixer.value.shape[1]))
+    for name, norm, width in widths:
         weight = None if norm is None else getattr(norm.module, "weight", None)
-        width = others.get(name, stream)
         if weight is not None and weight.shape != (width,):
             return f"{name}={getattr(family, name)!r} has a weight of shape {list(weight.shape)}; here it has [{width}]"
+    if layer.attention_post_norm is not None and len(layer.mixers) > 1:
+        return (
+            f"attention_post_norm={family.attention_post_norm!r} stands behind {family.attention} and {family.recurrence}, "
+            "side by side; DePass supports no norm on their sum"
+        )
     return None
 
 

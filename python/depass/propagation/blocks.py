@@ -87,11 +87,13 @@ class RowBytes:
         # the rows of one expert, at most all of them, and where its and the others' rows are
         of_places = 0 if layer.experts is None else width * product + 16 * layer.experts.chosen
         # the values of a recurrence behind its convolution, those of an earlier position, and where these are
-        recurrent = (each.value.shape[0] for each in bound.layers if each.recurrence is not None)
+        mixers = [mixer for each in bound.layers for mixer in each.mixers]
+        recurrent = (mixer.value.shape[0] for mixer in mixers if mixer.recurrence is not None)
         of_values = max((3 * values * product + 64 for values in recurrent), default=0)
-        latent = max((each.latent.shape[0] for each in bound.layers if each.latent is not None), default=0)
+        latent = max((mixer.latent.shape[0] for mixer in mixers if mixer.latent is not None), default=0)
+        mixed = max((mixer.output.shape[1] for mixer in mixers), default=0)
         return RowBytes(
-            attention=(layer.value.shape[0] + layer.output.shape[1]) * product + of_values,
+            attention=max(1, (bound.most_values + mixed) * product + of_values),
             run=run + latent * (product + state),
             gate=gate,
             mlp=layer.neurons * gate + run + of_places,

@@ -153,7 +153,8 @@ class RecordedPropagation(Propagation):
         return recording if recording is not None and recording.weights == _places(self.bound.layers[index]) else None
 
     def _recorded(self, index: int, trace: Trace) -> _Recording:
-        buffers = replace(trace, mixed=None, after=None).map(torch.clone)
+        mixers = tuple(replace(mixer, mixed=None) for mixer in trace.mixers)
+        buffers = replace(trace, mixers=mixers, after=None).map(torch.clone)
         device = trace.stream.device  # of the CUDA stream that records
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             with self._record(self._pool) as attention:
@@ -173,10 +174,12 @@ class Recordings:
 
     def lend(self, layout: SourceLayout, sharing: MLPSharing, blocks: Blocks) -> RecordedPropagation | None:
         """A recorded propagation for one decomposition at the start of a layer; None for a large or a new layout."""
-        weight = self.bound.layers[0].output.module.weight
-        if layout.rows > ROWS or (self._record is record_cuda_graph and weight.device.type != "cuda"):
+        device = self.bound.layers[0].device
+        if layout.rows > ROWS or (self._record is record_cuda_graph and device.type != "cuda"):
             return None
-        key = weight.device, weight.dtype, *_key(layout, sharing)
+        if not all(layer.mixers and layer.has_mlp for layer in self.bound.layers):  # an empty graph cannot be replayed
+            return None
+        key = device, self.bound.dtype, *_key(layout, sharing)
         with self._lock:
             came_before = key in self._idle
             idle = self._idle.pop(key, None)

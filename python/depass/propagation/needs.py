@@ -42,24 +42,24 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     They follow from shapes; no weight is read.
     """
     layer, row = bound.widest_layer, RowBytes.of(bound, device)
-    neurons, width, values = layer.neurons, bound.hidden_size, layer.value.shape[0]
+    neurons, width, values = layer.neurons, bound.hidden_size, bound.most_values
     number, product, own = (d.itemsize for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
     attention = min(rows, blocks.attention)
     scattered = min(attention, blocks.run) * width * number * (attention < rows)
     buffers = max(attention * row.attention + min(attention, blocks.run) * row.run + scattered,
                   min(rows, blocks.mlp) * row.mlp)  # fmt: skip
-    folded = _copied_weights(bound, layer, device)
+    folded = max(_copied_weights(bound, each, device) for each in bound.layers)
     folded += max(_lent(bound, layer) for layer in bound.layers)
     padded = len(lengths) * max(lengths)
     patterns = bound.most_heads * padded * max(lengths)
     scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
-    if any(layer.recurrence is not None for layer in bound.layers):
+    if bound.has_recurrence:
         own_pattern = max(number, 4)  # computed for some heads at a time, with seven more such matrices
         together = min(patterns, max(padded * max(lengths), HEADS_NUMBERS))
         scores = max(scores, own_pattern * (patterns + 7 * together))
     chosen, of_experts = _places(bound)
     activations = padded * (4 * neurons + (8 + 3 * chosen) * width) * own
-    in_pattern = own if all(layer.recurrence is None for layer in bound.layers) else max(own, 4)
+    in_pattern = max(own, 4) if bound.has_recurrence else own
     kept = patterns * in_pattern * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows
     buffers += padded * of_experts * (2 * own + number)  # hidden vectors and pre-activations, made again
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
@@ -119,13 +119,15 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
 
     def copied(projection: Projection, post_norm: Norm | None = None) -> int:
         size = projection.shape.numel()
-        if post_norm is not None or projection.factor != 1:
+        if post_norm is not None or projection.is_scaled:
             return size * (number + dtype.itemsize)
         sliced = projection.rows in ("last_of_head", "middle_of_four")  # not a view
         return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
 
-    attention = copied(layer.value) + copied(layer.output, layer.attention_post_norm)
-    attention += 0 if layer.latent is None else copied(layer.latent)
+    attention = 0
+    for mixer in layer.mixers:
+        attention += copied(mixer.value) + copied(mixer.output, layer.attention_post_norm)
+        attention += 0 if mixer.latent is None else copied(mixer.latent)
     of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm)
     return max(attention, of_mlp + _copied_of_an_expert(bound, layer, device))
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from depass_kernels import SourceLayout, backends, mix_values, normed, residual_update
 from depass_kernels.reference import matmul
 
-from ..models.bound import BoundModel, Layer, Norm
+from ..models.bound import BoundModel, Layer, Mixer, Norm
 from ..models.recurrences import Recurrence, convolved
-from ..models.trace import Trace
+from ..models.trace import MixerTrace, Trace
 from ..sources.source import Decomposition
 from .blocks import Blocks, Cut, _Kept, _PositionBlock, _SourceBlock, cut, traits
 from .mlp import branches
@@ -68,9 +68,7 @@ class Propagation:
         self._memory = torch.empty(0, device="cpu")  # [rows, D]
         self._positions: list[Tensor] = []  # by staircase, the positions of its prompt that it has
         self._where: Tensor | None = None  # [P], the position in a trace of each position; None: the same
-        self._beside_mlp: tuple[_Attention, list[_SourceBlock], list[Tensor]] | None = (
-            None  # values that wait for the MLP
-        )
+        self._beside_mlp: list[tuple[_Mixing, list[Tensor]]] = []  # values that wait for the MLP
 
     def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
         """Add decompositions, after those that have joined before.
@@ -110,8 +108,9 @@ class Propagation:
     def attention(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
         """Propagate the state through the attention of layer ``index``, in place (docs/method.md, equation 3).
 
-        It does nothing before a decomposition has joined. Parallel attention and MLP (GPT-NeoX) both read the layer's
-        input, so the values are computed here, before the MLP changes the state, and :meth:`mlp` mixes them.
+        It does nothing before a decomposition has joined, nor in a layer without attention. Parallel attention and MLP
+        (GPT-NeoX) both read the layer's input, so the values are computed here, before the MLP changes the state, and
+        :meth:`mlp` mixes them. Mixers side by side (Falcon-H1) read it too, so all values of a block come first.
 
         Args:
             index: the layer, from 0.
@@ -120,20 +119,23 @@ class Propagation:
                 others. None keeps all.
         """
         layer = self.bound.layers[index]
-        if self.layout is None:
+        if self.layout is None or not layer.mixers:
             return
         with backends.record(self.served):
             self._to(layer.device)  # a model may be spread over several devices
-            attention = _Attention(self, layer, trace)
+            pairs = zip(layer.mixers, trace.mixers, strict=True)
+            mixing, blocks = [_Mixing(self, layer, trace, *pair) for pair in pairs], self._cut.of_sources
             if self.bound.parallel:
-                values = [attention.values(block) for block in self._cut.of_sources]
-                self._beside_mlp = attention, self._cut.of_sources, values
+                self._beside_mlp = [(each, [each.values(block) for block in blocks]) for each in mixing]
                 return
             kept = self._kept(read)
-            for block in self._cut.of_sources:
-                attention.mix(block, attention.values(block), kept)
+            for block in blocks:
+                values = [each.values(block) for each in mixing]
+                for each, own in zip(mixing, values, strict=True):
+                    each.mix(block, own, kept)
             self._narrow(kept)
-            attention.add_bias(trace)
+            for each in mixing:
+                each.add_bias(trace)
 
     def mlp(self, index: int, trace: Trace, read: Sequence[Sequence[int]] | None = None) -> None:
         """Propagate the state through the MLP of layer ``index``, in place (docs/method.md, equation 4).
@@ -144,14 +146,15 @@ class Propagation:
             return
         with backends.record(self.served):
             self._to(self.bound.layers[index].device)
-            kept = self._kept(read)
+            kept, blocks = self._kept(read), self._cut.of_sources
             self._narrow(kept)  # also the decompositions that joined after the attention
-            self._mlp(self.bound.layers[index], trace)
-            if self._beside_mlp is not None:
-                (attention, blocks, values), self._beside_mlp = self._beside_mlp, None
+            if self.bound.layers[index].has_mlp:
+                self._mlp(self.bound.layers[index], trace)
+            waiting, self._beside_mlp = self._beside_mlp, []
+            for mixing, values in waiting:
                 for block, value in zip(blocks, values, strict=True):
-                    attention.mix(block, value, kept, narrowed=True)
-                attention.add_bias(trace)
+                    mixing.mix(block, value, kept, narrowed=True)
+                mixing.add_bias(trace)
 
     def _kept(self, read: Sequence[Sequence[int]] | None) -> _Kept | None:
         """The rows of the positions that are read, or None if they are more than half of all rows."""
@@ -240,27 +243,27 @@ class Propagation:
         self.state[bias_rows(self.layout, self.state)] += bias if where is None else bias[where]
 
 
-class _Attention:
-    """One layer's attention on blocks of sources."""
+class _Mixing:
+    """One mixer of a layer on blocks of sources."""
 
-    def __init__(self, propagation: Propagation, layer: Layer, trace: Trace) -> None:
-        assert trace.pattern is not None
-        self.propagation, self.layer = propagation, layer
-        self.pattern = with_rows_in_runs(trace.pattern, traits(trace.pattern.device).keys)
+    def __init__(self, propagation: Propagation, layer: Layer, trace: Trace, mixer: Mixer, own: MixerTrace) -> None:
+        assert own.pattern is not None
+        self.propagation, self.layer, self.mixer = propagation, layer, mixer
+        self.pattern = with_rows_in_runs(own.pattern, traits(own.pattern.device).keys)
         self.scale = propagation.at(trace.scales.get("attention_norm"))
-        self.latent_scale = propagation.at(trace.scales.get("latent_norm"))
         self.query_scale = propagation.at(trace.scales.get("attention_post_norm"))
-        self.value_scale = propagation.at(trace.value_scale)  # [P, K·d]
-        self.mix_scale = propagation.at(trace.mix_scale)  # [P, H·d]
+        self.latent_scale = propagation.at(own.latent_scale)
+        self.value_scale = propagation.at(own.value_scale)  # [P, K·d]
+        self.mix_scale = propagation.at(own.mix_scale)  # [P, H·d]
         dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
-        self.value_weight = layer.value.weight.to(dtype)  # [K·d, D] or, behind a latent projection, [K·d, rank]
-        self.output_weight = folded(layer.output.weight, layer.attention_post_norm, dtype)  # [D, H·d]
-        self.latent_weight = None if layer.latent is None else layer.latent.weight.to(dtype)  # [rank, D]
-        first = layer.latent or layer.value  # which reads the residual stream
+        self.value_weight = mixer.value.weight.to(dtype)  # [K·d, D] or, behind a latent projection, [K·d, rank]
+        self.output_weight = folded(mixer.output.weight, layer.attention_post_norm, dtype)  # [D, H·d]
+        self.latent_weight = None if mixer.latent is None else mixer.latent.weight.to(dtype)  # [rank, D]
+        first = mixer.latent or mixer.value  # which reads the residual stream
         self.first_constant = constant_of(first, layer.attention_norm, state_dtype)
         self.constant = None
-        if layer.latent is not None:
-            self.constant = constant_of(layer.value, layer.latent_norm, state_dtype)
+        if mixer.latent is not None:
+            self.constant = constant_of(mixer.value, mixer.latent_norm, state_dtype)
 
     def values(self, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
         propagation, rows = self.propagation, block.rows_on(self.propagation.state.device)
@@ -279,7 +282,7 @@ class _Attention:
         for constant in (self.constant, None if self.latent_weight is not None else self.first_constant):
             if constant is not None and block.has_bias_source:
                 add_constant(values, constant, block.layout)
-        return values if self.layer.recurrence is None else self._convolved(values, self.layer.recurrence, block)
+        return values if self.mixer.recurrence is None else self._convolved(values, self.mixer.recurrence, block)
 
     def _convolved(self, values: Tensor, recurrence: Recurrence, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
         """The values of a recurrence: each source's own behind the convolution, times what the SiLU let through."""
@@ -300,14 +303,14 @@ class _Attention:
         if self.first_constant is not None and has_bias:
             add_constant(latent, self.first_constant, run.layout)
         scale = None if self.latent_scale is None else self.latent_scale[positions]
-        return self.propagation.normed(self.layer.latent_norm, scale, run.layout, latent)
+        return self.propagation.normed(self.mixer.latent_norm, scale, run.layout, latent)
 
     def mix(self, block: _SourceBlock, values: Tensor, kept: _Kept | None, narrowed: bool = False) -> None:
         """Mix a block's values and add the result to the state; with ``kept``, only to the kept rows.
 
         ``narrowed``: the state holds only the kept rows.
         """
-        state, heads = self.propagation.state, self.layer.num_heads
+        state, heads = self.propagation.state, self.mixer.num_heads
         mixed = mix_values(
             self.pattern,
             values,
@@ -329,7 +332,7 @@ class _Attention:
     def add_bias(self, trace: Trace) -> None:
         """Add the output projection's bias to the bias source, through the norm on the output if there is one."""
         bias, norm, scale = (
-            self.layer.output.bias,
+            self.mixer.output.bias,
             self.layer.attention_post_norm,
             trace.scales.get("attention_post_norm"),
         )

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..checks import listed
 from ..errors import SourceError
-from ..models.bound import BoundModel, Layer, Norm, Projection, into_stream
+from ..models.bound import BoundModel, Layer, Mixer, Norm, Projection, into_stream
 from ..models.experts import Places, outputs, summed_bias
-from ..models.trace import Trace
+from ..models.trace import MixerTrace, Trace
 from .parts import _after, _indices, _named, _Parts
 from .source import Source
 
@@ -27,7 +27,8 @@ class Heads:
     """The outputs of a layer's attention heads as sources; the remainder of the residual stream is the source ``rest``.
 
     They start where the attention adds to the residual stream, and so go through the same layer's MLP. In a model with
-    parallel attention and MLP they start after the layer. The output projection's bias belongs to the bias source.
+    parallel attention and MLP they start after the layer. The output projection's bias belongs to the bias source. Where
+    attention and a recurrence stand side by side, the recurrence's heads follow those of the attention.
 
     Args:
         layer: the layer, from 0.
@@ -95,7 +96,8 @@ class RoutedExperts:
 class Modules:
     """The output of a layer's attention or MLP as one source, biases included; the remainder is the source ``rest``.
 
-    The MLP's output includes the layer's routed experts and the MLP beside them.
+    A recurrence in the place of attention counts as attention. So does one beside it: the sum of both is one source. The
+    MLP's output includes the layer's routed experts and the MLP beside them.
 
     Args:
         layer: the layer, from 0.
@@ -118,6 +120,26 @@ def _keep_iterators(spec: Any) -> None:
             object.__setattr__(spec, name, tuple(getattr(spec, name)))
 
 
+def refuse_absent(spec: Heads | Neurons | Modules, bound: BoundModel) -> None:
+    """Check that a layer with one sublayer has the one that a spec asks for.
+
+    Raises:
+        SourceError: it has the other one.
+    """
+    layer = bound.layers[spec.layer]
+    of_attention = isinstance(spec, Heads) or (isinstance(spec, Modules) and spec.module == "attn")
+    if of_attention and not layer.mixers:
+        raise SourceError(
+            f"{type(spec).__name__}(layer={spec.layer}): this layer of {bound.name} has no attention, only an MLP; take "
+            f"Modules({spec.layer}, 'mlp')"
+        )
+    if not of_attention and not layer.has_mlp:
+        raise SourceError(
+            f"{type(spec).__name__}(layer={spec.layer}): this layer of {bound.name} has no MLP, only attention or a "
+            f"recurrence; take Heads({spec.layer}) or Modules({spec.layer}, 'attn')"
+        )
+
+
 def component_ids(spec: Heads | Neurons | RoutedExperts, bound: BoundModel) -> list[int]:
     """The heads, neurons or experts of a spec, whose layer has them."""
     layer = bound.layers[spec.layer]
@@ -131,20 +153,19 @@ def component_ids(spec: Heads | Neurons | RoutedExperts, bound: BoundModel) -> l
 
 def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
+    refuse_absent(spec, bound)
     ids = _indices(_named("ids", spec), spec.ids, layer.num_heads)
 
     def outputs(trace: Trace, where: Tensor) -> Tensor:
-        assert trace.mixed is not None
-        weight = into_stream(layer.output.weight, layer.attention_post_norm, bound.state_dtype)
-        mixed = trace.mixed[where].to(weight).view(len(where), layer.num_heads, -1)  # [p, H, d]
-        weight = weight.reshape(len(weight), layer.num_heads, -1)
-        if len(ids) < layer.num_heads:
-            weight, mixed = weight[:, ids], mixed[:, ids]
-        head_outputs = torch.einsum("phd,xhd->phx", mixed, weight)
-        return _post_scaled(head_outputs, trace.scales.get("attention_post_norm"), where)
+        by_mixer = []
+        for (mixer, own), of_mixer in zip(layer.heads, trace.mixers, strict=True):
+            heads = [head - own.start for head in ids if own.start <= head < own.stop]
+            by_mixer.append(_of_heads(mixer, layer, of_mixer, where, heads, bound))
+        added = torch.cat(by_mixer, 1)
+        return _post_scaled(added, trace.scales.get("attention_post_norm"), where)
 
     def bias(trace: Trace) -> Tensor | None:
-        return _output_bias(layer.output, layer.attention_post_norm, trace.scales.get("attention_post_norm"), trace)
+        return _attention_bias(trace, layer)
 
     sources = [Source(f"L{spec.layer}H{h}", "head", layer=spec.layer, index=h) for h in ids]
     if bound.parallel:
@@ -152,8 +173,22 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
     return _Parts("middle", sources, outputs, lambda trace: _after_attention(trace, layer, bound), bias)
 
 
+def _of_heads(
+    mixer: Mixer, layer: Layer, trace: MixerTrace, where: Tensor, heads: list[int], bound: BoundModel
+) -> Tensor:  # [p, h, D]
+    """What heads of a mixer add to the residual stream at some positions, before the scale of a norm on it."""
+    assert trace.mixed is not None
+    weight = into_stream(mixer.output.weight, layer.attention_post_norm, bound.state_dtype)
+    mixed = trace.mixed[where].to(weight).view(len(where), mixer.num_heads, -1)  # [p, H, d]
+    weight = weight.reshape(len(weight), mixer.num_heads, -1)
+    if heads != list(range(mixer.num_heads)):
+        weight, mixed = weight[:, heads], mixed[:, heads]
+    return torch.einsum("phd,xhd->phx", mixed, weight)
+
+
 def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
     layer = bound.layers[spec.layer]
+    refuse_absent(spec, bound)
     if layer.experts is not None:
         raise SourceError(
             f"Neurons(layer={spec.layer}): this layer of {bound.name} has routed experts, whose neurons are no sources; "
@@ -241,20 +276,21 @@ def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
     if not isinstance(spec.module, str) or spec.module not in ("attn", "mlp"):
         raise SourceError(f"Modules(module={spec.module!r}): the module must be 'attn' or 'mlp'")
     layer = bound.layers[spec.layer]
-    source = Source(f"L{spec.layer}.{spec.module}", "module", layer=spec.layer)
+    is_there = layer.mixers if spec.module == "attn" else layer.has_mlp
+    sources = [Source(f"L{spec.layer}.{spec.module}", "module", layer=spec.layer)] if is_there else []
     if spec.module == "attn":
 
         def attention(trace: Trace, where: Tensor) -> Tensor:
-            return _attention_output(trace, layer, bound)[where, None]
+            return _attention_output(trace, layer, bound)[where, None][:, : len(sources)]
 
         if bound.parallel:
-            return _Parts("end", [source], attention, _after)
-        return _Parts("middle", [source], attention, lambda trace: _after_attention(trace, layer, bound))
+            return _Parts("end", sources, attention, _after)
+        return _Parts("middle", sources, attention, lambda trace: _after_attention(trace, layer, bound))
 
     def mlp(trace: Trace, where: Tensor) -> Tensor:
-        return _mlp_output(trace, layer, bound)[where, None]
+        return _mlp_output(trace, layer, bound)[where, None][:, : len(sources)]
 
-    return _Parts("end", [source], mlp, _after)
+    return _Parts("end", sources, mlp, _after)
 
 
 def _after_attention(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:
@@ -262,17 +298,29 @@ def _after_attention(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:
 
 
 def _attention_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N, D]
-    scale = trace.scales.get("attention_post_norm")
-    return _output(trace.mixed, layer.output, layer.attention_post_norm, scale, trace, bound)
+    scale, added = trace.scales.get("attention_post_norm"), torch.zeros_like(trace.stream, dtype=bound.state_dtype)
+    for mixer, own in zip(layer.mixers, trace.mixers, strict=True):
+        added += _output(own.mixed, mixer.output, layer.attention_post_norm, scale, trace, bound)
+    return added
+
+
+def _attention_bias(trace: Trace, layer: Layer) -> Tensor | None:
+    """The output biases of a layer's mixers at every position ``[N, D]``, or None."""
+    norm, scale = layer.attention_post_norm, trace.scales.get("attention_post_norm")
+    biases = [_output_bias(mixer.output, norm, scale, trace) for mixer in layer.mixers]
+    found = [bias for bias in biases if bias is not None]
+    return sum(found[1:], start=found[0]) if found else None
 
 
 def _mlp_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N, D]
     """What the MLP adds to the residual stream: that of the experts, and of the MLP that every position goes through."""
-    if layer.experts is None:
+    if layer.experts is None and layer.mlp is not None:
         scale = trace.scales.get("mlp_post_norm")
-        return _output(trace.hidden, layer.only_mlp.down, layer.mlp_post_norm, scale, trace, bound)
-    assert trace.routed is not None
+        return _output(trace.hidden, layer.mlp.down, layer.mlp_post_norm, scale, trace, bound)
     added = torch.zeros_like(trace.stream, dtype=bound.state_dtype)
+    if layer.experts is None:
+        return added
+    assert trace.routed is not None
     if layer.mlp is not None:
         of_mlp = _output(trace.hidden, layer.mlp.down, None, None, trace, bound)
         added += of_mlp if trace.mlp_weight is None else of_mlp * trace.mlp_weight[:, None].to(of_mlp)

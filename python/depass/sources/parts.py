@@ -49,7 +49,7 @@ class _Parts(NamedTuple):
                 yield slice(source, source + 1), positions, outputs[:, None]
             return
         assert self.outputs is not None
-        at_once = max(1, numbers // (len(self.sources) * trace.stream.shape[1]))
+        at_once = max(1, numbers // max(1, len(self.sources) * trace.stream.shape[1]))
         for positions in torch.split(where, at_once):
             yield slice(0, len(self.sources)), positions, self.outputs(trace, positions)
 
