@@ -24,7 +24,6 @@ from depass import Attribution, DePass
 from depass.errors import DePassError
 from depass.evaluate import data
 from depass.evaluate.data import Pair
-from depass.evaluate.tokens import depass
 from depass.files import write_atomically
 
 from .baselines.naive import token_scores
@@ -100,7 +99,9 @@ def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 
 def ours(dp: DePass, pairs: Sequence[Pair]) -> list[Any]:
-    return depass(dp, pairs, exclude_bos=True)  # the published code always excludes the first token
+    prompts, targets = [list(pair.ids) for pair in pairs], [pair.answer[0] for pair in pairs]
+    # the published code always excludes the first token
+    return list(dp.attribute_many(prompts, targets=targets, errors="return", exclude_bos=True))
 
 
 def naive(dp: DePass, pairs: Sequence[Pair]) -> list[torch.Tensor]:

@@ -85,7 +85,7 @@ class Published:
     """
 
     def __init__(self, bound: BoundModel, rule: str, temperature: float, exclude_first: bool) -> None:
-        _refuse_other_families(bound)
+        _refuse_other_families(bound, "reproduce_published=True", "leave reproduce_published out")
         self.bound, self.rule, self.temperature, self.exclude_first = bound, rule, temperature, exclude_first
         self.dtype = bound.state_dtype
 
@@ -243,7 +243,7 @@ def _scales_mixes(mixer: Mixer) -> bool:
     return any(part is not None for part in (mixer.mix_gate, mixer.mix_norm, mixer.sinks))
 
 
-def _refuse_other_families(bound: BoundModel) -> None:
+def _refuse_other_families(bound: BoundModel, asked: str, instead: str) -> None:
     mixers = [mixer for layer in bound.layers for mixer in layer.mixers]
     reasons = [
         (bound.final_norm.is_centred, "LayerNorm"),
@@ -264,6 +264,6 @@ def _refuse_other_families(bound: BoundModel) -> None:
     unsupported = [reason for refused, reason in reasons if refused]
     if unsupported:
         raise ModelError(
-            f"reproduce_published=True: {bound.name} has {' and '.join(unsupported)}, which the published code does not "
-            "support (it supports models like Llama and Qwen2); leave reproduce_published out"
+            f"{asked}: {bound.name} has {' and '.join(unsupported)}, which the published code does not support (it supports "
+            f"models like Llama and Qwen2); {instead}"
         )

@@ -118,6 +118,11 @@ class Pair:
     answer: tuple[int, ...]
     begins_special: bool
 
+    @property
+    def deletable(self) -> range:
+        """The positions that may be deleted: all but a special first token and the last token."""
+        return range(int(self.begins_special), len(self.ids) - 1)
+
 
 def pair(dp: DePass, item: Item) -> Pair:
     """The tokens of an item from :func:`prompts`.

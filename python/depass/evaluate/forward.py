@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..api import DePass
 from ..models import capture, packing
@@ -14,7 +14,12 @@ _TOKENS, _PROMPTS = 4096, 256  # of one pass; each prompt takes a row of vocab_s
 
 
 @torch.no_grad()
-def next_tokens(dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def next_tokens(
+    dp: DePass,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[int],
+    factors: Callable[[int], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The model's probability of one answer to each prompt, and its most likely next token.
 
     Prompts are sorted by length and padded on the right, which causal attention does not see. The head reads only the
@@ -24,13 +29,16 @@ def next_tokens(dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[
         dp: the model.
         prompts: the ids of ``B`` prompts.
         answers: ``[B]`` ids.
+        factors: takes a prompt's index; returns what its token embeddings are multiplied by, ``[N, D]`` or ``[N, 1]``.
+            None: nothing.
 
     Returns:
         ``[B]`` fp32 probabilities of the answers as the next token, and ``[B]`` ids of the most likely next tokens.
     """
     probabilities, tops = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
     for batch in batches(dp, prompts):
-        logits = _logits(dp, [prompts[i] for i in batch])  # [b, V]
+        changed = None if factors is None else [factors(i) for i in batch]
+        logits = _logits(dp, [prompts[i] for i in batch], changed)  # [b, V]
         answer_ids = torch.tensor([answers[i] for i in batch], device=logits.device)
         log_probabilities = logits.gather(1, answer_ids[:, None])[:, 0] - logits.logsumexp(1)
         probabilities[batch], tops[batch] = log_probabilities.exp().cpu(), logits.argmax(1).cpu()
@@ -90,16 +98,22 @@ def batches(dp: DePass, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]
     return capture.batches(dp.bound, [len(ids) for ids in prompts], _TOKENS, prompts=_PROMPTS)
 
 
-def _logits(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
+def _logits(dp: DePass, prompts: Sequence[Sequence[int]], factors: Sequence[Tensor] | None = None) -> Tensor:
     """The last positions' fp32 logits ``[B, V]``."""
-    stream = _stream(dp, prompts)
+    stream = _stream(dp, prompts, factors)
     last = torch.tensor([len(ids) - 1 for ids in prompts], device=stream.device)
     return _head(dp, stream[torch.arange(len(prompts), device=stream.device), last])
 
 
-def _stream(dp: DePass, prompts: Sequence[Sequence[int]]) -> Tensor:
+def _stream(dp: DePass, prompts: Sequence[Sequence[int]], factors: Sequence[Tensor] | None = None) -> Tensor:
     """The residual stream ``[B, T, D]`` after the final norm."""
-    return capture.normed(dp.bound, input_ids=packing.padded(prompts).to(dp.bound.input_device))
+    ids = packing.padded(prompts).to(dp.bound.input_device)
+    if factors is None:
+        return capture.normed(dp.bound, input_ids=ids)
+    embedded = dp.bound.model.get_input_embeddings()(ids)  # [B, T, D]
+    width = max(factor.shape[1] for factor in factors)
+    by = [nn.functional.pad(factor.expand(-1, width), (0, 0, 0, ids.shape[1] - len(factor))) for factor in factors]
+    return capture.normed(dp.bound, inputs_embeds=embedded * torch.stack(by).to(embedded))
 
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:

@@ -17,11 +17,14 @@ from .. import rules
 from ..api import DePass
 from ..arguments import argument
 from . import data
-from .data import HELP
+from .data import HELP, Pair
+from .measures import FAMILIES, SHARES, relative
+from .methods import Outcome, by_rule
 from .summary import COLOURS, Mean, area, mean, new_figure, save, table
 from .task import Item, Row, Task, TaskOptions
-from .tokens import CURVES, KEEP_WRONG, RETOKENIZE, SHARES, curves, depass, explained, relative
+from .tokens import KEEP_WRONG, RETOKENIZE, curves, explained
 
+CURVES = FAMILIES["deletion"]
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 OTHERS = ("max", "relu", "linear", *rules.LINEAR, "softmax+half", "steered")
 
@@ -84,13 +87,7 @@ class Rules(Task[RulesOptions]):
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: RulesOptions) -> Iterator[Row]:
         """Each prompt's curves for each variant."""
-        scorers = {
-            variant.name: partial(
-                depass, rule=variant.rule, temperature=variant.temperature, exclude_bos=variant.excluded
-            )
-            for variant in VARIANTS
-        }
-        return curves(dp, items, scorers, options.keep_wrong, options.retokenize)
+        return curves(dp, items, partial(_scored, dp), CURVES, options.keep_wrong, options.retokenize, options.seed)
 
     def report(self, rows: Sequence[Row], options: RulesOptions, folder: Path) -> str:
         """One table and one figure."""
@@ -102,7 +99,9 @@ class Rules(Task[RulesOptions]):
             for curve in CURVES
         }
         about = (
-            f"*Against {USUAL.name}* is the mean over prompts of the variant's area less that of {USUAL.name} for the same "
+            "*Patch-top* deletes the highest-scoring K % of the tokens and *recover-top* keeps only these. A number is the "
+            "answer's probability, divided by its probability after the whole prompt; the area is the mean height over "
+            f"K.\n\n*Against {USUAL.name}* is the mean over prompts of the variant's area less that of {USUAL.name} for the same "
             "prompt; an interval without zero is a difference that these prompts show. *Conservation error* is the largest "
             "over prompts of |sum of the scores - logit|, relative to the larger of the logit and the sum of the scores' "
             "absolute values."
@@ -110,6 +109,17 @@ class Rules(Task[RulesOptions]):
         introduction = explained(rows, options.retokenize)
         means = {key: mean(values.tolist(), options.seed) for key, values in areas.items()}
         return "\n\n".join([introduction, about, _table(rows, areas, means, options.seed), _draw(means, folder)])
+
+
+def _scored(dp: DePass, pairs: Sequence[Pair]) -> list[dict[str, Outcome]]:
+    prompts, targets = [list(pair.ids) for pair in pairs], [pair.answer[0] for pair in pairs]
+    outcomes = {
+        variant.name: by_rule(
+            dp, prompts, targets, rule=variant.rule, temperature=variant.temperature, exclude_bos=variant.excluded
+        )
+        for variant in VARIANTS
+    }
+    return [{name: of_prompts[i] for name, of_prompts in outcomes.items()} for i in range(len(pairs))]
 
 
 def _table(

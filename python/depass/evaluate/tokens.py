@@ -5,36 +5,33 @@ with only them?
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .. import baselines
 from ..api import DePass
 from ..arguments import argument
+from ..compat import dual_path
 from ..errors import DePassError, ModelError, OptionError
 from ..inputs.prompt import encode
 from ..models.linearised import refuse
-from ..results.attribution import Attribution
-from . import data
+from . import data, methods
 from .data import HELP, Pair
 from .forward import next_tokens
-from .summary import COLOURS, LINES, area, mean, new_figure, save, table
+from .measures import DRAWS, FAMILIES, MEASURES, NOTHING, SHARES, families, plan, relative, value
+from .methods import DPA, GROUPS, METHODS, REFERENCE, SLOW, Outcome
+from .questions import Asked, Question
+from .summary import COLOURS, LINES, Result, differences, mean, new_figure, results, save, table
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 
-Scorer = Callable[[DePass, Sequence[Pair]], "list[Attribution | DePassError]"]
+Score = Callable[[Sequence[Pair]], "list[dict[str, Outcome]]"]  # for each prompt its scores by each method
 
 Begun = tuple[Pair, dict[str, Any]]  # a prompt to measure, and the first fields of its row
 
-SHARES = tuple(range(10, 101, 10))  # K, in % of the tokens that may be deleted
-CURVES = ("patch", "recover")
-OURS = "depass"
-METHODS = (OURS, *baselines.TOKENS)
 _TOGETHER = 16  # prompts that are measured together; a resumed run repeats at most so many
 WRONG = "the model's own next token is not the answer's first token"
 
@@ -50,107 +47,140 @@ class TokensOptions(TaskOptions):
     """The options of :class:`Tokens`.
 
     Attributes:
-        methods: names of attribution methods, separated by commas.
+        methods: names of attribution methods or groups of methods, separated by commas.
+        measures: names of families of measures, separated by commas.
+        slow_limit: measure slow methods only on the first ``slow_limit`` of the run's items; None: on all.
         keep_wrong: also measure prompts that the model answers wrong.
         retokenize: decode the remaining tokens of a prompt to text and encode it again.
     """
 
     data: str = field(default="facts", metadata=argument(f"{HELP} (default: facts)", metavar="FILE"))
     methods: str = field(
-        default=",".join(METHODS),
+        default="all",
         metadata=argument(
-            f"attribution methods, separated by commas: {', '.join(METHODS)} (default: all)", metavar="A,B"
+            f"attribution methods, separated by commas: {', '.join((*METHODS, DPA))}; a mixture such as "
+            f"2*softmax+1*half; or a group: {', '.join(GROUPS)} (default: all)",
+            metavar="A,B",
         ),
+    )
+    measures: str = field(
+        default=",".join(FAMILIES),
+        metadata=argument(
+            f"families of measures, separated by commas: {', '.join(FAMILIES)} (default: all)", metavar="A,B"
+        ),
+    )
+    slow_limit: int | None = field(
+        default=None,
+        metadata=argument(f"measure slow methods ({', '.join(SLOW)}) on the first N items only", metavar="N", least=1),
     )
     keep_wrong: bool = field(default=False, metadata=KEEP_WRONG)
     retokenize: bool = field(default=False, metadata=RETOKENIZE)
 
 
 class Tokens(Task[TokensOptions]):
-    """Deletes or keeps the highest-scoring tokens, for DePass and for each baseline."""
+    """Takes the highest-scoring tokens away or keeps only them, for every rule and each baseline."""
 
     name = "tokens"
-    help = "delete or keep the highest-scoring tokens and measure the answer's probability (paper, section 4.1.1)"
+    help = "take away or keep the highest-scoring tokens and measure the answer's probability (paper, section 4.1.1)"
     Options = TokensOptions
 
     def items(self, options: TokensOptions) -> list[Item]:
         """Prompts with their answers."""
-        scorers(options.methods, options.seed)  # refuses unknown methods before any data are loaded
+        methods.named(options.methods)  # refuses unknown methods before any data are loaded
+        families(options.measures)
         return data.prompts(options.data, options.seed, options.needed)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: TokensOptions) -> Iterator[Row]:
         """Each prompt's curves for each method.
 
         Raises:
-            OptionError: the model takes no gradients, which gim needs.
+            OptionError: the model takes no gradients, which gim needs; or depass_dpa cannot read it.
         """
-        if "gim" in options.methods.split(","):
-            try:
-                refuse(dp.bound)
-            except ModelError as error:
-                raise OptionError(f"{error}; or leave gim out: --methods A,B") from error
-        return curves(dp, items, scorers(options.methods, options.seed), options.keep_wrong, options.retokenize)
+        names = methods.named(options.methods)
+        for name, refused in (("gim", refuse), (DPA, dual_path.refuse)):
+            if name in names:
+                try:
+                    refused(dp.bound)
+                except ModelError as error:
+                    raise OptionError(f"{error}; or leave {name} out: --methods A,B") from error
+        score = partial(_scored, dp, names, options)
+        return curves(
+            dp, items, score, families(options.measures), options.keep_wrong, options.retokenize, options.seed
+        )
 
     def report(self, rows: Sequence[Row], options: TokensOptions, folder: Path) -> str:
-        """One table, and one figure for each of the two curves."""
+        """A table for each family of measures, and a figure for each curve of deletions."""
         if not rows:
             return "No prompt was measured."
-        names = options.methods.split(",")
-        figures = [_draw(rows, names, curve, options.seed, folder) for curve in CURVES]
-        return "\n\n".join([explained(rows, options.retokenize), _table(rows, names, options.seed), *figures])
+        names, chosen = methods.named(options.methods), families(options.measures)
+        text = [explained(rows, options.retokenize)]
+        for family, of_family in FAMILIES.items():
+            if of_family[0] in chosen:
+                text += [_ABOUT[family], _table(rows, names, of_family, options.seed)]
+        if set(methods.MIXTURES) <= set(names) and "patch" in chosen:
+            text.append(_best_mixture(rows))
+        if "patch" in chosen:
+            text += [_draw(rows, names, curve, options.seed, folder) for curve in FAMILIES["deletion"]]
+        return "\n\n".join(text)
+
+    def results(self, rows: Sequence[Row], options: TokensOptions) -> list[Result]:
+        """Every measure of every method."""
+        names, found = methods.named(options.methods), []
+        for measure in MEASURES:
+            if measure.curve not in families(options.measures):
+                continue
+            values = {name: [value(row, measure.curve, name) for row in rows] for name in names}
+            values = {name: of for name, of in values.items() if any(each is not None for each in of)}
+            costs = {name: methods.costs(rows, name) for name in values}
+            lengths = [row["tokens"] for row in rows]
+            found += results(measure.name, measure.better, values, REFERENCE, options.seed, lengths, costs)
+        return found
 
 
-def scorers(names: str, seed: int) -> dict[str, Scorer]:
-    """The named methods; ``names`` are separated by commas.
-
-    Raises:
-        OptionError: there is no such method, or one is named twice.
-    """
-    methods: dict[str, Scorer] = {}
-    for name in names.split(","):
-        if name not in METHODS:
-            raise OptionError(f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
-        if name in methods:
-            raise OptionError(f"--methods names {name!r} twice; name each method once")
-        methods[name] = depass if name == OURS else partial(_baseline, name=name, seed=seed)
-    return methods
-
-
-def depass(dp: DePass, pairs: Sequence[Pair], **options: Any) -> list[Attribution | DePassError]:
-    """Scores by DePass; ``options`` go to :meth:`DePass.attribute_many`."""
-    prompts, targets = [list(pair.ids) for pair in pairs], [pair.answer[0] for pair in pairs]
-    return list(dp.attribute_many(prompts, targets=targets, errors="return", **options))
-
-
-def _baseline(dp: DePass, pairs: Sequence[Pair], name: str, seed: int) -> list[Attribution | DePassError]:
-    prompts, targets = [list(pair.ids) for pair in pairs], [pair.answer[0] for pair in pairs]
-    try:
-        return list(baselines.tokens(dp, name, prompts, targets, seed=seed))
-    except DePassError as error:
-        if len(pairs) == 1:
-            return [error]
-        return [result for pair in pairs for result in _baseline(dp, [pair], name, seed)]
+def _scored(
+    dp: DePass, names: Sequence[str], options: TokensOptions, pairs: Sequence[Pair]
+) -> list[dict[str, Outcome]]:
+    """Scores by every method that each prompt is for: slow ones only for the run's first items, by their numbers."""
+    most = math.inf if options.slow_limit is None else options.skip + options.slow_limit
+    found: list[dict[str, Outcome]] = [{} for _ in pairs]
+    fast = [name for name in names if name not in SLOW]
+    some = [i for i, pair in enumerate(pairs) if int(pair.item.id) < most]
+    for which, chosen in ((range(len(pairs)), fast), (some, [name for name in names if name in SLOW])):
+        if which and chosen:
+            prompts, targets = [list(pairs[i].ids) for i in which], [pairs[i].answer[0] for i in which]
+            of_prompts = methods.scored(dp, chosen, prompts, targets, options.seed)
+            for i, outcomes in zip(which, of_prompts, strict=True):
+                found[i] |= outcomes
+    return [{name: outcomes[name] for name in names if name in outcomes} for outcomes in found]
 
 
 # Measuring.
 
 
 def curves(
-    dp: DePass, items: Sequence[Item], methods: Mapping[str, Scorer], keep_wrong: bool, retokenize: bool
+    dp: DePass,
+    items: Sequence[Item],
+    score: Score,
+    chosen: Sequence[str],
+    keep_wrong: bool,
+    retokenize: bool,
+    seed: int,
 ) -> Iterator[Row]:
-    """Yield one row per item: the probability of the answer's first token without the top K % of the tokens, and with
-    only them.
+    """Yield one row per item: the probability of the answer's first token after the prompt is changed.
 
-    A special first token and the last token are always kept. An ``ok`` row holds ``clean``, the probability after the
-    whole prompt; ``patch`` and ``recover``, for each method the probabilities at each of :data:`SHARES`; and ``missed``,
-    the conservation error of each method (None: its scores need not add up).
+    An ``ok`` row holds ``clean``, the probability after the whole prompt; for each curve (``patch``, ``recover`` and the
+    others of :mod:`.measures`) and each method the probabilities at each of its points; ``missed``, the conservation error
+    of each method (None: its scores need not add up); ``seconds``, each method's time for one prompt; and
+    ``plain_seconds``, that of a plain pass of the model over the same prompts.
 
     Args:
         dp: the model.
         items: the prompts.
-        methods: the attribution methods, by name.
+        score: scores prompts by the attribution methods.
+        chosen: the curves, as from :func:`.measures.families`.
         keep_wrong: also measure prompts that the model answers wrong.
         retokenize: decode the remaining tokens of a prompt to text and encode it again.
+        seed: the seed of random changes.
     """
     pairs = []
     for item in items:
@@ -166,10 +196,10 @@ def curves(
             else:
                 waiting.append(row_or_prompt)
         if len(waiting) >= _TOGETHER:
-            yield from _measured(dp, waiting[:_TOGETHER], methods, retokenize)
+            yield from _measured(dp, waiting[:_TOGETHER], score, chosen, retokenize, seed)
             waiting = waiting[_TOGETHER:]
     if waiting:
-        yield from _measured(dp, waiting, methods, retokenize)
+        yield from _measured(dp, waiting, score, chosen, retokenize, seed)
 
 
 def _begun(dp: DePass, pairs: Sequence[Pair], keep_wrong: bool) -> Iterator[Row | Begun]:
@@ -184,82 +214,73 @@ def _begun(dp: DePass, pairs: Sequence[Pair], keep_wrong: bool) -> Iterator[Row 
             yield failed(pair.item, f"the answer's probability is {probability} in the model's own pass")
         elif not begun["right"] and not keep_wrong:
             yield skipped(pair.item, WRONG, **begun)
-        elif not deletable(pair):
+        elif not pair.deletable:
             yield skipped(pair.item, "the prompt has no token that may be deleted", **begun)
         else:
             yield pair, begun
 
 
-def _measured(dp: DePass, waiting: Sequence[Begun], methods: Mapping[str, Scorer], retokenize: bool) -> Iterator[Row]:
-    attributions = {name: scorer(dp, [pair for pair, _ in waiting]) for name, scorer in methods.items()}
-    questions: dict[tuple[tuple[int, ...], int], int] = {}  # remaining ids and answer; many methods leave the same ids
+def _measured(
+    dp: DePass, waiting: Sequence[Begun], score: Score, chosen: Sequence[str], retokenize: bool, seed: int
+) -> Iterator[Row]:
+    pairs = [pair for pair, _ in waiting]
+    seconds = _plain_seconds(dp, pairs)
+    scores, asked = score(pairs), Asked()
     plans: list[dict[str, dict[str, list[int]]] | DePassError] = []
-    for index, (pair, _) in enumerate(waiting):
+    for pair, outcomes in zip(pairs, scores, strict=True):
         try:
-            plans.append({name: _plan(dp, pair, of[index], questions, retokenize) for name, of in attributions.items()})
+            plans.append(_plan(dp, pair, outcomes, chosen, asked, retokenize))
         except DePassError as error:
             plans.append(error)
-    prompts, answers = [ids for ids, _ in questions], [answer for _, answer in questions]
-    probabilities = [_short(p) for p in next_tokens(dp, prompts, answers)[0].tolist()]
-    for index, ((pair, begun), plan) in enumerate(zip(waiting, plans, strict=True)):
-        if isinstance(plan, DePassError):
-            yield failed(pair.item, plan, **begun)
+    probabilities = asked.answered(dp, seed)
+    for (pair, begun), outcomes, of_curves in zip(waiting, scores, plans, strict=True):
+        if isinstance(of_curves, DePassError):
+            yield failed(pair.item, of_curves, **begun)
             continue
-        left = [i for curves_of in plan.values() for curve in curves_of.values() for i in curve]
+        left = [i for of_methods in of_curves.values() for indices in of_methods.values() for i in indices]
         if not all(math.isfinite(probabilities[i]) for i in left):
-            yield failed(pair.item, "the answer's probability after the remaining tokens is not finite", **begun)
+            yield failed(pair.item, "the answer's probability after the prompt is changed is not finite", **begun)
             continue
+        found: Row = {
+            curve: {name: [probabilities[i] for i in indices] for name, indices in of_methods.items()}
+            for curve, of_methods in of_curves.items()
+        }
+        if NOTHING in found:
+            (found[NOTHING],) = found[NOTHING][NOTHING]
+        scored = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, DePassError)}
         yield {
-            "id": pair.item.id, "status": "ok", **begun,
-            **{curve: {name: [probabilities[i] for i in plan[name][curve]] for name in plan} for curve in CURVES},
-            "missed": {name: _missed(results[index]) for name, results in attributions.items()},
+            "id": pair.item.id, "status": "ok", **begun, **found,
+            "missed": {name: _missed(each.missed) for name, each in scored.items()},
+            "seconds": {name: _short(each.seconds) for name, each in scored.items()}, "plain_seconds": _short(seconds),
         }  # fmt: skip
 
 
+def _plain_seconds(dp: DePass, pairs: Sequence[Pair]) -> float:
+    """The time of one prompt in a plain pass of the model over all."""
+    began = time.perf_counter()
+    next_tokens(dp, [pair.ids for pair in pairs], [pair.answer[0] for pair in pairs])
+    return (time.perf_counter() - began) / len(pairs)
+
+
 def _plan(
-    dp: DePass, pair: Pair, result: Attribution | DePassError, questions: dict[tuple[tuple[int, ...], int], int],
-    retokenize: bool,
-) -> dict[str, list[int]]:  # fmt: skip
-    """For each curve, the indices in ``questions`` of its shares. New questions are added.
+    dp: DePass, pair: Pair, outcomes: dict[str, Outcome], chosen: Sequence[str], asked: Asked, retokenize: bool
+) -> dict[str, dict[str, list[int]]]:
+    """By curve and method, the indices of its questions in ``asked``.
 
     Raises:
-        DePassError: the method could not score the prompt, or the remaining tokens are not a valid prompt.
+        DePassError: a method could not score the prompt, or the remaining tokens are not a valid prompt.
     """
-    if isinstance(result, DePassError):
-        raise result
-    ranked, plan = ranking(pair, token_scores(result)), {}
-    for curve in CURVES:
-        left = [remaining(pair, ranked, share, curve) for share in SHARES]
-        texts = [encoded_anew(dp, pair, ids) if retokenize else ids for ids in left]
-        plan[curve] = [questions.setdefault((ids, pair.answer[0]), len(questions)) for ids in texts]
-    return plan
-
-
-def deletable(pair: Pair) -> range:
-    """The positions that may be deleted: all but a special first token and the last token."""
-    return range(int(pair.begins_special), len(pair.ids) - 1)
-
-
-def ranking(pair: Pair, scores: Tensor) -> list[int]:
-    """The positions that may be deleted, highest score first; of equal scores the earlier first."""
-    positions = deletable(pair)
-    order = scores[positions.start : positions.stop].argsort(descending=True, stable=True)
-    return [positions[i] for i in order.tolist()]
-
-
-def remaining(pair: Pair, ranked: Sequence[int], share: int, curve: str) -> tuple[int, ...]:
-    """The remaining ids without the top ``share`` % of the ranked tokens (``patch``), or with only them (``recover``).
-
-    The number of tokens is rounded to the nearest integer, and at least one.
-    """
-    top = set(ranked[: max(1, (len(ranked) * share + 50) // 100)])
-    gone = top if curve == "patch" else set(ranked) - top
-    return tuple(token for position, token in enumerate(pair.ids) if position not in gone)
-
-
-def token_scores(result: Attribution) -> Tensor:
-    """``[N]``: the scores of the tokens, without those of other sources (``bias``, ``pattern``, ``unassigned``)."""
-    return result.scores[0, [i for i, source in enumerate(result.sources) if source.kind == "token"]]
+    encoded = partial(encoded_anew, dp, pair) if retokenize else tuple
+    found: dict[str, dict[str, list[int]]] = {curve: {} for curve in chosen}
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, DePassError):
+            raise outcome
+        for curve, indices in plan(dp, pair, outcome.tokens, chosen, asked, encoded).items():
+            found[curve][name] = indices
+    if "soft_nc" in chosen:
+        nothing = Question(pair.ids, pair.answer[0], zeroed=tuple(pair.deletable))
+        found[NOTHING] = {NOTHING: [asked.add(nothing)]}
+    return found
 
 
 def encoded_anew(dp: DePass, pair: Pair, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -275,9 +296,8 @@ def encoded_anew(dp: DePass, pair: Pair, ids: tuple[int, ...]) -> tuple[int, ...
     return encode(text, dp.tokenizer, dp.bound).ids
 
 
-def _missed(result: Attribution | DePassError) -> float | None:
-    error = float("nan") if isinstance(result, DePassError) else float(result.conservation_error.max())
-    return _short(error) if math.isfinite(error) else None
+def _missed(error: float | None) -> float | None:
+    return None if error is None else _short(error)
 
 
 def _short(number: float) -> float:
@@ -286,12 +306,6 @@ def _short(number: float) -> float:
 
 
 # Reporting.
-
-
-def relative(rows: Sequence[Row], curve: str, name: str) -> Tensor:
-    """``[prompts, K]``: the answer's probability, divided by its probability after the whole prompt."""
-    clean = torch.tensor([row["clean"] for row in rows], dtype=torch.float64)
-    return torch.tensor([row[curve][name] for row in rows], dtype=torch.float64) / clean[:, None]
 
 
 def explained(rows: Sequence[Row], retokenize: bool) -> str:
@@ -304,38 +318,82 @@ def explained(rows: Sequence[Row], retokenize: bool) -> str:
         f"{len(rows)} prompts of {min(lengths)} to {max(lengths)} tokens ({sum(lengths) / len(lengths):.1f} on average). "
         f"{several} answers have several tokens; only the first is measured. {wrong} prompts are included although the "
         f"model's own next token is not the answer.\n\n"
-        f"Each number is the probability of the answer's first token, divided by its probability after the whole prompt: "
-        f"the mean over prompts with its 95 % bootstrap interval. *Patch-top* deletes the highest-scoring K % of the "
-        f"tokens: lower is better. *Recover-top* keeps only these: higher is better. A special first token and the last "
-        f"token are always kept. K % is at least one token. The remaining tokens are {how}. The area is the mean height of "
-        f"the curve over K from {SHARES[0]} to {SHARES[-1]} %."
+        f"Each number is the mean over prompts with its 95 % bootstrap interval. A special first token is never taken away. "
+        f"After deletion, the remaining tokens are {how}. *Cost* is the time of a method in plain passes of the model over "
+        f"the same prompts, the median over prompts."
     )
 
 
-def _table(rows: Sequence[Row], names: Sequence[str], seed: int) -> str:
-    head = ["method", *(f"{curve}-top, {what}" for curve in CURVES for what in (f"K = {SHARES[0]} %", "area"))]
-    others = OURS in names and len(names) > 1
-    head += [f"{curve}-top, area minus that of {OURS}" for curve in CURVES] if others else []
-    areas = {name: [area(SHARES, relative(rows, curve, name)) for curve in CURVES] for name in names}
+_ABOUT = {
+    "deletion": (
+        "## Deletion\n\n"
+        "The probability of the answer's first token, divided by its probability after the whole prompt. *Patch-top* "
+        "deletes the highest-scoring K % of the tokens: lower is better. *Recover-top* keeps only these: higher is better. The last "
+        "token is always kept. K % is at least one token. The area is the mean height of the curve over K from "
+        f"{SHARES[0]} to {SHARES[-1]} %."
+    ),
+    "zeroing": (
+        "## Zeroing\n\n"
+        "As Dual Path Attribution measures it. *Disrupt* sets the embeddings of the highest-scoring K % of the tokens to "
+        "zero: lower is better. *Recover* sets all others to zero: higher is better. The last token counts, and K % is "
+        "rounded up. The area is that of the remaining probability in %, over the share of tokens: from 0 to 1 for disrupt, "
+        "from 0.1 to 1 for recover."
+    ),
+    "soft": (
+        "## Soft\n\n"
+        "Soft normalised comprehensiveness and sufficiency, higher is better. Each dimension of a word's embeddings is kept "
+        "(soft-NS) or dropped (soft-NC) at random, the more probably the higher the word's score. All methods keep half of "
+        f"the dimensions on average. Each number is over {DRAWS} draws."
+    ),
+}
+
+
+def _table(rows: Sequence[Row], names: Sequence[str], of_family: Sequence[str], seed: int) -> str:
+    """Each method's measures, its differences from the reference, and its cost."""
+    chosen = [measure for measure in MEASURES if measure.curve in of_family]
+    others = REFERENCE in names and len(names) > 1
+    head = ["method", *(measure.name for measure in chosen)]
+    head += [f"{measure.name}, minus that of {REFERENCE}" for measure in chosen] if others else []
     lines = []
     for name in names:
-        cells = [name]
-        for curve, of_prompts in zip(CURVES, areas[name], strict=True):
-            cells += [str(mean(values.tolist(), seed)) for values in (relative(rows, curve, name)[:, 0], of_prompts)]
-        if others:
-            differences = [area - ours for area, ours in zip(areas[name], areas[OURS], strict=True)]
-            cells += ["" if name == OURS else str(mean(values.tolist(), seed)) for values in differences]
-        lines.append(cells)
-    return table(head, lines)
+        values = [[value(row, measure.curve, name) for row in rows] for measure in chosen]
+        compared = [[value(row, measure.curve, REFERENCE) for row in rows] for measure in chosen] if others else []
+        cells = [_mean([each for each in of if each is not None], seed) for of in values]
+        for of, reference in zip(values if others else [], compared, strict=True):
+            cells.append("" if name == REFERENCE else _mean(differences(of, reference), seed))
+        costs = methods.costs(rows, name)
+        count = sum(name in row["seconds"] for row in rows)
+        lines.append([f"{name}", str(count), *cells, f"{median(costs):.1f}" if costs else ""])
+    return table([head[0], "prompts", *head[1:], "cost"], lines)
+
+
+def _mean(values: Sequence[float], seed: int) -> str:
+    return str(mean(values, seed)) if values else "not measured"
+
+
+def _best_mixture(rows: Sequence[Row]) -> str:
+    """Which mixture to report on other prompts: the one with the largest mean of recover-top less patch-top."""
+    gains = {
+        name: sum((value(row, "recover", name) or 0.0) - (value(row, "patch", name) or 0.0) for row in rows) / len(rows)
+        for name in methods.MIXTURES
+    }
+    best = max(gains, key=gains.__getitem__)
+    return (
+        f"Of the mixtures of softmax and steer, `{best}` has the largest recover-top area less patch-top area "
+        f"({gains[best]:.3f}). Report it on other prompts than these, with `--skip`."
+    )
 
 
 def _draw(rows: Sequence[Row], names: Sequence[str], curve: str, seed: int, folder: Path) -> str:
     figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     for index, name in enumerate(names):
-        values = relative(rows, curve, name)
+        having = [row for row in rows if name in row[curve]]
+        if not having:
+            continue
+        values = relative(having, curve, name)
         colour, line = COLOURS[index % len(COLOURS)], LINES[index % len(LINES)]
-        ours = name == OURS
+        ours = name == REFERENCE
         axes.plot(SHARES, values.mean(0).tolist(), line, color=colour, label=name, linewidth=2.4 if ours else 1.3)
         if ours:
             means = [mean(column.tolist(), seed) for column in values.T]
