@@ -19,40 +19,18 @@ import models
 import pytest
 import tokens as tokenizers
 import torch
-import transformers as tf
+from one_token import ANSWER, OTHERS, TRIGGER, one_token_model
 
 from depass import DataError, DePass, OptionError, OutputError, cli
-from depass.evaluate import TASKS, data, rules, run, summary, tokens
+from depass.evaluate import TASKS, data, measures, rules, run, summary, tokens
 from depass.evaluate.forward import next_tokens
 from depass.evaluate.run import counts
 from depass.evaluate.task import Item, Row, Task, TaskOptions, failed, skipped
 
-TRIGGER, ANSWER, OTHERS = 5, 9, 16
-FAST = "depass,leave_one_out,random"
+FAST = "softmax,leave_one_out,random"
 
 
 # Models and data sets.
-
-
-def one_token_model() -> Any:
-    """Predicts ``ANSWER`` with certainty after any prompt with ``TRIGGER`` in it, and without it all tokens alike.
-
-    Attention is uniform and carries one feature, which only the trigger has; the MLP does nothing.
-    """
-    config = tf.LlamaConfig(
-        vocab_size=OTHERS, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    model = tf.LlamaForCausalLM(config).eval()
-    for path, parameter in model.named_parameters():
-        parameter.data.fill_(1.0 if "norm" in path else 0.0)
-    layer = model.model.layers[0].self_attn
-    model.model.embed_tokens.weight.data[:, 2 : 2 + OTHERS] = torch.eye(OTHERS)
-    layer.v_proj.weight.data[0, 2 + TRIGGER] = 1.0
-    layer.o_proj.weight.data[1, 0] = 100.0
-    model.lm_head.weight.data[ANSWER, 1] = 10.0
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +205,7 @@ def test_the_command_writes_every_setting_by_the_name_that_begun_runs_have(
     assert cli.main(["evaluate", "tokens", "--data", source, "--out", str(out), *more]) == 0
     assert json.loads((out / "run.json").read_text())["settings"] == {
         "dtype": "float32", "quantization": "4bit", "backend": "auto", "data": source, "seed": 2, "limit": None,
-        "methods": "random", "keep_wrong": True, "retokenize": False,
+        "methods": "random", "measures": "deletion,zeroing,soft", "slow_limit": None, "keep_wrong": True, "retokenize": False,
         "data_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
         "model": dp.name, "rule": "softmax", "temperature": 0.1, "exclude_bos": "auto",
     }  # fmt: skip
@@ -293,8 +271,10 @@ def test_a_report_lists_the_most_common_reasons_and_counts_the_others() -> None:
         (["nonsense"], 2, "invalid choice: 'nonsense'"),
         (["tokens", "--limit", "0"], 2, "'0' is not an integer of at least 1"),
         (["tokens", "--seed", "-1"], 2, "'-1' is not an integer of at least 0"),
-        (["tokens", "--methods", "depass,magic"], 2, "unknown method 'magic'; choose from depass, gradient_norm"),
-        (["tokens", "--methods", "depass,depass"], 2, "--methods names 'depass' twice"),
+        (["tokens", "--methods", "softmax,magic"], 2, "unknown method 'magic'; choose from softmax, max"),
+        (["tokens", "--methods", "softmax,softmax"], 2, "--methods names 'softmax' twice"),
+        (["tokens", "--measures", "soft,hard"], 2, "unknown measures 'hard'; choose from deletion, zeroing, soft"),
+        (["tokens", "--measures", "soft,soft"], 2, "--measures names one of 'soft,soft' twice"),
         (["tokens", "--data", "/no/such/file.json"], 1, "cannot read the data set '/no/such/file.json'"),
         (["tokens", "--out", "/proc/nothing"], 1, "cannot write into /proc/nothing"),
         (["tokens", "--device", "toaster"], 2, "there is no such device"),
@@ -453,22 +433,22 @@ def pair(ids: Sequence[int], special: bool = False) -> data.Pair:
 
 def test_tokens_are_deleted_and_kept_by_score() -> None:
     made = pair([10, 11, 12, 13, 14, 15])
-    ranked = tokens.ranking(made, torch.tensor([0.5, -1.0, 3.0, 0.5, 2.0, 99.0]))
+    ranked = measures.ranking(made, torch.tensor([0.5, -1.0, 3.0, 0.5, 2.0, 99.0]))
     assert ranked == [2, 4, 0, 3, 1]  # the last token is kept, and of equals the earlier comes first
-    assert tokens.remaining(made, ranked, 10, "patch") == (10, 11, 13, 14, 15)  # 0.5 tokens are one
-    assert tokens.remaining(made, ranked, 10, "recover") == (12, 15)
-    assert tokens.remaining(made, ranked, 40, "patch") == (10, 11, 13, 15)
-    assert tokens.remaining(made, ranked, 40, "recover") == (12, 14, 15)
-    assert tokens.remaining(made, ranked, 100, "patch") == (15,)
-    assert tokens.remaining(made, ranked, 100, "recover") == made.ids
+    assert measures.remaining(made, ranked, 10, "patch") == (10, 11, 13, 14, 15)  # 0.5 tokens are one
+    assert measures.remaining(made, ranked, 10, "recover") == (12, 15)
+    assert measures.remaining(made, ranked, 40, "patch") == (10, 11, 13, 15)
+    assert measures.remaining(made, ranked, 40, "recover") == (12, 14, 15)
+    assert measures.remaining(made, ranked, 100, "patch") == (15,)
+    assert measures.remaining(made, ranked, 100, "recover") == made.ids
 
 
 def test_a_first_special_token_is_always_kept() -> None:
     made = pair([1, 11, 12, 13], special=True)
-    ranked = tokens.ranking(made, torch.tensor([9.0, 0.0, 1.0, 9.0]))
+    ranked = measures.ranking(made, torch.tensor([9.0, 0.0, 1.0, 9.0]))
     assert ranked == [2, 1]
-    assert tokens.remaining(made, ranked, 100, "patch") == (1, 13)
-    assert tokens.remaining(made, ranked, 10, "recover") == (1, 12, 13)
+    assert measures.remaining(made, ranked, 100, "patch") == (1, 13)
+    assert measures.remaining(made, ranked, 10, "recover") == (1, 12, 13)
 
 
 @pytest.mark.parametrize("at", [0, 3, 8])
@@ -478,13 +458,13 @@ def test_the_one_token_that_matters_is_found(at: int, tmp_path: Path) -> None:
     prompt[at] = TRIGGER
     source = jsonl(tmp_path / "data.jsonl", [{"prompt": prompt, "target": ANSWER}])
     task = TASKS["tokens"]
-    run(task, dp, tokens.TokensOptions(data=source, methods="depass"), tmp_path / "out")
+    run(task, dp, tokens.TokensOptions(data=source, methods="softmax"), tmp_path / "out")
     row = rows_of(tmp_path / "out")["0"]
     assert row["clean"] == pytest.approx(1.0)
-    assert row["patch"]["depass"] == pytest.approx([1 / OTHERS] * 10)
-    assert row["recover"]["depass"] == pytest.approx([1.0] * 10)
+    assert row["patch"]["softmax"] == pytest.approx([1 / OTHERS] * 10)
+    assert row["recover"]["softmax"] == pytest.approx([1.0] * 10)
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| depass | 0.062 [0.062, 0.062] | 0.062 [0.062, 0.062] | 1.000 [1.000, 1.000] | 1.000" in report
+    assert "| softmax | 1 | 0.062 [0.062, 0.062] | 1.000 [1.000, 1.000] |" in report
 
 
 def test_curves_are_those_of_a_loop_over_methods_and_shares(dp: DePass, tmp_path: Path) -> None:
@@ -494,13 +474,13 @@ def test_curves_are_those_of_a_loop_over_methods_and_shares(dp: DePass, tmp_path
         made = data.pair(dp, data.prompts(source, 0, None)[int(name)])
         scores = dp.attribute(list(made.ids), made.answer[0]).scores[0]
         order = sorted(range(len(made.ids) - 1), key=lambda t, scores=scores: -float(scores[t]))  # type: ignore[misc]
-        for k, share in enumerate(tokens.SHARES):
+        for k, share in enumerate(measures.SHARES):
             count = max(1, math.floor(len(order) * share / 100 + 0.5))
             for curve, gone in (("patch", order[:count]), ("recover", order[count:])):
                 ids = [token for t, token in enumerate(made.ids) if t not in gone]
                 with torch.no_grad():
                     expected = dp.model(torch.tensor([ids])).logits[0, -1].softmax(0)[made.answer[0]]
-                assert row[curve]["depass"][k] == pytest.approx(float(expected), rel=1e-4)
+                assert row[curve]["softmax"][k] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_wrong_and_long_and_unreadable_answers_are_counted(dp: DePass, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from .summary import area
 from .task import Row
 
 SHARES = tuple(range(10, 101, 10))  # K, in % of the tokens that are ranked
-DRAWS = 3  # random draws of a soft measure
-BUDGET = 0.5  # of the dimensions, which a soft measure keeps on average
+BUDGETS = (0.2, 0.5, 0.8)  # of the dimensions, which a soft measure keeps or drops on average
+DRAWS = 2  # random draws for each of these
 FAMILIES = {"deletion": ("patch", "recover"), "zeroing": ("disrupt", "restore"), "soft": ("soft_nc", "soft_ns")}
 NOTHING = "nothing"  # the answer's probability where all embeddings that may be changed are zero
 
@@ -112,23 +112,24 @@ def words(dp: DePass, pair: Pair) -> list[range]:
     return [word for word in cut if word]
 
 
-def kept(scores: Sequence[float], sizes: Sequence[int]) -> list[float]:
+def kept(scores: Sequence[float], sizes: Sequence[int], budget: float) -> list[float]:
     """For each word the probability ``a`` that a dimension of its tokens is kept: higher for a higher score.
 
     ``a = min(1, c u)``, where ``u`` is the word's score less the lowest. The factor ``c`` makes the expected number of kept
-    tokens, the sum of ``a`` times the words' sizes, :data:`BUDGET` of all tokens. So every method keeps equally much,
+    tokens, the sum of ``a`` times the words' sizes, ``budget`` times all tokens. So every method keeps equally much,
     whatever the size of its scores. Where all words above the lowest are whole, the lowest share what is left of the
     budget. Words of equal scores are kept alike.
 
     Args:
         scores: the words' scores.
         sizes: the words' numbers of tokens.
+        budget: a number between 0 and 1.
     """
     values, widths = torch.tensor(scores, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
-    above, budget = values - values.min(), BUDGET * float(widths.sum())
+    above, total = values - values.min(), budget * float(widths.sum())
     whole = torch.zeros(len(values), dtype=torch.bool)
     while True:
-        left = budget - float(widths[whole].sum())
+        left = total - float(widths[whole].sum())
         rest = ~whole & (above > 0)
         if not bool(rest.any()):
             lowest = ~whole
@@ -141,9 +142,10 @@ def kept(scores: Sequence[float], sizes: Sequence[int]) -> list[float]:
         whole |= fresh
 
 
-def soft(pair: Pair, groups: Sequence[range], scores: Tensor) -> tuple[float, ...]:
+def soft(pair: Pair, groups: Sequence[range], scores: Tensor, budget: float) -> tuple[float, ...]:
     """``[N]`` for each token the probability that a dimension of its embedding is kept; ``FIXED`` for tokens in no word."""
-    of_words = kept([float(scores[list(word)].double().sum()) for word in groups], [len(word) for word in groups])
+    of_word = [float(scores[list(word)].double().sum()) for word in groups]
+    of_words = kept(of_word, [len(word) for word in groups], budget)
     of_tokens = [FIXED] * len(pair.ids)
     for word, probability in zip(groups, of_words, strict=True):
         for position in word:
@@ -165,7 +167,7 @@ def plan(
         encoded: takes the remaining ids of a prompt; returns the ids that the model reads.
     """
     ranked, answer, found = ranking(pair, scores), pair.answer[0], {}
-    probabilities = soft(pair, words(dp, pair), scores) if "soft_nc" in curves else ()
+    groups = words(dp, pair) if "soft_nc" in curves else []
     for curve in curves:
         if curve in FAMILIES["deletion"]:
             questions = [Question(encoded(remaining(pair, ranked, share, curve)), answer) for share in SHARES]
@@ -173,7 +175,10 @@ def plan(
             questions = [Question(pair.ids, answer, zeroed(pair, scores, share, curve)) for share in SHARES]
         else:
             questions = [
-                Question(pair.ids, answer, kept=probabilities, draw=draw, turned=curve == "soft_nc")
+                Question(
+                    pair.ids, answer, kept=soft(pair, groups, scores, budget), draw=draw, turned=curve == "soft_nc"
+                )
+                for budget in BUDGETS
                 for draw in range(DRAWS)
             ]
         found[curve] = [asked.add(question) for question in questions]
@@ -208,7 +213,7 @@ def value(row: Row, curve: str, name: str) -> float | None:
 
 
 def _soft_value(row: Row, curve: str, name: str) -> float | None:
-    """Soft-NC: the mean over draws of the drop of the answer's probability, never below 0, as a part of its drop where all
+    """Soft-NC: the mean over budgets and draws of the drop of the answer's probability, never below 0, as a part of its drop where all
     embeddings that may be changed are zero. Soft-NS: 1 minus this part.
     """
     most: float = row["clean"] - row[NOTHING]

@@ -101,10 +101,10 @@ class Rules(Task[RulesOptions]):
         about = (
             "*Patch-top* deletes the highest-scoring K % of the tokens and *recover-top* keeps only these. A number is the "
             "answer's probability, divided by its probability after the whole prompt; the area is the mean height over "
-            f"K.\n\n*Against {USUAL.name}* is the mean over prompts of the variant's area less that of {USUAL.name} for the same "
-            "prompt; an interval without zero is a difference that these prompts show. *Conservation error* is the largest "
-            "over prompts of |sum of the scores - logit|, relative to the larger of the logit and the sum of the scores' "
-            "absolute values."
+            f"K.\n\n*Against {USUAL.name}* is the mean over prompts of the variant's area less that of {USUAL.name} for the "
+            "same prompt; an interval without zero is a difference that these prompts show. *Conservation error* is the "
+            "largest over prompts of |sum of the scores - logit|, relative to the larger of the logit and the sum of the "
+            "scores' absolute values."
         )
         introduction = explained(rows, options.retokenize)
         means = {key: mean(values.tolist(), options.seed) for key, values in areas.items()}

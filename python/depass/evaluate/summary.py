@@ -39,9 +39,7 @@ def mean(values: Sequence[float], seed: int) -> Mean:
     """The mean with its 95 % percentile bootstrap interval, from :data:`RESAMPLES` resamples of the values."""
     sample = torch.tensor(values, dtype=torch.float64)
     chance = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [sample[torch.randint(len(sample), (len(sample),), generator=chance)].mean() for _ in range(RESAMPLES)]
-    )
+    means = sample[torch.randint(len(sample), (RESAMPLES, len(sample)), generator=chance)].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Mean(float(sample.mean()), low, high)
 

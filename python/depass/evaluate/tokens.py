@@ -22,7 +22,7 @@ from ..models.linearised import refuse
 from . import data, methods
 from .data import HELP, Pair
 from .forward import next_tokens
-from .measures import DRAWS, FAMILIES, MEASURES, NOTHING, SHARES, families, plan, relative, value
+from .measures import BUDGETS, DRAWS, FAMILIES, MEASURES, NOTHING, SHARES, families, plan, relative, value
 from .methods import DPA, GROUPS, METHODS, REFERENCE, SLOW, Outcome
 from .questions import Asked, Question
 from .summary import COLOURS, LINES, Result, differences, mean, new_figure, results, save, table
@@ -328,8 +328,8 @@ _ABOUT = {
     "deletion": (
         "## Deletion\n\n"
         "The probability of the answer's first token, divided by its probability after the whole prompt. *Patch-top* "
-        "deletes the highest-scoring K % of the tokens: lower is better. *Recover-top* keeps only these: higher is better. The last "
-        "token is always kept. K % is at least one token. The area is the mean height of the curve over K from "
+        "deletes the highest-scoring K % of the tokens: lower is better. *Recover-top* keeps only these: higher is better. "
+        "The last token is always kept. K % is at least one token. The area is the mean height of the curve over K from "
         f"{SHARES[0]} to {SHARES[-1]} %."
     ),
     "zeroing": (
@@ -342,8 +342,9 @@ _ABOUT = {
     "soft": (
         "## Soft\n\n"
         "Soft normalised comprehensiveness and sufficiency, higher is better. Each dimension of a word's embeddings is kept "
-        "(soft-NS) or dropped (soft-NC) at random, the more probably the higher the word's score. All methods keep half of "
-        f"the dimensions on average. Each number is over {DRAWS} draws."
+        "(soft-NS) or dropped (soft-NC) at random, the more probably the higher the word's score. All methods keep or drop "
+        f"the same share of the dimensions on average: {', '.join(map(str, BUDGETS))}. A number is over these shares, with "
+        f"{DRAWS} draws for each."
     ),
 }
 
