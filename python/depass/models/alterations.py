@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -74,7 +75,8 @@ def said_of(found: list[Alteration]) -> str:
 def _changes(module: nn.Module) -> Iterator[str]:
     for kind, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
         for hook in hooks.values():
-            if not str(getattr(hook, "__module__", "")).startswith(_OBSERVERS):
+            called = hook.func if isinstance(hook, partial) else hook
+            if not str(getattr(called, "__module__", "")).startswith(_OBSERVERS):
                 yield f"a {kind} ({_name(hook)})"
     if "forward" in vars(module) and not _is_accelerates(module):
         yield f"another forward ({_name(vars(module)['forward'])})"
