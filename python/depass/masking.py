@@ -4,6 +4,11 @@
 
     with masking.heads(dp, {7: [0, 3]}):
         logits = dp.model(ids).logits
+
+Heads can also be set to their mean output over other prompts (mean ablation)::
+
+    with masking.heads(dp, {7: [0, 3]}, means=masking.head_means(dp, prompts)):
+        logits = dp.model(ids).logits
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -28,24 +34,68 @@ Kind = Literal["heads", "neurons", "experts"]
 
 
 @contextmanager
-def heads(model: Any, masked: Masked) -> Iterator[None]:
-    """Set the outputs of the masked heads to zero inside the ``with`` block.
+def heads(model: Any, masked: Masked, means: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """Set the outputs of the masked heads to zero, or to their means, inside the ``with`` block.
 
     The head outputs are the inputs of the output projection; its bias is kept. Use this for the model's own forward
     passes. Attributions in other threads wait until the block ends. An attribution inside the block explains
-    the model without these heads.
+    the model without these heads; with ``means`` it is refused.
 
     Args:
         model: a :class:`DePass`, or a supported HuggingFace model.
         masked: a dict from layer to the masked heads, for every prompt; or a bool tensor ``[B, num_layers, num_heads]``
             with one row per prompt of the batch, true where masked.
+        means: for each layer ``[H·d]``, as :func:`head_means` returns them: the outputs of the masked heads at every
+            position. By default zero.
 
     Raises:
-        OptionError: a layer or head is out of range; or, when the model runs, the batch does not have ``B`` prompts.
+        OptionError: a layer or head is out of range, or the means do not fit the layers; or, when the model runs, the batch
+            does not have ``B`` prompts, or with ``means`` an attribution runs.
         ModelError: the model is not supported.
     """
-    with _masked(model, masked, "heads"):
+    with _masked(model, masked, "heads", None if means is None else _checked_means(bound_of(model), means)):
         yield
+
+
+@torch.no_grad()
+def head_means(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Each layer's mean head outputs ``[H·d]`` over the positions of prompts, in fp64 on the CPU.
+
+    A prompt's mean is over its positions, and every prompt weighs the same. The head outputs are those that :func:`heads`
+    masks.
+
+    Args:
+        model: as for :func:`heads`.
+        prompts: the ids of one or more prompts.
+
+    Raises:
+        OptionError: there are no prompts.
+        ModelError: the model is not supported.
+    """
+    bound, outputs = bound_of(model), _HeadOutputs()
+    if not prompts:
+        raise OptionError("prompts is empty; give at least one prompt to take the mean over")
+    read = [[projection.module for projection, _ in read_by(layer, "heads")] for layer in bound.layers]
+    with ExitStack() as stack:
+        for module in chain.from_iterable(read):
+            stack.callback(module.register_forward_pre_hook(outputs.hook).remove)
+        for ids in prompts:
+            capture.normed(bound, input_ids=torch.tensor([ids], device=bound.input_device))
+    nothing = torch.zeros(0, dtype=torch.float64, device="cpu")  # of a layer without heads
+    return [torch.cat([nothing, *(outputs.totals[module] for module in of_layer)]) / len(prompts) for of_layer in read]
+
+
+class _HeadOutputs:
+    """For each module the sum over this thread's passes of its input's mean over positions, ``[H·d]``."""
+
+    def __init__(self) -> None:
+        self.thread, self.totals = threading.get_ident(), dict[nn.Module, Tensor]()
+
+    @capture.of_this_thread
+    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[0]
+        mean = x.reshape(-1, x.shape[-1]).double().mean(0).cpu()
+        self.totals[module] = mean + self.totals.get(module, 0.0)
 
 
 @contextmanager
@@ -141,14 +191,26 @@ def read_by(layer: Layer, kind: Kind) -> list[tuple[Projection, slice]]:
 
 
 @contextmanager
-def _masked(model: Any, masked: Any, kind: Kind) -> Iterator[None]:
+def _masked(model: Any, masked: Any, kind: Kind, means: Sequence[Tensor] | None = None) -> Iterator[None]:
     bound = bound_of(model)
     off = _checked(bound, masked, kind)
     with ExitStack() as stack:
         for index, layer in enumerate(bound.layers):
             if bool(off[:, index].any()):
-                _mask_layer(stack, layer, off[:, index], kind)
+                if means is None:
+                    _mask_layer(stack, layer, off[:, index], kind)
+                else:
+                    _fill_layer(stack, layer, off[:, index], means[index])
         yield
+
+
+def _fill_layer(stack: ExitStack, layer: Layer, off: Tensor, mean: Tensor) -> None:
+    """Register the hooks that set a layer's heads ``[B, H]`` to their means ``[H·d]``."""
+    readers = read_by(layer, "heads")
+    own_means = mean.split([projection.shape[1] for projection, _ in readers])
+    for (projection, own), own_mean in zip(readers, own_means, strict=True):
+        fill = _Mean(off[:, own], own_mean)
+        stack.callback(projection.module.register_forward_pre_hook(fill.hook).remove)
 
 
 def _mask_layer(stack: ExitStack, layer: Layer, off: Tensor, kind: Kind) -> None:
@@ -186,6 +248,8 @@ class _Zero:
     The input is ``[B, T, C·d]``, of prompts in one row ``[1, P, C·d]``, or without its first dimension, as OPT flattens it.
     """
 
+    mean: Tensor | None = None  # [C·d], what the components are set to instead of zero
+
     def __init__(self, off: Tensor) -> None:
         self.off, self.thread = off, threading.get_ident()
 
@@ -196,13 +260,33 @@ class _Zero:
         off, packing = self.off, attention.packing_of_this_thread()
         wide = off.to(x.device).repeat_interleave(x.shape[-1] // off.shape[1], 1)  # [B, C·d]
         if len(off) == 1:
-            return (x.masked_fill(wide[0], 0), *args[1:])
+            return (self.filled(x, wide[0]), *args[1:])
         flattened = len(off) if len(x) % len(off) == 0 else 1  # [B·T, C·d] does not tell how many prompts it holds
         prompts = len(packing.lengths) if packing is not None else len(x) if x.dim() == 3 else flattened
         _must_fit(off, prompts)
         by_prompt = wide[:, None] if packing is None else packing.by_position(wide)  # [B, 1, C·d] or [1, P, C·d]
         rows = x.reshape(len(by_prompt), -1, x.shape[-1])
-        return (rows.masked_fill(by_prompt, 0).view(x.shape), *args[1:])
+        return (self.filled(rows, by_prompt).view(x.shape), *args[1:])
+
+    def filled(self, x: Tensor, off: Tensor) -> Tensor:
+        """``x`` ``[..., C·d]`` with its masked numbers replaced."""
+        return x.masked_fill(off, 0) if self.mean is None else torch.where(off, self.mean.to(x), x)
+
+
+class _Mean(_Zero):
+    """Sets the heads in ``off`` ``[B, H]`` to their means ``[H·d]``; attributions do not know this step."""
+
+    def __init__(self, off: Tensor, mean: Tensor) -> None:
+        super().__init__(off)
+        self.mean = mean
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() == self.thread and attention.captures_in_this_thread():
+            raise OptionError(
+                "an attribution cannot run inside masking.heads(..., means=...): the means are parts of no source; mask "
+                "without means, which sets the heads to zero"
+            )
+        return super().hook(_, args)
 
 
 class _ZeroWeights:
@@ -254,6 +338,17 @@ def _refuse_absent(bound: BoundModel, kind: Kind, layer: int) -> None:
             f"masked: layer {layer} of {bound.name} has no {kind}; the layers that have them are "
             f"{listed(layers_with(bound, kind))}"
         )
+
+
+def _checked_means(bound: BoundModel, means: Any) -> Sequence[Tensor]:
+    widths = [layer.mixed for layer in bound.layers]
+    given = [list(mean.shape) for mean in means] if isinstance(means, Sequence) else None
+    if given != [[width] for width in widths]:
+        raise OptionError(
+            f"means must be a list of {len(widths)} tensors of shape [H·d], one for each layer of {bound.name}, got "
+            f"{type(means).__name__ if given is None else given}; take them from masking.head_means"
+        )
+    return list(means)
 
 
 def _checked(bound: BoundModel, masked: Any, kind: Kind) -> Tensor:

@@ -1,5 +1,5 @@
 """Experiments that test whether the attributions are faithful: those of the paper (DePass, section 4),
-and one whose truth is planted, on any model.
+those of other papers, and some whose truth is planted, on any model.
 
 ::
 
@@ -8,9 +8,11 @@ and one whose truth is planted, on any model.
 
 from typing import Any
 
+from .circuits import Circuits
 from .citations import Citations
 from .components import Components
 from .language import Language
+from .needles import Needles
 from .rules import Rules
 from .run import run
 from .task import Item, Row, Task, TaskOptions, failed, skipped
@@ -28,6 +30,8 @@ TASKS: dict[str, Task[Any]] = {
         Language(),
         Rules(),
         Citations(),
+        Circuits(),
+        Needles(),
     )
 }
 

@@ -63,7 +63,8 @@ def _prompt(item: Item) -> Item:
     ids = isinstance(prompt, list) and all(type(token) is int for token in [*prompt, target]) and prompt
     if not text and not ids:
         return Item(item.id, broken="the prompt and the target are neither texts nor ids")
-    return Item(item.id, {"prompt": prompt, "target": target})
+    giver = {"giver": item.data["giver"]} if type(item.data.get("giver")) in (str, int) else {}  # of the task circuits
+    return Item(item.id, {"prompt": prompt, "target": target, **giver})
 
 
 def read(path: str) -> list[Item]:

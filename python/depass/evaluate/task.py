@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from ..api import DePass
 from ..arguments import CommandOptions, argument
+from ..errors import OptionError
 from .summary import Result
 
 Row = dict[str, Any]
@@ -99,6 +100,21 @@ class Task(ABC, Generic[AnyTaskOptions]):
     def results(self, rows: Sequence[Row], options: AnyTaskOptions) -> list[Result]:
         """What the ``ok`` rows, one or more, say of each method; a task that compares no methods has none."""
         return []
+
+
+def chosen(known: Sequence[str], names: str) -> list[str]:
+    """The named methods; ``names`` are separated by commas.
+
+    Raises:
+        OptionError: there is no such method, or one is named twice.
+    """
+    methods = names.split(",")
+    for index, name in enumerate(methods):
+        if name not in known:
+            raise OptionError(f"--methods: unknown method {name!r}; choose from {', '.join(known)}")
+        if name in methods[:index]:
+            raise OptionError(f"--methods names {name!r} twice; name each method once")
+    return methods
 
 
 def skipped(item: Item, reason: str, **more: Any) -> Row:

@@ -197,6 +197,11 @@ def _implementation_of_this_thread(theirs: property) -> property:
 PretrainedConfig._attn_implementation = _implementation_of_this_thread(PretrainedConfig._attn_implementation)
 
 
+def captures_in_this_thread() -> bool:
+    """Whether this thread's pass is that of an attribution, which reads attention patterns or changes gradients."""
+    return bool(_captured.get())
+
+
 def packing_of_this_thread() -> Packing | None:
     """How prompts lie in the row of this thread's pass, or None where they do not lie in one row."""
     return _packing.get()
