@@ -284,8 +284,8 @@ def _explained(rows: Sequence[Row]) -> str:
         f"{none:.2f} with all heads mean-ablated, on average. A circuit keeps the x % highest-scoring heads. Each other "
         "head's output is set, at every position, to its mean over all positions of the other prompts. *F* is (m of the "
         "circuit - m of no heads) / (m of the model - m of no heads), a ratio of means over prompts: higher is better. It "
-        "can exceed 1, because some heads work against the answer. The area is the mean of F over the logarithm of x up to 100 "
-        "%, where F is 1. Intervals are 95 % bootstrap intervals over prompts, with the model's effect held fixed. "
+        "can exceed 1, because some heads work against the answer. The area is the mean of F over the logarithm of x up to "
+        "100 %, where F is 1. Intervals are 95 % bootstrap intervals over prompts, with the model's effect held fixed. "
         f"*Minus {REFERENCE}* compares prompt by prompt. *Distance* is the area of |1 - F|, without an interval: lower is "
         f"better. The largest conservation error of the rules is {worst:.0e}."
     )
