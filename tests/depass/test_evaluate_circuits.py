@@ -35,7 +35,8 @@ def test_means_are_those_of_a_loop_over_prompts_and_positions(name: str, device:
         [models.prompt(5, 1), models.prompt(8, 2), models.prompt(3, 3)],
     )
     seen: list[Tensor] = []
-    hook = bind(model).layers[1].output.module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].cpu()))
+    (mixer,) = bind(model).layers[1].mixers
+    hook = mixer.output.module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].cpu()))
     for ids in prompts:
         logits(model, ids)
     hook.remove()
@@ -43,18 +44,40 @@ def test_means_are_those_of_a_loop_over_prompts_and_positions(name: str, device:
     assert torch.allclose(masking.head_means(model, prompts)[1], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_layer_with_mixers_side_by_side_has_the_means_of_both() -> None:
+    """The heads of the recurrence follow those of the attention; each is filled in the projection that reads it."""
+    model, ids = models.make("falcon_h1", torch.float64), models.prompt(7)
+    means = masking.head_means(model, [models.prompt(6, 1), models.prompt(9, 2)])
+    layer = bind(model).layers[1]
+    widths = [mixer.output.shape[1] for mixer in layer.mixers]
+    assert len(widths) == 2
+    assert len(means[1]) == sum(widths)
+    for number, (mixer, heads) in enumerate(layer.heads):
+        last, d = heads.stop - 1, widths[number] // mixer.num_heads
+        mean = means[1].split(widths)[number][-d:]
+        added = mixer.output.module.weight[:, -d:] @ mean
+        with masking.heads(model, {1: [last]}, means=means):
+            masked = logits(model, ids)
+        hook = mixer.output.module.register_forward_hook(lambda _, __, output, added=added: output + added.to(output))
+        with masking.heads(model, {1: [last]}):
+            expected = logits(model, ids)
+        hook.remove()
+        assert torch.allclose(masked, expected, rtol=1e-7, atol=1e-7)
+        assert not torch.allclose(masked, logits(model, ids))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_at_its_mean_is_a_head_whose_output_is_constant(name: str, device: str) -> None:
     """The oracle: the head's columns of the output projection are zero, and their product with the mean is in a bias."""
     model, ids = models.make(name, torch.float64, device), models.prompt(7)
     means = masking.head_means(model, [models.prompt(6, 1), models.prompt(9, 2)])
-    layer = bind(model).layers[1]
-    d = layer.output.weight.shape[1] // 4
+    (mixer,) = bind(model).layers[1].mixers
+    d = mixer.output.weight.shape[1] // 4
     columns = [*range(d), *range(3 * d, 4 * d)]
-    added = layer.output.weight[:, columns].cpu() @ means[1][columns]
+    added = mixer.output.weight[:, columns].cpu() @ means[1][columns]
     with masking.heads(model, {1: [0, 3]}, means=means):
         masked = logits(model, ids)
-    projection = layer.output.module
+    projection = mixer.output.module
     hook = projection.register_forward_hook(lambda _, __, output: output + added.to(output))
     with masking.heads(model, {1: [0, 3]}):
         expected = logits(model, ids)
