@@ -10,6 +10,7 @@ published code is on no package index: give a checkout of it.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,6 @@ FILE = ROOT / "benchmarks" / "results" / "peers.jsonl"
 TOOLS = ("ours", "published", "lxt", "gim", "flashtrace", "inseq", "captum", "interpreto")
 MODELS = ("smollm2", "gemma3-270m")
 LENGTHS = (10, 32, 64, 128)
-REFERENCES = (PLAIN, *ours.METHODS)  # what each tool's time is divided by
 SAME_LOGIT = 1e-3  # the largest difference between two releases' logits of the same model in fp32
 TEXT = (
     "The lighthouse at the end of the harbour was built in 1871, after three ships had been lost on the rocks in a single "
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = builtin.path(model, print)
         prompts = prompts_of(folder, options.lengths)
         with Worker("ours", sys.executable, folder, ROOT / "python") as beside:
-            for method in REFERENCES:  # warm up
+            for method in (PLAIN, *ours.METHODS):  # warm up
                 beside.ask(do="time", method=method, **vars(prompts[0]), limit=Options.patience)
             for tool in tools:
                 for row in rows_of(tool, folder, prompts, beside, options):
@@ -177,13 +177,16 @@ def cell(
             continue
         if rows[method]["first_processor"] > options.limit:
             slow[method] = f"a run over {len(prompt.ids)} tokens took {rows[method]['first_processor']:.0f} s"
-    works = {(worker, method): [] for method, row in rows.items() if row["status"] == "ok" and method not in slow}
-    if any(row["status"] == "ok" for row in rows.values()):
-        works |= {(beside, method): [] for method in REFERENCES if worker.tool != "ours"}
+    good = [method for method, row in rows.items() if row["status"] == "ok"]
+    works: Works = {(worker, method): [] for method in good if method not in slow}
+    if worker.tool != "ours" and good:
+        rules = [module.METHODS[method].beside for method in good]
+        works |= {(beside, name): [] for name in dict.fromkeys((PLAIN, *rules)) if name is not None}
     timed = in_turn(works, prompt, options)
-    for method, row in rows.items():
-        if row["status"] == "ok":
-            row.update(summary(row, timed.get((worker, method), []), worker, beside, timed))
+    for method in good:
+        row = rows[method]
+        row.update(summary(row, timed.get((worker, method), [])))
+        row.update(ratios(row, module.METHODS.get(method), worker if worker.tool == "ours" else beside, timed))
     return list(rows.values())
 
 
@@ -239,17 +242,23 @@ def in_turn(works: Works, prompt: Prompt, options: Any) -> Works:
     return works
 
 
-def summary(row: Row, seconds: list[dict[str, float]], worker: Worker, beside: Worker, timed: Works) -> Row:
-    """The times of a row, and their ratios to this package's in the same rounds. A slow method's first run is its only one."""
+def summary(row: Row, seconds: list[dict[str, float]]) -> Row:
+    """The times of a row. The first run of a slow method is its only one, and not a warm one."""
     runs = seconds or [{"wall": row["first_wall"], "processor": row["first_processor"]}]
-    found = {"warm": bool(seconds), "runs": len(runs)}
+    found: Row = {"warm": bool(seconds), "runs": len(runs)}
     for clock in ("wall", "processor"):
         found |= {f"{clock}_seconds": [each[clock] for each in runs]}
         found |= {f"{clock}_p50": statistics.median(each[clock] for each in runs)}
-    reference = worker if worker.tool == "ours" else beside
-    for name in REFERENCES:
-        median = statistics.median(each["processor"] for each in timed[reference, name])
-        found[f"times {name}"] = found["processor_p50"] / median
+    return found
+
+
+def ratios(row: Row, about: Any, ours: Worker, timed: Works) -> Row:
+    """A row's processor time relative to the plain pass and to the rule beside it, where they ran in the same rounds."""
+    found = {}
+    for key, name in (("times_plain", PLAIN), ("times_beside", about and about.beside)):
+        runs = timed.get((ours, name), [])
+        if runs:
+            found[key] = row["processor_p50"] / statistics.median(each["processor"] for each in runs)
     return found
 
 
@@ -258,7 +267,7 @@ def line(row: Row) -> str:
     head = f"{row['model']:12} {row['tool']:10} {row['method']:21} {row['tokens']:4}"
     if row["status"] != "ok":
         return f"{head} {row['status']}: {row['error']}"
-    return f"{head} {row['processor_p50']:8.3f} s {row[f'times {PLAIN}']:7.1f} x plain {row['times softmax']:6.2f} x softmax"
+    return f"{head} {row['processor_p50']:8.3f} s {row.get('times_plain', math.nan):7.1f} times a plain pass"
 
 
 if __name__ == "__main__":

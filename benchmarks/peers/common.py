@@ -18,11 +18,13 @@ class Method:
         explains: the number that the scores explain, in words.
         same_as: the name of our method with the same definition, whose scores are compared; None without one.
         why_off: where our method differs in a part of the definition, in words.
+        beside: the name of our rule that is timed in the same rounds, as the plain pass always is; None without one.
     """
 
     explains: str
     same_as: str | None = None
     why_off: str = ""
+    beside: str | None = None
 
 
 @dataclass

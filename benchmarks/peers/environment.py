@@ -79,7 +79,7 @@ class Worker:
         paths = os.pathsep.join(str(each) for each in (ROOT, path) if each is not None)
         self._environment = {**os.environ, **THREADS, **OFFLINE, "PYTHONPATH": paths}
         self._process: subprocess.Popen[str] | None = None
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> Worker:
         return self

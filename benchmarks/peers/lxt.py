@@ -18,7 +18,7 @@ from .common import Loaded, Method, logits
 
 PINS = ("transformers==4.52.4",)
 WITHOUT_DEPENDENCIES = ("lxt==2.1",)
-METHODS = {"AttnLRP": Method("the target's logit", same_as="dual_path")}
+METHODS = {"AttnLRP": Method("the target's logit", same_as="dual_path", beside="dual_path")}
 
 
 def load(folder: str) -> Loaded:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .common import Method, logits
 
 PINS = ("transformers==4.44.2", "tqdm")
-METHODS = {"DePass": Method("the target's logit", same_as="published")}
+METHODS = {"DePass": Method("the target's logit", same_as="published", beside="softmax")}
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.worker TOOL FOLDER
 
-A request is ``{"do": "check", "time" or "scores", "method": NAME, "ids": [...], "target": ID}``. A failed request is answered
-with the error's line; what the tool prints goes to standard error.
+A request is ``{"do": "check", "time" or "scores", "method": NAME, "ids": [...], "target": ID}``. A failed request is
+answered with the error's line; what the tool prints goes to standard error.
 """
 
 from __future__ import annotations
