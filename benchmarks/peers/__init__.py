@@ -1,6 +1,6 @@
 """Other tools in their own code, each in an environment of its own, beside this package: ``python -m benchmarks.peers``.
 
-A module per tool has ``PINS``, which pip installs beside torch, and perhaps ``WITHOUT_DEPENDENCIES``, which it installs alone;
+A module per tool has ``PINS``, which pip installs beside torch; perhaps ``WITHOUT_DEPENDENCIES``, which it installs alone;
 ``METHODS``; and three functions:
 
 - ``load(folder)`` loads a model and returns an object whose ``model`` is transformers' model;

@@ -215,7 +215,7 @@ def checked(module: Any, method: str, prompt: Prompt, worker: Worker, beside: Wo
     if method == PLAIN:
         return row
     about, scores = module.METHODS[method], answer["scores"]
-    row |= {"explains": about.explains, "sum": sum(scores), "explained": answer["explained"]}
+    row |= {"explains": about.explains, "beside": about.beside, "sum": sum(scores), "explained": answer["explained"]}
     if about.same_as is not None:
         same = beside.ask(do="scores", method=about.same_as, **vars(prompt), limit=Options.patience)["scores"]
         length = len(prompt.ids)
