@@ -28,9 +28,9 @@ from ..machine import ROOT, BenchmarkError, Machine, commit
 from ..runner import Row
 from . import ours
 from .environment import ToolError, Worker, python_of
+from .report import FILE
 from .worker import PLAIN
 
-FILE = ROOT / "benchmarks" / "results" / "peers.jsonl"
 TOOLS = ("ours", "published", "lxt", "gim", "flashtrace", "inseq", "captum", "interpreto")
 MODELS = ("smollm2", "gemma3-270m")
 LENGTHS = (10, 32, 64, 128)

@@ -12,7 +12,7 @@ from .. import wording
 from ..runner import Row
 from . import ours
 
-FILES = Path(__file__).parents[1] / "results"
+FILE = Path(__file__).parents[1] / "results" / "peers.jsonl"
 TITLES = {"smollm2": "SmolLM2-135M-Instruct, without BOS", "gemma3-270m": "Gemma 3 270M, with BOS"}
 KEYS = ("tool", "version", "method", "model", "tokens")
 Cell = Callable[[Row], str]
@@ -20,7 +20,7 @@ Cell = Callable[[Row], str]
 
 def section(file: Path | None = None) -> str:
     """What was measured and where, and three tables a model; from a file of rows, by default the committed one."""
-    file = file or FILES / "peers.jsonl"
+    file = file or FILE
     rows = newest(file)
     if not rows:
         return wording.NOTHING
