@@ -42,10 +42,12 @@ def scores(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> Tens
 
 
 def explained(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> float | None:
-    """For integrated gradients, inseq's baseline: the unknown token's embedding at every position but BOS and EOS."""
+    """For integrated gradients, inseq's baseline: the unknown token at every position, BOS's too, but not EOS's.
+
+    A tokenizer without an unknown token has got one from inseq by the time that it has given scores.
+    """
     if method == SALIENCY:
         return None
     tokenizer = loaded.tokenizer
-    kept = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    baseline = [token if token in kept else tokenizer.unk_token_id for token in ids]
+    baseline = [token if token == tokenizer.eos_token_id else tokenizer.unk_token_id for token in ids]
     return float((logits(loaded.model, ids) - logits(loaded.model, baseline))[target])
