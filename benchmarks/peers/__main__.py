@@ -72,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise BenchmarkError("published needs --published DIR, a checkout of the published DePass code")
         tools.remove("published")
         print("published: not measured; give --published DIR, a checkout of the published DePass code", file=sys.stderr)
-    stamp = {**commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    stamp = {
+        **commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "rounds": options.rounds, "budget": options.budget,
+        "limit": options.limit,
+    }  # fmt: skip
     for model in options.models:
         folder = builtin.path(model, print)
         prompts = prompts_of(folder, options.lengths)

@@ -25,9 +25,13 @@ def section(file: Path | None = None) -> str:
     if not rows:
         return wording.NOTHING
     own = [row for row in rows if row["tool"] == "ours" and row["status"] == "ok"] or rows
+    with_options = " and ".join(dict.fromkeys(
+        f"`--rounds {row['rounds']} --budget {row['budget']:g} --limit {row['limit']:g}`" for row in rows
+    ))  # fmt: skip
     caption = (
-        "Command: `make bench-peers PUBLISHED=DIR`. fp32, one thread. Times are medians of processor time after one untimed "
-        f"run; * marks a method whose first run is its only one. {wording.where(own) if 'torch' in own[-1] else ''}"
+        f"Command: `python -m benchmarks.peers --published DIR` with {with_options}. fp32, one thread. Times are medians of "
+        "processor time after one untimed run; * marks a method whose first run is its only one. "
+        f"{wording.where(own) if 'torch' in own[-1] else ''}"
     )
     return "\n\n".join([caption.strip(), *(part for model in _of(rows, "model") for part in _model(model, rows))])
 

@@ -26,6 +26,7 @@ OK = {
     "what": "peer", "status": "ok", "version": "1.0", "model": "tiny", "tokens": 10, "machine": "cpu", "warm": True,
     "cpu": "CPU", "gpu": None, "cpu_capability": "AVX512", "threads": 1, "torch": "2", "transformers": "5",
     "date": "2026-01-01T00:00:00", "commit": "0123456789ab", "changed": False, "peak_bytes": 2_000_000,
+    "rounds": 3, "budget": 3.0, "limit": 6.5,
 }  # fmt: skip
 
 
@@ -64,7 +65,18 @@ def test_ours_is_measured_as_any_tool_and_a_missing_tool_is_a_failed_row(
     assert [row["method"] for row in own] == [PLAIN, "softmax", "half", "dual_path"]
     for row in own:
         assert (row["tool"], row["status"], row["tokens"], row["threads"]) == ("ours", "ok", 7, 1)
-        assert {"commit", "torch", "transformers", "cpu", "date", "machine", "model"} <= set(row)
+        assert {
+            "commit",
+            "torch",
+            "transformers",
+            "cpu",
+            "date",
+            "machine",
+            "model",
+            "rounds",
+            "budget",
+            "limit",
+        } <= set(row)
         assert len(row["wall_seconds"]) == len(row["processor_seconds"]) == row["runs"] == 2
         assert row["peak_bytes"] > 0
         assert row["times_plain"] > 0
@@ -182,6 +194,7 @@ def test_the_tables_say_times_ratios_sums_agreement_and_failures(tmp_path: Path)
         {"tool": "lxt", "method": "AttnLRP", "tokens": 64, "status": "not measured", "error": "too slow"},
         {"tool": "gim", "method": "GIM", "status": "failed", "error": "ValueError: no such model"},
     )
+    assert "`python -m benchmarks.peers --published DIR` with `--rounds 3 --budget 3 --limit 6.5`" in text
     assert "| tool and method | 10 tokens | 64 tokens |" in text
     assert "| lxt 1.0: AttnLRP | 600 ms* (6.0×) | not measured |" in text
     assert "| lxt 1.0: AttnLRP | 2.0 / 1.5 / not measured | not measured |" in text
