@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ADAPTERS := .venv-adapters
 BENCH ?= 'tokens/smollm2/float32/10,32,64' 'heads/smollm2/float32/10' 'prompts/smollm2/float32/64' 'spans/smollm2/float32/512x16'
 
-.PHONY: demo test lint test-kernels test-interpreted oldest-torch docs tutorial release-check audit bench gpu gpu-large adapters clean
+.PHONY: demo test lint test-kernels test-interpreted oldest-torch docs tutorial release-check audit bench bench-peers gpu gpu-large adapters clean
 
 demo: $(VENV)/ready
 	$(BIN)/depass attribute "Catalonia belongs to the continent of" --target " Europe" --target " Asia" \
@@ -73,6 +73,12 @@ audit: $(VENV)/ready
 bench: $(VENV)/ready
 	status=0; $(BIN)/python -m benchmarks run $(BENCH) || status=$$?; \
 	$(BIN)/python -m benchmarks report README.md docs/performance.md && exit $$status
+
+# Other tools in their own code, each installed into build/peers, beside this package; then the report. PUBLISHED is a
+# checkout of the published DePass code, which no package index has. PEERS names a few tools instead of all.
+bench-peers: $(VENV)/ready
+	$(BIN)/python -m benchmarks.peers $(PEERS) --torch '$(TORCH)' $(if $(PUBLISHED),--published $(PUBLISHED))
+	$(BIN)/python -m benchmarks report docs/performance.md
 
 # On a machine with a GPU that has torch, transformers, pytest, hypothesis and rich already, and perhaps no network: builds in
 # place, measures, tests and sanitizes within SECONDS, and installs nothing. `make gpu-large` measures what takes longer.

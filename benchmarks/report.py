@@ -19,6 +19,7 @@ from . import experts, report_linear, which, wording
 from .figures import COLOURS, draw, shown
 from .machine import BenchmarkError
 from .ops import OPS
+from .peers import report as report_peers
 from .predict import CARDS, card_of, load
 from .registry import METHODS, OURS, SHAPES, UNITS, all_cases
 from .runner import Row
@@ -417,12 +418,16 @@ def _experts(_: Newest, __: Path) -> str:
     return experts.section()
 
 
+def _peers(_: Newest, __: Path) -> str:
+    return report_peers.section()
+
+
 def _which(results: Newest, document: Path) -> str:
     return which.section(results.which_figures, document)
 
 
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
     "speed": _speed, "comparison": _comparison, **{name: _question(name) for name in METHODS}, "ops": _ops,
-    "linear": _linear, "experts": _experts, "predicted": _predicted, "figures": _figures,
-    "which-method": _which,
+    "linear": _linear, "experts": _experts, "peers": _peers, "which-method": _which, "predicted": _predicted,
+    "figures": _figures,
 }  # fmt: skip

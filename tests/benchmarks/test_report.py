@@ -14,6 +14,7 @@ from benchmarks.__main__ import main
 from benchmarks.machine import BenchmarkError
 from benchmarks.ops import LIBRARY, TORCH
 from benchmarks.ops import OURS as OURS_OPS
+from benchmarks.peers import report as peers
 from benchmarks.predict import load
 from benchmarks.registry import OURS
 from benchmarks.report import NOTHING, TABLES, newest, report
@@ -61,6 +62,7 @@ def no_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their file is not among the rows that a test gives."""
     monkeypatch.setattr(linear, "FILE", tmp_path / "linear.json")
     monkeypatch.setattr(experts, "FILE", tmp_path / "experts.json")
+    monkeypatch.setattr(peers, "FILE", tmp_path / "peers.jsonl")
 
 
 def filled(tmp_path: Path, name: str, rows: list[Row]) -> str:
