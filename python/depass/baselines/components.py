@@ -20,7 +20,7 @@ from ..masking import Kind, layers_with, num_components
 from ..models import attention, capture
 from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture, routing_of
-from ..models.experts import Places, outputs
+from ..models.experts import outputs
 from ..models.trace import Trace
 from ..results.sweep import Sweep
 from .common import (
@@ -306,14 +306,17 @@ def _expert_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | N
     assert trace.chosen is not None
     assert trace.chosen_weights is not None
     assert trace.routed is not None
-    places = Places.of(trace.chosen[positions], trace.chosen_weights[positions], layer.experts.count)
+    places = layer.experts.places(trace.chosen[positions], trace.chosen_weights[positions])
     sizes = torch.zeros(len(positions), layer.experts.count, device=trace.routed.device)
+    norms = [name for name in ("experts_post_norm", "mlp_post_norm") if getattr(layer, name) is not None]
     added = outputs(layer.experts.read(), places, trace.routed[positions], torch.float32, with_bias=False)
     for expert, run, output in added:
-        output = output if layer.mlp_post_norm is None else layer.mlp_post_norm.weighted(output)
+        for name in norms:
+            output = getattr(layer, name).weighted(output)
         sizes[places.position[run], expert] = torch.linalg.vector_norm(output, dim=-1)
-    scale = trace.scales.get("mlp_post_norm")
-    return sizes if scale is None else sizes * scale[positions, None]
+    for name in norms:
+        sizes = sizes * trace.scales[name][positions, None]
+    return sizes
 
 
 def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:

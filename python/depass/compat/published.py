@@ -240,6 +240,9 @@ def _scales_mixes(layer: Layer) -> bool:
 def _refuse_other_families(bound: BoundModel) -> None:
     reasons = [
         (bound.final_norm.is_centred, "LayerNorm"),
+        (any(layer.late is not None or layer.scalar_path is not None for layer in bound.layers), "more behind the MLP"),
+        (any(layer.value_norm is not None for layer in bound.layers), "norms on values"),
+        (bool(bound.lending), "layers that share values"),
         (any(layer.output.factor != 1 for layer in bound.layers), "a factor on what a sublayer adds"),
         ((bound.logit_factor, bound.logit_divisor) != (1, 1), "a factor on logits"),
         (bound.has_experts, "routed experts"),

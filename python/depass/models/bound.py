@@ -175,7 +175,9 @@ class Layer:
     """The modules, projections and norms of one layer.
 
     A layer has an :class:`MLP`, experts, or both. Where it has a ``latent`` projection, the value projection reads its
-    output after ``latent_norm``. A layer with a ``recurrence`` has it in the place of attention.
+    output after ``latent_norm``. A layer with a ``recurrence`` has it in the place of attention. A layer with
+    ``values_of`` takes the keys and values of that layer, whose ``value`` projection it has here too. ``late`` is a branch
+    behind the MLP, which reads the stream after it.
     """
 
     module: nn.Module
@@ -194,6 +196,14 @@ class Layer:
     mix_gate: Projection | None = None
     mix_norm: Norm | None = None
     recurrence: Recurrence | None = None
+    value_norm: Norm | None = None  # on each head's values
+    values_of: int | None = None
+    experts_norm: Norm | None = None
+    experts_post_norm: Norm | None = None
+    shared_post_norm: Norm | None = None
+    late: MLP | None = None
+    late_post_norm: Norm | None = None
+    scalar_path: str | None = None
     sinks: Any = None  # [H], the attention sinks that scale what the heads mix
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)  # by path, all that was found
 
@@ -201,7 +211,22 @@ class Layer:
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers that the decomposition uses; experts are no linear layers."""
         latent = () if self.latent is None else (self.latent,)
-        return (*latent, self.value, self.output, *(() if self.mlp is None else (self.mlp.gate, self.mlp.down)))
+        value = (self.value,) if self.values_of is None else ()
+        mlps = [each for mlp in (self.mlp, self.late) if mlp is not None for each in (mlp.gate, mlp.down)]
+        return (*latent, *value, self.output, *mlps)
+
+    @property
+    def read_by_experts(self) -> Norm | None:
+        """The norm on the experts' input."""
+        return self.mlp_norm if self.experts_norm is None else self.experts_norm
+
+    @property
+    def scalar(self) -> Tensor | None:
+        """The number, as a tensor, that multiplies the residual stream at the layer's end, or None."""
+        if self.scalar_path is None:
+            return None
+        path, _, name = self.scalar_path.rpartition(".")
+        return weights.dense(self.module.get_submodule(path), name)
 
     @property
     def only_mlp(self) -> MLP:
@@ -231,7 +256,8 @@ class Layer:
 
     def has_bias(self) -> bool:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
-        norms = (norm for norm in (self.attention_norm, self.mlp_norm, self.latent_norm) if norm is not None)
+        read = (self.attention_norm, self.mlp_norm, self.latent_norm, self.experts_norm)
+        norms = (norm for norm in read if norm is not None)
         of_experts = self.experts is not None and self.experts.has_bias
         of_taps = self.recurrence is not None and self.recurrence.has_bias
         of_projections = any(p.bias is not None for p in self.projections)
@@ -281,6 +307,11 @@ class BoundModel:
     def most_heads(self) -> int:
         """The number of heads of the layer that has most."""
         return max(layer.num_heads for layer in self.layers)
+
+    @property
+    def lending(self) -> tuple[int, ...]:
+        """The layers whose keys and values later layers take, rising."""
+        return tuple(sorted({layer.values_of for layer in self.layers if layer.values_of is not None}))
 
     @property
     def has_experts(self) -> bool:

@@ -23,6 +23,7 @@ from .alterations import Alteration, alterations, likely, said_of, within
 from .attention import at_work, eager_with_patterns, in_one_row, refuse_nested, running
 from .bound import MLP, BoundModel, Norm
 from .check import Seen, activations, differences, first_miss, last_differences, limit, mixed
+from .experts import Experts
 from .multimodal import must_read_ids_alone
 from .packing import Packing
 from .positions import fresh
@@ -132,6 +133,7 @@ class Capture(ABC):
             layers = [LayerCapture(self, index, self.is_checked(index)) for index in self.layers]
             for layer in layers:
                 layer.hook(stack)
+            self._hook_lending(stack)
             if bound.stream_to is not None:
                 stack.enter_context(streamed(bound, bound.stream_to))
             stack.enter_context(in_one_row(self.packing))
@@ -140,6 +142,15 @@ class Capture(ABC):
         self.normed = self.packing.flat(output)
         if self.layers[-1] + 1 == len(bound.layers):
             self.check_the_end()
+
+    def _hook_lending(self, stack: ExitStack) -> None:
+        """See the values of layers before this pass's, which its layers take."""
+        self.lent: dict[int, Tensor] = {}  # by layer, [P, K·d]
+        for index in self.bound.lending:
+            if index < self.layers[0]:
+                module = self.bound.layers[index].attention
+                at_work[module] = Lender(self, index)
+                stack.callback(at_work.pop, module)
 
     def check_the_end(self) -> None:
         """Compare the final norm and the head where there are hooks; elsewhere the scores' sum shows a difference."""
@@ -208,6 +219,20 @@ def routing_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Ten
     return x, chosen, weight
 
 
+class Lender:
+    """Sees the values that a layer outside of a pass's layers lends to later ones."""
+
+    def __init__(self, run: Capture, index: int) -> None:
+        self.run, self.index, self.modules = run, index, run.bound.layers[index]
+        self.seen = None
+        self.thread = threading.get_ident()
+
+    def attention(self, _: Tensor, values: Tensor) -> None:
+        """Keep the values ``[B, K, T, d]``."""
+        if threading.get_ident() == self.thread:
+            self.run.lent[self.index] = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
+
+
 class Check(Capture):
     """A pass that only compares layers with the family."""
 
@@ -241,19 +266,19 @@ class LayerCapture:
             hooks.append(modules.recurrence.module.register_forward_pre_hook(self.recurrence, with_kwargs=True))
             if self.seen is not None:
                 hooks.append(modules.value.module.register_forward_hook(self.values_of_recurrence))
+        if modules.value_norm is not None:
+            hooks.append(modules.value_norm.module.register_forward_pre_hook(self.value_norm))
         if modules.mix_gate is not None:
             hooks.append(modules.mix_gate.module.register_forward_hook(self.mix_gate))
         if modules.mix_norm is not None:
             hooks.append(modules.mix_norm.module.register_forward_pre_hook(self.mix_norm))
         if modules.mlp is not None:
             hooks += self._of_mlp(modules.mlp)
+        if modules.late is not None:
+            hooks.append(modules.late.down.module.register_forward_pre_hook(self.late_hidden))
+            hooks.append(modules.late.gate.module.register_forward_hook(self.late_gate))
         if modules.experts is not None:
-            hooks.append(modules.experts.module.register_forward_pre_hook(self.routed, with_kwargs=True))
-            if self.seen is not None:
-                hooks.append(modules.experts.module.register_forward_hook(self.experts))
-                around = str(self.run.bound.family.experts).rpartition(".")[0]
-                if around:
-                    hooks.append(modules.module.get_submodule(around).register_forward_hook(self.block))
+            hooks += self._of_experts(modules.experts)
         if self.seen is not None and weights.rounds_inputs(modules.value.module):
             hooks.append(modules.value.module.register_forward_pre_hook(self.read_by_value))
         for hook in hooks:
@@ -272,6 +297,18 @@ class LayerCapture:
                 each.register_forward_pre_hook(self.activation, with_kwargs=True)
                 for each in activations(self.modules.module) if each not in inside
             ]  # fmt: skip
+        return hooks
+
+    def _of_experts(self, experts: Experts) -> list[RemovableHandle]:
+        if experts.router is None:
+            hooks = [experts.module.register_forward_pre_hook(self.routed, with_kwargs=True)]
+        else:
+            hooks = [experts.router.register_forward_hook(self.routed_on_input)]
+        if self.seen is not None:
+            hooks.append(experts.module.register_forward_hook(self.experts))
+            around = str(self.run.bound.family.experts).rpartition(".")[0]
+            if around:
+                hooks.append(self.modules.module.get_submodule(around).register_forward_hook(self.block))
         return hooks
 
     @property
@@ -303,8 +340,17 @@ class LayerCapture:
         if off is not None:  # a masked head passes no values on
             pattern = pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
         self._trace.pattern = pattern
+        lends, takes = self.index in self.run.bound.lending, self.modules.values_of is not None
+        if lends or takes or self.seen is not None:
+            flat = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
+            if lends:
+                self.run.lent[self.index] = flat
+            if takes:
+                self._trace.values = flat
         if self.seen is not None:
-            self.seen.values = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
+            self.seen.values = flat
+            if self.modules.values_of is not None:
+                self.seen.lent = self.run.lent.get(self.modules.values_of)
             self.seen.mixed = self.run.packing.of_padded(mixed(pattern, values))
 
     @of_this_thread
@@ -327,6 +373,14 @@ class LayerCapture:
         """Capture what the value projection of a recurrence writes, before the convolution."""
         if self.seen is not None:
             self.seen.values = self.modules.value.select_output(self.run.packing.flat(output))
+
+    @of_this_thread
+    def value_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the scale and the weight of the norm on each head's values."""
+        norm, x = self.modules.value_norm, self.run.packing.flat(args[0])  # [P, K, d]
+        assert norm is not None
+        scale = norm.scale(x, self.run.bound.state_dtype)[..., None].expand(x.shape)
+        self.trace.value_scale = norm.weighted(scale).flatten(1)
 
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -371,9 +425,34 @@ class LayerCapture:
         trace.routed, trace.chosen, trace.chosen_weights = flat(x), flat(chosen), flat(weight)
 
     @of_this_thread
+    def routed_on_input(self, _: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """Capture the input of a router whose weights ``[P, E]`` multiply the experts' inputs, and its choices."""
+        assert self.modules.experts is not None
+        trace, flat = self.trace, self.run.packing.flat
+        trace.routed = flat(args[0])
+        trace.chosen_weights, trace.chosen = flat(output[0]).topk(self.modules.experts.chosen, dim=1)
+
+    @of_this_thread
+    def late_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the hidden vector of the branch behind the MLP."""
+        self.trace.late_hidden = self.run.packing.flat(args[0])
+
+    @of_this_thread
+    def late_gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture the pre-activations of the branch behind the MLP."""
+        gate = self.run.packing.flat(output)
+        if self.run.with_gate_total:
+            self.trace.late_total = gate
+        if self.seen is not None:
+            self.seen.late_gate, self.seen.read_late = gate, self.run.packing.flat(args[0])
+
+    @of_this_thread
     def experts(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Capture the output of the experts."""
-        if self.seen is not None:
+        experts = self.modules.experts
+        if self.seen is not None and experts is not None:
+            if experts.router is not None:  # each expert's own, one after another: [E·P, D]
+                output = output.view(experts.count, -1, output.shape[-1]).sum(0)
             self.seen.experts = self.run.packing.flat(output)
 
     @of_this_thread
@@ -449,9 +528,12 @@ class LayerCapture:
             )
         if trace.hidden is None and self.modules.mlp is not None:
             raise ModelError(f"{name}: the down projection of layer {index} did not run, which DePass needs{why}")
+        if trace.late_hidden is None and self.modules.late is not None:
+            raise ModelError(f"{name}: the branch behind the MLP of layer {index} did not run, which DePass needs{why}")
         if trace.chosen is None and self.modules.experts is not None:
             raise ModelError(f"{name}: the experts of layer {index} did not run, which DePass needs{why}")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
+        silent += ["value_norm" for norm in (self.modules.value_norm,) if norm is not None and trace.value_scale is None]
         silent += ["mix_norm" for norm in (self.modules.mix_norm,) if norm is not None and trace.mix_scale is None]
         if silent:
             raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ModelError
-from .bound import MLP, Layer, Norm, Projection
+from .bound import Layer, Norm, Projection
 from .families import Family
 from .trace import NORMS
 
@@ -32,6 +32,8 @@ def refuse_shapes(layers: Sequence[Layer], family: Family, name: str) -> None:
 
 
 def _of_values(layer: Layer, family: Family) -> str | None:
+    if layer.values_of is not None:
+        return None
     rows, latent = _shape(layer.value), layer.latent
     if rows is None:
         held = layer.value.module.weight.shape
@@ -64,23 +66,21 @@ def _of_mixing(layer: Layer, family: Family) -> str | None:
 
 
 def _of_mlp(layer: Layer, family: Family) -> str | None:
-    mlp: MLP | None = layer.mlp
-    if mlp is None:
-        return None
-    gate, down = (family.gate, family.down) if layer.experts is None else (family.shared_gate, family.shared_down)
-    rows, columns = mlp.gate.shape[0], mlp.down.shape[1]
-    if rows != columns:
-        return (
-            f"{gate} has {rows} rows with gate_rows={family.gate_rows!r}, but {down} reads {columns} numbers; each "
-            "neuron has one row"
-        )
+    of_mlp = (family.gate, family.down) if layer.experts is None else (family.shared_gate, family.shared_down)
+    late = family.late_gate, family.late_down
+    for mlp, (gate, down), of_gate in ((layer.mlp, of_mlp, family.gate_rows), (layer.late, late, "all")):
+        if mlp is not None and mlp.gate.shape[0] != mlp.down.shape[1]:
+            return (
+                f"{gate} has {mlp.gate.shape[0]} rows with gate_rows={of_gate!r}, but {down} reads {mlp.down.shape[1]} "
+                "numbers; each neuron has one row"
+            )
     return None
 
 
 def _of_norms(layer: Layer, family: Family) -> str | None:
     stream, mixed = layer.output.shape
-    others = {"mix_norm": mixed, "latent_norm": layer.value.shape[1]}
-    for name in (*NORMS, "mix_norm"):
+    others = {"mix_norm": mixed, "latent_norm": layer.value.shape[1], "value_norm": mixed // layer.num_heads}
+    for name in (*NORMS, "mix_norm", "value_norm"):
         norm: Norm | None = getattr(layer, name)
         weight = None if norm is None else getattr(norm.module, "weight", None)
         width = others.get(name, stream)

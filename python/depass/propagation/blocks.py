@@ -89,9 +89,10 @@ class RowBytes:
         # the values of a recurrence behind its convolution, those of an earlier position, and where these are
         recurrent = (each.value.shape[0] for each in bound.layers if each.recurrence is not None)
         of_values = max((3 * values * product + 64 for values in recurrent), default=0)
+        of_attention = max(each.value.shape[0] + each.output.shape[1] for each in bound.layers)
         latent = max((each.latent.shape[0] for each in bound.layers if each.latent is not None), default=0)
         return RowBytes(
-            attention=(layer.value.shape[0] + layer.output.shape[1]) * product + of_values,
+            attention=of_attention * product + of_values,
             run=run + latent * (product + state),
             gate=gate,
             mlp=layer.neurons * gate + run + of_places,

@@ -65,6 +65,7 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
     if bound.parallel:
         with_rows += rows * values * product
+    with_rows += rows * product * sum(bound.layers[index].value.shape[0] for index in bound.lending)  # kept for others
     return Needs(
         state_bytes=rows * width * number,
         pass_bytes=scores + activations,
@@ -124,10 +125,11 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
         sliced = projection.rows in ("last_of_head", "middle_of_four")  # not a view
         return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
 
-    attention = copied(layer.value) + copied(layer.output, layer.attention_post_norm)
+    attention = (0 if layer.values_of is not None else copied(layer.value)) + copied(layer.output, layer.attention_post_norm)
     attention += 0 if layer.latent is None else copied(layer.latent)
-    of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm)
-    return max(attention, of_mlp + _copied_of_an_expert(bound, layer, device))
+    of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm or layer.shared_post_norm)
+    of_late = 0 if layer.late is None else copied(layer.late.gate) + copied(layer.late.down, layer.late_post_norm)
+    return max(attention, of_late, of_mlp + _copied_of_an_expert(bound, layer, device))
 
 
 def _copied_of_an_expert(bound: BoundModel, layer: Layer, device: torch.device) -> int:
@@ -135,7 +137,7 @@ def _copied_of_an_expert(bound: BoundModel, layer: Layer, device: torch.device) 
     if layer.experts is None:
         return 0
     dtype, size = bound.product_dtype_on(device), layer.experts.neurons * bound.hidden_size
-    if layer.mlp_post_norm is not None or layer.experts.factor != 1:
+    if (layer.mlp_post_norm or layer.experts_post_norm) is not None or layer.experts.factor != 1:
         return size * (bound.state_dtype.itemsize + dtype.itemsize)
     return size * dtype.itemsize * (dtype != bound.dtype)
 
