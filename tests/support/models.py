@@ -266,6 +266,7 @@ SIMILAR = {name: config for name, config in SIMILAR.items() if runs(name)}
 EVERY = {**CONFIGS, **SIMILAR}
 RECURRENT = [name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state"} & {*sizes}]
 WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if {"num_experts_per_tok", "top_k_experts"} & {*sizes}]
+LENDING = [name for name, (_, sizes) in EVERY.items() if sizes.get("num_kv_shared_layers")]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
 _IN_FP64 = (

@@ -161,7 +161,7 @@ class _Inputs:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.inputs: list[Tensor] = []  # or the router's weights [N, k]
-        self.chosen: list[Tensor] = []  # [N, k], with these
+        self.chosen: list[Tensor] = []  # [N, k], with these; [N, E] of a router of inputs
 
     @capture.of_this_thread
     def keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -171,6 +171,12 @@ class _Inputs:
     def keep_weights(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         chosen, weight = routing_of(args, kwargs)[1:]
         self.chosen.append(chosen)
+        self.inputs.append(weight)
+
+    @capture.of_this_thread
+    def keep_weights_on_input(self, _: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        weight = output[0]  # [N, E]
+        self.chosen.append(torch.arange(weight.shape[1], device=weight.device).expand(weight.shape))
         self.inputs.append(weight)
 
 
@@ -202,8 +208,9 @@ def _router_patching(bound: BoundModel, case: _Case, _: int) -> Tensor:
         ]
         return torch.stack(by_expert)
 
-    modules = [layer.experts.module for layer in bound.layers if layer.experts is not None]
-    hooks = (module.register_forward_pre_hook(kept.keep_weights, with_kwargs=True) for module in modules)
+    found = [layer.experts for layer in bound.layers if layer.experts is not None]
+    hooks = (experts.module.register_forward_pre_hook(kept.keep_weights, with_kwargs=True) if experts.router is None else
+             experts.router.register_forward_hook(kept.keep_weights_on_input) for experts in found)  # fmt: skip
     return _gradient_times_value(bound, case, hooks, kept, of_target)
 
 

@@ -97,9 +97,10 @@ class LayerPaths:
         w = self.path_weights
         if self.lends:
             self.lent = [key, value]
+            key, value = (x.view_as(x) for x in self.lent)  # whose gradients are those of this layer's own use
         if self.layer.values_of is not None and self.cuts and torch.is_grad_enabled():
-            key, value = (x.detach().requires_grad_() for x in (key, value))
-            self.taken = [key, value]
+            self.taken = [x.detach().requires_grad_() for x in (key, value)]
+            key, value = (x.view_as(x) for x in self.taken)  # autograd gives each tensor one gradient
         self.steering = [x for x, weight in ((query, w.q), (key, w.k)) if weight != 0 and x.requires_grad]
         return _only(query, w.q), _only(key, w.k), _only(value, w.v)
 
