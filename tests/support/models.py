@@ -329,6 +329,8 @@ def _values(path: str, parameter: torch.Tensor, family: Family) -> torch.Tensor:
         return 0.2 * normal + (0 if path.endswith("bias") else 1)
     if path.endswith("bias"):
         return 0.1 * normal
+    if path.endswith("per_expert_scale"):  # multiplies the router's weights
+        return 1 + 0.2 * normal
     if any(part in path for part in ("embed", ".wte", ".wpe", "lm_head", "output_projection")):
         return normal
     inner = shape[0] if ".c_" in path else shape[-1]  # GPT-2 keeps [in, out]
