@@ -29,7 +29,9 @@ EXPERTS: dict[str, tuple[str, str | None, str | None]] = {
     "gpt_oss": ("mlp.experts", None, None),
     "gemma4-experts": ("experts", "mlp.gate_proj", "mlp.down_proj"),
     "llama4": (
-        "feed_forward.experts", "feed_forward.shared_expert.gate_proj", "feed_forward.shared_expert.down_proj",
+        "feed_forward.experts",
+        "feed_forward.shared_expert.gate_proj",
+        "feed_forward.shared_expert.down_proj",
     ),
     "deepseek_v3": ("mlp.experts", "mlp.shared_experts.gate_proj", "mlp.shared_experts.down_proj"),
     "granitemoeshared": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),

@@ -16,7 +16,14 @@ from .paths import has_experts, has_late, has_recurrence, has_shared, module_pat
 from .recurrences import recurrence
 from .trace import NORMS
 
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")  # in configs
+_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)  # in configs
 
 
 def number_of(config: Any, name: str | None) -> float:

@@ -533,7 +533,9 @@ class LayerCapture:
         if trace.chosen is None and self.modules.experts is not None:
             raise ModelError(f"{name}: the experts of layer {index} did not run, which DePass needs{why}")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
-        silent += ["value_norm" for norm in (self.modules.value_norm,) if norm is not None and trace.value_scale is None]
+        silent += [
+            "value_norm" for norm in (self.modules.value_norm,) if norm is not None and trace.value_scale is None
+        ]
         silent += ["mix_norm" for norm in (self.modules.mix_norm,) if norm is not None and trace.mix_scale is None]
         if silent:
             raise ModelError(f"{name}: the {silent[0]} of layer {index} did not run; correct the model's depass.Family")

@@ -159,7 +159,9 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
         late = steps.behind_mlp(seen, middle)
         if layer.late is not None:
             found["late"] = steps.compare_late(seen, late)
-        found["stream"] = _difference(steps.after(late), steps.trace.after, *map(steps.times, (steps.stream, middle, late)))
+        found["stream"] = _difference(
+            steps.after(late), steps.trace.after, *map(steps.times, (steps.stream, middle, late))
+        )
         rounding = [part for part in layer.projections if weights.rounds_inputs(part.module)]
         if rounding:
             found["weights"] = torch.stack([_reading(part, trace.mixed) for part in rounding]).amax(0).expand(len(at))
@@ -216,7 +218,11 @@ class _Steps:
     def _scaled(self, values: Tensor) -> Tensor:
         """Values after the norm on each head's; that of a recurrence's values comes behind what is compared."""
         scale = self.trace.value_scale
-        return values if self.layer.value_norm is None or scale is None else values * scale.to(values)
+        if (
+            self.layer.value_norm is None or scale is None or scale.shape != values.shape
+        ):  # declared rows of another width
+            return values
+        return values * scale.to(values)
 
     def compare_late(self, seen: Seen, late: Tensor) -> Tensor:  # [n]
         """The difference of the pre-activations behind the MLP; where a kernel rounds its inputs, that of the inputs."""

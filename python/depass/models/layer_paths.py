@@ -50,7 +50,9 @@ class LayerPaths:
         recurrence = self.layer.recurrence
         self.recurrence = None if recurrence is None else RecurrencePaths(self.layer, recurrence)
         late = self.layer.late
-        self.late = None if late is None else MLPPaths(late, f"the branch behind the MLP of {at}", *options, is_gated=False)
+        self.late = (
+            None if late is None else MLPPaths(late, f"the branch behind the MLP of {at}", *options, is_gated=False)
+        )
         self.lends, self.cuts = index in bound.lending, False
         self.lent: list[Tensor] = []
         self.taken: list[Tensor] = []

@@ -25,7 +25,9 @@ class Trace:
     pattern: Tensor | None = None  # [B, H, T, T], where T is the length of the longest prompt
     scales: dict[str, Tensor] = field(default_factory=dict)  # by norm of families.Layer: [P]
     values: Tensor | None = None  # [P, K·d], those that the layer takes from an earlier one
-    value_scale: Tensor | None = None  # [P, K·d], what multiplies values: a norm's, or behind a recurrence's convolution
+    value_scale: Tensor | None = (
+        None  # [P, K·d], what multiplies values: a norm's, or behind a recurrence's convolution
+    )
     mix_scale: Tensor | None = None  # [P, H·d], what multiplies the mixed values before the output projection
     mixed: Tensor | None = None  # [P, H·d], the input of the attention's output projection
     hidden: Tensor | None = None  # [P, F], of the MLP that every position goes through

@@ -125,9 +125,15 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
         sliced = projection.rows in ("last_of_head", "middle_of_four")  # not a view
         return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
 
-    attention = (0 if layer.values_of is not None else copied(layer.value)) + copied(layer.output, layer.attention_post_norm)
+    attention = (0 if layer.values_of is not None else copied(layer.value)) + copied(
+        layer.output, layer.attention_post_norm
+    )
     attention += 0 if layer.latent is None else copied(layer.latent)
-    of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm or layer.shared_post_norm)
+    of_mlp = (
+        0
+        if layer.mlp is None
+        else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm or layer.shared_post_norm)
+    )
     of_late = 0 if layer.late is None else copied(layer.late.gate) + copied(layer.late.down, layer.late_post_norm)
     return max(attention, of_late, of_mlp + _copied_of_an_expert(bound, layer, device))
 

@@ -69,7 +69,9 @@ class Propagation:
         self._memory = torch.empty(0, device="cpu")  # [rows, D]
         self._positions: list[Tensor] = []  # by staircase, the positions of its prompt that it has
         self._where: Tensor | None = None  # [P], the position in a trace of each position; None: the same
-        self._owners: list[tuple[int, Tensor]] = []  # by staircase, its first row, and the rows of its positions' owners
+        self._owners: list[
+            tuple[int, Tensor]
+        ] = []  # by staircase, its first row, and the rows of its positions' owners
         self._lent: dict[int, Tensor] = {}  # by layer, the values [R', K·d] of the rows that had joined before it
         self._beside_mlp: tuple[_Attention, list[_SourceBlock], list[Tensor]] | None = (
             None  # values that wait for the MLP
