@@ -60,7 +60,8 @@ GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
 WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
 ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
 # What computes in fp32 whatever the model's dtype: the products of CodeGen's and GPT-J's queries and keys; Llama 4's
-# rotations and router; the others' routers; the sum of hy_v3's experts and the MLP beside them; the sinks of granite_swa and granitemoe_swa; recurrences.
+# rotations and router; the others' routers; the sum of hy_v3's experts and the MLP beside them; the sinks of granite_swa
+# and granitemoe_swa; recurrences.
 SINKS_IN_FP32 = ("granite_swa", "granitemoe_swa")
 SUMS_IN_FP32 = ("hy_v3",)
 COMPUTES_IN_FP32 = (

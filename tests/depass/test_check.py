@@ -366,11 +366,11 @@ def test_wrong_declarations_are_refused_with_layer_and_number(case: str) -> None
 
 def test_values_of_another_layer_than_those_that_are_taken_are_found() -> None:
     own = DePass(_with_values_that_it_does_not_use(), family=replace(GEMMA4, shared_values=None))
-    with pytest.raises(ModelError, match="the value_norm of layer 2 did not run; correct the model's depass.Family"):
+    with pytest.raises(ModelError, match=r"the value_norm of layer 2 did not run; correct the model's depass.Family"):
         own.attribute(models.prompt(9), 5)
     other = DePass(_with_other_kinds())
     for start in (0, 2):  # also where the layer that lends the values is not of the pass
-        with pytest.raises(ModelError, match="layer 2: the values .* not those of the layer whose values it takes"):
+        with pytest.raises(ModelError, match=r"layer 2: the values .* not those of the layer whose values it takes"):
             other.attribute(models.prompt(9), 5, start_layer=start)
 
 

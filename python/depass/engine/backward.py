@@ -537,7 +537,9 @@ class Backward:
             flat = self.packing.flat(x.detach())
             with without_autocast(x.device):
                 beside = self._beside(layer, torch.tensor(some, device=x.device))
-                given = StreamGradient(layer, some, flat, self._flat(gradient[chosen]), *behind[:, chosen], beside)
+                given = StreamGradient(
+                    layer, some, flat, self._flat(gradient[chosen]), *behind[:, chosen], beside=beside
+                )
                 self._hand_on(layer, self.stream, given)
 
     def _beside(self, layer: int, targets: Tensor) -> Tensor | None:
@@ -583,9 +585,9 @@ class Backward:
             bound=self.bound,
             layer=index,
             lengths=self.lengths,
-            before=StreamGradient(index, group, x, of_x, *before, beside[1]),
+            before=StreamGradient(index, group, x, of_x, before[0], before[1], beside[1]),
             after=StreamGradient(
-                index + 1, group, flat(segment.output.detach()), self._flat(gradient), *behind, beside[0]
+                index + 1, group, flat(segment.output.detach()), self._flat(gradient), behind[0], behind[1], beside[0]
             ),
             late=None if segment.late is None else flat(segment.late.detach()),
             of_late=None if found.late is None else self._flat(found.late),

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from . import weights
 from .bound import MLP, BoundModel, Layer, Norm, Projection
-from .experts import ExpertWeights, Places, outputs
+from .experts import ExpertWeights, outputs
 from .paths import linear_paths
 from .trace import Trace
 

@@ -50,7 +50,8 @@ class Neurons:
     """The outputs of a layer's MLP neurons as sources: ``W_down[:, f] · h[t, f]`` for neuron ``f`` at position ``t``.
 
     They start after the layer, or before what some layers have behind the MLP (Gemma 4's per-layer inputs). The source
-    ``rest`` is the remainder of the residual stream there. Layers with routed experts are refused; :class:`RoutedExperts` scores them expert by expert.
+    ``rest`` is the remainder of the residual stream there. Layers with routed experts are refused;
+    :class:`RoutedExperts` scores them expert by expert.
 
     Args:
         layer: the layer, from 0.
