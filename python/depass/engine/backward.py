@@ -537,9 +537,8 @@ class Backward:
             flat = self.packing.flat(x.detach())
             with without_autocast(x.device):
                 beside = self._beside(layer, torch.tensor(some, device=x.device))
-                given = StreamGradient(
-                    layer, some, flat, self._flat(gradient[chosen]), *behind[:, chosen], beside=beside
-                )
+                own = self._flat(gradient[chosen])
+                given = StreamGradient(layer, some, flat, own, behind[0, chosen], behind[1, chosen], beside)
                 self._hand_on(layer, self.stream, given)
 
     def _beside(self, layer: int, targets: Tensor) -> Tensor | None:
