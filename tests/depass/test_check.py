@@ -218,6 +218,12 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         if each != family
         and not (weightless and each.norm.endswith("plus_one"))
         and not (change == "no residual_factor" and getattr(model.config, family.residual_factor or "", 1) == 1)
+        and not (
+            change == "another gate"
+            and family.experts is not None
+            and family.gate == family.shared_gate
+            and holder(model, family, "experts") is not None
+        )
         and not (change.startswith("no late") and holder(model, family, "late_gate") is None)
         and not (change.endswith("_norm") and holder(model, family, change[3:]) is None)
         and not (change.startswith("value_rows") and not _other_rows(layer, family, each.value_rows))
