@@ -207,7 +207,7 @@ def _masked(model: Any, masked: Any, kind: Kind, means: Sequence[Tensor] | None 
 def _fill_layer(stack: ExitStack, layer: Layer, off: Tensor, mean: Tensor) -> None:
     """Register the hooks that set a layer's heads ``[B, H]`` to their means ``[H·d]``."""
     readers = read_by(layer, "heads")
-    own_means = mean.split([projection.shape[1] for projection, _ in readers])
+    own_means = torch.split(mean, [projection.shape[1] for projection, _ in readers])
     for (projection, own), own_mean in zip(readers, own_means, strict=True):
         fill = _Mean(off[:, own], own_mean)
         stack.callback(projection.module.register_forward_pre_hook(fill.hook).remove)

@@ -205,7 +205,8 @@ def test_the_command_writes_every_setting_by_the_name_that_begun_runs_have(
     assert cli.main(["evaluate", "tokens", "--data", source, "--out", str(out), *more]) == 0
     assert json.loads((out / "run.json").read_text())["settings"] == {
         "dtype": "float32", "quantization": "4bit", "backend": "auto", "data": source, "seed": 2, "limit": None,
-        "methods": "random", "measures": "deletion,zeroing,soft", "slow_limit": None, "keep_wrong": True, "retokenize": False,
+        "methods": "random", "measures": "deletion,zeroing,soft", "slow_limit": None, "keep_wrong": True,
+        "retokenize": False,
         "data_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
         "model": dp.name, "rule": "softmax", "temperature": 0.1, "exclude_bos": "auto",
     }  # fmt: skip

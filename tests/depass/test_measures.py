@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -134,7 +135,7 @@ def test_curves_are_those_of_a_loop_over_embeddings(dp: DePass, tmp_path: Path) 
             assert row["restore"]["softmax"][k] == pytest.approx(probability(order[count:]), rel=1e-4)
         assert row["nothing"] == pytest.approx(probability(range(len(order) - 1)), rel=1e-4)
         remaining = [row["clean"], *row["disrupt"]["softmax"]]
-        area = sum(0.1 * 100 * (a + b) / 2 / row["clean"] for a, b in zip(remaining, remaining[1:], strict=False))
+        area = sum(0.1 * 100 * (a + b) / 2 / row["clean"] for a, b in itertools.pairwise(remaining))
         assert measures.value(row, "disrupt", "softmax") == pytest.approx(area)
 
 
@@ -161,7 +162,7 @@ def test_every_method_keeps_equally_much_whatever_the_size_of_its_scores(budget:
         assert sum(a * n for a, n in zip(found, sizes, strict=True)) == pytest.approx(budget * sum(sizes))
         assert all(-1e-9 <= a <= 1 + 1e-9 for a in found)
         ranked = [found[i] for i in sorted(range(count), key=scores.__getitem__)]
-        assert all(low <= high + 1e-9 for low, high in zip(ranked, ranked[1:], strict=False))
+        assert all(low <= high + 1e-9 for low, high in itertools.pairwise(ranked))
         assert measures.kept([1e-3 * score for score in scores], sizes, budget) == pytest.approx(found, abs=1e-6)
 
 

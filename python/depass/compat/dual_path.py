@@ -1,6 +1,7 @@
 """The variant of DePass that the paper on Dual Path Attribution measured (arXiv 2603.19742), to compare with its tables.
 
-It differs from DePass, and its scores do not add up to the logit:
+It differs from DePass, and its scores do not add up to the logit. On ten of the built-in facts (SmolLM2-135M-Instruct, fp32)
+the conservation error is 0.22 to 0.55; that of DePass is at most 6e-7. The differences:
 
 1. The softmax rule has temperature 1, where DePass has 0.1.
 2. Tokens are decomposed in chunks of four elements. A chunk holds its own tokens, and one source with all other tokens of

@@ -15,6 +15,7 @@ from .language import Language
 from .needles import Needles
 from .rules import Rules
 from .run import run
+from .suite import SuiteOptions, run_all
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 from .tokens import Tokens
 from .truthful import Truthful
@@ -35,4 +36,4 @@ TASKS: dict[str, Task[Any]] = {
     )
 }
 
-__all__ = ["TASKS", "Item", "Row", "Task", "TaskOptions", "failed", "run", "skipped"]
+__all__ = ["TASKS", "Item", "Row", "SuiteOptions", "Task", "TaskOptions", "failed", "run", "run_all", "skipped"]

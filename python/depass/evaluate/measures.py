@@ -213,8 +213,8 @@ def value(row: Row, curve: str, name: str) -> float | None:
 
 
 def _soft_value(row: Row, curve: str, name: str) -> float | None:
-    """Soft-NC: the mean over budgets and draws of the drop of the answer's probability, never below 0, as a part of its drop
-    where all embeddings that may be changed are zero. Soft-NS: 1 minus this part.
+    """Soft-NC: how far the answer's probability drops, as a part of its drop where all embeddings that may be changed are
+    zero; the mean over budgets and draws, where a rise counts as no drop. Soft-NS: 1 minus this part.
     """
     most: float = row["clean"] - row[NOTHING]
     if most <= 0:

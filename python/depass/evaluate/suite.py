@@ -1,0 +1,120 @@
+"""All protocols one after the other, and a page that says which method to take when."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..api import DePass
+from ..arguments import CommandOptions, argument
+from ..files import write_atomically
+from . import data, decide
+from .circuits import Circuits
+from .methods import METHODS
+from .needles import METHODS as NEEDLE_METHODS
+from .needles import Needles
+from .run import run
+from .task import Task, TaskOptions
+from .tokens import Tokens
+
+PAGE = "which-method.md"
+SLOWEST = ("integrated_gradients_20", "integrated_gradients_50", "gradient_shap")  # left out of a quick run
+QUICK = 540.0  # seconds of measuring; loading the model and the reports take the rest of ten minutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions(CommandOptions):
+    """The options of :func:`run_all`.
+
+    Attributes:
+        facts: prompts about facts: a file, or a built-in set.
+        ioi: prompts in which one of two people receives something: a file, or a built-in set.
+        seed: seed of all random numbers.
+        quick: stop each protocol when its share of ten minutes is over, and leave out the slowest methods.
+    """
+
+    facts: str = field(
+        default="facts", metadata=argument(f"prompts about facts: {data.HELP} (default: facts)", metavar="FILE")
+    )
+    ioi: str = field(
+        default="ioi", metadata=argument(f"prompts that name two people: {data.HELP} (default: ioi)", metavar="FILE")
+    )
+    seed: int = field(default=0, metadata=argument("seed of all random numbers (default: 0)", metavar="N", least=0))
+    quick: bool = field(
+        default=False, metadata=argument("the page in ten minutes: fewer prompts, without the slowest methods")
+    )
+
+
+class Protocol(NamedTuple):
+    """One run of the suite, and its share of the time of a quick one."""
+
+    name: str
+    task: Task[Any]
+    options: TaskOptions
+    share: float
+
+
+def run_all(
+    dp: DePass, options: SuiteOptions, folder: str | os.PathLike[str], *, quantization: str | None = None
+) -> Path:
+    """Run every protocol in a directory of its own below ``folder``, and write the page from their results.
+
+    A stopped suite resumes where it was: run it again with the same options.
+
+    Args:
+        dp: the model.
+        options: which prompts, and how much time.
+        folder: the output directory; it is created if needed.
+        quantization: see :func:`.run.run`.
+
+    Returns:
+        The path of the page, which is in ``folder`` with its figure.
+
+    Raises:
+        OptionError, DataError, OutputError, DePassError: see :func:`.run.run`.
+    """
+    folder = Path(folder)
+    reports = [
+        run(
+            protocol.task,
+            dp,
+            protocol.options,
+            folder / protocol.name,
+            quantization=quantization,
+            seconds=QUICK * protocol.share if options.quick else None,
+        )
+        for protocol in protocols(options)
+    ]
+    experiments = [decide.load(report.parent) for report in reports if (report.parent / "results.json").exists()]
+    write_atomically(folder / PAGE, (_page(experiments, reports, folder) + "\n").encode())
+    return folder / PAGE
+
+
+def protocols(options: SuiteOptions) -> tuple[Protocol, ...]:
+    """What the suite runs, in order; the shares add up to 1."""
+    tokens, needles, circuits = Tokens(), Needles(), Circuits()
+    fast = ",".join(name for name in METHODS if name not in SLOWEST)
+    of_tokens: dict[str, Any] = {"methods": fast, "slow_limit": 20} if options.quick else {}
+    of_needles: dict[str, Any] = (
+        {"methods": ",".join(name for name in NEEDLE_METHODS if name not in SLOWEST), "tokens": (200,)}
+        if options.quick
+        else {}
+    )
+    common: dict[str, Any] = {"seed": options.seed}
+    return (
+        Protocol("tokens", tokens, tokens.Options(data=options.facts, **common, **of_tokens), 0.3),
+        Protocol("tokens-ioi", tokens, tokens.Options(data=options.ioi, **common, **of_tokens), 0.2),
+        Protocol("needles", needles, needles.Options(**common, **of_needles), 0.3),
+        Protocol("circuits", circuits, circuits.Options(data=options.ioi, **common), 0.2),
+    )
+
+
+def _page(experiments: list[decide.Experiment], reports: list[Path], folder: Path) -> str:
+    links = ", ".join(f"[{report.parent.name}]({report.relative_to(folder)})" for report in reports)
+    text = ["# Which method when", f"Reports: {links}."]
+    if not experiments:
+        return "\n\n".join([*text, "No prompt was measured: the reports say why."])
+    figure = decide.draw(experiments, folder / "which-method.png")
+    return "\n\n".join([*text, decide.EXPLAINED, decide.decision_table(experiments), figure, decide.DRAWN])
