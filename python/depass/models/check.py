@@ -209,9 +209,10 @@ class _Steps:
     def compare_mixer(self, mixer: Mixer, trace: MixerTrace, seen: SeenMixer) -> dict[str, Tensor]:  # each [n]
         """The differences of a mixer's values, of what it mixes, and of how its sinks act."""
         found = {}
-        if seen.lent is not None and seen.values is not None:
-            found["lent"] = _difference(self.of(seen.lent), self.of(seen.values))
-        elif seen.values is not None and mixer.values_of is None:
+        if seen.values is not None and mixer.values_of is not None:
+            own = self.of(seen.values)
+            found["lent"] = _difference(torch.zeros_like(own) if seen.lent is None else self.of(seen.lent), own)
+        elif seen.values is not None:
             found["values"] = self._compare_values(mixer, trace, seen, self.of(seen.values))
         if seen.mixed is not None:
             assert trace.mixed is not None
