@@ -19,6 +19,7 @@ from one_token import ANSWER, OTHERS, TRIGGER, one_token_model
 from depass import DePass, OptionError
 from depass.errors import DePassError
 from depass.evaluate import TASKS, data, measures, methods, run, tokens
+from depass.evaluate.forward import next_tokens
 from depass.evaluate.questions import FIXED, Question
 from depass.evaluate.task import Item
 
@@ -137,6 +138,22 @@ def test_curves_are_those_of_a_loop_over_embeddings(dp: DePass, tmp_path: Path) 
         remaining = [row["clean"], *row["disrupt"]["softmax"]]
         area = sum(0.1 * 100 * (a + b) / 2 / row["clean"] for a, b in itertools.pairwise(remaining))
         assert measures.value(row, "disrupt", "softmax") == pytest.approx(area)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3", "granite", "phi"])
+def test_embeddings_times_one_are_the_models_own_and_prompts_do_not_mix(name: str) -> None:
+    model = DePass(models.make(name))
+    prompts = [models.prompt(length, length) for length in (3, 9, 5)]
+    answers = next_tokens(model, prompts, [3, 7, 50])[1].tolist()  # the likeliest
+    plain = next_tokens(model, prompts, answers)[0]
+    ones = next_tokens(model, prompts, answers, lambda i: torch.ones(len(prompts[i]), 1))[0]
+    assert torch.allclose(ones, plain, rtol=1e-4, atol=0)
+    factors = [Question(tuple(ids), 1, zeroed=(1,)).factors(32, 0) for ids in prompts]
+    together = next_tokens(model, prompts, answers, lambda i: factors[i])[0]
+    for i in range(3):
+        alone = next_tokens(model, prompts[i : i + 1], answers[i : i + 1], lambda _, i=i: factors[i])[0]  # type: ignore[misc]
+        assert torch.allclose(together[i], alone[0], rtol=1e-4, atol=0)
+    assert not torch.allclose(together, plain, rtol=1e-4, atol=0)
 
 
 # Soft measures.

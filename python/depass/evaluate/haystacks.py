@@ -6,7 +6,7 @@ Three kinds, with invented names:
   it of another place.
 - ``facts``: two sentences in different places say one half of the answer each.
 - ``agreement``: long-range agreement, after LongRA (Vafa et al. 2021, arXiv 2109.06387): the last word is the capital or the
-  language of a country that is named once, long before. A sentence between names another country.
+  language of a country that is named once, long before.
 
 Every prompt has changed copies: in each, one needle has another word, and nothing else differs. If the model then gives the
 other answer, this needle decides.
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     Attributes:
         needles: each needle's sentence, the part of it that is the needle, the word that a changed copy replaces, and the
             other word.
-        rivals: sentences that mislead.
+        rivals: sentences of the asked kind about another place.
         question: the last sentence before the lead, or an empty text.
         lead: the text that the answer follows.
         answer: the answer.
@@ -112,14 +112,13 @@ def fact(chance: random.Random) -> Plan:
 
 def facts(chance: random.Random) -> Plan:
     """Two needles; each holds one half of the answer."""
-    role, (place, elsewhere), people = chance.choice(ROLES), chance.sample(PLACES, 2), _names(chance, 6)
+    role, place, people = chance.choice(ROLES), chance.choice(PLACES), _names(chance, 4)
     forms = [f"{which} {role} of {{}} is called {{}}." for which in ("One", "The other")]
     said = [form.format(place, person) for form, person in zip(forms, people, strict=False)]
     needles = tuple((own, own, person, other) for own, person, other in zip(said, people, people[2:], strict=False))
-    rivals = tuple(form.format(elsewhere, person) for form, person in zip(forms, people[4:], strict=True))
     question = f"Question: Who are the two {role}s of {place}?"
     lead = f"Answer: The two {role}s of {place} are called"
-    return Plan(needles, rivals, question, lead, f" {people[0]} and {people[1]}")
+    return Plan(needles, (), question, lead, f" {people[0]} and {people[1]}")
 
 
 COUNTRIES = {  # capital, language
@@ -134,7 +133,6 @@ JOURNEYS = (
     "That summer my family went on a long journey to {}.",
     "My sister and I took the night train to {}.",
 )
-OTHERS = ("A friend of mine had been to {} the year before.", "My neighbour told me stories about {} at times.")
 ENDS = (
     "We stayed in the capital, a city called",
     "We stayed with a family there, and they taught us to speak",
@@ -143,10 +141,9 @@ ENDS = (
 
 def agreement(chance: random.Random) -> Plan:
     """One needle, the name of a country; the answer is its capital or its language."""
-    own, other, rival = chance.sample(list(COUNTRIES), 3)
+    own, other = chance.sample(list(COUNTRIES), 2)
     which, sentence = chance.randrange(2), chance.choice(JOURNEYS).format(own)
-    rivals = (chance.choice(OTHERS).format(rival),)
-    return Plan(((sentence, own, own, other),), rivals, "", ENDS[which], f" {COUNTRIES[own][which]}", 0.5)
+    return Plan(((sentence, own, own, other),), (), "", ENDS[which], f" {COUNTRIES[own][which]}", 0.5)
 
 
 # Filler.
@@ -195,8 +192,7 @@ def haystack(kind: str, index: int, seed: int, tokens: int, count: Callable[[str
     chance = random.Random(f"{seed} {kind} {index}")
     plan = KINDS[kind](chance)
     special = [(chance.random() * plan.last, sentence) for sentence, *_ in plan.needles]
-    special += [(place + chance.random() * (1 - place), rival) for rival in plan.rivals
-                for place in [special[0][0] if plan.last < 1 else 0.0]]  # fmt: skip
+    special += [(chance.random(), rival) for rival in plan.rivals]
     tail = f"\n\n{plan.question}\n{plan.lead}" if plan.question else f" {plan.lead}"
     left = tokens - count(tail) - sum(count(f" {sentence}") for _, sentence in special)
     sentences = []

@@ -350,7 +350,7 @@ def _by_rule(dp: DePass, prompt: Asked, rule: str) -> tuple[Tensor, float]:
     result = dp.explain(prompt.ids, prompt.answer, by="answer", rule=rule).attribution
     scores = torch.zeros(len(prompt.ids))
     for source, score in zip(result.sources, result.scores[0], strict=True):
-        if source.kind == "token" and source.start is not None and source.start < len(prompt.ids):
+        if source.start is not None and source.start < len(prompt.ids):
             scores[source.start] = score
     return scores, float(result.conservation_error.max())
 
