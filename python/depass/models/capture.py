@@ -80,6 +80,12 @@ def of_this_thread(hook: Hook) -> Hook:
 masked_heads: dict[tuple[nn.Module, int], Tensor] = {}
 
 
+def unmasked(mixer: Mixer, of_heads: Tensor) -> Tensor:
+    """Numbers of a mixer's heads ``[B, H, ., .]``, such as the pattern, with zero for the heads that this thread masks."""
+    off = masked_heads.get((mixer.output.module, threading.get_ident()))
+    return of_heads if off is None else of_heads.masked_fill(off.to(of_heads.device)[:, :, None, None], 0)
+
+
 class Capture(ABC):
     """One forward pass of a model's backbone over prompts; a subclass implements :meth:`layer`.
 
@@ -286,7 +292,7 @@ class MixerCapture:
         """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
         if not self.of.is_running or threading.get_ident() != self.thread:
             return
-        self.trace.pattern = self._unmasked(pattern)
+        self.trace.pattern = unmasked(self.mixer, pattern)
         run, lender, lends = self.of.run, self.mixer.values_of, self.of.index in self.of.run.bound.lending
         if not lends and lender is None and self.seen is None:
             return
@@ -299,11 +305,6 @@ class MixerCapture:
             self.seen.values, self.seen.mixed = flat, run.packing.of_padded(mixed(self.trace.pattern, values))
             self.seen.lent = None if lender is None else run.lent.get(lender)
 
-    def _unmasked(self, pattern: Tensor) -> Tensor:
-        """A pattern without what masked heads pass on."""
-        off = masked_heads.get((self.mixer.output.module, self.thread))
-        return pattern if off is None else pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
-
     @of_this_thread
     def recurrence(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture what a recurrence freezes, computed from its input."""
@@ -311,10 +312,12 @@ class MixerCapture:
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             frozen = self.mixer.recurrence.frozen(x)
-        trace, trace.pattern = self.trace, self._unmasked(frozen.pattern)
+        trace, trace.pattern = self.trace, unmasked(self.mixer, frozen.pattern)
         trace.value_scale, trace.mix_scale = self._flat(frozen.value_scale), self._flat(frozen.mix_scale)
         if self.seen is not None:
-            self.seen.mixed, self.seen.convolved = self._flat(frozen.mixed), self._flat(frozen.values)
+            by_head = frozen.mixed.unflatten(-1, (self.mixer.num_heads, -1)).transpose(1, 2)  # [B, H, T, d]
+            self.seen.mixed = self._flat(unmasked(self.mixer, by_head).transpose(1, 2).flatten(2))
+            self.seen.convolved = self._flat(frozen.values)
 
     @of_this_thread
     def values_of_recurrence(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
