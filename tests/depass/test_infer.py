@@ -453,7 +453,10 @@ def test_every_listed_family_is_nearest_to_its_own_model() -> None:
         named = {path for layer in layers for field, path in module_paths(layer, family).items()
                  if not has_recurrence(layer, family) or field not in ("recurrence_value", "recurrence_output")}  # fmt: skip
         named -= {family.mix_gate} if family.mix_gate_rows != "all" else set()
-        beside = {"shared_gate", "shared_down"} if "experts" in found.lacking else set()
+        named -= {family.value_of_keys}  # which every model has
+        beside = {"late_gate", "late_down", "late_post_norm"}
+        if "experts" in found.lacking:
+            beside |= {"shared_gate", "shared_down", "experts_norm", "experts_post_norm", "shared_post_norm"}
         assert not found.lacking.keys() - {"experts", "recurrence", *beside}, name  # which some models of a family lack
         assert named <= set(found.held), name
 
