@@ -15,7 +15,7 @@ from typing import Any
 from depass.evaluate.summary import table
 from depass.files import write_atomically
 
-from . import experts, report_linear, wording
+from . import experts, report_linear, which, wording
 from .figures import COLOURS, draw, shown
 from .machine import BenchmarkError
 from .ops import OPS
@@ -46,13 +46,14 @@ _MARKER = re.compile(r"^<!-- (begin|end) ([a-z0-9-]+) -->[ \t]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest row of each machine, case, method and backend; the figures drawn from these rows; and those of the linear
-    rules.
+    """The newest row of each machine, case, method and backend; the figures drawn from these rows; those of the linear
+    rules; and that of the evaluations.
     """
 
     rows: list[Row]
     figures: list[Path]
     linear_figures: list[Path]
+    which_figures: list[Path]
 
 
 def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iterator[Path]:
@@ -66,11 +67,11 @@ def report(rows: Sequence[Row], documents: Sequence[Path], folder: Path) -> Iter
     for path, text in texts.items():
         _marked(path, text)
     kept = newest(rows)
-    drawn, of_linear = draw(kept, folder), report_linear.draw(folder)
+    drawn, of_linear, of_which = draw(kept, folder), report_linear.draw(folder), which.draw(folder)
     for path, text in texts.items():
-        filled = fill(path, text, Newest(kept, drawn, of_linear))
+        filled = fill(path, text, Newest(kept, drawn, of_linear, of_which))
         write_atomically(path, filled.encode())
-    yield from (*drawn, *of_linear, *documents)
+    yield from (*drawn, *of_linear, *of_which, *documents)
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
@@ -416,7 +417,12 @@ def _experts(_: Newest, __: Path) -> str:
     return experts.section()
 
 
+def _which(results: Newest, document: Path) -> str:
+    return which.section(results.which_figures, document)
+
+
 TABLES: Mapping[str, Callable[[Newest, Path], str]] = {
     "speed": _speed, "comparison": _comparison, **{name: _question(name) for name in METHODS}, "ops": _ops,
     "linear": _linear, "experts": _experts, "predicted": _predicted, "figures": _figures,
+    "which-method": _which,
 }  # fmt: skip

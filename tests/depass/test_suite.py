@@ -38,7 +38,7 @@ class Lengths(Task[TaskOptions]):
     def results(self, rows: Any, options: TaskOptions) -> Any:
         values = {"softmax": [3.0] * len(rows), "leave_one_out": [1.0] * len(rows)}
         costs = {"softmax": [2.0], "leave_one_out": [9.0]}
-        return summary.results("deletion", "lower", values, "softmax", 0, [7] * len(rows), costs)
+        return summary.results("patch-top, area", "lower", values, "softmax", 0, [7] * len(rows), costs)
 
 
 def fake(data: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,4 +134,11 @@ def test_the_table_and_the_figure_show_every_experiment(tmp_path: Path) -> None:
     )
     assert draw(experiments, tmp_path / "which.png") == "![which](which.png)"
     assert (tmp_path / "which.png").read_bytes().startswith(b"\x89PNG")
-    assert decide.EXPLAINED
+
+
+def test_measures_that_no_panel_shows_make_no_figure(tmp_path: Path) -> None:
+    values = {"softmax": spread(3.0), "half": spread(1.0)}
+    other = results("another measure", "lower", values, "softmax", 0, [8] * PROMPTS)
+    assert draw([Experiment("one", "facts", "tokens", 0, tuple(other))], tmp_path / "which.png") == ""
+    assert not (tmp_path / "which.png").exists()
+    assert decide.question("another measure") == "another measure"

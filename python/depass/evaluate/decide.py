@@ -17,10 +17,22 @@ BUDGETS = (3.0, 10.0, math.inf)  # plain passes of the model
 MARKERS = "os^Dvp"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 RANDOM = "random"
-QUESTIONS = {
+QUESTIONS = {  # by how a measure's name ends
     "patch-top, area": "Which tokens does the answer depend on?",
+    "disrupt (embeddings zero), area": "Which tokens does the answer depend on?",
+    "soft-NC": "Which tokens does the answer depend on?",
     "recover-top, area": "Which tokens suffice for the answer?",
+    "recover (embeddings zero), area": "Which tokens suffice for the answer?",
+    "soft-NS": "Which tokens suffice for the answer?",
+    "RISE": "Which tokens of a long prompt does the answer depend on?",
+    "MAS": "Which tokens of a long prompt does the answer depend on?",
+    "recovery": "Which tokens of a long prompt hold what decides the answer?",
+    "circuits of heads, area": "Which heads suffice for the answer?",
 }
+DRAWN = (  # the measures in the figure
+    "patch-top, area", "recover-top, area", "circuits of heads, area", "fact, 200 tokens, recovery",
+    "fact, 500 tokens, recovery",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ def decision_table(experiments: Iterable[Experiment]) -> str:
             most, better = max(r.prompts for r in measured), measured[0].better
             lines.append(
                 [
-                    QUESTIONS.get(measure, measure),
+                    question(measure),
                     f"{measure} ({better} is better)",
                     f"{experiment.data}: {most}, {measured[0].tokens:.0f} tokens",
                     experiment.model,
@@ -173,10 +185,15 @@ EXPLAINED = (
     "may seem worse by chance."
 )
 
-DRAWN = (
+DRAWN_IN_WORDS = (
     "Faithfulness against cost. A filled mark is a method whose scores add up. A line reaches over the 95 % interval of the "
     "mean over prompts. The dashed line is random scores."
 )
+
+
+def question(measure: str) -> str:
+    """What a user asks who needs this measure; a measure that is not listed is its own question."""
+    return next((asked for end, asked in QUESTIONS.items() if measure.endswith(end)), measure)
 
 
 def _budget(budget: float) -> str:
@@ -206,48 +223,55 @@ def _times(cost: float) -> str:
 
 
 def draw(experiments: Sequence[Experiment], path: Path) -> str:
-    """A figure of faithfulness against cost: a row of panels for each experiment, a panel for each measure.
-
-    A filled mark is a method whose scores add up. A line reaches over the mean's 95 % interval.
+    """A figure of faithfulness against cost: a row of panels for each measure of :data:`DRAWN`, a column for each model.
 
     Returns:
-        The Markdown that shows it in a page of the same directory.
+        The Markdown that shows it in a page of the same directory; empty, and no figure, if there are no such measures.
     """
-    shown = [(experiment, experiment.measures()) for experiment in experiments]
-    columns = max(len(measures) for _, measures in shown)
-    figure = new_figure(3.4 * columns + 0.4, 3.0 * len(shown) + 1.6)
-    grid: Any = figure.subplots(len(shown), columns, squeeze=False)
-    names = list(dict.fromkeys(result.method for experiment, _ in shown for result in experiment.results))
-    styles = {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
-        for i, name in enumerate(names)
+    panels = {
+        (experiment.data, measure, experiment.model): measured
+        for experiment in experiments
+        for measure, measured in experiment.measures().items()
+        if measure in DRAWN
     }
-    points = {}
-    for row, (experiment, measures) in zip(grid, shown, strict=True):
-        for axes in row[len(measures) :]:
-            axes.axis("off")
-        for axes, (measure, measured) in zip(row, measures.items(), strict=False):
-            for result in measured:
-                if result.method == RANDOM:
-                    points[RANDOM] = axes.axhline(result.value.value, color="0.6", linestyle="--", linewidth=1)
-                elif result.cost is not None:
-                    points[result.method] = _point(axes, result, styles[result.method])
-            axes.set_xscale("log")
-            low, high = axes.get_xlim()
-            axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-            axes.set_title(
-                f"{experiment.model}, {experiment.data}\n{measure}; {measured[0].better} is better", fontsize=9
-            )
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=8)
+    if not panels:
+        return ""
+    rows = sorted({(data, measure) for data, measure, _ in panels}, key=lambda row: DRAWN.index(row[1]))
+    models = list(dict.fromkeys(model for _, _, model in panels))
+    figure = new_figure(4.6 * len(models), 2.6 * len(rows) + 1.4)
+    grid: Any = figure.subplots(len(rows), len(models), squeeze=False)
+    names = list(dict.fromkeys(result.method for measured in panels.values() for result in measured))
+    marks: dict[str, Any] = {}
+    for (data, measure), of_models in zip(rows, grid, strict=True):
+        for model, axes in zip(models, of_models, strict=True):
+            marks |= _panel(axes, panels.get((data, measure, model), []), names, f"{model}, {data}\n{measure}")
     for axes in grid[-1]:
         axes.set_xlabel("cost in plain passes of the model", fontsize=9)
-    handles = [points[name] for name in names if name in points]
-    figure.legend(handles, [name for name in names if name in points], loc="outside lower center", ncols=6, fontsize=8,
-                  frameon=False)  # fmt: skip
+    figure.legend([marks[name] for name in names if name in marks], [name for name in names if name in marks],
+                  loc="outside lower center", ncols=4, fontsize=8, frameon=False)  # fmt: skip
     return save(figure, path)
+
+
+def _panel(axes: Any, measured: Sequence[Result], names: Sequence[str], title: str) -> dict[str, Any]:
+    """Draw one measure of one model; returns the mark of each method."""
+    marks = {}
+    for result in measured:
+        index = names.index(result.method)
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS) % len(MARKERS)]}
+        if result.method == RANDOM:
+            marks[RANDOM] = axes.axhline(result.value.value, color="0.6", linestyle="--", linewidth=1)
+        elif result.cost is not None:
+            marks[result.method] = _point(axes, result, style)
+    better = f"; {measured[0].better} is better" if measured else ": not measured"
+    axes.set_title(title + better, fontsize=9)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    return marks
 
 
 def _point(axes: Any, result: Result, style: dict[str, str]) -> Any:

@@ -116,5 +116,6 @@ def _page(experiments: list[decide.Experiment], reports: list[Path], folder: Pat
     text = ["# Which method when", f"Reports: {links}."]
     if not experiments:
         return "\n\n".join([*text, "No prompt was measured: the reports say why."])
+    text += [decide.EXPLAINED, decide.decision_table(experiments)]
     figure = decide.draw(experiments, folder / "which-method.png")
-    return "\n\n".join([*text, decide.EXPLAINED, decide.decision_table(experiments), figure, decide.DRAWN])
+    return "\n\n".join([*text, figure, decide.DRAWN_IN_WORDS] if figure else text)
