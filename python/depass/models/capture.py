@@ -315,7 +315,7 @@ class MixerCapture:
         trace, trace.pattern = self.trace, unmasked(self.mixer, frozen.pattern)
         trace.value_scale, trace.mix_scale = self._flat(frozen.value_scale), self._flat(frozen.mix_scale)
         if self.seen is not None:
-            by_head = frozen.mixed.unflatten(-1, (self.mixer.num_heads, -1)).transpose(1, 2)  # [B, H, T, d]
+            by_head = frozen.mixed.reshape(*x.shape[:2], self.mixer.num_heads, -1).transpose(1, 2)  # [B, H, T, d]
             self.seen.mixed = self._flat(unmasked(self.mixer, by_head).transpose(1, 2).flatten(2))
             self.seen.convolved = self._flat(frozen.values)
 
