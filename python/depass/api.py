@@ -113,7 +113,7 @@ class DePass:
         defaults = Defaults(rule, temperature, exclude_bos, backend, engine)
         devices = {parameter.device for parameter in model.parameters()}
         if cuda_graphs:
-            refuse_graphs(devices, bound.is_quantized, bound.has_experts)
+            refuse_graphs(devices, bound.is_quantized, bound.has_experts, bool(bound.lending))
         if stream_to is not None:
             bound = replace(bound, stream_to=_device_to_stream_to(stream_to, devices, bound))
         recordings = Recordings(bound) if cuda_graphs else None

@@ -219,6 +219,9 @@ def _mask_layer(stack: ExitStack, layer: Layer, off: Tensor, kind: Kind) -> None
         assert layer.experts is not None
         zero = _ZeroWeights(off)
         stack.callback(layer.module.register_forward_pre_hook(zero.begin, with_kwargs=True).remove)
+        if layer.experts.router is not None:
+            stack.callback(layer.experts.router.register_forward_hook(zero.on_input).remove)
+            return
         stack.callback(layer.experts.module.register_forward_pre_hook(zero.hook, with_kwargs=True).remove)
         return
     for projection, own in read_by(layer, kind):
@@ -314,6 +317,13 @@ class _ZeroWeights:
         masked = weight.masked_fill(is_off, 0)
         args = tuple(masked if each is weight else each for each in args)
         return args, {name: masked if each is weight else each for name, each in kwargs.items()}
+
+    def on_input(self, _: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The output of a router whose weights ``[P, E]`` multiply the experts' inputs, with these weights set to zero."""
+        if threading.get_ident() != self.thread:
+            return None
+        off = self._by_position(len(output[0])).to(output[0].device)
+        return (output[0].masked_fill(off, 0), *output[1:])
 
     def _by_position(self, positions: int) -> Tensor:  # [P, E]
         packing = attention.packing_of_this_thread()

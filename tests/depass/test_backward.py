@@ -59,13 +59,14 @@ WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
 WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
 ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
-# What computes in fp32 whatever the model's dtype: the products of CodeGen's and GPT-J's queries and keys; the others'
-# routers; the sum of hy_v3's experts and the MLP beside them; the sinks of granite_swa and granitemoe_swa; recurrences.
+# What computes in fp32 whatever the model's dtype: the products of CodeGen's and GPT-J's queries and keys; Llama 4's
+# rotations and router; the others' routers; the sum of hy_v3's experts and the MLP beside them; the sinks of granite_swa
+# and granitemoe_swa; recurrences.
 SINKS_IN_FP32 = ("granite_swa", "granitemoe_swa")
 SUMS_IN_FP32 = ("hy_v3",)
 COMPUTES_IN_FP32 = (
     "codegen", "gptj", "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe",
-    "glm4_moe_lite", "solar_open", *SUMS_IN_FP32, *SINKS_IN_FP32, *models.RECURRENT,
+    "glm4_moe_lite", "solar_open", "llama4", *SUMS_IN_FP32, *SINKS_IN_FP32, *models.RECURRENT,
 )  # fmt: skip
 
 
@@ -618,7 +619,7 @@ def test_scores_add_up_at_the_input_of_every_layer(name: str, rule: str, exact: 
     if name in models.NORMS_IN_FP32:
         must_add_up(scored(model, ids, rule, TARGETS), 1e-6)
     weights = RULES.get(rule, rule)
-    of_queries = ("cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "cohere2_moe")
+    of_queries = ("cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "cohere2_moe", "llama4")
     in_fp32 = name in (*SUMS_IN_FP32, *models.RECURRENT) or (weights.steers and name in of_queries)
     must_add_up(scored(exact(model), ids, rule, TARGETS), 1e-6 if in_fp32 else 1e-9)
     must_add_up(scored(models.make(name), ids, rule, TARGETS), 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from depass.models import weights
 from depass.models.bind import as_configured, bind, resolve
 from depass.models.bound import BoundModel
 from depass.models.check import STEPS
-from depass.models.families import NormKind, ValueRows
+from depass.models.families import GEMMA4, NormKind, ValueRows
 from depass.models.paths import has
 from depass.models.trace import NORMS
 
@@ -46,6 +47,12 @@ def steps_of(bound: BoundModel) -> set[str]:
         steps -= {"sinks"}
     if all(layer.mlp is None for layer in bound.layers):
         steps -= {"gate"}
+    if not bound.lending:
+        steps -= {"lent"}
+    if all(layer.late is None for layer in bound.layers):
+        steps -= {"late"}
+    if "." not in str(bound.family.experts):
+        steps -= {"block"}  # the layer itself
     return set(steps) if bound.has_experts else steps - {"routed", "halves", "experts", "block"}
 
 
@@ -116,12 +123,52 @@ WRONG: dict[str, tuple[Callable[[], Any], Family | None, str]] = {
     "all rows of one projection": (
         lambda: models.make("llama-biased"), Family(value="self_attn.k_proj", norm="rms"), "values",
     ),
+    "a factor at the layer's end missed": (
+        lambda: models.make("gemma4"), replace(GEMMA4, layer_scalar=None), "the residual stream after it",
+    ),
+    "a norm on values missed": (lambda: models.make("gemma4"), replace(GEMMA4, value_norm=None), "values"),
+    "a branch behind the MLP missed": (
+        lambda: models.make("gemma4"), replace(GEMMA4, late_gate=None, late_down=None, late_post_norm=None),
+        "the residual stream after it",
+    ),
+    "weights on the experts' outputs": (
+        lambda: _weighted_behind(), None, "the output of feed_forward.experts is not the sum",
+    ),
     "1 + w declared as w": (
         lambda: models.make("gemma2"),
         Family(mlp_norm="pre_feedforward_layernorm", attention_post_norm="post_attention_layernorm",
                mlp_post_norm="post_feedforward_layernorm"), "values",
     ),
 }  # fmt: skip
+
+
+def _with_values_that_it_does_not_use() -> Any:
+    model = models.make("gemma4")
+    first, last = model.model.layers[0].self_attn, model.model.layers[2].self_attn
+    for name in ("k_proj", "v_proj", "k_norm", "v_norm"):
+        setattr(last, name, copy.deepcopy(getattr(first, name)))
+    return model
+
+
+def _with_other_kinds() -> Any:
+    """Its last layer takes the values of layer 0; its config now says that layer 1 is of its kind."""
+    model = models.make("gemma4", global_head_dim=8)
+    model.config.layer_types = ["sliding_attention", "full_attention", "full_attention"]
+    return model
+
+
+def _weighted_behind() -> Any:
+    model = models.make("llama4")
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(x)
+        routed = self.experts(x.repeat(scores.shape[1], 1)).view(scores.shape[1], -1, x.shape[1])
+        return self.shared_expert(x) + (routed * scores.T[..., None]).sum(0), logits
+
+    for block in (model.model.layers[0].feed_forward, model.model.layers[2].feed_forward):
+        block.__class__ = type("WeightedBehind", (type(block),), {"forward": forward})
+    return model
 
 
 def sibling(model: Any, family: Family, part: str) -> str | None:
@@ -149,7 +196,7 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
     changes: dict[str, dict[str, Any]] = {
         "parallel": {"parallel": not family.parallel},
         "norms exchanged": {"attention_norm": family.mlp_norm, "mlp_norm": family.attention_norm},
-        **{f"no {norm}": {norm: None} for norm in (*NORMS, "latent_norm", "mix_norm")},
+        **{f"no {norm}": {norm: None} for norm in (*NORMS, "latent_norm", "mix_norm", "value_norm")},
         **{
             f"no factor of {part}": {"factors": tuple(pair for pair in family.factors if pair[0] != part)}
             for part, _ in family.factors
@@ -161,13 +208,15 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
             for part in ("value", "gate", "shared_gate")
         },
         "no residual_factor": {"residual_factor": None},
+        "no layer_scalar": {"layer_scalar": None},
+        "no late_gate": {"late_gate": None, "late_down": None, "late_post_norm": None},
         "no MLP beside the experts": {"shared_gate": None, "shared_down": None, "shared_weight": None},
         "no shared_weight": {"shared_weight": None},
         "no mix_gate": {"mix_gate": None},
         "no sinks": {"sinks": None},
         "no recurrence": {"recurrence": None if is_side_by_side(model, family) else family.recurrence},
     }
-    layer = with_attention(model, family)
+    layer = holder(model, family, "value") or with_attention(model, family)
     weightless = getattr(model.get_submodule(f"{family.backbone}.{family.final_norm}"), "weight", None) is None
     wrong = {change: replace(family, **fields) for change, fields in changes.items()}
     return {
@@ -177,6 +226,14 @@ def wrong_declarations(model: Any, family: Family) -> dict[str, Family]:
         and not (change == "parallel" and family.single)
         and not (weightless and each.norm.endswith("plus_one"))
         and not (change == "no residual_factor" and getattr(model.config, family.residual_factor or "", 1) == 1)
+        and not (
+            change == "another gate"
+            and family.experts is not None
+            and family.gate == family.shared_gate
+            and holder(model, family, "experts") is not None
+        )
+        and not (change.startswith("no late") and holder(model, family, "late_gate") is None)
+        and not (change.endswith("_norm") and holder(model, family, change[3:]) is None)
         and not (change.startswith("value_rows") and not _other_rows(layer, family, each.value_rows))
         and not (change.startswith("no ") and isinstance(_norm(layer, family, change[3:]), nn.Identity))
         and not ("shared_" in change and holder(model, family, "experts") is None)
@@ -325,6 +382,16 @@ def test_wrong_declarations_are_refused_with_layer_and_number(case: str) -> None
         ):
             with pytest.raises(ModelError, match=rf"layer \d: .*{named}.*\(relative difference \d.*, limit .*correct"):
                 run()
+
+
+def test_values_of_another_layer_than_those_that_are_taken_are_found() -> None:
+    own = DePass(_with_values_that_it_does_not_use(), family=replace(GEMMA4, shared_values=None))
+    with pytest.raises(ModelError, match=r"the value_norm of layer 2 did not run; correct the model's depass.Family"):
+        own.attribute(models.prompt(9), 5)
+    other = DePass(_with_other_kinds())
+    for start in (0, 2):  # also where the layer that lends the values is not of the pass
+        with pytest.raises(ModelError, match=r"layer 2: the values .* not those of the layer whose values it takes"):
+            other.attribute(models.prompt(9), 5, start_layer=start)
 
 
 def test_wrong_declarations_without_the_check_conserve() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from depass import DePass, ModelError, OptionError, masking
+from depass import DePass, Heads, ModelError, Neurons, OptionError, masking
 from depass.models.bind import bind
 
 IDS = torch.tensor([models.prompt(7)])
+# shared values, a branch behind the MLP, one sublayer a layer, and mixers side by side
+OTHERS = [name for name in models.EVERY if name.startswith(("gemma4", "llama4", "nemotron_h", "falcon_h1"))]
 FAMILIES = ["llama-biased", "llama-tied-wide-heads", "gemma2", "phi3", "olmo2", "gpt2", "gpt-neox"]
 
 
@@ -41,6 +43,40 @@ def test_masked_heads_are_heads_without_output_weights(name: str, device: str) -
     assert torch.allclose(masked, removed, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(masked, before)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_masked_heads_of_every_mixer_are_heads_without_output_weights_and_score_nothing(name: str, device: str) -> None:
+    model, removed = (models.make(name, torch.float64, device) for _ in range(2))
+    dp, ids = DePass(model, rule="taylor"), IDS[0].tolist()
+    before = logits(model)
+    layers = [(index, layer) for index, layer in enumerate(bind(removed).layers) if layer.mixers]
+    for _, layer in layers:
+        for mixer, _ in layer.heads:  # the first head of each mixer
+            d = mixer.output.shape[1] // mixer.num_heads
+            mixer.output.module.weight.data[:, :d] = 0  # with a factor, the projection's is a copy
+    off = {index: [own.start for _, own in layer.heads] for index, layer in layers}
+    with masking.heads(model, off):
+        masked = logits(model)
+        found = {index: dp.attribute(ids, 5, sources=Heads(index)) for index in off}
+    limit = 2e-6 if name in models.NORMS_IN_FP32 or name in models.RECURRENT else 1e-12
+    assert torch.allclose(masked, logits(removed), rtol=limit, atol=limit)
+    assert not torch.allclose(masked, before)
+    for index, result in found.items():
+        assert result.conservation_error.max() < 5e-6  # recurrences compute in fp32
+        heads = {source.index: scores for source, scores in zip(result.sources, result.scores[0], strict=True)
+                 if source.kind == "head"}  # fmt: skip
+        assert all(bool((heads[head] == 0).all()) == (head in off[index]) for head in heads)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name in ("gemma4", "falcon_h1")])
+def test_masked_neurons_of_other_layers_score_nothing(name: str, device: str) -> None:
+    dp, ids = DePass(models.make(name, torch.float64, device), rule="taylor"), IDS[0].tolist()
+    with masking.neurons(dp, {1: [0, 7]}):
+        found = dp.attribute(ids, 5, sources=Neurons(1, range(10)))
+    neurons = {source.index: scores for source, scores in zip(found.sources, found.scores[0], strict=True)
+               if source.kind == "neuron"}  # fmt: skip
+    assert [index for index in range(10) if not neurons[index].any()] == [0, 7]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from gemma4_oracle import Gemma4Oracle, Llama4Oracle
 from oracle import WITHOUT_BIAS, Oracle
 from recurrent_oracle import RecurrentOracle
 
@@ -14,7 +15,8 @@ from depass import DePass, Spans
 
 LENGTH = 7
 RECURRENT = ("qwen3_next", "granitemoehybrid-mamba", "nemotron_h", "falcon_h1")
-NEW = ("bitnet", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared", *RECURRENT)
+OTHERS = {"gemma4": Gemma4Oracle, "gemma4-experts": Gemma4Oracle, "llama4": Llama4Oracle}
+NEW = (*OTHERS, "bitnet", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared", *RECURRENT)
 FAMILIES = [
     "llama",
     "llama-biased",
@@ -38,7 +40,9 @@ def check(
     if bias:
         starts, owner = [0, *starts], [o + 1 for o in owner]
     its = models.make(name, torch.float64, device)
-    kind, tolerance = (RecurrentOracle, 2e-6) if name in RECURRENT else (Oracle, 1e-9)  # their rules compute in fp32
+    kind, tolerance = (OTHERS.get(name, Oracle), 1e-9)
+    if name in RECURRENT:
+        kind, tolerance = RecurrentOracle, 2e-6  # their rules compute in fp32
     oracle = kind(name.removesuffix("-mamba"), its, ids, starts, owner, bias)
     excluded = (1 if bias else 0) if exclude else None
     expected = oracle.run(rule, tau, excluded)

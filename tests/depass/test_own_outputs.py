@@ -86,6 +86,8 @@ def blocks(family: Family, layer: Any) -> list[str]:
         return []
     if not paths or family.experts not in paths:
         return [family.down.rpartition(".")[0] or family.down]  # an OPT layer has no module for its MLP
+    if family.experts_post_norm is not None and family.shared_post_norm is not None:
+        return [family.experts_post_norm, family.shared_post_norm]
     inside = family.experts.rpartition(".")[0]
     return [inside, *(path.rpartition(".")[0] for path in paths[1:] if not path.startswith(f"{inside}."))]
 
@@ -108,6 +110,7 @@ def looked_at(dp: DePass, index: int) -> tuple[Any, Family, Seen, float]:
     norms = [
         norm for norm in (family.attention_post_norm, family.mlp_post_norm) if norm is not None and has(layer, norm)
     ]
+    norms += [norm for norm in (family.experts_post_norm,) if experts and norm is not None]
     own = [path for module, output, _ in mixing(family, layer) for path in (module, output)]
     paths = [*own, *blocks(family, layer), *experts, *norms]
     factor = getattr(model.config, family.residual_factor) if family.residual_factor else 1.0
@@ -179,6 +182,22 @@ def parts_of(seen: Seen, layer: Any, written_by: str, count: int) -> list[Tensor
     return removed
 
 
+def alone(module: Any, seen: Seen, family: Family, expert: int) -> tuple[Tensor, Tensor | None, bool]:
+    """What an expert puts out ``[N, D]``, what its bias adds to that or None, and whether a position chose it."""
+    assert family.experts is not None
+    if family.input_router is not None:  # the experts' rows follow one another
+        weights = seen.got[family.experts][0].view(len(module.down_proj), len(IDS), -1)
+        rows = seen.put[family.experts].view(len(module.down_proj), len(IDS), -1)
+        return rows[expert], None, bool(weights[expert].any())
+    x, *others = seen.got[family.experts]
+    chosen, weight = sorted(others[:2], key=torch.is_floating_point)
+    own = torch.where(chosen == expert, weight, 0)
+    with torch.no_grad():
+        output = flat(module(x, chosen, own))
+    bias = flat(own.sum(1, keepdim=True) * module.down_proj_bias[expert]) if module.has_bias else None
+    return output, bias, bool((chosen == expert).any())
+
+
 @pytest.mark.parametrize("name", models.WITH_EXPERTS)
 def test_routed_experts_are_what_each_puts_out_alone(name: str, device: str) -> None:
     dp = DePass(models.make(name, torch.float64, device))
@@ -186,23 +205,21 @@ def test_routed_experts_are_what_each_puts_out_alone(name: str, device: str) -> 
         layer, family, seen, factor = looked_at(dp, index)
         assert family.experts is not None
         module = layer.get_submodule(family.experts)
-        x, *others = seen.got[family.experts]
-        chosen, weight = sorted(others[:2], key=torch.is_floating_point)
         count = len(module.down_proj)
         rows, norm = starts(dp, RoutedExperts(index)), post_norm(layer, family.mlp_post_norm)
         whole = torch.stack([seen.put[path] for path in blocks(family, layer)]).sum(0)
         total = seen.normed(whole, norm)[0] if norm else seen.put[family.experts]
-        biases = torch.zeros_like(seen.put[family.experts])
+        biases = torch.zeros_like(whole)
+        if family.input_router is not None:
+            total = seen.put["feed_forward"]
         for expert in range(count):
-            alone = torch.where(chosen == expert, weight, 0)
-            with torch.no_grad():
-                own = flat(module(x, chosen, alone))
-            if module.has_bias:
-                bias = flat(alone.sum(1, keepdim=True) * module.down_proj_bias[expert])
+            own, bias, is_chosen = alone(module, seen, family, expert)
+            if bias is not None:
                 own, biases = own - bias, biases + bias
+            own = seen.normed(seen.put[family.experts], family.experts_post_norm, own)[1]
             own = seen.normed(whole, norm, own)[1]
             close(rows[f"L{index}E{expert}"], own * factor, norm, total)
-            assert own.any() == (chosen == expert).any()
+            assert own.any() == is_chosen
         if "bias" in rows:
             close(rows["bias"], seen.normed(whole, norm, biases)[1] * factor, norm, total)
         assert len(rows) == count + 1 + ("bias" in rows)

@@ -34,7 +34,12 @@ from depass.models.experts import Places
 from depass.rules import LINEAR
 
 IDS = models.prompt(8)
-FAMILIES = ["qwen3_moe", "qwen2_moe", "gpt_oss", "granitemoeshared"]  # with a dense layer, a weight, biases, a factor
+# with a dense layer, a weight, biases, a factor, norms of the experts' own, weights on inputs
+FAMILIES = [
+    name
+    for name in ("qwen3_moe", "qwen2_moe", "gpt_oss", "granitemoeshared", "gemma4-experts", "llama4")
+    if name in models.CONFIGS
+]
 
 
 def made(name: str, device: str, dtype: torch.dtype = torch.float64, **others: Any) -> DePass:
@@ -365,8 +370,9 @@ def test_router_patching_is_the_slope_of_weighting_an_expert_less(name: str, dev
     module, step = dp.bound.layers[layer].experts.module, 1e-2  # type: ignore[union-attr]
     for expert in range(3):
         values = []
-        for factor in (1 - step, 1 + step):  # the router's weight and the expert's output are one product
-            kept = {name: own.data.clone() for name, own in module.named_parameters() if "down" in name}
+        for factor in (1 - step, 1 + step):  # the router's weight and the expert's output, or input, are one product
+            scaled = "gate_up" if name == "llama4" else "down"
+            kept = {path: own.data.clone() for path, own in module.named_parameters() if scaled in path}
             for name_of, own in module.named_parameters():
                 if name_of in kept:
                     own.data[expert] *= factor
@@ -387,6 +393,8 @@ def test_norms_and_weights_are_those_at_the_target(name: str, device: str) -> No
     for source, row in zip(states.sources, states.dense(models.LAYERS)[:, at], strict=True):
         if source.kind == "expert":
             last[source.index or 0] = row.norm()
+    scalar = dp.bound.layers[-1].scalar  # at the layer's end, behind what the experts add
+    last = last if scalar is None else last / scalar.double().cpu()
     torch.testing.assert_close(norms.scores[0, -1], last.float(), rtol=1e-5, atol=1e-6)
     assert ((weights.scores > 0).sum(2) == 2).all()
     assert torch.isnan(norms.rest).all()

@@ -37,6 +37,7 @@ def special(kind: str, family: Family) -> str:
     found = []
     if family.experts is not None:
         beside = " and an MLP beside" if family.shared_gate else ""
+        beside += ", the router's weights on the experts' inputs" if family.input_router else ""
         found.append(f"experts{beside.replace('an MLP', 'a weighted MLP') if family.shared_weight else beside}")
     if family.recurrence is not None:
         kinds = {"delta_rule": "a gated delta rule", "state_space": "Mamba-2"}
@@ -49,6 +50,11 @@ def special(kind: str, family: Family) -> str:
         found.append("latent values")
     elif family.value_rows != "all":
         found.append("fused values")
+    named = {
+        "value_norm": "norms on values", "shared_values": "shared values", "late_gate": "a branch behind the MLP",
+        "layer_scalar": "a factor on the stream",
+    }  # fmt: skip
+    found += [text for part, text in named.items() if getattr(family, part) is not None]
     if family.mix_gate is not None:
         found.append("a gate on what the heads mix")
     if family.mix_norm is not None:

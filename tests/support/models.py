@@ -71,6 +71,19 @@ _FALCON = {
 }  # fmt: skip
 _LOCAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 
+# keys and values of layer 0 in layer 2, a branch behind the MLP
+_GEMMA4 = {
+    **SIZES, "head_dim": 8, "global_head_dim": 12, "sliding_window": WINDOW, "tie_word_embeddings": True,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+_LATE = {"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": VOCABULARY}
+_GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+_LLAMA4 = {
+    **_LOCAL, "head_dim": 8, "intermediate_size": 24, "intermediate_size_mlp": 56, "moe_layers": [0, 2],
+    "no_rope_layers": [1, 0, 1], "attention_chunk_size": WINDOW, "floor_scale": 3, "attn_scale": 0.4,
+    "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+}  # fmt: skip
+
 # name: (class prefix, config), of the families that the installed transformers has
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SIZES),
@@ -109,6 +122,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeShared",
         {**_LOCAL, **_FACTORS, "logits_scaling": 3.0, "intermediate_size": 24, "shared_intermediate_size": 32},
     ),
+    # norms on values, shared keys and values, a branch and a factor behind the MLP; experts with norms of their own, keys
+    # that are the values; weights on the experts' inputs
+    "gemma4": ("Gemma4", {**_GEMMA4, **_LATE, "num_kv_shared_layers": 1, "final_logit_softcapping": 5.0}),
+    "gemma4-experts": (
+        "Gemma4",
+        {**_GEMMA4, **_GEMMA4_EXPERTS, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+         "num_global_key_value_heads": 1},
+    ),
+    "llama4": ("Llama4", _LLAMA4),
     # linear attention in two layers of three: a gated delta rule, with a gate on the other's attention; Mamba-2
     "qwen3_next": (
         "Qwen3Next", {**EXPERTS, **_RECURRENT, "num_experts": 4, "shared_expert_intermediate_size": 32},
@@ -241,6 +263,7 @@ SINCE = {
     **dict.fromkeys(("nemotron_h", "falcon_h1"), "5.24"),  # older ones: not tried
     "cohere2_moe": "5.9", "mellum": "5.10", "granitemoe": "5.13", "granitemoeshared": "5.13", "granitemoehybrid": "5.13",
     "granite_swa": "5.15", "granitemoe_swa": "5.15",
+    "gemma4_text": "5.24", "gemma4": "5.24", "llama4_text": "5.24", "llama4": "5.24",  # older ones: not tried
 }  # fmt: skip
 OLDEST = "4.53"  # of the supported transformers
 
@@ -267,7 +290,8 @@ EVERY = {**CONFIGS, **SIMILAR}
 RECURRENT = [
     name for name, (_, sizes) in EVERY.items() if {"linear_key_head_dim", "mamba_d_state", "ssm_state_size"} & {*sizes}
 ]
-WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if "num_experts_per_tok" in sizes]
+WITH_EXPERTS = [name for name, (_, sizes) in EVERY.items() if {"num_experts_per_tok", "top_k_experts"} & {*sizes}]
+LENDING = [name for name, (_, sizes) in EVERY.items() if sizes.get("num_kv_shared_layers")]
 
 # families whose norms compute in fp32 whatever the dtype; in fp64 the others conserve to rounding
 _IN_FP64 = (
@@ -296,7 +320,8 @@ def holds(bound: Any, spec: Any) -> bool:
 
 def adds_one(norm: torch.nn.Module) -> bool:
     """Whether an RMSNorm of transformers stores ``w`` and multiplies by ``1 + w``."""
-    return any(family in type(norm).__name__ for family in ("Gemma", "Qwen3Next", "Qwen3_5"))
+    name = type(norm).__name__
+    return "Gemma4" not in name and any(family in name for family in ("Gemma", "Qwen3Next", "Qwen3_5"))
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, **others: Any) -> Any:
@@ -305,7 +330,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     sizes = {**sizes, **others}
     if prefix == "GPTNeoX":
         sizes.pop("num_key_value_heads", None)
-    config_class = {name: f"{name}TextConfig" for name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(
+    config_class = {name: f"{name}TextConfig" for name in ("Gemma3", "Gemma4", "Llama4", "Qwen3_5", "Qwen3_5Moe")}.get(
         prefix, f"{prefix}Config"
     )
     model_class = f"{_MODELS.get(prefix, prefix)}ForCausalLM"
@@ -325,6 +350,9 @@ def fill(model: Any, family: Family) -> None:
     """Make all parameters random and nonzero, at sizes that suit their places."""
     for path, parameter in model.named_parameters():
         parameter.data.copy_(_values(path, parameter, family))
+    for path, buffer in model.named_buffers():
+        if path.endswith(".layer_scalar"):
+            buffer.copy_(0.6 + torch.rand_like(buffer))
 
 
 def uncapped(model: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -339,6 +367,8 @@ def _values(path: str, parameter: torch.Tensor, family: Family) -> torch.Tensor:
         return 0.2 * normal + (0 if path.endswith("bias") else 1)
     if path.endswith("bias"):
         return 0.1 * normal
+    if path.endswith("per_expert_scale"):  # multiplies the router's weights
+        return 1 + 0.2 * normal
     if any(part in path for part in ("embed", ".wte", ".wpe", "lm_head", "output_projection")):
         return normal
     inner = shape[0] if ".c_" in path else shape[-1]  # GPT-2 keeps [in, out]

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-WITHOUT_BIAS = ("llama", "olmo2", "gemma2", "phi3", "olmo", "bitnet", "qwen3_moe", "granitemoeshared", "qwen3_next")
+WITHOUT_BIAS = (
+    "llama", "olmo2", "gemma2", "phi3", "olmo", "bitnet", "qwen3_moe", "granitemoeshared", "qwen3_next", "gemma4",
+    "gemma4-experts", "llama4",
+)  # fmt: skip
 PARALLEL = ("gpt-neox", "phi", "cohere", "codegen")  # both sublayers read the layer's input
 # by name: the experts, and the projections of the MLP beside them
 EXPERTS: dict[str, tuple[str, str | None, str | None]] = {
@@ -25,6 +28,12 @@ EXPERTS: dict[str, tuple[str, str | None, str | None]] = {
     "nemotron_h": ("mixer.experts", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
     "granitemoehybrid": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),
     "gpt_oss": ("mlp.experts", None, None),
+    "gemma4-experts": ("experts", "mlp.gate_proj", "mlp.down_proj"),
+    "llama4": (
+        "feed_forward.experts",
+        "feed_forward.shared_expert.gate_proj",
+        "feed_forward.shared_expert.down_proj",
+    ),
     "deepseek_v3": ("mlp.experts", "mlp.shared_experts.gate_proj", "mlp.shared_experts.down_proj"),
     "granitemoeshared": ("block_sparse_moe.experts", "shared_mlp.input_linear", "shared_mlp.output_linear"),
 }
@@ -47,7 +56,8 @@ class Oracle:
         self.model = copy.deepcopy(run).to("cpu", torch.float64)  # the loop itself runs on the CPU
         config = run.config
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
-        self.groups = getattr(config, "num_key_value_heads", self.heads)
+        # Gemma 4's differ by layer, and its loop reads them off the values
+        self.groups = 0 if name.startswith("gemma4") else getattr(config, "num_key_value_heads", self.heads)
         self.starts, self.owner, self.bias = starts, owner, bias
         self.captured: dict[str, Tensor] = {}
         self._capture(run)
@@ -59,7 +69,7 @@ class Oracle:
             def keep(module: Any, args: Any, output: Any, path: str = path) -> None:
                 if args and isinstance(args[0], Tensor):  # [1, T, D], or [T, D] inside of some MLPs
                     self.captured[path + ":in"] = args[0].flatten(0, -2).cpu()
-                if path.endswith(".experts"):
+                if path.endswith(".experts") and len(args) > 1:
                     self.captured[path + ":chosen"], self.captured[path + ":weight"] = (each.cpu() for each in args[1:])
                 if isinstance(output, Tensor):
                     self.captured[path + ":out"] = output.flatten(0, -2).cpu()
@@ -302,8 +312,11 @@ class Oracle:
                 lambda x, is_bias: weight * self.linear(p["d"], x, is_bias),
             )  # fmt: skip
         path = self.experts(layer)
-        if path is None:
-            return
+        if path is not None:
+            yield from self.of_experts(path, t)
+
+    def of_experts(self, path: str, t: int) -> Iterator[Branch]:
+        """Each expert that a position chose."""
         for e, weight in zip(
             self.captured[path + ":chosen"][t].tolist(), self.captured[path + ":weight"][t], strict=True
         ):

@@ -20,7 +20,7 @@ from ..masking import Kind, layers_with, num_components, read_by
 from ..models import attention, capture
 from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture, routing_of
-from ..models.experts import Places, outputs
+from ..models.experts import outputs
 from ..models.trace import Trace
 from ..results.sweep import Sweep
 from .common import (
@@ -162,7 +162,7 @@ class _Inputs:
         self.thread = threading.get_ident()
         self.inputs: list[Tensor] = []  # or the router's weights [N, k]
         self.modules: list[nn.Module] = []  # that read these
-        self.chosen: list[Tensor] = []  # [N, k], with these
+        self.chosen: list[Tensor] = []  # [N, k], with these; [N, E] of a router of inputs
 
     @capture.of_this_thread
     def keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -173,6 +173,12 @@ class _Inputs:
     def keep_weights(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         chosen, weight = routing_of(args, kwargs)[1:]
         self.chosen.append(chosen)
+        self.inputs.append(weight)
+
+    @capture.of_this_thread
+    def keep_weights_on_input(self, _: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        weight = output[0]  # [N, E]
+        self.chosen.append(torch.arange(weight.shape[1], device=weight.device).expand(weight.shape))
         self.inputs.append(weight)
 
 
@@ -210,8 +216,9 @@ def _router_patching(bound: BoundModel, case: _Case, _: int) -> Tensor:
         ]
         return torch.stack(by_expert)
 
-    modules = [layer.experts.module for layer in bound.layers if layer.experts is not None]
-    hooks = (module.register_forward_pre_hook(kept.keep_weights, with_kwargs=True) for module in modules)
+    found = [layer.experts for layer in bound.layers if layer.experts is not None]
+    hooks = (experts.module.register_forward_pre_hook(kept.keep_weights, with_kwargs=True) if experts.router is None else
+             experts.router.register_forward_hook(kept.keep_weights_on_input) for experts in found)  # fmt: skip
     return _gradient_times_value(bound, case, hooks, kept, of_target)
 
 
@@ -320,14 +327,17 @@ def _expert_norm(layer: Layer, trace: Trace, positions: list[int]) -> Tensor | N
     assert trace.chosen is not None
     assert trace.chosen_weights is not None
     assert trace.routed is not None
-    places = Places.of(trace.chosen[positions], trace.chosen_weights[positions], layer.experts.count)
+    places = layer.experts.places(trace.chosen[positions], trace.chosen_weights[positions])
     sizes = torch.zeros(len(positions), layer.experts.count, device=trace.routed.device)
+    norms = [name for name in ("experts_post_norm", "mlp_post_norm") if getattr(layer, name) is not None]
     added = outputs(layer.experts.read(), places, trace.routed[positions], torch.float32, with_bias=False)
     for expert, run, output in added:
-        output = output if layer.mlp_post_norm is None else layer.mlp_post_norm.weighted(output)
+        for name in norms:
+            output = getattr(layer, name).weighted(output)
         sizes[places.position[run], expert] = torch.linalg.vector_norm(output, dim=-1)
-    scale = trace.scales.get("mlp_post_norm")
-    return sizes if scale is None else sizes * scale[positions, None]
+    for name in norms:
+        sizes = sizes * trace.scales[name][positions, None]
+    return sizes
 
 
 def _random(kind: Kind, bound: BoundModel, case: _Case, seed: int) -> Tensor:

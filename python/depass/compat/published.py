@@ -248,6 +248,9 @@ def _refuse_other_families(bound: BoundModel, asked: str, instead: str) -> None:
     reasons = [
         (bound.final_norm.is_centred, "LayerNorm"),
         (any(not layer.mixers or not layer.has_mlp for layer in bound.layers), "layers with one sublayer"),
+        (any(layer.late is not None or layer.scalar_path is not None for layer in bound.layers), "more behind the MLP"),
+        (any(mixer.value_norm is not None for mixer in mixers), "norms on values"),
+        (bool(bound.lending), "layers that share values"),
         (
             any(part.is_scaled for layer in bound.layers for part in layer.projections),
             "a factor on what a sublayer adds",

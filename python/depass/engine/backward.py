@@ -53,6 +53,8 @@ class StreamGradient:
         gradient: ``[T, P, D]``, its gradients. Any part of the stream scores the product with them.
         behind: ``[T, B]``, the scores of all biases behind it, those of the final norm and the head included.
         balance: ``[T, B]``, what the path weights lose behind it, less what they credit twice.
+        beside: ``[T, P]``, the scores of the keys and values of earlier layers that later ones take; None where there are
+            none. They belong to the position that they are of.
     """
 
     layer: int
@@ -61,10 +63,15 @@ class StreamGradient:
     gradient: Tensor
     behind: Tensor
     balance: Tensor
+    beside: Tensor | None = None
 
     def scores(self) -> Tensor:
-        """The scores of the whole stream by position, ``[T, P]``."""
-        return _dot(self.gradient, self.x, self.behind.dtype)
+        """The scores of the whole stream by position, ``[T, P]``, and of what goes beside it."""
+        return self.plus_beside(_dot(self.gradient, self.x, self.behind.dtype))
+
+    def plus_beside(self, scores: Tensor) -> Tensor:
+        """Scores ``[T, P]`` of the stream plus those of the keys and values beside it."""
+        return scores if self.beside is None else scores + self.beside
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,15 @@ class LayerGradients:
         before, after: the stream at the layer's input and at its output.
         middle: ``[T, P, D]``, the gradient of the stream between attention and MLP; None where they are parallel, or where
             the layer has no attention.
+        late, of_late: the stream that the branch behind the MLP reads ``[P, D]``, and its gradients ``[T, P, D]``; None in a
+            layer without.
         mixed, of_mixed: by mixer, the input of its output projection ``[P, H·d]``, and its gradients ``[T, P, H·d]``.
         hidden, of_hidden: the input of the MLP's down projection ``[P, F]``, and its gradients ``[T, P, F]``; None where the
             layer has experts or a mixer alone.
         routed: the experts' hidden vectors and gradients; None in a layer without experts.
         biases: the scores ``[T, P]`` of the layer's biases, by the path of their module in the layer.
         late_biases: the paths of those that the layer adds behind its middle.
+        last_biases: the paths of those that it adds in the branch behind the MLP.
         lost_in_mlp: ``[T, P]``, what the path weights lose in the MLP.
     """
 
@@ -122,6 +132,8 @@ class LayerGradients:
     before: StreamGradient
     after: StreamGradient
     middle: Tensor | None
+    late: Tensor | None
+    of_late: Tensor | None
     mixed: list[Tensor]
     of_mixed: list[Tensor]
     hidden: Tensor | None
@@ -129,6 +141,7 @@ class LayerGradients:
     routed: RoutedGradients | None
     biases: dict[str, Tensor]
     late_biases: frozenset[str]
+    last_biases: frozenset[str]
     lost_in_mlp: Tensor
 
     @property
@@ -220,9 +233,12 @@ class LayerGradients:
         """
         if parts in ("heads", "attn"):
             return self.after.scores() - self.attention() if self.middle is None else self._rest_of_middle(self.middle)
+        whole = self.after.scores()
+        if self.late is not None and self.of_late is not None:
+            whole = self.after.plus_beside(_dot(self.of_late, self.late, self._dtype))
         if parts == "experts":
-            return self.after.scores() - self._of_experts() - self._bias_of_experts()
-        return self.after.scores() - (self.mlp() if parts == "mlp" else self._added())
+            return whole - self._of_experts() - self._bias_of_experts()
+        return whole - (self.mlp() if parts == "mlp" else self._added())
 
     def bias(self, parts: Parts) -> Tensor:
         """The scores of the bias source ``[T, B]``, where the stream is split into ``parts``.
@@ -233,6 +249,8 @@ class LayerGradients:
         own = self.after.behind
         if parts in ("heads", "attn") and self.middle is not None:
             own = own + self._sum_of(self.late_biases)
+        if parts not in ("heads", "attn"):
+            own = own + self._sum_of(self.last_biases)
         if parts == "heads":
             own = own + self.of_prompts(self._biases_of_attention())
         return own + self.of_prompts(self._bias_of_experts()) if parts == "experts" else own
@@ -264,7 +282,7 @@ class LayerGradients:
         return own + _dot(self.of_hidden, self.hidden, self._dtype)
 
     def _rest_of_middle(self, middle: Tensor) -> Tensor:
-        return _dot(middle, self.before.x, self._dtype)
+        return self.after.plus_beside(_dot(middle, self.before.x, self._dtype))
 
     def _sum_of(self, paths: Iterable[str]) -> Tensor:
         zero = torch.zeros_like(self.after.behind)
@@ -310,6 +328,13 @@ def _of_prompts(scores: Tensor, lengths: list[int]) -> Tensor:
 def _dot(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``[T, ...]`` of gradients ``[T, ..., n]`` and values ``[..., n]``."""
     return torch.einsum("t...n,...n->t...", gradient.to(dtype), x.to(dtype))
+
+
+class _Shared(NamedTuple):
+    """Keys or values that later layers take, and the gradients that these gave them so far."""
+
+    x: Tensor  # [B, K, N, d]
+    gradient: Tensor  # [T, B, K, N, d]
 
 
 class _Seed(NamedTuple):
@@ -486,6 +511,7 @@ class Backward:
         gradient = torch.zeros(count, *last.shape, dtype=dtype, device=last.device)
         behind = torch.zeros(2, count, len(self.lengths), dtype=dtype, device=last.device)  # biases, and the balance
         furthest = [max(seed.layer for seed in seeds if seed.target == j) for j in range(count)]
+        self._shared: dict[int, list[_Shared]] = {}
         self._arrive(self.stop, last, gradient, behind, seeds)
         del last
         while segments:
@@ -496,11 +522,16 @@ class Backward:
                 segment.run_again()
             for group in self._groups(some):
                 at = torch.tensor(group, device=gradient.device)
-                found = segment.go_back(gradient[at], is_last=group[-1] == some[-1])
+                of_lent = [each.gradient[at] for each in self._shared.get(segment.index, ())]
+                found = segment.go_back(gradient[at], group[-1] == some[-1], of_lent)
                 with without_autocast(gradient.device):
-                    before = self._read(segment, found, group, gradient[at], behind[:, at])
+                    after = self._beside(segment.index + 1, at)
+                    self._keep_taken(segment, found, at, count)
+                    beside = after, self._beside(segment.index, at)
+                    before = self._read(segment, found, group, gradient[at], behind[:, at], beside)
                 gradient[at], behind[:, at] = found.leaf.to(dtype), before
                 del found
+            self._shared.pop(segment.index, None)
             self._arrive(segment.index, segment.leaf, gradient, behind, seeds)
             segment.drop()
             self.passed(segment.index)
@@ -518,10 +549,42 @@ class Backward:
             chosen = slice(None) if len(some) == len(gradient) else some
             flat = self.packing.flat(x.detach())
             with without_autocast(x.device):
-                given = StreamGradient(layer, some, flat, self._flat(gradient[chosen]), *behind[:, chosen])
+                beside = self._beside(layer, torch.tensor(some, device=x.device))
+                own = self._flat(gradient[chosen])
+                given = StreamGradient(layer, some, flat, own, behind[0, chosen], behind[1, chosen], beside)
                 self._hand_on(layer, self.stream, given)
 
-    def _read(self, segment: Segment, found: Found, group: list[int], gradient: Tensor, behind: Tensor) -> Tensor:
+    def _beside(self, layer: int, targets: Tensor) -> Tensor | None:
+        """The scores ``[T, P]`` of keys and values of layers before this one that go to layers gone back through."""
+        shared = [each for lender, of_layer in self._shared.items() if lender < layer for each in of_layer]
+        scores: Tensor | None = None
+        for each in shared:
+            own = each.x.transpose(1, 2).flatten(2).to(targets.device)  # [B, N, K·d]
+            gradient = each.gradient.to(targets.device)[targets].transpose(2, 3).flatten(3)  # [T, B, N, K·d]
+            of_each = _dot(self._flat(gradient), self.packing.flat(own), self.bound.state_dtype)
+            scores = of_each if scores is None else scores + of_each
+        return scores
+
+    def _keep_taken(self, segment: Segment, found: Found, at: Tensor, count: int) -> None:
+        """Add up the gradients of the keys and values that a layer takes from an earlier one."""
+        lender = segment.modules.values_of
+        if lender is None:
+            return
+        if lender not in self._shared:
+            self._shared[lender] = [_Shared(x.detach(), x.new_zeros(count, *x.shape, dtype=self.bound.state_dtype))
+                                    for x in segment.flow.taken]  # fmt: skip
+        for each, gradient in zip(self._shared[lender], found.taken, strict=True):
+            each.gradient[at] += gradient.to(each.gradient)
+
+    def _read(
+        self,
+        segment: Segment,
+        found: Found,
+        group: list[int],
+        gradient: Tensor,
+        behind: Tensor,
+        beside: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
         """Hand a layer's gradients on; returns the scores of biases and the balance behind its input ``[2, T, B]``."""
         flat, dtype, index = self.packing.flat, self.bound.state_dtype, segment.index
         routed = self._routed(segment, found)
@@ -534,8 +597,12 @@ class Backward:
             bound=self.bound,
             layer=index,
             lengths=self.lengths,
-            before=StreamGradient(index, group, x, of_x, *before),
-            after=StreamGradient(index + 1, group, flat(segment.output.detach()), self._flat(gradient), *behind),
+            before=StreamGradient(index, group, x, of_x, before[0], before[1], beside[1]),
+            after=StreamGradient(
+                index + 1, group, flat(segment.output.detach()), self._flat(gradient), behind[0], behind[1], beside[0]
+            ),
+            late=None if segment.late is None else flat(segment.late.detach()),
+            of_late=None if found.late is None else self._flat(found.late),
             middle=None if found.middle is None else self._flat(found.middle),
             mixed=[flat(mixed.detach()) for mixed in segment.mixed],
             of_mixed=[self._flat(mixed) for mixed in found.mixed],
@@ -544,10 +611,16 @@ class Backward:
             routed=routed,
             biases=biases,
             late_biases=frozenset(each.path for each in segment.biased[segment.early :] if each.path in biases),
+            last_biases=self._last_biases(segment, biases),
             lost_in_mlp=lost_in_mlp,
         )
         self._hand_on(index, self.layer, gradients)
         return before
+
+    def _last_biases(self, segment: Segment, biases: dict[str, Tensor]) -> frozenset[str]:
+        if segment.late is None:
+            return frozenset()
+        return frozenset(each.path for each in segment.biased[segment.before_late :] if each.path in biases)
 
     def _routed(self, segment: Segment, found: Found) -> RoutedGradients | None:
         """The gradients of the experts' hidden vectors; None in a layer without experts."""
@@ -555,7 +628,9 @@ class Backward:
             return None
         call, experts = segment.routed, self.bound.layers[segment.index].experts
         assert experts is not None
-        position = self.packing.position_of_row(len(call.output), call.places.position.device)[call.places.position]
+        rows = len(call.output) if experts.router is None else len(call.output) // experts.count
+        at = call.places.position % rows  # a router of inputs gives each expert rows of its own
+        position = self.packing.position_of_row(rows, at.device)[at]
         return RoutedGradients(
             call.hidden.detach(), found.routed, position, call.places.expert, experts.count, self.bound.state_dtype
         )

@@ -211,6 +211,8 @@ class _SourcesPass(LinearPass):
                     scores = _of_spans(parts, per_position[:, own])
                 else:
                     scores = _of_rows(parts, gradient.gradient[:, own], gradient.x[own], self.bound.state_dtype)
+                    if gradient.beside is not None:
+                        scores = scores + _of_spans(parts, gradient.beside[:, own])
                 if self.bound.has_bias:
                     scores[:, 0] += gradient.behind[:, i]
                 self._put(i, j, gradient.targets, torch.cat([scores, gradient.balance[:, i, None]], 1))
@@ -237,13 +239,8 @@ class _SourcesPass(LinearPass):
 
 def _of_spans(parts: Decomposition, per_position: Tensor) -> Tensor:
     """Scores ``[T, M]`` of sources of the prompt: sums of the scores ``[T, N]`` of their tokens."""
-    rest = next((i for i, source in enumerate(parts.sources) if source.kind == "rest"), 0)
-    owner = torch.full((per_position.shape[1],), rest, device="cpu")
-    for index, source in enumerate(parts.sources):
-        if source.start is not None:
-            owner[source.start : source.end] = index
     scores = per_position.new_zeros(len(per_position), len(parts.sources))
-    return scores.index_add(1, owner.to(scores.device), per_position)
+    return scores.index_add(1, parts.owner.to(scores.device), per_position)
 
 
 def _of_rows(parts: Decomposition, gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -162,6 +162,8 @@ class Pass(Capture):
             self.propagation.attention(index, trace, read)
             self._join(index, "middle", trace)
             self.propagation.mlp(index, trace, read)
+            self._join(index, "late", trace)
+            self.propagation.finish(index, trace)
             self._join(index, "end", trace)
         if self.progress is not None:
             self.progress(index - self.layers.start + 1, len(self.layers))

@@ -33,6 +33,8 @@ class Found(NamedTuple):
     steering: list[Tensor]
     middle: Tensor | None
     biased: list[Tensor | None]
+    late: Tensor | None
+    taken: list[Tensor]
 
 
 class Biased(NamedTuple):
@@ -65,6 +67,8 @@ class Segment:
         routed: the call of the experts, None in a layer without.
         biased: the places where the layer adds biases, in the order of its calls.
         early: how many of them come before the middle of the layer.
+        late: the residual stream that the branch behind the MLP reads, None in a layer without.
+        before_late: how many of the biases come before it.
     """
 
     leaf: Tensor
@@ -72,6 +76,7 @@ class Segment:
     mixed: list[Tensor]
     hidden: Tensor | None = None
     routed: ExpertsCall | None = None
+    late: Tensor | None = None
 
     def __init__(self, run: Backward, index: int, flow: LayerPaths) -> None:
         self.run, self.index, self.modules, self.flow = run, index, run.bound.layers[index], flow
@@ -80,7 +85,8 @@ class Segment:
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.middle: tuple[GradientEdge, float] | None = None  # with what multiplies that output before it is added
         self.biased: list[Biased] = []
-        self.early = 0
+        self.early, self.before_late = 0, 0
+        flow.cuts = True
         self.ran: set[nn.Module] = set()
         self.paths = {module: path for path, module in self.modules.module.named_modules()}
 
@@ -92,6 +98,8 @@ class Segment:
             hooks.append(mixer.output.module.register_forward_pre_hook(partial(self.at_mixed, number)))
         if modules.mlp is not None:
             hooks.append(modules.mlp.down.module.register_forward_pre_hook(self.at_hidden))
+        if modules.late is not None:
+            hooks.append(modules.late.gate.module.register_forward_pre_hook(self.at_late))
         if modules.experts is not None:
             hooks.append(modules.experts.module.register_forward_hook(self.at_experts))
         detached = self.flow.prepended
@@ -156,6 +164,14 @@ class Segment:
             return None
         self.hidden = _in_graph(args[0])
         return (self.hidden, *args[1:])
+
+    @of_this_thread
+    def at_late(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keep the stream that the branch behind the MLP reads."""
+        self.ran.add(module)
+        if torch.is_grad_enabled():
+            self._must_carry(args[0])
+            self.late, self.before_late = args[0], len(self.biased)
 
     @of_this_thread
     def at_experts(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -248,6 +264,7 @@ class Segment:
         parts = [("output projection", mixer.output.module) for mixer in layer.mixers]
         parts += [] if layer.mlp is None else [("down projection", layer.mlp.down.module)]
         parts += [] if layer.experts is None else [("experts", layer.experts.module)]
+        parts += [] if layer.late is None else [("branch behind the MLP", layer.late.gate.module)]
         for part, module in parts:
             if module not in self.ran:
                 raise ModelError(
@@ -257,7 +274,7 @@ class Segment:
 
     def drop(self) -> None:
         """Free the layer's tensors; its hooks hold the segment until the pass ends."""
-        for name in ("leaf", "output", "mixed", "hidden", "routed"):
+        for name in ("leaf", "output", "mixed", "hidden", "routed", "late"):
             self.__dict__.pop(name, None)
         if self.flow.experts is not None:
             self.flow.experts.call = None
@@ -265,7 +282,7 @@ class Segment:
             self.flow.recurrence.call = None
         self.call, self.middle = None, None
         self.biased.clear()
-        self.flow.steering.clear()
+        self.flow.steering, self.flow.lent, self.flow.taken = [], [], []
 
     def run_again(self) -> None:
         """Run the layer again from its stored input, now with a graph."""
@@ -274,27 +291,35 @@ class Segment:
         self.has_graph = True
         self.modules.module(*args, **kwargs)
 
-    def go_back(self, gradient: Tensor, is_last: bool) -> Found:
-        """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last."""
+    def go_back(self, gradient: Tensor, is_last: bool, of_lent: Sequence[Tensor] = ()) -> Found:
+        """The gradients for those of the layer's output, ``[t, ...]``; the graph is freed after the last.
+
+        ``of_lent`` are the gradients ``[t, ...]`` of the keys and values that later layers took.
+        """
         self._must_carry(self.output)
-        own = [self.hidden, None if self.routed is None else self.routed.hidden]
+        own = [self.hidden, None if self.routed is None else self.routed.hidden, self.late]
         tensors = [self.leaf, *self.mixed, *(each for each in own if each is not None)]
-        steering, edges = self.flow.steering, [each.output for each in self.biased]
-        inputs = [*tensors, *steering, *edges, *(() if self.middle is None else (self.middle[0],))]
-        gradient, is_batch = gradient.to(self.output.dtype), len(gradient) > 1
+        steering, edges, taken = self.flow.steering, [each.output for each in self.biased], self.flow.taken
+        inputs = [*tensors, *steering, *edges, *taken, *(() if self.middle is None else (self.middle[0],))]
+        outputs = [self.output, *(self.flow.lent if len(of_lent) else ())]
+        given, is_batch = [gradient, *of_lent], len(gradient) > 1
+        given = [each.to(output.dtype) for each, output in zip(given, outputs, strict=True)]
         found: Sequence[Any] = torch.autograd.grad(
-            self.output, inputs, gradient if is_batch else gradient[0], retain_graph=not is_last, allow_unused=True,
-            is_grads_batched=is_batch,
+            outputs, inputs, given if is_batch else [each[0] for each in given], retain_graph=not is_last,
+            allow_unused=True, is_grads_batched=is_batch,
         )  # fmt: skip
         if any(each is None for each in found[: len(tensors)]):
             self._must_carry(None)
         remaining = iter(found if is_batch else [None if each is None else each[None] for each in found])
         leaf, mixed = next(remaining), [next(remaining) for _ in self.mixed]
-        hidden, routed = (None if each is None else next(remaining) for each in own)
-        of_steering, of_edges = ([next(remaining) for _ in some] for some in (steering, edges))
+        hidden, routed, late = (None if each is None else next(remaining) for each in own)
+        of_steering, of_edges, of_taken = ([next(remaining) for _ in some] for some in (steering, edges, taken))
+        # a key has no gradient where the pattern is frozen
+        of_taken = [x.new_zeros(len(gradient), *x.shape) if of is None else of
+                    for x, of in zip(taken, of_taken, strict=True)]  # fmt: skip
         # the gradient of what the attention adds to the stream is its output's by the factor between them
         middle = None if self.middle is None else next(remaining) / self.middle[1]
-        return Found(leaf, mixed, hidden, routed, of_steering, middle, of_edges)
+        return Found(leaf, mixed, hidden, routed, of_steering, middle, of_edges, late, of_taken)
 
 
 def _axis_of_positions(x: Tensor, count: int) -> int | None:

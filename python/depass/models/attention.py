@@ -26,10 +26,10 @@ from .bound import BoundModel
 from .packing import Packing, first_positions
 
 if TYPE_CHECKING:
-    from .capture import MixerCapture
+    from .capture import Lender, MixerCapture
 
 ATTENTION = "depass"
-at_work: dict[nn.Module, MixerCapture] = {}  # by attention module, while a pass runs
+at_work: dict[nn.Module, MixerCapture | Lender] = {}  # by attention module, while a pass runs
 running = threading.RLock()  # held during a pass
 Carry = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of queries, keys and values
 # of the values [B, K, T, d], the output [B, T, H, d] and the pattern [B, H, T, T]

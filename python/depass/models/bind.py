@@ -13,23 +13,24 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from . import weights
 from .alterations import refuse_compiled
-from .bind_layer import bind_layer, config_number, number_of
+from .bind_layer import bind_layer, config_number, number_of, share_values
 from .bound import BoundModel, Norm, Projection, epsilon_of
 from .experts import refuse_experts, refuse_other_experts
 from .families import FAMILIES, UNSUPPORTED, Factor, Family, Origin
 from .infer import InferenceError, compare, infer, known_layers
 from .multimodal import is_wrapped, located, placeholders, text_config
 from .nearest import nearest
-from .packing import takes_positions
+from .packing import counts_positions, takes_positions
 from .paths import WRITING, has, has_attention, has_experts, linear_paths, module_paths
 from .positions import switches
 from .shapes import refuse_shapes
 
 _FACTORS = ("residual_factor", "logit_factor", "logit_divisor")
-_LAYER_NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "latent_norm", "mix_norm")
 _TOGETHER = (  # fields that mean nothing without another
     ("shared_gate", "shared_down"), ("shared_down", "shared_gate"), ("shared_weight", "shared_gate"),
-    ("shared_gate", "experts"), ("latent_norm", "latent"),
+    ("shared_gate", "experts"), ("latent_norm", "latent"), ("input_router", "experts"), ("experts_norm", "experts"),
+    ("experts_post_norm", "experts"), ("shared_post_norm", "shared_gate"), ("late_gate", "late_down"),
+    ("late_down", "late_gate"), ("late_post_norm", "late_gate"),
 )  # fmt: skip
 
 
@@ -141,8 +142,10 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
     config, head = model.config, model.get_output_embeddings()
     text = text_config(config)
     backbone: Any = model.get_submodule(family.backbone)
+    name = getattr(config, "name_or_path", "") or type(model).__name__
     layers = tuple(bind_layer(layer, family, text) for layer in _blocks(model, family))
-    refuse_shapes(layers, family, getattr(config, "name_or_path", "") or type(model).__name__)
+    layers = share_values(layers, family, text, name)
+    refuse_shapes(layers, family, name)
     final_norm = Norm(backbone.get_submodule(family.final_norm), family.norm, family.epsilon)
     biased, found = any(layer.has_bias() for layer in layers), switches(backbone)
     dynamic = any(switch.kind == "dynamic" for switch in found)  # made for prompts beyond the config's positions
@@ -151,7 +154,7 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
         model=model,
         family=family,
         origin=origin,
-        name=getattr(config, "name_or_path", "") or type(model).__name__,
+        name=name,
         backbone=backbone,
         layers=layers,
         final_norm=final_norm,
@@ -165,7 +168,10 @@ def resolve(model: Any, family: Family, origin: Origin) -> BoundModel:
         is_wrapped=is_wrapped(config),
         placeholders=placeholders(config) if is_wrapped(config) else {},
         # a recurrence does not tell the prompts of one row apart
-        takes_positions=takes_positions(backbone) and all(layer.recurrence is None for layer in layers),
+        takes_positions=takes_positions(backbone)
+        and not any(
+            mixer.recurrence is not None or counts_positions(mixer.module) for layer in layers for mixer in layer.mixers
+        ),
         forwards={type(module): type(module).forward for module in (*backbone.modules(), head)},
         configs=tuple(configs.values()),
     )
@@ -238,8 +244,8 @@ def _refuse_missing(model: Any, family: Family) -> None:
             f"{type(model).__name__} ({model.config.model_type}) lacks modules that its family names; pass a depass.Family "
             f"with the right paths. Missing: {', '.join(missing)}"
         )
-    late = (family.attention_post_norm, family.mlp_post_norm, family.mix_norm)
-    if family.norm.startswith("layer") and any(path is not None for path in late):
+    late = [name for name in vars(family) if name.endswith("_post_norm") or name in ("mix_norm", "value_norm")]
+    if family.norm.startswith("layer") and any(getattr(family, name) is not None for name in late):
         raise ModelError("a LayerNorm on a sublayer's or the heads' output is not supported; it must be an RMSNorm")
 
 
@@ -284,7 +290,8 @@ def _refuse_config(config: Any, family: Family, name: str) -> None:
         raise ModelError(
             f"{name} has cross-attention, which DePass does not support: its inputs are not in the residual stream"
         )
-    if getattr(text, "use_bidirectional_attention", False):
+    # "vision" is causal in text
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise ModelError(
             f"{name} has bidirectional attention (use_bidirectional_attention); DePass needs causal attention"
         )
@@ -292,13 +299,9 @@ def _refuse_config(config: Any, family: Family, name: str) -> None:
 
 def _refuse_norms(model: Any, family: Family) -> None:
     """Raise a ModelError where a norm has no epsilon, or a weight under another name."""
-    norms = [
-        block.get_submodule(paths[part])
-        for block in _blocks(model, family)
-        for paths in (module_paths(block, family),)
-        for part in _LAYER_NORMS
-        if part in paths
-    ]
+    paths = [(block, path) for block in _blocks(model, family) for part, path in module_paths(block, family).items()
+             if part.endswith("_norm")]  # fmt: skip
+    norms = [block.get_submodule(path) for block, path in paths]
     norms = [module for module in norms if not isinstance(module, nn.Identity)]
     for module in (*norms, model.get_submodule(f"{family.backbone}.{family.final_norm}")):
         said = f"a norm of {type(model).__name__} ({type(module).__name__})"
@@ -352,7 +355,7 @@ def _refuse_unreadable(blocks: Sequence[Any], head: Any, family: Family, config:
             devices.add(str(weights.device_of(module)))
         if family.experts is not None and has_experts(block, family):
             experts = block.get_submodule(family.experts)
-            refuse_experts(experts, f"the experts of layer {index} of {name}")
+            refuse_experts(experts, f"the experts of layer {index} of {name}", family.input_router is not None)
             devices.add(str(weights.device_of(experts)))
         if len(devices) > 1:
             where = " and ".join(sorted(devices))

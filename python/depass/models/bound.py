@@ -173,6 +173,9 @@ class Mixer:
             ``latent_norm``.
         output: the output projection.
         mix_gate, mix_norm: the gate and the norm on what the heads mix, or None.
+        value_norm: the norm on each head's values, or None.
+        values_of: the layer whose keys and values the attention takes; ``value`` is then the projection of that layer. None
+            where it has its own.
         sinks: ``[H]``, the attention sinks that scale what the heads mix, or None.
         recurrence: the recurrence; None for an attention.
     """
@@ -185,13 +188,16 @@ class Mixer:
     latent_norm: Norm | None = None
     mix_gate: Projection | None = None
     mix_norm: Norm | None = None
+    value_norm: Norm | None = None
+    values_of: int | None = None
     sinks: Any = None
     recurrence: Recurrence | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers that the decomposition uses."""
-        return (*(() if self.latent is None else (self.latent,)), self.value, self.output)
+        value = (self.value,) if self.values_of is None else ()
+        return (*(() if self.latent is None else (self.latent,)), *value, self.output)
 
     def has_bias(self) -> bool:
         """Whether the values or the output have a bias."""
@@ -220,7 +226,7 @@ class Layer:
     """The modules, projections and norms of one layer: mixers that add to the stream, and then MLP or experts.
 
     A layer has one mixer, or two side by side whose outputs add; or none. It has an :class:`MLP`, experts, or both; or
-    none. What it does not have adds nothing.
+    none. What it does not have adds nothing. ``late`` is a branch behind the MLP, which reads the stream after it.
     """
 
     module: nn.Module
@@ -231,13 +237,20 @@ class Layer:
     mlp_norm: Norm | None
     attention_post_norm: Norm | None
     mlp_post_norm: Norm | None
+    experts_norm: Norm | None = None
+    experts_post_norm: Norm | None = None
+    shared_post_norm: Norm | None = None
+    late: MLP | None = None
+    late_post_norm: Norm | None = None
+    scalar_path: str | None = None
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)  # by path, all that was found
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers that the decomposition uses; experts are no linear layers."""
         of_mixers = [projection for mixer in self.mixers for projection in mixer.projections]
-        return (*of_mixers, *(() if self.mlp is None else (self.mlp.gate, self.mlp.down)))
+        mlps = [each for mlp in (self.mlp, self.late) if mlp is not None for each in (mlp.gate, mlp.down)]
+        return (*of_mixers, *mlps)
 
     @property
     def num_heads(self) -> int:
@@ -251,9 +264,19 @@ class Layer:
         return [(mixer, slice(*ends[number : number + 2])) for number, mixer in enumerate(self.mixers)]
 
     @property
+    def attention(self) -> Mixer | None:
+        """The mixer that is an attention, or None."""
+        return next((mixer for mixer in self.mixers if mixer.recurrence is None), None)
+
+    @property
     def recurrence(self) -> Recurrence | None:
         """The recurrence of one of the mixers, or None."""
         return next((mixer.recurrence for mixer in self.mixers if mixer.recurrence is not None), None)
+
+    @property
+    def values_of(self) -> int | None:
+        """The layer whose keys and values this one's attention takes, or None."""
+        return None if self.attention is None else self.attention.values_of
 
     @property
     def values(self) -> int:
@@ -269,6 +292,19 @@ class Layer:
     def has_mlp(self) -> bool:
         """Whether the layer has an MLP or experts."""
         return self.mlp is not None or self.experts is not None
+
+    @property
+    def read_by_experts(self) -> Norm | None:
+        """The norm on the experts' input."""
+        return self.mlp_norm if self.experts_norm is None else self.experts_norm
+
+    @property
+    def scalar(self) -> Tensor | None:
+        """The number, as a tensor, that multiplies the residual stream at the layer's end, or None."""
+        if self.scalar_path is None:
+            return None
+        path, _, name = self.scalar_path.rpartition(".")
+        return weights.dense(self.module.get_submodule(path), name)
 
     @property
     def only_mlp(self) -> MLP:
@@ -299,9 +335,11 @@ class Layer:
 
     def has_bias(self) -> bool:
         """Whether the layer has a bias, which adds to the residual stream independently of the prompt."""
-        norms = (norm for norm in (self.attention_norm, self.mlp_norm) if norm is not None)
+        read = (self.attention_norm, self.mlp_norm, self.experts_norm)
+        norms = (norm for norm in read if norm is not None)
         of_experts = self.experts is not None and self.experts.has_bias
-        of_mlp = self.mlp is not None and any(p.bias is not None for p in (self.mlp.gate, self.mlp.down))
+        mlps = [mlp for mlp in (self.mlp, self.late) if mlp is not None]
+        of_mlp = any(part.bias is not None for mlp in mlps for part in (mlp.gate, mlp.down))
         of_mixers = any(mixer.has_bias() for mixer in self.mixers)
         return of_experts or of_mlp or of_mixers or any(n.beta() is not None for n in norms)
 
@@ -364,6 +402,11 @@ class BoundModel:
     def has_recurrence(self) -> bool:
         """Whether a layer has a recurrence."""
         return any(layer.recurrence is not None for layer in self.layers)
+
+    @property
+    def lending(self) -> tuple[int, ...]:
+        """The layers whose keys and values later layers take, rising."""
+        return tuple(sorted({layer.values_of for layer in self.layers if layer.values_of is not None}))
 
     @property
     def has_experts(self) -> bool:

@@ -23,6 +23,7 @@ from .alterations import Alteration, alterations, likely, said_of, within
 from .attention import at_work, eager_with_patterns, in_one_row, refuse_nested, running
 from .bound import MLP, BoundModel, Mixer, Norm
 from .check import Seen, SeenMixer, activations, differences, first_miss, last_differences, limit, mixed
+from .experts import Experts
 from .multimodal import must_read_ids_alone
 from .packing import Packing
 from .positions import fresh
@@ -79,6 +80,12 @@ def of_this_thread(hook: Hook) -> Hook:
 masked_heads: dict[tuple[nn.Module, int], Tensor] = {}
 
 
+def unmasked(mixer: Mixer, of_heads: Tensor) -> Tensor:
+    """Numbers of a mixer's heads ``[B, H, ., .]``, such as the pattern, with zero for the heads that this thread masks."""
+    off = masked_heads.get((mixer.output.module, threading.get_ident()))
+    return of_heads if off is None else of_heads.masked_fill(off.to(of_heads.device)[:, :, None, None], 0)
+
+
 class Capture(ABC):
     """One forward pass of a model's backbone over prompts; a subclass implements :meth:`layer`.
 
@@ -132,6 +139,7 @@ class Capture(ABC):
             layers = [LayerCapture(self, index, self.is_checked(index)) for index in self.layers]
             for layer in layers:
                 layer.hook(stack)
+            self._hook_lending(stack)
             if bound.stream_to is not None:
                 stack.enter_context(streamed(bound, bound.stream_to))
             stack.enter_context(in_one_row(self.packing))
@@ -140,6 +148,15 @@ class Capture(ABC):
         self.normed = self.packing.flat(output)
         if self.layers[-1] + 1 == len(bound.layers):
             self.check_the_end()
+
+    def _hook_lending(self, stack: ExitStack) -> None:
+        """See the values of layers before this pass's, which its layers take."""
+        self.lent: dict[int, Tensor] = {}  # by layer, [P, K·d]
+        for index in self.bound.lending:
+            mixer = self.bound.layers[index].attention
+            if index < self.layers[0] and mixer is not None:
+                at_work[mixer.module] = Lender(self, index, mixer)
+                stack.callback(at_work.pop, mixer.module)
 
     def check_the_end(self) -> None:
         """Compare the final norm and the head where there are hooks; elsewhere the scores' sum shows a difference."""
@@ -208,6 +225,20 @@ def routing_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Ten
     return x, chosen, weight
 
 
+class Lender:
+    """Sees the values that a layer outside of a pass's layers lends to later ones."""
+
+    def __init__(self, run: Capture, index: int, mixer: Mixer) -> None:
+        self.run, self.index, self.mixer = run, index, mixer
+        self.seen = None
+        self.thread = threading.get_ident()
+
+    def attention(self, _: Tensor, values: Tensor) -> None:
+        """Keep the values ``[B, K, T, d]``."""
+        if threading.get_ident() == self.thread:
+            self.run.lent[self.index] = self.run.packing.of_padded(values.transpose(1, 2)).flatten(1)
+
+
 class Check(Capture):
     """A pass that only compares layers with the family."""
 
@@ -234,6 +265,8 @@ class MixerCapture:
                 hooks.append(mixer.value.module.register_forward_hook(self.values_of_recurrence))
         if mixer.latent_norm is not None:
             hooks.append(mixer.latent_norm.module.register_forward_pre_hook(self.latent_norm))
+        if mixer.value_norm is not None:
+            hooks.append(mixer.value_norm.module.register_forward_pre_hook(self.value_norm))
         if mixer.mix_gate is not None:
             hooks.append(mixer.mix_gate.module.register_forward_hook(self.mix_gate))
         if mixer.mix_norm is not None:
@@ -259,16 +292,18 @@ class MixerCapture:
         """Capture the attention pattern ``[B, H, T, T]``; a call of the module outside its layer is ignored."""
         if not self.of.is_running or threading.get_ident() != self.thread:
             return
-        self.trace.pattern = self._unmasked(pattern)
+        self.trace.pattern = unmasked(self.mixer, pattern)
+        run, lender, lends = self.of.run, self.mixer.values_of, self.of.index in self.of.run.bound.lending
+        if not lends and lender is None and self.seen is None:
+            return
+        flat = run.packing.of_padded(values.transpose(1, 2)).flatten(1)
+        if lends:
+            run.lent[self.of.index] = flat
+        if lender is not None:
+            self.trace.values = flat
         if self.seen is not None:
-            of_padded = self.of.run.packing.of_padded
-            self.seen.values = of_padded(values.transpose(1, 2)).flatten(1)
-            self.seen.mixed = of_padded(mixed(self.trace.pattern, values))
-
-    def _unmasked(self, pattern: Tensor) -> Tensor:
-        """A pattern without what masked heads pass on."""
-        off = masked_heads.get((self.mixer.output.module, self.thread))
-        return pattern if off is None else pattern.masked_fill(off.to(pattern.device)[:, :, None, None], 0)
+            self.seen.values, self.seen.mixed = flat, run.packing.of_padded(mixed(self.trace.pattern, values))
+            self.seen.lent = None if lender is None else run.lent.get(lender)
 
     @of_this_thread
     def recurrence(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -277,16 +312,26 @@ class MixerCapture:
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             frozen = self.mixer.recurrence.frozen(x)
-        trace, trace.pattern = self.trace, self._unmasked(frozen.pattern)
+        trace, trace.pattern = self.trace, unmasked(self.mixer, frozen.pattern)
         trace.value_scale, trace.mix_scale = self._flat(frozen.value_scale), self._flat(frozen.mix_scale)
         if self.seen is not None:
-            self.seen.mixed, self.seen.convolved = self._flat(frozen.mixed), self._flat(frozen.values)
+            by_head = frozen.mixed.reshape(*x.shape[:2], self.mixer.num_heads, -1).transpose(1, 2)  # [B, H, T, d]
+            self.seen.mixed = self._flat(unmasked(self.mixer, by_head).transpose(1, 2).flatten(2))
+            self.seen.convolved = self._flat(frozen.values)
 
     @of_this_thread
     def values_of_recurrence(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Capture what the value projection of a recurrence writes, before the convolution."""
         if self.seen is not None:
             self.seen.values = self.mixer.value.select_output(self._flat(output))
+
+    @of_this_thread
+    def value_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the scale and the weight of the norm on each head's values."""
+        norm, x = self.mixer.value_norm, self._flat(args[0])  # [P, K, d]
+        assert norm is not None
+        scale = norm.scale(x, self.of.run.bound.state_dtype)[..., None].expand(x.shape)
+        self.trace.value_scale = norm.weighted(scale).flatten(1)
 
     @of_this_thread
     def latent_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -350,13 +395,11 @@ class LayerCapture:
         ]
         if modules.mlp is not None:
             hooks += self._of_mlp(modules.mlp)
+        if modules.late is not None:
+            hooks.append(modules.late.down.module.register_forward_pre_hook(self.late_hidden))
+            hooks.append(modules.late.gate.module.register_forward_hook(self.late_gate))
         if modules.experts is not None:
-            hooks.append(modules.experts.module.register_forward_pre_hook(self.routed, with_kwargs=True))
-            if self.seen is not None:
-                hooks.append(modules.experts.module.register_forward_hook(self.experts))
-                around = str(self.run.bound.family.experts).rpartition(".")[0]
-                if around:
-                    hooks.append(modules.module.get_submodule(around).register_forward_hook(self.block))
+            hooks += self._of_experts(modules.experts)
         for hook in hooks:
             stack.callback(hook.remove)
 
@@ -373,6 +416,18 @@ class LayerCapture:
                 each.register_forward_pre_hook(self.activation, with_kwargs=True)
                 for each in activations(self.modules.module) if each not in inside
             ]  # fmt: skip
+        return hooks
+
+    def _of_experts(self, experts: Experts) -> list[RemovableHandle]:
+        if experts.router is None:
+            hooks = [experts.module.register_forward_pre_hook(self.routed, with_kwargs=True)]
+        else:
+            hooks = [experts.router.register_forward_hook(self.routed_on_input)]
+        if self.seen is not None:
+            hooks.append(experts.module.register_forward_hook(self.experts))
+            around = str(self.run.bound.family.experts).rpartition(".")[0]
+            if around:
+                hooks.append(self.modules.module.get_submodule(around).register_forward_hook(self.block))
         return hooks
 
     @property
@@ -420,9 +475,34 @@ class LayerCapture:
         trace.routed, trace.chosen, trace.chosen_weights = flat(x), flat(chosen), flat(weight)
 
     @of_this_thread
+    def routed_on_input(self, _: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """Capture the input of a router whose weights ``[P, E]`` multiply the experts' inputs, and its choices."""
+        assert self.modules.experts is not None
+        trace, flat = self.trace, self.run.packing.flat
+        trace.routed = flat(args[0])
+        trace.chosen_weights, trace.chosen = flat(output[0]).topk(self.modules.experts.chosen, dim=1)
+
+    @of_this_thread
+    def late_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Capture the hidden vector of the branch behind the MLP."""
+        self.trace.late_hidden = self.run.packing.flat(args[0])
+
+    @of_this_thread
+    def late_gate(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Capture the pre-activations of the branch behind the MLP."""
+        gate = self.run.packing.flat(output)
+        if self.run.with_gate_total:
+            self.trace.late_total = gate
+        if self.seen is not None:
+            self.seen.late_gate, self.seen.read_late = gate, self.run.packing.flat(args[0])
+
+    @of_this_thread
     def experts(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Capture the output of the experts."""
-        if self.seen is not None:
+        experts = self.modules.experts
+        if self.seen is not None and experts is not None:
+            if experts.router is not None:  # each expert's own, one after another: [E·P, D]
+                output = output.view(experts.count, -1, output.shape[-1]).sum(0)
             self.seen.experts = self.run.packing.flat(output)
 
     @of_this_thread
@@ -491,10 +571,13 @@ class LayerCapture:
             )
         if trace.hidden is None and self.modules.mlp is not None:
             raise ModelError(f"{name}: the down projection of layer {index} did not run, which DePass needs{why}")
+        if trace.late_hidden is None and self.modules.late is not None:
+            raise ModelError(f"{name}: the branch behind the MLP of layer {index} did not run, which DePass needs{why}")
         if trace.chosen is None and self.modules.experts is not None:
             raise ModelError(f"{name}: the experts of layer {index} did not run, which DePass needs{why}")
         silent = [norm for norm in NORMS if getattr(self.modules, norm) is not None and norm not in trace.scales]
         for mixer, own in zip(self.modules.mixers, trace.mixers, strict=True):
+            silent += ["value_norm"] if mixer.value_norm is not None and own.value_scale is None else []
             silent += ["mix_norm"] if mixer.mix_norm is not None and own.mix_scale is None else []
             silent += ["latent_norm"] if mixer.latent_norm is not None and own.latent_scale is None else []
         if silent:

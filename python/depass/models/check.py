@@ -20,23 +20,25 @@ from torch.nn import functional
 
 from . import weights
 from .bound import MLP, BoundModel, Layer, Mixer, Norm, Projection
-from .experts import ExpertWeights, Places, outputs
+from .experts import ExpertWeights, outputs
 from .paths import WRITING, linear_paths
 from .trace import MixerTrace, Trace
 
 # by step: what differs, with the paths of the family
 STEPS = {
     "input": "the residual stream at its input is not that after the layer before",
-    "values": "the values that its attention gets are not those of {value} on the stream after {attention_norm}",
+    "values": "the values that its attention gets are not those of {value} on the stream after {attention_norm}{normed}",
+    "lent": "the values that its attention gets are not those of the layer whose values it takes (shared_values)",
     "mix": "the input of {output} is not the attention pattern times the values, nor that times its gate or norm",
     "sinks": "its attention sinks act on the pattern in another way: name them where they act behind the softmax only",
-    "routed": "the input of {experts} is not the stream after {mlp_norm}",
+    "routed": "the input of {experts} is not the stream after {read_by_experts}",
     "halves": "the activation of {experts} takes other rows of its first projection for the gate",
     "experts": "the output of {experts} is not the sum of its experts' outputs times the router's weights",
     "block": "the output of the module around {experts} is not the sum of the outputs inside of it",
     "gate": "the output of {gate} is not that of its weights on the stream after {mlp_norm}",
     "activation": "its activation function does not get the output of {gate}",
-    "stream": "the residual stream after it is not the stream before it plus the outputs of {adding}",
+    "late": "the output of {late_gate} is not that of its weights on the stream after the MLP",
+    "stream": "the residual stream after it is not the stream before it plus the outputs of {adding}{times}",
     "weights": "the products of {value}, {output}, {gate} or {down} are not those of their weights",
 }
 LAST_STEPS = {
@@ -50,6 +52,7 @@ class SeenMixer:
     """What the check reads of one mixer besides its trace, at all positions."""
 
     values: Tensor | None = None  # [P, K·d], which the attention function gets
+    lent: Tensor | None = None  # [P, K·d], which that of the layer whose values this one takes got
     mixed: Tensor | None = None  # [P, H·d], the attention pattern times the values
     sinks_differ: bool | None = None  # whether sinks act where the family does not say; None without sinks
     read_by_value: Tensor | None = None  # [P, D], the input of the value projection where its kernel rounds it
@@ -66,6 +69,8 @@ class Seen:
     block: Tensor | None = None  # [P, D], the output of the module around the experts
     gate: Tensor | None = None  # [P, F]
     read_by_gate: Tensor | None = None  # [P, D]
+    late_gate: Tensor | None = None  # [P, F']
+    read_late: Tensor | None = None  # [P, D], the input of the projection that computes it
     activated: list[Tensor] = field(default_factory=list)  # [P, F], which the MLP's activation functions get
 
 
@@ -92,6 +97,10 @@ class Miss(NamedTuple):
             paths["gate"], paths["down"] = own.get(gate, "no MLP"), own.get(down, "no MLP")
             adding = [own[part] for part in WRITING if part in own]
             adding += [str(family.experts)] if layer.experts is not None else []
+            normed = any(mixer.value_norm is not None for mixer in layer.mixers)
+            paths["read_by_experts"] = family.experts_norm or paths["mlp_norm"]
+            paths["normed"] = f", after {family.value_norm}" if normed else ""
+            paths["times"] = "" if layer.scalar_path is None else f", times {family.layer_scalar}"
             paths["adding"] = " and ".join(filter(None, [", ".join(adding[:-1]), adding[-1]]))
         text = {**STEPS, **LAST_STEPS}[self.step].format(**paths)
         return f"{text} (relative difference {self.difference:.1e}, limit {self.limit:.0e})"
@@ -150,7 +159,12 @@ def differences(bound: BoundModel, index: int, trace: Trace, seen: Seen, positio
             around = str(family.experts).rpartition(".")[0]
             found["block"] = steps.compare_block(seen, str(family.shared_down).startswith(f"{around}."))
         assert steps.trace.after is not None
-        found["stream"] = _difference(steps.after(seen, middle), steps.trace.after, steps.stream, middle)
+        late = steps.behind_mlp(seen, middle)
+        if layer.late is not None:
+            found["late"] = steps.compare_late(seen, late)
+        found["stream"] = _difference(
+            steps.after(late), steps.trace.after, *map(steps.times, (steps.stream, middle, late))
+        )
         rounding = [part for part in layer.projections if weights.rounds_inputs(part.module)]
         if rounding:
             found["weights"] = torch.stack([_reading(part, _like(trace)) for part in rounding]).amax(0).expand(len(at))
@@ -195,7 +209,10 @@ class _Steps:
     def compare_mixer(self, mixer: Mixer, trace: MixerTrace, seen: SeenMixer) -> dict[str, Tensor]:  # each [n]
         """The differences of a mixer's values, of what it mixes, and of how its sinks act."""
         found = {}
-        if seen.values is not None:
+        if seen.values is not None and mixer.values_of is not None:
+            own = self.of(seen.values)
+            found["lent"] = _difference(torch.zeros_like(own) if seen.lent is None else self.of(seen.lent), own)
+        elif seen.values is not None:
             found["values"] = self._compare_values(mixer, trace, seen, self.of(seen.values))
         if seen.mixed is not None:
             assert trace.mixed is not None
@@ -215,11 +232,21 @@ class _Steps:
             if mixer.latent_norm is not None and trace.latent_scale is not None:
                 declared = _normed(mixer.latent_norm, declared, trace.latent_scale[:, None])
         if seen.read_by_value is None:
-            missed = _difference(_projected(mixer.value, declared), values)
+            missed = _difference(_scaled(mixer, trace, _projected(mixer.value, declared)), values)
             return missed if seen.convolved is None else missed.maximum(_difference(values, self.of(seen.convolved)))
         read = self.of(seen.read_by_value)
-        given = declared * mixer.value.input_factor
-        return torch.maximum(_difference(given, read), _difference(_by_kernel(mixer.value, read), values))
+        given, own = declared * mixer.value.input_factor, _scaled(mixer, trace, _by_kernel(mixer.value, read))
+        return torch.maximum(_difference(given, read), _difference(own, values))
+
+    def compare_late(self, seen: Seen, late: Tensor) -> Tensor:  # [n]
+        """The difference of the pre-activations behind the MLP; where a kernel rounds its inputs, that of the inputs."""
+        assert seen.late_gate is not None
+        assert seen.read_late is not None
+        assert self.layer.late is not None
+        gate = self.layer.late.gate
+        if weights.rounds_inputs(gate.module):
+            return _difference(late, self.of(seen.read_late))
+        return _difference(_projected(gate, late), self.of(seen.late_gate))
 
     def compare_gate(self, seen: Seen, middle: Tensor) -> Tensor:  # [n]
         """The difference of the pre-activations; where a kernel rounds its inputs, that of the inputs."""
@@ -240,9 +267,9 @@ class _Steps:
         assert trace.chosen_weights is not None
         assert seen.experts is not None
         read, own = experts.read(), self.of(seen.experts).to(self.dtype)
-        found = {"routed": _difference(self._read_by_mlp(middle), trace.routed)}
+        found = {"routed": _difference(self._read_by_experts(middle), trace.routed)}
         found["halves"] = _curvature(read, trace.routed).expand(len(self.at))
-        places, summed = Places.of(trace.chosen, trace.chosen_weights, experts.count), torch.zeros_like(own)
+        places, summed = experts.places(trace.chosen, trace.chosen_weights), torch.zeros_like(own)
         for _, run, output in outputs(read, places, trace.routed, self.dtype):
             summed.index_add_(0, places.position[run], output)
         found["experts"] = _difference(summed, own * experts.factor)
@@ -250,6 +277,10 @@ class _Steps:
 
     def _read_by_mlp(self, middle: Tensor) -> Tensor:
         return self._normed("mlp_norm", self.stream if self.parallel else middle)
+
+    def _read_by_experts(self, middle: Tensor) -> Tensor:
+        name = "mlp_norm" if self.layer.experts_norm is None else "experts_norm"
+        return self._normed(name, self.stream if self.parallel else middle)
 
     def of(self, seen: Tensor) -> Tensor:
         """The compared positions of what the check saw."""
@@ -272,14 +303,27 @@ class _Steps:
             summed = summed + self._of_mlp(self.layer.mlp) / self.layer.experts.factor
         return _difference(summed, self.of(seen.block))
 
-    def after(self, seen: Seen, middle: Tensor) -> Tensor:  # [n, D]
+    def behind_mlp(self, seen: Seen, middle: Tensor) -> Tensor:  # [n, D]
         added = torch.zeros_like(middle)
         if self.layer.experts is not None:
             assert seen.experts is not None
-            added = added + self.of(seen.experts).to(self.dtype) * self.layer.experts.factor
+            of_experts = self.of(seen.experts).to(self.dtype) * self.layer.experts.factor
+            added = added + self._normed("experts_post_norm", of_experts)
         if self.layer.mlp is not None:
-            added = added + self._of_mlp(self.layer.mlp)
+            added = added + self._normed("shared_post_norm", self._of_mlp(self.layer.mlp))
         return middle + self._normed("mlp_post_norm", added)
+
+    def after(self, late: Tensor) -> Tensor:  # [n, D], from the stream behind the MLP
+        if self.layer.late is not None:
+            assert self.trace.late_hidden is not None
+            added = _by_kernel(self.layer.late.down, self.trace.late_hidden).to(self.dtype)
+            late = late + self._normed("late_post_norm", added)
+        return self.times(late)
+
+    def times(self, stream: Tensor) -> Tensor:
+        """The stream, or a part of it, times the number at the layer's end."""
+        scalar = self.layer.scalar
+        return stream if scalar is None else stream * scalar.to(stream)
 
     def _of_mlp(self, mlp: MLP) -> Tensor:  # [n, D], what the MLP that every position goes through adds
         assert self.trace.hidden is not None
@@ -290,6 +334,14 @@ class _Steps:
         norm: Norm | None = getattr(self.layer, name)
         x = x.to(self.dtype)
         return x if norm is None else _normed(norm, x, self.trace.scales[name][:, None])
+
+
+def _scaled(mixer: Mixer, trace: MixerTrace, values: Tensor) -> Tensor:
+    """Values after the norm on each head's; what scales a recurrence's comes behind what is compared."""
+    scale = trace.value_scale
+    if mixer.value_norm is None or scale is None or scale.shape != values.shape:  # declared rows of another width
+        return values
+    return values * scale.to(values)
 
 
 def _normed(norm: Norm, x: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the places of one expert are a run, and a product with its weights is one matrix
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,31 @@ class Experts:
         module: the module that holds them, of a class that transformers' ``use_experts_implementation`` decorates.
         chosen: how many of them a position chooses.
         factor: what the model multiplies by what they add to the residual stream; it is part of the down projections.
+        router: the router whose weights multiply the experts' inputs, or None where they multiply their outputs. Its
+            experts are of Llama 4's form: the interface's attributes are not there, and the weights are ``[E, in, out]``.
     """
 
     module: Any
     chosen: int
     factor: float = 1.0
+    router: Any = None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weights are ``[E, in, out]``."""
+        return self.router is not None or bool(self.module.is_transposed)
+
+    @property
+    def is_concatenated(self) -> bool:
+        """Whether the gate's rows come before the up's, rather than between them."""
+        return self.router is not None or bool(self.module.is_concatenated)
+
+    def places(self, chosen: Tensor, weight: Tensor) -> Places:
+        """The places of positions that chose ``chosen`` ``[P, k]``, with the router's weights ``[P, k]``."""
+        places = Places.of(chosen, weight, self.count)
+        if self.router is None:
+            return places
+        return replace(places, weight=torch.ones_like(places.weight), on_input=places.weight)
 
     @property
     def count(self) -> int:
@@ -50,7 +70,7 @@ class Experts:
     def neurons(self) -> int:
         """The number of neurons ``F`` of one expert."""
         shape = self.module.down_proj.shape
-        return int(shape[1] if self.module.is_transposed else shape[2])
+        return int(shape[1] if self.is_transposed else shape[2])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -65,7 +85,7 @@ class Experts:
     @property
     def has_bias(self) -> bool:
         """Whether the experts' projections have biases."""
-        return bool(self.module.has_bias)
+        return self.router is None and bool(self.module.has_bias)
 
     def read(self, *names: str) -> ExpertWeights:
         """The weights as numbers on their device; offloaded ones are copied there, once for all experts.
@@ -100,14 +120,23 @@ def refuse_other_experts(model: Any) -> None:
             refuse_experts(module, f"the experts {path} of {type(model).__name__}")
 
 
-def refuse_experts(module: Any, which: str) -> None:
+def refuse_experts(module: Any, which: str, on_input: bool = False) -> None:
     """Check that a module's experts can be decomposed; ``which`` names them in the error.
+
+    With ``on_input``, a router's weights multiply the experts' inputs, and the module is of Llama 4's form.
 
     Raises:
         ModelError: they are no tensors of numbers in the form that transformers' experts interface declares, are spread
             over devices, or have a norm on their outputs.
     """
     lacking = [name for name in _INTERFACE if not hasattr(module, name)]
+    if on_input and not lacking:
+        raise ModelError(
+            f"{which} ({type(module).__name__}) are of transformers' experts interface, in which the router's weights "
+            "multiply the experts' outputs; leave input_router out"
+        )
+    if on_input:
+        lacking = [name for name in ("gate_up_proj", "down_proj", "act_fn") if not hasattr(module, name)]
     if lacking:
         raise ModelError(
             f"{which} ({type(module).__name__}) are not of transformers' experts interface (5.7 and later), whose modules "
@@ -117,7 +146,7 @@ def refuse_experts(module: Any, which: str) -> None:
         raise ModelError(f"{which} are spread over processes (expert parallelism); load the model in one process")
     if getattr(module, "has_post_expert_norm", False):
         raise ModelError(f"{which} have a norm on their outputs, which DePass does not support")
-    experts = Experts(module, 1)
+    experts = Experts(module, 1, router=module if on_input else None)
     absent = [name for name in experts.names if not isinstance(getattr(module, name, None), Tensor)]
     if absent:
         raise ModelError(f"{which} ({type(module).__name__}) have no {', '.join(absent)}; load unquantised weights")
@@ -163,6 +192,9 @@ class ExpertWeights:
     def hidden(self, first: Tensor) -> Tensor:
         """The hidden vectors ``[p, F]`` for the first projection's outputs, by the module's own activation."""
         module = self.experts.module
+        if self.experts.router is not None:
+            gate, up = first.chunk(2, -1)
+            return up * module.act_fn(gate)  # type: ignore[no-any-return]
         has_gate = self.experts.first == "gate_up_proj"
         hidden: Tensor = module._apply_gate(first) if has_gate else module.act_fn(first)
         return hidden
@@ -179,7 +211,7 @@ class ExpertWeights:
         """The gate's and the up's part ``[..., F]`` of the first projection's outputs; ungated experts have no up."""
         if self.experts.first != "gate_up_proj":
             return first, None
-        if self.experts.module.is_concatenated:
+        if self.experts.is_concatenated:
             gate, up = first.chunk(2, -1)
             return gate, up
         return first[..., ::2], first[..., 1::2]
@@ -188,17 +220,17 @@ class ExpertWeights:
         """The opposite of :meth:`halves`: ``[..., F]`` and ``[..., F]`` in the order of the first projection's outputs."""
         if self.experts.first != "gate_up_proj":
             return gate
-        if self.experts.module.is_concatenated:
+        if self.experts.is_concatenated:
             return torch.cat([gate, up], -1)
         return torch.stack([gate, up], -1).reshape(*gate.shape[:-1], 2 * gate.shape[-1])
 
     def _turned(self, weight: Tensor) -> Tensor:
-        return weight.T if self.experts.module.is_transposed else weight
+        return weight.T if self.experts.is_transposed else weight
 
     def _gate_of(self, rows: Tensor) -> Tensor:
         if self.experts.first != "gate_up_proj":
             return rows
-        return rows[: len(rows) // 2] if self.experts.module.is_concatenated else rows[::2]
+        return rows[: len(rows) // 2] if self.experts.is_concatenated else rows[::2]
 
     def _multiplied(self, rows: Tensor) -> Tensor:
         if self.experts.factor == 1:
@@ -231,14 +263,16 @@ class Places:
     Attributes:
         position: ``[S]`` int64, the index of the place's position.
         rank: ``[S]`` int64, which of the position's choices the place is.
-        weight: ``[S]``, the router's weight.
+        weight: ``[S]``, what multiplies the expert's output: the router's weight, or 1 where that multiplies its input.
         runs: by expert that was chosen, the place where its run begins and the one behind its end.
+        on_input: ``[S]``, the router's weight where it multiplies the expert's input, or None.
     """
 
     position: Tensor
     rank: Tensor
     weight: Tensor
     runs: dict[int, tuple[int, int]]
+    on_input: Tensor | None = None
 
     @staticmethod
     def of(chosen: Tensor, weight: Tensor, count: int) -> Places:
@@ -254,6 +288,11 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.position)
+
+    def inputs(self, x: Tensor, run: slice) -> Tensor:
+        """The inputs ``[p, D]`` of an expert at its places, for the vectors ``[P, D]`` of the positions."""
+        inputs = x[self.position[run]]
+        return inputs if self.on_input is None else inputs * self.on_input[run, None].to(inputs)
 
     @property
     def expert(self) -> Tensor:
@@ -273,7 +312,7 @@ def hidden_vectors(read: ExpertWeights, places: Places, x: Tensor) -> tuple[Tens
     neurons = read.experts.neurons
     hidden, gate = (x.new_empty(len(places), neurons) for _ in range(2))
     for expert, run in places.each():
-        first = read.first(expert, x[places.position[run]])
+        first = read.first(expert, places.inputs(x, run))
         hidden[run], gate[run] = read.hidden(first), read.pre_activations(first)
     return hidden, gate
 
@@ -283,7 +322,7 @@ def outputs(
 ) -> Iterator[tuple[int, slice, Tensor]]:
     """What each chosen expert adds at its places, ``[p, D]`` with the router's weight and its bias, in ``dtype``."""
     for expert, run in places.each():
-        hidden = read.hidden(read.first(expert, x[places.position[run]])).to(dtype)
+        hidden = read.hidden(read.first(expert, places.inputs(x, run))).to(dtype)
         output = hidden @ read.down(expert).to(dtype).T
         bias = read.down_bias(expert) if with_bias else None
         output = output if bias is None else output + bias.to(dtype)

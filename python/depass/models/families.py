@@ -48,6 +48,10 @@ class Family:
             hold ``q, v, k`` each, or ``end_of_head`` if the keys and values of each head are stored together and have
             other widths.
         gate_rows: the rows of ``gate`` that hold the gate weights: ``all``, or the ``first_half`` of a fused ``gate, up``.
+        value_of_keys: the path of the key projection, whose output is the values too in layers without ``value``; or None.
+        value_norm: the path of an RMSNorm on each head's values, or None.
+        shared_values: the name of the flag of the module ``attention`` that is true in layers that take the keys and values
+            of an earlier layer: of the last one with the same entry in the config's ``layer_types`` that has its own.
         latent, latent_norm: the paths of the projection, and of the norm on its first outputs, whose result ``value`` reads
             in place of the residual stream (multi-head latent attention), or None.
         mix_gate: the path of the projection the sigmoid of whose output multiplies what the heads mix, number by number or
@@ -65,6 +69,15 @@ class Family:
             through, where a layer has one; ``gate_rows`` holds for it too.
         shared_weight: the path of the projection the sigmoid of whose output, one number a position, multiplies that MLP's
             output, or None.
+        experts_norm: the path of the norm on the experts' input; None where they read what ``mlp_norm`` gives.
+        experts_post_norm, shared_post_norm: the paths of norms on the output of the experts and on that of the MLP beside
+            them, before their sum; or None.
+        input_router: the path of the router whose first output ``[P, E]``, zero where a position did not choose an expert,
+            multiplies each expert's input; None where a router's weights multiply the experts' outputs.
+        late_gate, late_down, late_post_norm: the paths of the projections of a branch behind the MLP, where a layer has it,
+            and of the norm on its output: ``down(act(gate(x)) ⊙ e)``, added to the stream ``x``, where ``e`` is a frozen
+            vector of each token (per-layer embeddings).
+        layer_scalar: the path of the number that multiplies the residual stream at a layer's end, or None.
         parallel: whether attention and MLP both read the layer's input: True, False, or the name of the config's flag.
         single: whether a layer has one sublayer alone: attention, a recurrence, an MLP or experts. A layer has the one whose
             modules it has, and the norms of that one.
@@ -94,6 +107,9 @@ class Family:
     epsilon: float | None = None
     value_rows: ValueRows = "all"
     gate_rows: GateRows = "all"
+    value_of_keys: str | None = None
+    value_norm: str | None = None
+    shared_values: str | None = None
     latent: str | None = None
     latent_norm: str | None = None
     mix_gate: str | None = None
@@ -106,6 +122,14 @@ class Family:
     shared_gate: str | None = None
     shared_down: str | None = None
     shared_weight: str | None = None
+    experts_norm: str | None = None
+    experts_post_norm: str | None = None
+    shared_post_norm: str | None = None
+    input_router: str | None = None
+    late_gate: str | None = None
+    late_down: str | None = None
+    late_post_norm: str | None = None
+    layer_scalar: str | None = None
     parallel: str | bool = False
     single: bool = False
     factors: tuple[tuple[Factor, str], ...] = ()
@@ -129,6 +153,13 @@ GEMMA = Family(
     mlp_post_norm="post_feedforward_layernorm",
     norm="rms_plus_one",
 )
+GEMMA4 = replace(
+    GEMMA, norm="rms", value_of_keys="self_attn.k_proj", value_norm="self_attn.v_norm", layer_scalar="layer_scalar",
+    experts="experts", shared_gate="mlp.gate_proj", shared_down="mlp.down_proj",
+    experts_norm="pre_feedforward_layernorm_2", experts_post_norm="post_feedforward_layernorm_2",
+    shared_post_norm="post_feedforward_layernorm_1", shared_values="is_kv_shared_layer",
+    late_gate="per_layer_input_gate", late_down="per_layer_projection", late_post_norm="post_per_layer_input_norm",
+)  # fmt: skip
 OLMO2 = Family(
     attention_norm=None,
     mlp_norm=None,
@@ -154,6 +185,11 @@ OPT = Family(
 )  # fmt: skip
 EXPERTS = Family(experts="mlp.experts")
 SHARED = replace(EXPERTS, shared_gate="mlp.shared_experts.gate_proj", shared_down="mlp.shared_experts.down_proj")
+LLAMA4 = Family(
+    gate="feed_forward.gate_proj", down="feed_forward.down_proj", experts="feed_forward.experts",
+    input_router="feed_forward.router", shared_gate="feed_forward.shared_expert.gate_proj",
+    shared_down="feed_forward.shared_expert.down_proj",
+)  # fmt: skip
 QWEN2_MOE = Family(
     experts="mlp.experts", shared_gate="mlp.shared_expert.gate_proj", shared_down="mlp.shared_expert.down_proj",
     shared_weight="mlp.shared_expert_gate",
@@ -198,6 +234,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "gemma": Family(norm="rms_plus_one"),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gemma4_text": GEMMA4,
     "vaultgemma": Family(mlp_norm="pre_feedforward_layernorm", norm="rms_plus_one"),
     "phi3": Family(
         value="self_attn.qkv_proj", value_rows="last", gate="mlp.gate_up_proj", gate_rows="first_half"
@@ -249,6 +286,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the text decoder's confi
     "gpt_oss": EXPERTS,
     "phimoe": replace(EXPERTS, norm="layer"),
     "qwen2_moe": QWEN2_MOE,
+    "llama4_text": LLAMA4,
     "glm4_moe": SHARED,
     "glm4v_moe_text": SHARED,
     "dots1": SHARED,
@@ -310,6 +348,7 @@ UNSUPPORTED: dict[str, str] = {  # by model_type: why no declaration fits
     "xglm": _NO_INTERFACE,
     "diffllama": "its heads subtract two attention patterns, and a norm stands between them and the output projection",
     "lfm2": "some of its layers have a convolution in place of attention",
+    "gemma3n_text": "its layers carry several residual streams, which they mix",
     "doge": "its layers scale the residual stream itself",
     "paligemma": "its attention looks ahead in the prompt, whose tokens all read each other",
     "minicpm3": "it scales the vectors that its head reads",

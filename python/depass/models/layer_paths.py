@@ -33,6 +33,10 @@ class LayerPaths:
         mlp: the paths of the MLP that every position goes through, or None.
         experts: the paths of the routed experts, or None.
         recurrence: the paths of the recurrence, or None.
+        late: the paths of the branch behind the MLP, or None.
+        lent: in a layer whose keys and values others take, the latest ones, each ``[B, K, N, d]``.
+        taken: in a layer that takes those of another one, leaves in their place, where ``cuts`` is set.
+        cuts: whether gradients of taken keys and values end in ``taken``; otherwise they go on to their layer.
     """
 
     def __init__(self, bound: BoundModel, index: int, path_weights: PathWeights, slope: Slope) -> None:
@@ -48,6 +52,13 @@ class LayerPaths:
             RecurrencePaths(mixer, mixer.recurrence) for mixer in self.layer.mixers if mixer.recurrence is not None
         )
         self.recurrence = next(recurrent, None)
+        late = self.layer.late
+        self.late = (
+            None if late is None else MLPPaths(late, f"the branch behind the MLP of {at}", *options, is_gated=False)
+        )
+        self.lends, self.cuts = index in bound.lending, False
+        self.lent: list[Tensor] = []
+        self.taken: list[Tensor] = []
 
     @property
     def prepended(self) -> set[nn.Module]:
@@ -55,6 +66,8 @@ class LayerPaths:
         layer, found = self.layer, set[nn.Module]()
         if layer.mlp is not None:
             found |= {layer.mlp.gate.module, layer.mlp.weight}
+        if layer.late is not None:
+            found.add(layer.late.gate.module)
         return found | {mixer.mix_gate.module for mixer in layer.mixers if mixer.mix_gate is not None}
 
     def hook(self, stack: ExitStack) -> None:
@@ -67,8 +80,13 @@ class LayerPaths:
             hooks.append(mlp.down.module.register_forward_pre_hook(self.mlp.hidden))
             if mlp.weight is not None:
                 hooks.append(mlp.weight.register_forward_hook(self.frozen))
+        if self.late is not None and self.layer.late is not None:
+            hooks.append(self.layer.late.gate.module.register_forward_hook(self.late.gate))
+            hooks.append(self.layer.late.down.module.register_forward_pre_hook(self.late.hidden))
         if self.experts is not None and self.layer.experts is not None:
-            module = self.layer.experts.module
+            module, router = self.layer.experts.module, self.layer.experts.router
+            if router is not None:
+                hooks.append(router.register_forward_hook(self.experts.route))
             hooks.append(module.register_forward_pre_hook(self.experts.begin, with_kwargs=True))
             # a caller's hook on the experts changes the output that has a gradient
             hooks.append(module.register_forward_hook(self.experts.end, prepend=True))
@@ -82,6 +100,12 @@ class LayerPaths:
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values with the gradients that they carry."""
         w = self.path_weights
+        if self.lends:
+            self.lent = [key, value]
+            key, value = (x.view_as(x) for x in self.lent)  # whose gradients are those of this layer's own use
+        if self.layer.values_of is not None and self.cuts and torch.is_grad_enabled():
+            self.taken = [x.detach().requires_grad_() for x in (key, value)]
+            key, value = (x.view_as(x) for x in self.taken)  # autograd gives each tensor one gradient
         self.steering = [x for x, weight in ((query, w.q), (key, w.k)) if weight != 0 and x.requires_grad]
         return _only(query, w.q), _only(key, w.k), _only(value, w.v)
 
@@ -113,8 +137,17 @@ class MLPPaths:
         through: how much of the hidden vector's gradient the MLP's factors carry together.
     """
 
-    def __init__(self, mlp: MLP, at: str, dtype: torch.dtype, path_weights: PathWeights, slope: Slope) -> None:
+    def __init__(
+        self,
+        mlp: MLP,
+        at: str,
+        dtype: torch.dtype,
+        path_weights: PathWeights,
+        slope: Slope,
+        is_gated: bool | None = None,
+    ) -> None:
         self.mlp, self.at, self.dtype, self.path_weights, self.slope = mlp, at, dtype, path_weights, slope
+        self.is_gated = is_gated  # None: as autograd's graph says
         self.thread = threading.get_ident()
         self.through = 1.0
         self.kept: Tensor | None = None  # the gate's output, which carries its path
@@ -143,7 +176,7 @@ class MLPPaths:
                 "the family"
             )
         hidden, w = args[0], self.path_weights
-        is_gated = _reaches(hidden, self.source, passed)
+        is_gated = _reaches(hidden, self.source, passed) if self.is_gated is None else self.is_gated
         of_gate, of_up = (w.gate, w.up) if is_gated else (1.0, 0.0)
         self.through = of_gate + of_up
         slope = self._slope(hidden, passed, of_gate) if of_gate else None
@@ -208,13 +241,34 @@ class ExpertPaths:
         self.through = self.of_gate + self.of_up
         self.call: ExpertsCall | None = None
         self._routing: tuple[Tensor, Tensor, Tensor] | None = None  # while the module runs
+        self._chosen: Tensor | None = None  # [P, E] bool, by a router whose weights multiply the inputs
 
     @of_this_thread
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the module run without a graph."""
-        self._routing = routing_of(args, kwargs) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            self._routing = None
+        elif self.experts.router is None:
+            self._routing = routing_of(args, kwargs)
+        else:
+            self._routing = self._by_expert(args[0])
         if self._routing is not None:
             torch.set_grad_enabled(False)
+
+    @of_this_thread
+    def route(self, _: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Freeze the weights ``[P, E]`` that multiply the experts' inputs."""
+        if not torch.is_grad_enabled():
+            return None
+        self._chosen = output[0].detach() != 0
+        return (output[0].detach(), *output[1:])
+
+    def _by_expert(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The routing of inputs ``[E·P, D]``, those of one expert after another: each row has one expert, or none."""
+        count, chosen = self.experts.count, self._chosen
+        assert chosen is not None
+        expert = torch.arange(count, device=x.device)[:, None].expand(count, len(chosen))
+        return x, torch.where(chosen.T, expert, -1).reshape(-1, 1), x.new_ones(len(x), 1)
 
     @of_this_thread
     def end(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -15,8 +15,10 @@ from .paths import has
 
 _OUTSIDE = ("layers", "final_norm")
 _INSIDE = (
-    "attention", "recurrence", "latent", "latent_norm", "value", "mix_gate", "mix_norm", "output", "experts", "shared_gate",
-    "shared_down", "shared_weight", "gate", "down", "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm",
+    "attention", "recurrence", "latent", "latent_norm", "value", "value_norm", "mix_gate", "mix_norm", "output", "experts",
+    "input_router", "shared_gate", "shared_down", "shared_weight", "gate", "down", "attention_norm", "mlp_norm",
+    "attention_post_norm", "mlp_post_norm", "experts_norm", "experts_post_norm", "shared_post_norm", "late_gate",
+    "late_down", "late_post_norm",
 )  # fmt: skip
 _DENSE = ("gate", "down")  # which no layer has where all have experts
 _MOST = 4  # names of a list that a message holds

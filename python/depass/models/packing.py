@@ -20,6 +20,12 @@ def takes_positions(backbone: nn.Module) -> bool:
     return "position_ids" in inspect.signature(backbone.forward).parameters
 
 
+def counts_positions(attention: nn.Module) -> bool:
+    """Whether an attention counts the positions of its row by itself, as Llama 4's that scales queries by them."""
+    is_scaled = bool(getattr(attention, "attn_temperature_tuning", False))
+    return is_scaled and not getattr(attention, "use_rope", True)
+
+
 def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
     """Prompts as ids ``[B, T]``, padded on the right, where causal attention ignores the padding."""
     longest = max(map(len, prompts))

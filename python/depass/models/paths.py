@@ -7,8 +7,10 @@ from typing import Any
 from .families import Family
 from .trace import NORMS
 
-_OF_ATTENTION = ["attention", "latent_norm", "mix_norm"]
-WRITING = ("output", "recurrence_output", "down", "shared_down")  # the linear layers that write to the residual stream
+_OF_ATTENTION = ["attention", "latent_norm", "mix_norm", "value_norm"]
+_OF_EXPERTS = ("experts_norm", "experts_post_norm", "shared_post_norm")
+# the linear layers that write to the residual stream
+WRITING = ("output", "recurrence_output", "down", "shared_down", "late_down")
 
 
 def linear_paths(layer: Any, family: Family) -> dict[str, str]:
@@ -21,20 +23,30 @@ def linear_paths(layer: Any, family: Family) -> dict[str, str]:
         parts += ["shared_gate", "shared_down"]
     elif has_mlp(layer, family):
         parts += ["gate", "down"]
-    return {**_named(family, parts), **(_of_recurrence(layer, family) if has_recurrence(layer, family) else {})}
+    if has_late(layer, family):
+        parts += ["late_gate", "late_down"]
+    found = {**_named(family, parts), **(_of_recurrence(layer, family) if has_recurrence(layer, family) else {})}
+    if shares_values(layer, family):
+        del found["value"]
+    elif "value" in found and family.value_of_keys is not None and not has(layer, family.value):
+        found["value"] = family.value_of_keys
+    return found
 
 
 def module_paths(layer: Any, family: Family) -> dict[str, str]:
     """The paths of all modules of a layer that its family names, by the field of the family."""
     attends, recurs = has_attention(layer, family), has_recurrence(layer, family)
     routes = has_experts(layer, family)
-    parts = [*(_OF_ATTENTION if attends else []), *(["recurrence"] if recurs else []), *(["experts"] if routes else [])]
+    parts = [*(_OF_ATTENTION if attends else []), *(["recurrence"] if recurs else [])]
+    parts += ["experts", "input_router"] if routes else []
     if has_shared(layer, family):
         parts.append("shared_weight")
     parts += [norm for norm in NORMS if attends or recurs or not norm.startswith("attention")]
+    without = {*(() if routes else _OF_EXPERTS), *(() if has_late(layer, family) else ("late_post_norm",))}
+    without |= {"value_norm"} if shares_values(layer, family) else set()
     if not (routes or has_mlp(layer, family)):
-        parts = [part for part in parts if not part.startswith("mlp")]
-    return {**_named(family, parts), **linear_paths(layer, family)}
+        without |= {"mlp_norm", "mlp_post_norm"}
+    return {**_named(family, [part for part in parts if part not in without]), **linear_paths(layer, family)}
 
 
 def has_attention(layer: Any, family: Family) -> bool:
@@ -70,6 +82,18 @@ def has_experts(layer: Any, family: Family) -> bool:
 def has_shared(layer: Any, family: Family) -> bool:
     """Whether a layer with experts has an MLP beside them."""
     return has_experts(layer, family) and family.shared_gate is not None and has(layer, family.shared_gate)
+
+
+def has_late(layer: Any, family: Family) -> bool:
+    """Whether a layer has the branch behind its MLP that its family names."""
+    return family.late_gate is not None and has(layer, family.late_gate)
+
+
+def shares_values(layer: Any, family: Family) -> bool:
+    """Whether a layer takes the keys and values of an earlier layer."""
+    if family.shared_values is None or not has(layer, family.attention):
+        return False
+    return bool(getattr(layer.get_submodule(family.attention), family.shared_values, False))
 
 
 def has(model: Any, path: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .bound import Mixer
-from .capture import of_this_thread
+from .capture import of_this_thread, unmasked
 from .recurrences import Recurrence
 
 
@@ -61,7 +61,7 @@ class RecurrencePaths:
         if of_taps is not None:
             convolved = convolved + of_taps.detach().to(convolved)
         by_head = (convolved * frozen.value_scale).reshape(*x.shape[:2], self.mixer.num_heads, -1).transpose(1, 2)
-        mixed = (frozen.pattern @ by_head).transpose(1, 2).flatten(2) * frozen.mix_scale
+        mixed = (unmasked(self.mixer, frozen.pattern) @ by_head).transpose(1, 2).flatten(2) * frozen.mix_scale
         self.call = RecurrenceCall(values, convolved)
         return (_Own.apply(mixed, (args[0].detach(),)), *args[1:])  # type: ignore[no-untyped-call]
 

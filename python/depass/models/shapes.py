@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ModelError
-from .bound import MLP, Layer, Mixer, Projection
+from .bound import Layer, Mixer, Projection
 from .families import Family
 from .trace import NORMS
 
@@ -36,6 +36,8 @@ def _of_mixer(mixer: Mixer, family: Family) -> str | None:
 
 
 def _of_values(mixer: Mixer, family: Family, value: str) -> str | None:
+    if mixer.values_of is not None:
+        return None
     rows, latent = _shape(mixer.value), mixer.latent
     if rows is None:
         held = mixer.value.module.weight.shape
@@ -66,16 +68,14 @@ def _of_mixing(mixer: Mixer, family: Family) -> str | None:
 
 
 def _of_mlp(layer: Layer, family: Family) -> str | None:
-    mlp: MLP | None = layer.mlp
-    if mlp is None:
-        return None
-    gate, down = (family.gate, family.down) if layer.experts is None else (family.shared_gate, family.shared_down)
-    rows, columns = mlp.gate.shape[0], mlp.down.shape[1]
-    if rows != columns:
-        return (
-            f"{gate} has {rows} rows with gate_rows={family.gate_rows!r}, but {down} reads {columns} numbers; each "
-            "neuron has one row"
-        )
+    of_mlp = (family.gate, family.down) if layer.experts is None else (family.shared_gate, family.shared_down)
+    late = family.late_gate, family.late_down
+    for mlp, (gate, down), of_gate in ((layer.mlp, of_mlp, family.gate_rows), (layer.late, late, "all")):
+        if mlp is not None and mlp.gate.shape[0] != mlp.down.shape[1]:
+            return (
+                f"{gate} has {mlp.gate.shape[0]} rows with gate_rows={of_gate!r}, but {down} reads {mlp.down.shape[1]} "
+                "numbers; each neuron has one row"
+            )
     return None
 
 
@@ -85,6 +85,7 @@ def _of_norms(layer: Layer, family: Family) -> str | None:
     for mixer in layer.mixers:
         widths.append(("mix_norm", mixer.mix_norm, mixer.output.shape[1]))
         widths.append(("latent_norm", mixer.latent_norm, mixer.value.shape[1]))
+        widths.append(("value_norm", mixer.value_norm, mixer.output.shape[1] // mixer.num_heads))
     for name, norm, width in widths:
         weight = None if norm is None else getattr(norm.module, "weight", None)
         if weight is not None and weight.shape != (width,):

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")  # of a bound.Layer
+NORMS = (  # of a bound.Layer
+    "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "experts_norm", "experts_post_norm",
+    "shared_post_norm", "late_post_norm",
+)  # fmt: skip
 
 
 @dataclass
@@ -17,7 +20,10 @@ class MixerTrace:
 
     pattern: Tensor | None = None  # [B, H, T, T], where T is the length of the longest prompt
     latent_scale: Tensor | None = None  # [P], of the norm on the latent vectors
-    value_scale: Tensor | None = None  # [P, K·d], what multiplies the values of a recurrence behind its convolution
+    values: Tensor | None = None  # [P, K·d], those that the mixer takes from an earlier layer
+    value_scale: Tensor | None = (
+        None  # [P, K·d], what multiplies values: a norm's, or behind a recurrence's convolution
+    )
     mix_scale: Tensor | None = None  # [P, H·d], what multiplies the mixed values before the output projection
     mixed: Tensor | None = None  # [P, H·d], the input of the output projection
 
@@ -43,6 +49,8 @@ class Trace:
     routed: Tensor | None = None  # [P, D], the input of the experts
     chosen: Tensor | None = None  # [P, k] int64, the experts that each position chose
     chosen_weights: Tensor | None = None  # [P, k], the router's weights of these
+    late_hidden: Tensor | None = None  # [P, F'], of the branch behind the MLP
+    late_total: Tensor | None = None  # [P, F'], its pre-activations, for the taylor rule
     after: Tensor | None = None  # [P, D], the residual stream at the layer's output
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Trace:

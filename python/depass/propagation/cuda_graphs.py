@@ -42,8 +42,13 @@ class Recorded(Protocol):
 Record = Callable[[Any], AbstractContextManager[Recorded]]  # takes a memory pool and records what runs inside
 
 
-def refuse_graphs(devices: set[torch.device], quantized: bool, has_experts: bool) -> None:
+def refuse_graphs(devices: set[torch.device], quantized: bool, has_experts: bool, lends_values: bool = False) -> None:
     """Raise an OptionError where the layers of a model on ``devices`` cannot be recorded."""
+    if lends_values:
+        raise OptionError(
+            "cuda_graphs=True records each layer by itself, but some layers of this model take the values of earlier ones; "
+            "leave cuda_graphs out"
+        )
     if has_experts:
         raise OptionError(
             "cuda_graphs=True records the same steps for every prompt, but each prompt chooses its own experts in this "

@@ -1,13 +1,16 @@
 """A layer's MLP in the decomposed pass: the branches that its positions go through, and what they add to the state.
 
-A branch is an MLP that every position goes through, or the layer's experts. All branches read the state before the MLP. A
+A branch is an MLP that every position goes through, or the layer's experts. Both read the state before the MLP. A
 position goes through each expert that it chose, so a pair of both, a *place*, is shared out like a position of its own.
+A third branch of some layers, :func:`late_branch`, reads the state behind the MLP.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ from torch import Tensor
 from depass_kernels import SourceLayout, share_hidden
 from depass_kernels.reference import matmul
 
-from ..models.bound import MLP, Layer
-from ..models.experts import ExpertGate, Experts, ExpertWeights, Places, hidden_vectors, summed_bias
+from ..models.bound import MLP, Layer, Norm
+from ..models.experts import ExpertGate, Experts, ExpertWeights, hidden_vectors, summed_bias
 from ..models.trace import Trace
 from .blocks import _PositionBlock, neurons_at_once, traits
 from .projections import add_constant, constant_of, folded
@@ -26,7 +29,15 @@ if TYPE_CHECKING:
 
 
 class Branch(Protocol):
-    """One of the branches of a layer's MLP."""
+    """One of the branches of a layer's MLP.
+
+    Attributes:
+        norm: the norm on its input, or None.
+        scale: ``[P]``, the frozen scale of that norm, by position of the layout; or None.
+    """
+
+    norm: Norm | None
+    scale: Tensor | None
 
     def add(self, block: _PositionBlock, operand: Tensor, in_trace: slice | Tensor) -> None:
         """Add what a block of positions gets from this branch to the state.
@@ -46,24 +57,53 @@ def branches(propagation: Propagation, layer: Layer, trace: Trace) -> Iterator[B
     if layer.experts is not None:
         yield _Routed(propagation, layer, layer.experts, trace)
     if layer.mlp is not None:
-        yield _Every(propagation, layer, layer.mlp, trace)
+        assert trace.hidden is not None
+        frozen = _Frozen(trace.hidden, trace.gate_total, _factor(trace, trace.mlp_weight, "shared_post_norm"))
+        norms = layer.mlp_norm, propagation.at(trace.scales.get("mlp_norm")), layer.mlp_post_norm
+        yield _Every(propagation, layer.mlp, frozen, *norms, layer.shared_post_norm)
+
+
+def late_branch(propagation: Propagation, layer: Layer, trace: Trace) -> Branch | None:
+    """The branch behind a layer's MLP, if it has one; it reads the state as it is."""
+    if layer.late is None:
+        return None
+    assert trace.late_hidden is not None
+    frozen = _Frozen(trace.late_hidden, trace.late_total, trace.scales.get("late_post_norm"))
+    return _Every(propagation, layer.late, frozen, None, None, layer.late_post_norm)
+
+
+class _Frozen(NamedTuple):
+    """What a branch that every position goes through freezes."""
+
+    hidden: Tensor  # [P, F]
+    total: Tensor | None  # [P, F], the pre-activations, for the taylor rule
+    factor: Tensor | None  # [P], what multiplies the output
 
 
 class _Every:
-    """The MLP that every position goes through."""
+    """An MLP that every position goes through."""
 
-    def __init__(self, propagation: Propagation, layer: Layer, mlp: MLP, trace: Trace) -> None:
-        assert trace.hidden is not None
-        self.propagation, self.layer, self.mlp, self.trace = propagation, layer, mlp, trace
+    def __init__(
+        self,
+        propagation: Propagation,
+        mlp: MLP,
+        frozen: _Frozen,
+        norm: Norm | None,
+        scale: Tensor | None,
+        post_norm: Norm | None,
+        inner: Norm | None = None,  # a norm on the output, before post_norm
+    ) -> None:
+        self.propagation, self.mlp, self.total = propagation, mlp, frozen.total
+        self.norm, self.scale, self.post_norm, self.inner = norm, scale, post_norm, inner
         dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
-        self.factor = _factor(trace, trace.mlp_weight, state_dtype)  # [P]
-        self.hidden = trace.hidden if self.factor is None else trace.hidden.to(state_dtype) * self.factor[:, None]
+        self.factor = None if frozen.factor is None else frozen.factor.to(state_dtype)
+        self.hidden = frozen.hidden if self.factor is None else frozen.hidden.to(state_dtype) * self.factor[:, None]
         self.gate_weight = mlp.gate.weight.to(dtype)  # [F, D]
-        self.down_weight = folded(mlp.down.weight, layer.mlp_post_norm, dtype)  # [D, F]
-        self.constant = constant_of(mlp.gate, layer.mlp_norm, state_dtype)  # [F]
+        self.down_weight = folded(mlp.down.weight, post_norm, dtype, inner)  # [D, F]
+        self.constant = constant_of(mlp.gate, norm, state_dtype)  # [F]
 
     def add(self, block: _PositionBlock, operand: Tensor, in_trace: slice | Tensor) -> None:
-        neurons, total = len(self.gate_weight), self.trace.gate_total
+        neurons, total = len(self.gate_weight), self.total
         at_once = neurons_at_once(neurons, self.propagation.blocks.gates // (block.end - block.begin))
         for f in range(0, neurons, at_once):
             n = slice(f, min(f + at_once, neurons))
@@ -80,10 +120,9 @@ class _Every:
             self.propagation.add(shared, self.down_weight[:, n], self.propagation.state[block.begin : block.end])
 
     def add_bias(self) -> None:
-        bias, norm = self.mlp.down.bias, self.layer.mlp_post_norm
+        bias = self.mlp.down.bias
         if bias is not None:
-            bias = bias.to(self.propagation.state.dtype)
-            bias = bias if norm is None else norm.weighted(bias)
+            bias = _weighted(bias.to(self.propagation.state.dtype), self.inner, self.post_norm)
             self.propagation.add_bias(bias if self.factor is None else bias * self.factor[:, None])
 
 
@@ -95,22 +134,29 @@ class _Routed:
         assert trace.chosen_weights is not None
         assert trace.routed is not None
         self.propagation, self.layer, self.experts = propagation, layer, experts
+        self.norm, norm_name = layer.read_by_experts, "mlp_norm" if layer.experts_norm is None else "experts_norm"
+        self.scale = propagation.at(trace.scales.get(norm_name))
         state_dtype = propagation.state.dtype
         self.read: ExpertWeights = experts.read()  # fetched once for all experts and blocks
         self.chosen = trace.chosen
-        factor, weight = _factor(trace, None, state_dtype), trace.chosen_weights.to(state_dtype)
-        self.weight = weight if factor is None else weight * factor[:, None]  # [P, k]
-        self.places = places = Places.of(trace.chosen, self.weight, experts.count)
+        self.weight = trace.chosen_weights.to(state_dtype)  # [P, k]
+        places = experts.places(trace.chosen, self.weight)
         hidden, total = hidden_vectors(self.read, places, trace.routed)  # [S, F]
-        self.hidden = hidden.to(state_dtype) * places.weight[:, None]
+        factor = _factor(trace, None, "experts_post_norm")
+        factor = None if factor is None else factor.to(state_dtype)[places.position]
+        self.places = places if factor is None else replace(places, weight=places.weight * factor)
+        self.hidden = hidden.to(state_dtype) * self.places.weight[:, None]
         self.total = total if propagation.sharing.rule == "taylor" else None
         self.place = torch.empty(trace.chosen.shape, dtype=torch.int64, device=trace.chosen.device)  # [P, k], of S
         self.place[places.position, places.rank] = torch.arange(len(places), device=trace.chosen.device)
 
     def add(self, block: _PositionBlock, operand: Tensor, in_trace: slice | Tensor) -> None:
-        places = Places.of(self.chosen[in_trace], self.weight[in_trace], self.experts.count)
+        places = self.experts.places(self.chosen[in_trace], self.weight[in_trace])
         layout, rows = block.layout.select_positions([places.position.cpu()])
         rows, starts = rows.to(operand.device), layout.row_start
+        times = None  # [rows], what multiplies the experts' inputs
+        if places.on_input is not None:
+            times = places.on_input[layout.position_of_row(operand.device)][:, None].to(operand.dtype)
         in_layer = self.place[in_trace][places.position, places.rank]  # [S_block]
         hidden, total = self.hidden[in_layer], None if self.total is None else self.total[in_layer]
         state = self.propagation.state[block.begin : block.end]
@@ -123,31 +169,44 @@ class _Routed:
             gate = operand.new_empty(len(rows), n.stop - n.start, dtype=gate_dtype)
             for expert, run in places.each():
                 held, weight = ends[expert], self.read.gate(expert)[n].to(operand.dtype)
-                gate[held] = matmul(operand.index_select(0, rows[held]), weight)
+                read = operand.index_select(0, rows[held])
+                gate[held] = matmul(read if times is None else read * times[held], weight)
                 constant = self._constant(expert)
                 if constant is not None:
-                    gate[starts[run].to(gate.device)] += constant[n].to(gate.dtype)
+                    constant = constant if places.on_input is None else constant * places.on_input[run, None]
+                    gate[starts[run].to(gate.device)] += constant[..., n].to(gate.dtype)
             shared = share(self.propagation, gate, hidden[:, n], layout, None if total is None else total[:, n])
             for expert, held in ends.items():
-                weight = folded(self.read.down(expert)[:, n], self.layer.mlp_post_norm, operand.dtype)
+                down, norms = self.read.down(expert)[:, n], (self.layer.mlp_post_norm, self.layer.experts_post_norm)
+                weight = folded(down, norms[0], operand.dtype, norms[1])
                 self.propagation.add(shared[held], weight, state, rows[held])
 
     def _constant(self, expert: int) -> Tensor | None:
         """The constant part of an expert's pre-activations, ``[F]``."""
-        return constant_of(ExpertGate(self.read, expert), self.layer.mlp_norm, self.propagation.state.dtype)
+        return constant_of(ExpertGate(self.read, expert), self.norm, self.propagation.state.dtype)
 
     def add_bias(self) -> None:
         if not self.experts.has_bias:
             return
-        state, norm = self.propagation.state, self.layer.mlp_post_norm
-        bias = summed_bias(self.read, self.places, len(self.chosen), state.dtype)  # [P, D]
-        self.propagation.add_bias(bias if norm is None else norm.weighted(bias))
+        bias = summed_bias(self.read, self.places, len(self.chosen), self.propagation.state.dtype)  # [P, D]
+        self.propagation.add_bias(_weighted(bias, self.layer.experts_post_norm, self.layer.mlp_post_norm))
 
 
-def _factor(trace: Trace, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What multiplies a branch's output at each position ``[P]``: its weight, and the scale of the norm behind."""
-    factors = [each.to(dtype) for each in (weight, trace.scales.get("mlp_post_norm")) if each is not None]
-    return factors[0] if len(factors) == 1 else factors[0] * factors[1] if factors else None
+def _factor(trace: Trace, weight: Tensor | None, inner: str) -> Tensor | None:
+    """What multiplies a branch's output at each position ``[P]``: its weight, and the scales of the norms behind.
+
+    They have the dtype of scales, the state's. ``inner`` names the branch's own norm.
+    """
+    scales = [scale for name in (inner, "mlp_post_norm") if (scale := trace.scales.get(name)) is not None]
+    factors = scales if weight is None else [weight, *scales]
+    return math.prod(factors[1:], start=factors[0]) if factors else None
+
+
+def _weighted(x: Tensor, *norms: Norm | None) -> Tensor:
+    """Vectors ``[..., D]`` times the ``γ`` of the norms that there are."""
+    for norm in norms:
+        x = x if norm is None else norm.weighted(x)
+    return x
 
 
 def share(propagation: Propagation, gate: Tensor, hidden: Tensor, layout: SourceLayout, total: Tensor | None) -> Tensor:

@@ -65,6 +65,9 @@ def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, 
     with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
     if bound.parallel:
         with_rows += rows * values * product
+    attentions = (bound.layers[index].attention for index in bound.lending)
+    lent = sum(mixer.value.shape[0] for mixer in attentions if mixer is not None)
+    with_rows += rows * product * lent  # kept for later layers
     return Needs(
         state_bytes=rows * width * number,
         pass_bytes=scores + activations,
@@ -126,10 +129,15 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
 
     attention = 0
     for mixer in layer.mixers:
-        attention += copied(mixer.value) + copied(mixer.output, layer.attention_post_norm)
+        attention += copied(mixer.output, layer.attention_post_norm)
+        attention += 0 if mixer.values_of is not None else copied(mixer.value)
         attention += 0 if mixer.latent is None else copied(mixer.latent)
-    of_mlp = 0 if layer.mlp is None else copied(layer.mlp.gate) + copied(layer.mlp.down, layer.mlp_post_norm)
-    return max(attention, of_mlp + _copied_of_an_expert(bound, layer, device))
+    mlp, late, of_mlp, of_late = layer.mlp, layer.late, 0, 0
+    if mlp is not None:
+        of_mlp = copied(mlp.gate) + copied(mlp.down, layer.mlp_post_norm or layer.shared_post_norm)
+    if late is not None:
+        of_late = copied(late.gate) + copied(late.down, layer.late_post_norm)
+    return max(attention, of_late, of_mlp + _copied_of_an_expert(bound, layer, device))
 
 
 def _copied_of_an_expert(bound: BoundModel, layer: Layer, device: torch.device) -> int:
@@ -137,7 +145,7 @@ def _copied_of_an_expert(bound: BoundModel, layer: Layer, device: torch.device) 
     if layer.experts is None:
         return 0
     dtype, size = bound.product_dtype_on(device), layer.experts.neurons * bound.hidden_size
-    if layer.mlp_post_norm is not None or layer.experts.factor != 1:
+    if (layer.mlp_post_norm or layer.experts_post_norm) is not None or layer.experts.factor != 1:
         return size * (bound.state_dtype.itemsize + dtype.itemsize)
     return size * dtype.itemsize * (dtype != bound.dtype)
 

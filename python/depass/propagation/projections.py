@@ -11,11 +11,15 @@ from ..models.bound import Norm, Projection, into_stream
 from ..models.experts import ExpertGate
 
 
-def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
-    """A projection's weight ``[D, in]``; with the ``γ`` of the norm on its output folded in, where there is one."""
-    if norm is None:
+def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype, inner: Norm | None = None) -> Tensor:
+    """A projection's weight ``[D, in]``; with the ``γ`` of the norm on its output folded in, where there is one.
+
+    ``inner`` is a norm before that one.
+    """
+    if norm is None and inner is None:
         return weight.to(dtype)
-    return into_stream(weight, norm, at_least_fp32(dtype)).to(dtype)
+    wide = at_least_fp32(dtype)
+    return into_stream(into_stream(weight, inner, wide), norm, wide).to(dtype)
 
 
 def constant_of(projection: Projection | ExpertGate, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:

@@ -3,8 +3,9 @@
 The state has ``[R, D]`` rows in the packed (staircase) layout, in fp32 (fp64 for fp64 models). No other buffer grows with
 ``R``. The attention runs on blocks of sources, because it is linear and each source is independent. The MLP runs on blocks
 of positions, because sharing couples only the sources of one position and neuron; where one position is too large, also on
-blocks of neurons. Blocks change results only by rounding. The exception are layers with parallel attention and MLP
-(GPT-NeoX): their values ``[R, K·d]`` are computed for all rows, in the model's dtype, before the MLP changes the state.
+blocks of neurons. Blocks change results only by rounding. The exceptions are layers with parallel attention and MLP
+(GPT-NeoX), whose values ``[R, K·d]`` are computed for all rows, in the model's dtype, before the MLP changes the state,
+and layers whose values later ones take (Gemma 4), which are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..models.recurrences import Recurrence, convolved
 from ..models.trace import MixerTrace, Trace
 from ..sources.source import Decomposition
 from .blocks import Blocks, Cut, _Kept, _PositionBlock, _SourceBlock, cut, traits
-from .mlp import branches
+from .mlp import Branch, branches, late_branch
 from .projections import add_constant, bias_rows, constant_of, folded
 from .sharing import MLPSharing
 
@@ -68,6 +69,9 @@ class Propagation:
         self._memory = torch.empty(0, device="cpu")  # [rows, D]
         self._positions: list[Tensor] = []  # by staircase, the positions of its prompt that it has
         self._where: Tensor | None = None  # [P], the position in a trace of each position; None: the same
+        # by staircase, its first row, and the rows of its positions' owners
+        self._owners: list[tuple[int, Tensor]] = []
+        self._lent: dict[int, Tensor] = {}  # by layer, the values [R', K·d] of the rows that had joined before it
         self._beside_mlp: list[tuple[_Mixing, list[Tensor]]] = []  # values that wait for the MLP
 
     def join(self, joining: Sequence[tuple[Decomposition, int]], trace: Trace) -> None:
@@ -89,6 +93,8 @@ class Propagation:
         for parts, prompt in joining:
             rows = self._memory[end : end + parts.layout.rows]
             parts.fill(rows.zero_(), trace.of(self.prompt_start[prompt], self.prompt_start[prompt + 1]))
+            if self.bound.lending:
+                self._owners.append((end, end + parts.layout.row_start[:-1] + parts.owner))
             end += parts.layout.rows
             layouts.append(parts.layout)
             prompts.append(prompt)
@@ -126,11 +132,11 @@ class Propagation:
             pairs = zip(layer.mixers, trace.mixers, strict=True)
             mixing, blocks = [_Mixing(self, layer, trace, *pair) for pair in pairs], self._cut.of_sources
             if self.bound.parallel:
-                self._beside_mlp = [(each, [each.values(block) for block in blocks]) for each in mixing]
+                self._beside_mlp = [(each, [self._values(index, each, block) for block in blocks]) for each in mixing]
                 return
             kept = self._kept(read)
             for block in blocks:
-                values = [each.values(block) for each in mixing]
+                values = [self._values(index, each, block) for each in mixing]
                 for each, own in zip(mixing, values, strict=True):
                     each.mix(block, own, kept)
             self._narrow(kept)
@@ -148,13 +154,45 @@ class Propagation:
             self._to(self.bound.layers[index].device)
             kept, blocks = self._kept(read), self._cut.of_sources
             self._narrow(kept)  # also the decompositions that joined after the attention
-            if self.bound.layers[index].has_mlp:
-                self._mlp(self.bound.layers[index], trace)
+            self._through(list(branches(self, self.bound.layers[index], trace)))
             waiting, self._beside_mlp = self._beside_mlp, []
             for mixing, values in waiting:
                 for block, value in zip(blocks, values, strict=True):
                     mixing.mix(block, value, kept, narrowed=True)
                 mixing.add_bias(trace)
+
+    def _values(self, index: int, mixing: _Mixing, block: _SourceBlock) -> Tensor:
+        """The values ``[R_block, K·d]`` of a block in a mixer of a layer, which may be those of an earlier layer."""
+        lender, rows = mixing.mixer.values_of, block.rows_on(self.state.device)
+        if lender is not None:
+            assert mixing.taken is not None
+            taken = self._taken(lender, mixing.taken)
+            return taken if rows is None else taken.index_select(0, rows)
+        values = mixing.values(block)
+        if index in self.bound.lending and mixing.mixer.recurrence is None:
+            if index not in self._lent:
+                self._lent[index] = values.new_empty(len(self.state), values.shape[1])
+            self._lent[index][slice(None) if rows is None else rows] = values
+        return values
+
+    def _taken(self, lender: int, frozen: Tensor) -> Tensor:
+        """The values ``[R, K·d]`` that layer ``lender`` lent, of which ``frozen`` ``[P, K·d]`` are the sums.
+
+        Those of a decomposition that joined behind it were computed before: they belong to the owner of their position.
+        """
+        assert self.layout is not None
+        dtype, device = self.bound.product_dtype, self.state.device
+        width, known = frozen.shape[1], self._lent.get(lender)
+        known = frozen.new_empty(0, width, dtype=dtype) if known is None else known.to(device)
+        if len(known) < len(self.state):
+            later = known.new_zeros(len(self.state) - len(known), width)
+            for (begin, rows), prompt in zip(self._owners, self.layout.prompt.tolist(), strict=True):
+                if begin >= len(known):
+                    values = frozen[self.prompt_start[prompt] : self.prompt_start[prompt + 1]]
+                    later[(rows - len(known)).to(device)] = values.to(later)
+            known = torch.cat([known, later])
+        self._lent[lender] = known
+        return known
 
     def _kept(self, read: Sequence[Sequence[int]] | None) -> _Kept | None:
         """The rows of the positions that are read, or None if they are more than half of all rows."""
@@ -193,16 +231,36 @@ class Propagation:
         """The entries of a trace's ``[P]`` or ``[P, ...]`` at the positions of the layout."""
         return scale if scale is None or self._where is None else scale.index_select(0, self._where)
 
-    def _mlp(self, layer: Layer, trace: Trace) -> None:
-        scale = self.at(trace.scales.get("mlp_norm"))  # [P]
-        through = list(branches(self, layer, trace))
+    def finish(self, index: int, trace: Trace) -> None:
+        """Propagate the state through what layer ``index`` has behind its MLP, in place: a branch, and a factor.
+
+        Arguments as for :meth:`attention`.
+        """
+        layer = self.bound.layers[index]
+        if self.layout is None:
+            return
+        with backends.record(self.served):
+            self._to(layer.device)
+            branch, scalar = late_branch(self, layer, trace), layer.scalar
+            if branch is not None:
+                self._through([branch])
+            if scalar is not None:
+                self.state *= scalar.to(self.state)
+
+    def _through(self, through: Sequence[Branch]) -> None:
+        """Add to the state what branches give that all read what it is before."""
         for block in self._cut.of_positions:
             positions = slice(block.first, block.last)
             in_trace = positions if self._where is None else self._where[positions]
-            block_scale = None if scale is None else scale[positions]
             # later branches, and later blocks of neurons, read what the state was before the first one's update
-            operand = self.normed(layer.mlp_norm, block_scale, block.layout, self.state[block.begin : block.end])
+            operands: list[tuple[Norm | None, Tensor]] = []
             for branch in through:
+                if not any(norm is branch.norm for norm, _ in operands):
+                    scale = None if branch.scale is None else branch.scale[positions]
+                    rows = self.state[block.begin : block.end]
+                    operands.append((branch.norm, self.normed(branch.norm, scale, block.layout, rows)))
+            for branch in through:
+                operand = next(operand for norm, operand in operands if norm is branch.norm)
                 branch.add(block, operand, in_trace)
         for branch in through:
             branch.add_bias()
@@ -256,8 +314,11 @@ class _Mixing:
         self.value_scale = propagation.at(own.value_scale)  # [P, K·d]
         self.mix_scale = propagation.at(own.mix_scale)  # [P, H·d]
         dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
-        self.value_weight = mixer.value.weight.to(dtype)  # [K·d, D] or, behind a latent projection, [K·d, rank]
+        self.taken = own.values  # [P, K·d]
         self.output_weight = folded(mixer.output.weight, layer.attention_post_norm, dtype)  # [D, H·d]
+        if mixer.values_of is not None:
+            return
+        self.value_weight = mixer.value.weight.to(dtype)  # [K·d, D] or, behind a latent projection, [K·d, rank]
         self.latent_weight = None if mixer.latent is None else mixer.latent.weight.to(dtype)  # [rank, D]
         first = mixer.latent or mixer.value  # which reads the residual stream
         self.first_constant = constant_of(first, layer.attention_norm, state_dtype)
@@ -282,7 +343,17 @@ class _Mixing:
         for constant in (self.constant, None if self.latent_weight is not None else self.first_constant):
             if constant is not None and block.has_bias_source:
                 add_constant(values, constant, block.layout)
-        return values if self.mixer.recurrence is None else self._convolved(values, self.mixer.recurrence, block)
+        if self.mixer.recurrence is not None:
+            return self._convolved(values, self.mixer.recurrence, block)
+        if self.value_scale is not None:
+            self._scale(values, self.value_scale, block)
+        return values
+
+    def _scale(self, rows: Tensor, scale: Tensor, block: _SourceBlock) -> None:
+        """Multiply a block's rows ``[R_block, n]`` by the frozen ``scale`` ``[P, n]`` of their positions, in place."""
+        for run in block.runs:
+            where = run.layout.position_of_row(rows.device)
+            rows[run.begin : run.end] *= scale[run.first : run.last].to(rows.dtype)[where]
 
     def _convolved(self, values: Tensor, recurrence: Recurrence, block: _SourceBlock) -> Tensor:  # [R_block, K·d]
         """The values of a recurrence: each source's own behind the convolution, times what the SiLU let through."""
@@ -292,9 +363,7 @@ class _Mixing:
         bias = recurrence.taps_bias()
         if bias is not None and block.has_bias_source:
             add_constant(out, bias, block.layout)
-        for run in block.runs:
-            where = run.layout.position_of_row(out.device)
-            out[run.begin : run.end] *= self.value_scale[run.first : run.last].to(out.dtype)[where]
+        self._scale(out, self.value_scale, block)
         return out
 
     def _latent(self, normed: Tensor, weight: Tensor, run: _PositionBlock, positions: slice, has_bias: bool) -> Tensor:
@@ -320,9 +389,7 @@ class _Mixing:
             backend=self.propagation.sharing.backend,
         )  # [R_block, H·d]
         if self.mix_scale is not None:
-            for run in block.runs:
-                where = run.layout.position_of_row(mixed.device)
-                mixed[run.begin : run.end] *= self.mix_scale[run.first : run.last].to(mixed.dtype)[where]
+            self._scale(mixed, self.mix_scale, block)
         rows = block.rows_on(state.device)
         if kept is not None:
             picked, which = kept.of(rows)

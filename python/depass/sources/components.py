@@ -50,8 +50,9 @@ class Heads:
 class Neurons:
     """The outputs of a layer's MLP neurons as sources: ``W_down[:, f] · h[t, f]`` for neuron ``f`` at position ``t``.
 
-    They start after the layer; the source ``rest`` is the remainder of the residual stream there. Layers with routed experts
-    are refused; :class:`RoutedExperts` scores them expert by expert.
+    They start after the layer, or before what some layers have behind the MLP (Gemma 4's per-layer inputs). The source
+    ``rest`` is the remainder of the residual stream there. Layers with routed experts are refused;
+    :class:`RoutedExperts` scores them expert by expert.
 
     Args:
         layer: the layer, from 0.
@@ -209,7 +210,7 @@ def _neurons(spec: Neurons, length: int, bound: BoundModel) -> _Parts:
         return _post_scaled(neuron_outputs, trace.scales.get("mlp_post_norm"), where)
 
     sources = [Source(f"L{spec.layer}N{n}", "neuron", layer=spec.layer, index=n) for n in ids]
-    return _Parts("end", sources, outputs, _after)
+    return _behind_mlp(layer, bound, sources, outputs)
 
 
 def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel, routing: Tensor | None = None) -> _Parts:
@@ -231,22 +232,21 @@ def _routed_experts(spec: RoutedExperts, length: int, bound: BoundModel, routing
 
     def each(trace: Trace, where: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         assert trace.routed is not None
-        places, scale = _places(trace, layer, where, ids), trace.scales.get("mlp_post_norm")
+        places = _places(trace, layer, where, ids)
         added = outputs(experts.read(), places, trace.routed[where], bound.state_dtype, with_bias=False)
         for expert, run, output in added:
             at = where[places.position[run]]
-            output = output if layer.mlp_post_norm is None else layer.mlp_post_norm.weighted(output)
-            yield numbers[expert], at, output if scale is None else output * scale[at, None]
+            yield numbers[expert], at, _normed(layer, trace, output, ("experts_post_norm", "mlp_post_norm"), at)
 
     def bias(trace: Trace) -> Tensor | None:
         if not experts.has_bias:
             return None
         places, length = _places(trace, layer), len(trace.stream)
         summed = summed_bias(experts.read("down_proj_bias"), places, length, bound.state_dtype)
-        return _post_normed(summed, layer, trace)
+        return _normed(layer, trace, summed, ("experts_post_norm", "mlp_post_norm"))
 
     sources = [Source(f"L{spec.layer}E{e}", "expert", layer=spec.layer, index=e) for e in ids]
-    return _Parts("end", sources, None, _after, bias, each=each, starts=starts)
+    return _behind_mlp(layer, bound, sources, None, bias=bias, each=each, starts=starts)
 
 
 def _first_choices(ids: list[int], positions: list[int], routing: Tensor) -> tuple[list[int], list[int]]:
@@ -269,7 +269,7 @@ def _places(trace: Trace, layer: Layer, where: Tensor | None = None, ids: Sequen
         chosen, weight = chosen[where], weight[where]
     if ids is not None:
         chosen = chosen.masked_fill(~torch.isin(chosen, torch.tensor(ids, device=chosen.device)), -1)
-    return Places.of(chosen, weight, layer.experts.count)
+    return layer.experts.places(chosen, weight)
 
 
 def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
@@ -290,7 +290,21 @@ def _modules(spec: Modules, length: int, bound: BoundModel) -> _Parts:
     def mlp(trace: Trace, where: Tensor) -> Tensor:
         return _mlp_output(trace, layer, bound)[where, None][:, : len(sources)]
 
-    return _Parts("end", sources, mlp, _after)
+    return _behind_mlp(layer, bound, sources, mlp)
+
+
+def _behind_mlp(layer: Layer, bound: BoundModel, sources: list[Source], outputs: Any, **others: Any) -> _Parts:
+    """Parts that start behind a layer's MLP; what some layers have there, they go through.
+
+    ``outputs`` and ``others`` as for :class:`_Parts`.
+    """
+    if layer.late is None and layer.scalar_path is None:
+        return _Parts("end", sources, outputs, _after, **others)
+
+    def whole(trace: Trace) -> Tensor:
+        return _after_attention(trace, layer, bound) + _mlp_output(trace, layer, bound)
+
+    return _Parts("late", sources, outputs, whole, **others)
 
 
 def _after_attention(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:
@@ -321,21 +335,25 @@ def _mlp_output(trace: Trace, layer: Layer, bound: BoundModel) -> Tensor:  # [N,
     if layer.experts is None:
         return added
     assert trace.routed is not None
-    if layer.mlp is not None:
-        of_mlp = _output(trace.hidden, layer.mlp.down, None, None, trace, bound)
-        added += of_mlp if trace.mlp_weight is None else of_mlp * trace.mlp_weight[:, None].to(of_mlp)
     places = _places(trace, layer)
     for _, run, output in outputs(layer.experts.read(), places, trace.routed, bound.state_dtype):
         added.index_add_(0, places.position[run], output)
-    return _post_normed(added, layer, trace)
+    added = _normed(layer, trace, added, ("experts_post_norm",))
+    if layer.mlp is not None:
+        of_mlp = _output(trace.hidden, layer.mlp.down, None, None, trace, bound)
+        of_mlp = of_mlp if trace.mlp_weight is None else of_mlp * trace.mlp_weight[:, None].to(of_mlp)
+        added += _normed(layer, trace, of_mlp, ("shared_post_norm",))
+    return _normed(layer, trace, added, ("mlp_post_norm",))
 
 
-def _post_normed(added: Tensor, layer: Layer, trace: Trace) -> Tensor:
-    """What an MLP adds ``[N, D]``, after the norm on its output if there is one."""
-    scale = trace.scales.get("mlp_post_norm")
-    if layer.mlp_post_norm is None or scale is None:
-        return added
-    return layer.mlp_post_norm.weighted(added) * scale[:, None]
+def _normed(layer: Layer, trace: Trace, x: Tensor, names: Sequence[str], at: Tensor | None = None) -> Tensor:
+    """Vectors ``[p, D]`` at positions ``at`` ``[p]``, by default all, after those of the named norms that the layer has."""
+    for name in names:
+        norm: Norm | None = getattr(layer, name)
+        if norm is not None:
+            scale = trace.scales[name]
+            x = norm.weighted(x) * (scale if at is None else scale[at])[:, None]
+    return x
 
 
 def _output(

@@ -46,6 +46,7 @@ def decompose_components(spec: Any, length: int, bound: BoundModel, routing: Ten
         parts = _routed_experts(spec, length, bound, routing)
     else:
         parts = _MAKERS[type(spec)](spec, length, bound)
+    _refuse_values_without_rest(spec, bound, parts)
     positions = _indices(_named("positions", spec), getattr(spec, "positions", None), length, negative=True)
     starts = [positions[0]] * len(parts.sources) if parts.starts is None else parts.starts
     always = [Source("bias", "bias")] if bound.has_bias else []
@@ -73,6 +74,16 @@ def decompose_components(spec: Any, length: int, bound: BoundModel, routing: Ten
             _must_vanish(missing, parts.whole(trace), spec, bound)
 
     return Decomposition(sources, layout, False, layer, parts.moment, fill, spec)
+
+
+def _refuse_values_without_rest(spec: Any, bound: BoundModel, parts: _Parts) -> None:
+    """Raise a SourceError where no source could hold the values that later layers take from earlier ones."""
+    lent = [index for index in bound.lending if index < spec.layer]
+    if lent and not parts.has_rest:
+        raise SourceError(
+            f"{type(spec).__name__}(layer={spec.layer}) has no remainder, but later layers of {bound.name} take the values "
+            f"of layer {lent[0]}, which are not in the residual stream; use Subspace(parts=...), which has one"
+        )
 
 
 class _Room:

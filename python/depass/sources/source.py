@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from depass_kernels import SourceLayout
@@ -20,7 +21,8 @@ Kind = Literal[
     "token", "span", "rest", "bias", "head", "neuron", "expert", "module", "subspace", "part", "pattern", "unassigned"
 ]
 BESIDE = ("rest", "bias", "pattern", "unassigned")  # the kinds that are no part of the prompt or of the model
-Moment = Literal["start", "middle", "end"]  # of a layer; the middle lies between its attention and its MLP
+# of a layer: the middle lies between its attention and its MLP; late is before what some layers have behind the MLP
+Moment = Literal["start", "middle", "late", "end"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Decomposition:
         layout: one staircase; it also holds the excluded source.
         excluded: whether the first token is excluded from the MLPs of later positions.
         layer: the layer at which the residual stream is decomposed.
-        moment: the point in that layer: before it, between attention and MLP, or after it.
+        moment: the point in that layer: before it, between attention and MLP, behind the MLP but before what some layers
+            have there, or after it.
         spec: the component spec that it was laid out from, with its layer counted from 0; None for sources of the prompt.
         fill: a function that takes the state's rows ``[R, D]``, which are zero, and the prompt's trace of that layer. It
             writes the initial vectors of every source, so that ``Σ_m X[m, t] = x[t]`` (docs/method.md, equation 1).
@@ -68,6 +71,19 @@ class Decomposition:
     moment: Moment
     fill: Callable[[Tensor, Trace], None]
     spec: Any = None
+
+    @property
+    def owner(self) -> Tensor:
+        """The source that each position belongs to ``[N]`` int64: its token or span, elsewhere ``rest``.
+
+        It also holds what reaches a layer beside the stream: the values of an earlier layer.
+        """
+        rest = next((i for i, source in enumerate(self.sources) if source.kind == "rest"), 0)
+        owner = torch.full((self.layout.positions,), rest, device="cpu")
+        for index, source in enumerate(self.sources):
+            if source.kind in ("token", "span"):
+                owner[source.start : source.end] = index
+        return owner
 
 
 def check_labels(labels: Any, count: int, of: str) -> Sequence[str] | None:
