@@ -18,6 +18,17 @@ def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     return into_stream(weight, norm, at_least_fp32(dtype)).to(dtype)
 
 
+def output_scale(norm: Norm | None, factor: float, like: Tensor) -> Tensor | None:
+    """What multiplies a projection's outputs, ``[D]`` in at least fp32 on the device of ``like`` ``[..., D, in]``; or None.
+
+    It is a factor of the model and the ``γ`` of the norm on the output, where there are such.
+    """
+    if norm is None and factor == 1:
+        return None
+    ones = like.new_full(like.shape[-2:-1], factor, dtype=at_least_fp32(like.dtype))
+    return ones if norm is None else norm.weighted(ones)
+
+
 def constant_of(projection: Projection | ExpertGate, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
     """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None.
 
