@@ -1,8 +1,8 @@
 """The public ops: they check their arguments, choose a backend and return the result.
 
 Shapes: ``P`` positions of all staircases, ``R`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d``
-head dimension, ``F`` MLP neurons, ``E`` groups of rows, each with a weight of its own. ``backend`` is one of :data:`depass_kernels.names.NAMES`; ``depass backends`` lists
-which backend runs each op on this machine.
+head dimension, ``F`` MLP neurons, ``E`` groups of rows, each with a weight of its own. ``backend`` is one of
+:data:`depass_kernels.names.NAMES`; ``depass backends`` lists which backend runs each op on this machine.
 """
 
 from __future__ import annotations

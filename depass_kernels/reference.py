@@ -1,8 +1,8 @@
 """The reference implementation of the ops in plain torch, which every other backend is tested against.
 
 It runs on any device and with any floating dtype. It computes in fp32, or in fp64 if an input is fp64; the matrix products
-of ``residual_update`` and of the grouped ops are the library's own, in the dtype of their operands. The arguments are not checked here but by the
-public ops in :mod:`depass_kernels.ops`.
+of ``residual_update`` and of the grouped ops are the library's own, in the dtype of their operands. The arguments are not
+checked here but by the public ops in :mod:`depass_kernels.ops`.
 """
 
 from __future__ import annotations

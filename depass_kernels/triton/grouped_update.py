@@ -65,7 +65,7 @@ def _add(
     i = (tl.program_id(0) // across).to(tl.int64)
     d = tl.program_id(0) % across * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), state.dtype.element_ty)
-    for j in range(0, count):
+    for j in range(count):
         place = tl.load(places + i * row_stride + j * place_stride)
         total += tl.load(parts + place * parts_stride + d, mask=d < tl.where(place < 0, 0, columns), other=0)
     if scale is not None:

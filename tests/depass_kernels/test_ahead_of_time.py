@@ -26,7 +26,15 @@ if torch.cuda.is_available():
 
 from ahead_of_time import SHARED_LIMIT, compile_for
 
-from depass_kernels.triton import grouped_matmul, grouped_update, mix_values, normed, residual_update, share_hidden, taylor
+from depass_kernels.triton import (
+    grouped_matmul,
+    grouped_update,
+    mix_values,
+    normed,
+    residual_update,
+    share_hidden,
+    taylor,
+)
 
 RULES = ("softmax", "max", "relu", "linear")
 LAYOUTS = {
@@ -158,6 +166,9 @@ def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: 
     assert usage.stack == 0
     if name.startswith(("mix_values", "residual_update", "grouped_matmul")):  # fp32 too, as three tf32 products
         assert usage.count("HMMA") + usage.count("HGMMA") > 0
+    if name.startswith("grouped_matmul") and name.endswith("bfloat16") and "interleaved" not in name:
+        assert re.findall(r"LDGSTS\.E[.\w]*\.128", usage.sass)  # rows and weights, straight to shared memory
+        assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)
     if name.startswith("normed"):
         assert re.findall(r"LDG\.E[.\w]*\.128", usage.sass)  # the state, 16 bytes an access
         assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)

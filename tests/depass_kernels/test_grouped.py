@@ -65,7 +65,9 @@ def test_each_group_has_its_own_weight(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(1, 2, 1, 5, 3), (40, 5, 2, 7, 33), (9, 9, 4, 150, 300), (50, 3, 3, 300, 20)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 2, 1, 5, 3), (40, 5, 2, 7, 33), (9, 9, 4, 150, 300), (50, 3, 3, 300, 20)], ids=str
+)
 def test_every_row_gets_what_its_places_add(
     size: tuple[int, int, int, int, int], form: str, scaled: bool, dtype: torch.dtype, backend: str, device: str
 ) -> None:
@@ -151,7 +153,7 @@ def test_rows_beyond_two_billion_numbers(device: str) -> None:
         ({"operand": torch.zeros(5)}, r"operand must be floating \[any, any\], got float32 \[5\]"),
         ({"weight": torch.zeros(2, 5, 6)}, r"weight must be floating \[E, any, 4\], got float32 \[2, 5, 6\]"),
         ({"weight": torch.zeros(5, 4)}, r"weight must be floating \[E, any, 4\]"),
-        ({"ends": torch.tensor([1, 2, 3])}, r"ends must be int64 \[2\] on the CPU, one end for each weight; got int64 \[3\]"),
+        ({"ends": torch.tensor([1, 2, 3])}, r"ends must be int64 \[2\] on the CPU, one end for each .*; got int64 \[3\]"),
         ({"ends": torch.tensor([1.0, 3.0])}, r"ends must be int64 \[2\] on the CPU.*got float32"),
         ({"ends": torch.tensor([2, 4])}, r"ends must rise from 0 or more to the number of rows, 3; got \[2, 4\]"),
         ({"ends": torch.tensor([4, 3])}, r"ends must rise .* got \[4, 3\]"),

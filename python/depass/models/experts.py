@@ -260,7 +260,7 @@ class Places:
         return torch.tensor(list(self.runs), dtype=torch.int64, device=device).repeat_interleave(counts)
 
     def ends(self, count: int) -> Tensor:
-        """``[E]`` int64 on the CPU: for each of ``count`` experts the place behind the end of its run, which may be empty."""
+        """``[E]`` int64 on the CPU: for each of ``count`` experts the place behind its run, which may be empty."""
         counts = torch.zeros(count, dtype=torch.int64, device="cpu")
         for expert, (begin, end) in self.runs.items():
             counts[expert] = end - begin
