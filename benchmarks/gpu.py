@@ -34,7 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 from depass.files import append_row  # noqa: E402  # loads no torch, so this process holds no GPU
 
 KERNEL_TESTS = [
-    f"tests/depass_kernels/test_{op}.py" for op in ("normed", "mix_values", "share_hidden", "residual_update")
+    f"tests/depass_kernels/test_{op}.py"
+    for op in ("normed", "mix_values", "share_hidden", "residual_update", "grouped")
 ]
 MODEL_TESTS = [
     f"tests/depass/test_{what}.py" for what in ("served", "oracle", "conservation", "graphs", "batches", "streaming")

@@ -13,12 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, backends, mix_values, normed, residual_update, share_hidden
+from depass_kernels import (
+    SourceLayout,
+    backends,
+    grouped_matmul,
+    grouped_update,
+    mix_values,
+    normed,
+    residual_update,
+    share_hidden,
+)
 
 from .machine import Machine, percentile
 from .registry import SHAPES
 
-OURS = ("normed", "mix_values", "share_hidden", "taylor", "residual_update")
+GROUPED = ("grouped_matmul", "grouped_update")  # their reference is one product for each expert
+OURS = ("normed", "mix_values", "share_hidden", "taylor", "residual_update", *GROUPED)
+EXPERTS, CHOSEN = 64, 8  # each expert has an eighth of the model's neurons
 PRODUCTS = ("mm", "mm_fp32", "addmm_fp32")  # the last two with out_dtype=: the sums are in fp32
 PROJECTIONS = ("value", "output", "gate", "down")
 LIBRARY = ("copy", *(f"{product}_{projection}" for projection in PROJECTIONS for product in PRODUCTS))
@@ -116,6 +127,8 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
             lambda b: residual_update(state, operand, weight, backend=b), (state,), lambda: state.copy_(start), moved,
             2 * rows * D * H * d,
         )  # fmt: skip
+    if op in GROUPED:
+        return _grouped(op, layout, SHAPES[model], dtype, machine)
     product, _, projection = op.rpartition("_")
     outputs, inputs = {"value": (K * d, D), "output": (D, H * d), "gate": (F, D), "down": (D, F)}[projection]
     operand, weight = random(rows, inputs), random(outputs, inputs, spread=0.02)
@@ -125,6 +138,36 @@ def prepare(op: str, model: str, size: str, dtype: torch.dtype, machine: Machine
     return Op(
         lambda b: _multiply(product if b == TORCH else b, operand, weight, out), (out,),
         lambda: out.fill_(float("nan")) if begin is None else out.copy_(begin), moved, 2 * rows * inputs * outputs,
+    )  # fmt: skip
+
+
+def _grouped(op: str, layout: SourceLayout, shape: tuple[int, ...], dtype: torch.dtype, machine: Machine) -> Op:
+    """A call with the places of positions that choose ``CHOSEN`` experts at random, of all positions' rows."""
+    (D, F, *_), device = shape, machine.device
+    neurons = max(1, F // CHOSEN)
+    chosen = torch.stack([torch.randperm(EXPERTS, device="cpu")[:CHOSEN] for _ in range(layout.positions)])
+    expert = chosen.repeat_interleave(layout.counts, 0).flatten()  # of each place of each row
+    order = expert.argsort(stable=True)
+    ends = torch.bincount(expert, minlength=EXPERTS).cumsum(0)
+    operations = 2 * len(order) * D * neurons
+    if op == "grouped_matmul":
+        operand = machine.random(layout.rows, D, dtype=dtype)
+        weight = machine.random(EXPERTS, 2 * neurons, D, dtype=dtype, scale=0.02)[:, :neurons]
+        rows, out = (order // CHOSEN).to(device), torch.empty(len(order), neurons, device=device)
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (operand, weight, rows, out))
+        return Op(
+            lambda b: grouped_matmul(operand, weight, ends, rows=rows, out=out, backend=b), (out,),
+            lambda: out.fill_(float("nan")), moved, operations,
+        )  # fmt: skip
+    start, hidden = machine.random(layout.rows, D), machine.random(len(order), neurons, dtype=dtype)
+    state, weight = start.clone(), machine.random(EXPERTS, D, neurons, dtype=dtype, scale=0.02)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device="cpu")
+    held = places.view(-1, CHOSEN).to(device)
+    moved = sum(t.numel() * t.element_size() for t in (state, hidden, weight, held)) + state.numel() * 4  # and read
+    return Op(
+        lambda b: grouped_update(state, hidden, weight, ends, held, backend=b), (state,), lambda: state.copy_(start),
+        moved, operations,
     )  # fmt: skip
 
 

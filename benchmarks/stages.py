@@ -27,12 +27,12 @@ from depass.files import append_row
 from depass_kernels import backends
 
 from .machine import ROOT, BenchmarkError, Machine, commit
-from .ops import LIBRARY, TORCH, checked, missing, prepare, row_of
+from .ops import GROUPED, LIBRARY, TORCH, checked, missing, prepare, row_of
 from .registry import METHODS, OURS, Case, random_model
 from .runner import Options, Row, line, run
 
 # The most important first.
-OPS = ("normed", "mix_values", "share_hidden", *LIBRARY, "residual_update", "taylor")
+OPS = ("normed", "mix_values", "share_hidden", *GROUPED, *LIBRARY, "residual_update", "taylor")
 OP_MODELS = ("llama-2-7b", "llama-3.1-8b", "smollm2-135m")
 MODEL = "llama-2-7b"
 CASES = ("tokens/128", "tokens/10", "tokens/64", "prompts/64", "tokens/256", "heads/16", "tokens/512")
@@ -131,6 +131,8 @@ def ops(stage: Stage) -> list[Item]:
     def backends_of(op: str) -> tuple[str, ...]:
         if op in LIBRARY:
             return (TORCH,)
+        if op in GROUPED:
+            return ("triton", "reference")
         wanted = ("triton", compiled)
         return tuple(
             name for name in wanted if name != compiled or op in ("normed", "mix_values", "share_hidden", "taylor")

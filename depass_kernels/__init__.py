@@ -8,15 +8,16 @@ from .errors import BackendError, KernelError, LayoutError
 
 if TYPE_CHECKING:
     from .layout import SourceLayout
-    from .ops import mix_values, normed, residual_update, share_hidden
+    from .ops import grouped_matmul, grouped_update, mix_values, normed, residual_update, share_hidden
 
 __all__ = [
-    "BackendError", "KernelError", "LayoutError", "SourceLayout", "mix_values", "normed", "residual_update",
-    "share_hidden",
+    "BackendError", "KernelError", "LayoutError", "SourceLayout", "grouped_matmul", "grouped_update", "mix_values",
+    "normed", "residual_update", "share_hidden",
 ]  # fmt: skip
 
 # Loaded on first use: torch takes seconds to import, and depass_kernels.names must not.
-_HOME = {"SourceLayout": "layout", **dict.fromkeys(("mix_values", "normed", "residual_update", "share_hidden"), "ops")}
+_OPS = ("grouped_matmul", "grouped_update", "mix_values", "normed", "residual_update", "share_hidden")
+_HOME = {"SourceLayout": "layout", **dict.fromkeys(_OPS, "ops")}
 
 
 def __getattr__(name: str) -> object:

@@ -1,13 +1,14 @@
 """The public ops: they check their arguments, choose a backend and return the result.
 
 Shapes: ``P`` positions of all staircases, ``R`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d``
-head dimension, ``F`` MLP neurons. ``backend`` is one of :data:`depass_kernels.names.NAMES`; ``depass backends`` lists
-which backend runs each op on this machine.
+head dimension, ``F`` MLP neurons, ``E`` groups of rows, each with a weight of its own. ``backend`` is one of
+:data:`depass_kernels.names.NAMES`; ``depass backends`` lists which backend runs each op on this machine.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -235,6 +236,120 @@ def residual_update(
     return state
 
 
+def grouped_matmul(
+    operand: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    *,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply each group of rows by a weight of its own: ``out[i] = weight[g(i)] · operand[rows[i]]``.
+
+    It computes the pre-activations of routed experts, whose groups are the rows that go through one expert.
+
+    Args:
+        operand: ``[R', D]``, the rows that are read.
+        weight: ``[E, N, D]``, a weight for each group, of any floating dtype and any strides. Products are in the dtype of
+            ``operand``.
+        ends: ``[E]`` int64 on the CPU. Group ``g`` has the rows ``ends[g - 1] ≤ i < ends[g]`` of the result, the first one
+            from row 0 on. A group may be empty.
+        rows: ``[R]`` int64, the row of ``operand`` that each row of the result reads, any number of times; by default all in
+            order.
+        out: ``[R, N]``, an output tensor of any floating dtype; by default a new tensor in the dtype of ``operand``. GPUs
+            keep the fp32 sums of 16-bit operands if it is fp32.
+        backend: the backend.
+
+    Returns:
+        The products ``[R, N]``: ``out`` if given.
+
+    Raises:
+        KernelError: the shapes, dtypes or devices are inconsistent.
+        BackendError: the named backend is unknown or cannot run this call.
+    """
+    _numbers_of_rows(rows)
+    _matrix("operand", operand, None, None)
+    count = len(operand if rows is None else rows)
+    _groups(weight, ends, count, None, operand.shape[1])
+    if out is None:
+        out = operand.new_empty(count, weight.shape[1])
+    _matrix("out", out, count, weight.shape[1])
+    _same_device(operand=operand, weight=weight, rows=rows, out=out)
+    backends.run("grouped_matmul", backend, operand=operand, weight=weight, ends=ends, rows=rows, out=out)
+    return out
+
+
+def grouped_update(
+    state: Tensor,
+    operand: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    places: Tensor,
+    *,
+    scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Add products of groups of rows to the state in place: ``state[i] += scale ⊙ Σ_j weight[g(p)] · operand[p]``.
+
+    Here ``p`` is ``places[i, j]``. It is the down projection of routed experts, where a row of the state goes through
+    several experts. Each sum has a fixed order, so the same call gives the same bits.
+
+    Args:
+        state: ``[R', D]``, the state, fp32 or fp64; changed in place.
+        operand: ``[R, N]``, the input of the projection, group after group.
+        weight: ``[E, D, N]``, a weight for each group, of any floating dtype and any strides. Products are in the dtype of
+            ``operand``.
+        ends: ``[E]`` int64 on the CPU. Group ``g`` has the rows ``ends[g - 1] ≤ p < ends[g]`` of ``operand``, the first one
+            from row 0 on. A group may be empty.
+        places: ``[R', k]`` int64, the rows of ``operand`` that are added to each row of the state; -1 for none. Each row of
+            ``operand`` occurs exactly once. A row of the state has at most one place in a group.
+        scale: ``[D]``, what multiplies the products; by default 1.
+        backend: the backend.
+
+    Returns:
+        ``state``.
+
+    Raises:
+        KernelError: the shapes, dtypes or devices are inconsistent.
+        BackendError: the named backend is unknown or cannot run this call.
+    """
+    if state.dim() != 2 or state.dtype not in (torch.float32, torch.float64):
+        raise KernelError(f"state must be fp32 or fp64 [R', D], got {_says(state)}")
+    _matrix("operand", operand, None, None)
+    _groups(weight, ends, len(operand), state.shape[1], operand.shape[1])
+    if places.dim() != 2 or len(places) != len(state) or places.dtype != torch.int64:
+        raise KernelError(f"places must be int64 [{len(state)}, k], got {_says(places)}")
+    if scale is not None and (scale.shape != state.shape[1:] or scale.dtype not in FLOATS):
+        raise KernelError(f"scale must be floating [{state.shape[1]}], got {_says(scale)}")
+    _same_device(state=state, operand=operand, weight=weight, places=places, scale=scale)
+    backends.run(
+        "grouped_update", backend, state=state, operand=operand, weight=weight, ends=ends, places=places, scale=scale
+    )
+    return state
+
+
+def _groups(weight: Tensor, ends: Tensor, rows: int, outputs: int | None, inputs: int) -> None:
+    if (
+        weight.dim() != 3
+        or weight.shape[2] != inputs
+        or outputs not in (None, weight.shape[1])
+        or weight.dtype not in FLOATS
+    ):
+        raise KernelError(f"weight must be floating [E, {outputs or 'any'}, {inputs}], got {_says(weight)}")
+    if ends.shape != weight.shape[:1] or ends.dtype != torch.int64 or ends.device.type != "cpu":
+        raise KernelError(
+            f"ends must be int64 [{len(weight)}] on the CPU, one end for each weight; got {_says(ends)} on {ends.device}"
+        )
+    each = [0, *ends.tolist()]
+    if each[-1] != rows or any(end < begin for begin, end in pairwise(each)):
+        raise KernelError(f"ends must rise from 0 or more to the number of rows, {rows}; got {_abridged(each[1:])}")
+
+
+def _abridged(numbers: list[int]) -> str:
+    return f"[{', '.join(map(str, numbers[:8]))}{', ...' * (len(numbers) > 8)}]"
+
+
 def _numbers_of_rows(rows: Tensor | None) -> None:
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise KernelError(f"rows must be an int64 vector, got {_says(rows)}")
@@ -248,10 +363,11 @@ def _on_cpu(layout: SourceLayout) -> None:
         )
 
 
-def _matrix(name: str, tensor: Tensor, rows: int, columns: int | None) -> None:
-    fits = tensor.dim() == 2 and tensor.shape[0] == rows and columns in (None, tensor.shape[-1])
+def _matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None) -> None:
+    fits = tensor.dim() == 2 and rows in (None, tensor.shape[0]) and columns in (None, tensor.shape[-1])
     if not fits or tensor.dtype not in FLOATS:
-        raise KernelError(f"{name} must be floating [{rows}, {columns or 'any'}], got {_says(tensor)}")
+        shape = ", ".join("any" if number is None else str(number) for number in (rows, columns))
+        raise KernelError(f"{name} must be floating [{shape}], got {_says(tensor)}")
 
 
 def _scale(name: str, tensor: Tensor | None, layout: SourceLayout) -> None:

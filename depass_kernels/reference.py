@@ -1,18 +1,22 @@
 """The reference implementation of the ops in plain torch, which every other backend is tested against.
 
-It runs on any device and with any floating dtype. It computes in fp32, or in fp64 if an input is fp64; the matrix product
-of ``residual_update`` is the library's own, in the dtype of its operands. The arguments are not checked here but by the
-public ops in :mod:`depass_kernels.ops`.
+It runs on any device and with any floating dtype. It computes in fp32, or in fp64 if an input is fp64; the matrix products
+of ``residual_update`` and of the grouped ops are the library's own, in the dtype of their operands. The arguments are not
+checked here but by the public ops in :mod:`depass_kernels.ops`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .layout import SourceLayout
+
+UPDATED_ROWS = 1024  # of a group's: those of the state that are read out and written back together
 
 
 def normed(
@@ -110,6 +114,49 @@ def residual_update(
         target += matmul(operand, weight)
     if rows is not None:
         state.index_copy_(0, rows, target)
+
+
+def grouped_matmul(
+    operand: Tensor,  # [R', D]
+    weight: Tensor,  # [E, N, D]
+    ends: Tensor,  # [E]
+    rows: Tensor | None,  # [R]
+    out: Tensor,  # [R, N]
+) -> None:
+    """``out[i] = weight[g(i)] · operand[rows[i]]``, one product for each group."""
+    for group, held in _groups(ends):
+        read = operand[held] if rows is None else operand.index_select(0, rows[held])
+        out[held] = matmul(read, weight[group].to(operand.dtype))
+
+
+def grouped_update(
+    state: Tensor,  # [R', D]
+    operand: Tensor,  # [R, N]
+    weight: Tensor,  # [E, D, N]
+    ends: Tensor,  # [E]
+    places: Tensor,  # [R', k]
+    scale: Tensor | None,  # [D]
+) -> None:
+    """``state[i] += scale ⊙ Σ_j weight[g(p)] · operand[p]``, ``p = places[i, j]``; one product for each group."""
+    row, rank = (places >= 0).nonzero(as_tuple=True)
+    rows = row.new_empty(len(operand))  # of the state, for each row of the operand
+    rows[places[row, rank]] = row
+    for group, held in _groups(ends):
+        own = weight[group]
+        if scale is not None:
+            own = own.to(_computing_dtype(state)) * scale.to(_computing_dtype(state))[:, None]
+        own = own.to(operand.dtype)
+        for begin in range(held.start, held.stop, UPDATED_ROWS):
+            run = slice(begin, min(begin + UPDATED_ROWS, held.stop))
+            residual_update(state, operand[run], own, rows[run])
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, each with its rows."""
+    each = [0, *ends.tolist()]
+    for group, (begin, end) in enumerate(pairwise(each)):
+        if begin < end:
+            yield group, slice(begin, end)
 
 
 def matmul(operand: Tensor, weight: Tensor) -> Tensor:

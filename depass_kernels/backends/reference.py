@@ -18,5 +18,7 @@ REFERENCE = Backend(
         "mix_values": Op(reference.mix_values, _never),
         "share_hidden": Op(reference.share_hidden, _never),
         "residual_update": Op(reference.residual_update, _never),
+        "grouped_matmul": Op(reference.grouped_matmul, _never),
+        "grouped_update": Op(reference.grouped_update, _never),
     },
 )

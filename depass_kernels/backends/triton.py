@@ -59,6 +59,14 @@ def _refuses_update(state: Tensor, operand: Tensor, weight: Tensor, **_: object)
     return _cannot_take(state, operand, weight) or columns_apart(state=state, operand=operand)
 
 
+def _refuses_grouped(operand: Tensor, weight: Tensor, out: Tensor, **_: object) -> str | None:
+    return _cannot_take(operand, weight, out) or columns_apart(operand=operand, out=out)
+
+
+def _refuses_grouped_update(state: Tensor, operand: Tensor, weight: Tensor, **_: object) -> str | None:
+    return _cannot_take(state, operand, weight) or columns_apart(state=state, operand=operand)
+
+
 def _launch(kernel: str, **arguments: Any) -> None:
     import_module(f"depass_kernels.triton.{kernel}").launch(**arguments).run()
 
@@ -70,6 +78,11 @@ def _share_hidden(rule: str, temperature: float, gate_total: Tensor | None, **ar
         _launch("share_hidden", rule=rule, temperature=temperature, **arguments)
 
 
+def _grouped_update(**arguments: Any) -> None:
+    for launch in import_module("depass_kernels.triton.grouped_update").launches(**arguments):
+        launch.run()
+
+
 TRITON = Backend(
     "triton",
     _missing,
@@ -78,5 +91,7 @@ TRITON = Backend(
         "mix_values": Op(partial(_launch, "mix_values"), _refuses_mix),
         "share_hidden": Op(_share_hidden, _refuses_share),
         "residual_update": Op(partial(_launch, "residual_update"), _refuses_update, on_request=True),
+        "grouped_matmul": Op(partial(_launch, "grouped_matmul"), _refuses_grouped),
+        "grouped_update": Op(_grouped_update, _refuses_grouped_update),
     },
 )

@@ -26,7 +26,15 @@ if torch.cuda.is_available():
 
 from ahead_of_time import SHARED_LIMIT, compile_for
 
-from depass_kernels.triton import mix_values, normed, residual_update, share_hidden, taylor
+from depass_kernels.triton import (
+    grouped_matmul,
+    grouped_update,
+    mix_values,
+    normed,
+    residual_update,
+    share_hidden,
+    taylor,
+)
 
 RULES = ("softmax", "max", "relu", "linear")
 LAYOUTS = {
@@ -77,6 +85,24 @@ def update(scattered: bool, dtype: torch.dtype) -> Any:
     )
 
 
+def grouped(rows_of_each: int, form: str, dtype: torch.dtype) -> Any:
+    """As the propagation calls it for the pre-activations, of 768 neurons an expert (Qwen3-30B-A3B's)."""
+    weight = {
+        "concatenated": empty(8, 1536, 2048, dtype=dtype)[:, :768],
+        "transposed": empty(8, 2048, 1536, dtype=dtype).mT[:, :768],
+        "interleaved": empty(8, 2048, 1536, dtype=dtype).mT[:, ::2],
+    }[form]
+    ends, rows = rows_of_each * torch.arange(1, 9), torch.arange(8 * rows_of_each)
+    return grouped_matmul.launch(
+        empty(8 * rows_of_each, 2048, dtype=dtype), weight, ends, rows, empty(8 * rows_of_each, 768)
+    )
+
+
+def add_places(columns: int, scaled: bool) -> Any:
+    places = torch.zeros(256, 8, dtype=torch.int64)
+    return grouped_update.add(empty(256, columns), empty(2048, columns), places, empty(columns) if scaled else None)
+
+
 def norm(columns: int, some_rows: bool, centred: bool, dtype: torch.dtype) -> Any:
     layout = SourceLayout.tokens(64)
     rows = torch.arange(layout.rows) if some_rows else None
@@ -101,6 +127,14 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 f"residual_update {'some rows' if scattered else 'all rows'} {short}",
                 partial(update, scattered, dtype),
             )
+        for rows_of_each in (8, 40, 500):
+            for form in ("concatenated", "transposed", "interleaved"):
+                yield (
+                    f"grouped_matmul {form} {rows_of_each} rows {short}",
+                    partial(grouped, rows_of_each, form, dtype),
+                )
+    for columns, scaled in ((96, False), (768, True), (2048, False)):
+        yield f"grouped_update {columns}", partial(add_places, columns, scaled)
     for columns in (576, 4096, 16384):
         for some, centred in ((False, False), (True, True)):
             yield (
@@ -130,8 +164,11 @@ def test_compiles_fits_and_does_not_spill(name: str, capability: int, tmp_path: 
     usage = compile_for(LAUNCHES[name](), capability, tmp_path)
     assert usage.shared <= SHARED_LIMIT[capability]
     assert usage.stack == 0
-    if name.startswith(("mix_values", "residual_update")):  # fp32 too, as three tf32 products
+    if name.startswith(("mix_values", "residual_update", "grouped_matmul")):  # fp32 too, as three tf32 products
         assert usage.count("HMMA") + usage.count("HGMMA") > 0
+    if name.startswith("grouped_matmul") and name.endswith("bfloat16") and "interleaved" not in name:
+        assert re.findall(r"LDGSTS\.E[.\w]*\.128", usage.sass)  # rows and weights, straight to shared memory
+        assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)
     if name.startswith("normed"):
         assert re.findall(r"LDG\.E[.\w]*\.128", usage.sass)  # the state, 16 bytes an access
         assert not re.findall(r"LDG\.E[.\w]*\.U16", usage.sass)

@@ -165,18 +165,24 @@ class ExpertWeights:
     experts: Experts
     tensors: dict[str, Tensor]
 
-    def gate(self, expert: int) -> Tensor:
-        """The weight ``[F, D]`` of the pre-activations."""
-        return self._gate_of(self._turned(self.tensors[self.experts.first][expert]))
+    @property
+    def gates(self) -> Tensor:
+        """The weights ``[E, F, D]`` of the pre-activations, a view."""
+        return self.halves(self._turned(self.tensors[self.experts.first]).mT)[0].mT
+
+    @property
+    def downs(self) -> Tensor:
+        """The weights ``[E, D, F]`` of the module's own down projections, without the factor, a view."""
+        return self._turned(self.tensors["down_proj"])
 
     def gate_bias(self, expert: int) -> Tensor | None:
         """The bias ``[F]`` of the pre-activations, or None."""
         bias = self.tensors.get(f"{self.experts.first}_bias")
-        return None if bias is None else self._gate_of(bias[expert])
+        return None if bias is None else self.halves(bias[expert])[0]
 
     def down(self, expert: int) -> Tensor:
         """The weight ``[D, F]`` of the down projection; with a factor it is a copy in at least fp32."""
-        return self._multiplied(self._turned(self.tensors["down_proj"][expert]))
+        return self._multiplied(self.downs[expert])
 
     def down_bias(self, expert: int) -> Tensor | None:
         """The bias ``[D]`` of the down projection, or None."""
@@ -201,11 +207,7 @@ class ExpertWeights:
 
     def pre_activations(self, first: Tensor) -> Tensor:
         """The pre-activations ``[p, F]`` among the first projection's outputs."""
-        return self._gate_of(first.T).T
-
-    def last(self, expert: int) -> Tensor:
-        """The weight ``[D, F]`` of the module's own down projection, without the factor."""
-        return self._turned(self.tensors["down_proj"][expert])
+        return self.halves(first)[0]
 
     def halves(self, first: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gate's and the up's part ``[..., F]`` of the first projection's outputs; ungated experts have no up."""
@@ -225,12 +227,7 @@ class ExpertWeights:
         return torch.stack([gate, up], -1).reshape(*gate.shape[:-1], 2 * gate.shape[-1])
 
     def _turned(self, weight: Tensor) -> Tensor:
-        return weight.T if self.experts.is_transposed else weight
-
-    def _gate_of(self, rows: Tensor) -> Tensor:
-        if self.experts.first != "gate_up_proj":
-            return rows
-        return rows[: len(rows) // 2] if self.experts.is_concatenated else rows[::2]
+        return weight.mT if self.experts.is_transposed else weight
 
     def _multiplied(self, rows: Tensor) -> Tensor:
         if self.experts.factor == 1:
@@ -248,7 +245,7 @@ class ExpertGate:
     @property
     def weight(self) -> Tensor:
         """``[F, D]``."""
-        return self.read.gate(self.expert)
+        return self.read.gates[self.expert]
 
     @property
     def bias(self) -> Tensor | None:
@@ -300,6 +297,13 @@ class Places:
         device = self.position.device
         counts = torch.tensor([end - begin for begin, end in self.runs.values()], dtype=torch.int64, device=device)
         return torch.tensor(list(self.runs), dtype=torch.int64, device=device).repeat_interleave(counts)
+
+    def ends(self, count: int) -> Tensor:
+        """``[E]`` int64 on the CPU: for each of ``count`` experts the place behind its run, which may be empty."""
+        counts = torch.zeros(count, dtype=torch.int64, device="cpu")
+        for expert, (begin, end) in self.runs.items():
+            counts[expert] = end - begin
+        return counts.cumsum(0)
 
     def each(self) -> Iterator[tuple[int, slice]]:
         """The chosen experts, each with its places."""

@@ -82,10 +82,12 @@ class RowBytes:
         layer, width = bound.widest_layer, bound.hidden_size
         product, state = bound.product_dtype_on(device).itemsize, bound.state_dtype.itemsize
         in_fp32 = traits(device).fp32_sums
-        gate = product if product == state else state + product if in_fp32 else product
+        # where experts' pre-activations are shared in place, the products of their down projections take memory of their own
+        in_place = product == state and (layer.experts is None or not in_fp32)
+        gate = product if in_place or not in_fp32 else state + product
         run = width * (product if product == state or in_fp32 else 2 * product)
         # the rows of one expert, at most all of them, and where its and the others' rows are
-        of_places = 0 if layer.experts is None else width * product + 16 * layer.experts.chosen
+        of_places = 0 if layer.experts is None else width * product + 24 * layer.experts.chosen
         # the values of a recurrence behind its convolution, those of an earlier position, and where these are
         mixers = [mixer for each in bound.layers for mixer in each.mixers]
         recurrent = (mixer.value.shape[0] for mixer in mixers if mixer.recurrence is not None)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from depass_kernels import SourceLayout, share_hidden
+from depass_kernels import SourceLayout, backends, grouped_matmul, grouped_update, share_hidden
 from depass_kernels.reference import matmul
 
 from ..models.bound import MLP, Layer, Norm
 from ..models.experts import ExpertGate, Experts, ExpertWeights, hidden_vectors, summed_bias
 from ..models.trace import Trace
 from .blocks import _PositionBlock, neurons_at_once, traits
-from .projections import add_constant, constant_of, folded
+from .projections import add_constant, constant_of, folded, output_scale
 
 if TYPE_CHECKING:
     from .propagate import Propagation
@@ -149,41 +149,53 @@ class _Routed:
         self.total = total if propagation.sharing.rule == "taylor" else None
         self.place = torch.empty(trace.chosen.shape, dtype=torch.int64, device=trace.chosen.device)  # [P, k], of S
         self.place[places.position, places.rank] = torch.arange(len(places), device=trace.chosen.device)
+        self.output_scale = output_scale(
+            experts.factor, self.read.downs, layer.experts_post_norm, layer.mlp_post_norm
+        )  # [D]
+        self.constants = self._constants()  # [E, F]
 
     def add(self, block: _PositionBlock, operand: Tensor, in_trace: slice | Tensor) -> None:
         places = self.experts.places(self.chosen[in_trace], self.weight[in_trace])
         layout, rows = block.layout.select_positions([places.position.cpu()])
-        rows, starts = rows.to(operand.device), layout.row_start
-        times = None  # [rows], what multiplies the experts' inputs
-        if places.on_input is not None:
-            times = places.on_input[layout.position_of_row(operand.device)][:, None].to(operand.dtype)
+        rows, ends = rows.to(operand.device), layout.row_start[places.ends(self.experts.count)]
+        of_row = layout.position_of_row(rows.device)  # the place of each row
+        times = None if places.on_input is None else places.on_input[of_row, None]  # of the experts' inputs
         in_layer = self.place[in_trace][places.position, places.rank]  # [S_block]
         hidden, total = self.hidden[in_layer], None if self.total is None else self.total[in_layer]
         state = self.propagation.state[block.begin : block.end]
-        ends = {expert: slice(int(starts[run.start]), int(starts[run.stop])) for expert, run in places.each()}
+        held = rows.new_full((len(state), self.chosen.shape[1]), -1)  # the rows of the places of each row of the state
+        held[rows, places.rank[of_row]] = torch.arange(len(rows), device=rows.device)
         sums_are_fp32 = traits(operand.device).fp32_sums and operand.dtype.itemsize == 2
         gate_dtype = torch.float32 if sums_are_fp32 else operand.dtype
         at_once = neurons_at_once(self.experts.neurons, self.propagation.blocks.gates // max(1, len(rows)))
         for f in range(0, self.experts.neurons, at_once):
             n = slice(f, min(f + at_once, self.experts.neurons))
             gate = operand.new_empty(len(rows), n.stop - n.start, dtype=gate_dtype)
-            for expert, run in places.each():
-                held, weight = ends[expert], self.read.gate(expert)[n].to(operand.dtype)
-                read = operand.index_select(0, rows[held])
-                gate[held] = matmul(read if times is None else read * times[held], weight)
-                constant = self._constant(expert)
-                if constant is not None:
-                    constant = constant if places.on_input is None else constant * places.on_input[run, None]
-                    gate[starts[run].to(gate.device)] += constant[..., n].to(gate.dtype)
+            grouped_matmul(
+                operand, self.read.gates[:, n], ends, rows=rows, out=gate, backend=self._backend("grouped_matmul")
+            )
+            if self.constants is not None:
+                add_constant(gate, self.constants[places.expert, n], layout)
+            if times is not None:
+                gate *= times
             shared = share(self.propagation, gate, hidden[:, n], layout, None if total is None else total[:, n])
-            for expert, held in ends.items():
-                down, norms = self.read.down(expert)[:, n], (self.layer.mlp_post_norm, self.layer.experts_post_norm)
-                weight = folded(down, norms[0], operand.dtype, norms[1])
-                self.propagation.add(shared[held], weight, state, rows[held])
+            del gate  # its memory takes the products of the down projection
+            down, backend = self.read.downs[..., n], self._backend("grouped_update")
+            grouped_update(state, shared, down, ends, held, scale=self.output_scale, backend=backend)
 
-    def _constant(self, expert: int) -> Tensor | None:
-        """The constant part of an expert's pre-activations, ``[F]``."""
-        return constant_of(ExpertGate(self.read, expert), self.norm, self.propagation.state.dtype)
+    def _backend(self, op: str) -> str:
+        return backends.named_for(op, self.propagation.sharing.backend)
+
+    def _constants(self) -> Tensor | None:
+        """The constant part of the pre-activations of the experts that were chosen, ``[E, F]``, or None."""
+        dtype, constants = self.propagation.state.dtype, None
+        for expert, _ in self.places.each():
+            constant = constant_of(ExpertGate(self.read, expert), self.norm, dtype)
+            if constant is not None:
+                if constants is None:
+                    constants = constant.new_zeros(self.experts.count, len(constant))
+                constants[expert] = constant
+        return constants
 
     def add_bias(self) -> None:
         if not self.experts.has_bias:

@@ -22,6 +22,20 @@ def folded(weight: Tensor, norm: Norm | None, dtype: torch.dtype, inner: Norm | 
     return into_stream(into_stream(weight, inner, wide), norm, wide).to(dtype)
 
 
+def output_scale(factor: float, like: Tensor, *norms: Norm | None) -> Tensor | None:
+    """What multiplies a projection's outputs, ``[D]`` in at least fp32 on the device of ``like`` ``[..., D, in]``; or None.
+
+    It is a factor of the model and the ``γ`` of the norms on the output, where there are such.
+    """
+    present = [norm for norm in norms if norm is not None]
+    if not present and factor == 1:
+        return None
+    scale = like.new_full(like.shape[-2:-1], factor, dtype=at_least_fp32(like.dtype))
+    for norm in present:
+        scale = norm.weighted(scale)
+    return scale
+
+
 def constant_of(projection: Projection | ExpertGate, norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
     """The constant part of a projection's output, ``W β + b``, which belongs to the bias source; or None.
 
