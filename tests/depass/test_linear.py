@@ -260,10 +260,10 @@ def test_memory_that_runs_out_is_answered_with_less_at_a_time(monkeypatch: pytes
     expected, heads = dp.attribute(ids, TopK(3)), dp.sweep("heads", ids, TopK(3))
     go_back, most = segment.Segment.go_back, 1
 
-    def failing(segment: Any, gradient: torch.Tensor, is_last: bool) -> Any:
+    def failing(segment: Any, gradient: torch.Tensor, is_last: bool, *of_lent: Any) -> Any:
         if len(gradient) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
-        return go_back(segment, gradient, is_last)
+        return go_back(segment, gradient, is_last, *of_lent)
 
     monkeypatch.setattr(segment.Segment, "go_back", failing)
     with pytest.warns(MemoryLimitWarning, match="while allocating 3.22 GB; retrying with the activations of one layer"):

@@ -132,7 +132,8 @@ def test_targets_cost_a_backward_pass_each_and_a_decomposed_state_nothing() -> N
 
 def operations_of_a_row(layer: Layer) -> tuple[int, int]:
     """The operations of a row in a layer: for its values, and for the output projection and the MLP."""
-    read = [part for mixer in layer.mixers for part in (mixer.latent, mixer.value) if part is not None]
+    own = [mixer for mixer in layer.mixers if mixer.values_of is None]  # the others take what an earlier layer computed
+    read = [part for mixer in own for part in (mixer.latent, mixer.value) if part is not None]
     values, others = [part.weight for part in read], [mixer.output.weight for mixer in layer.mixers]
     if layer.mlp is not None:
         others += [layer.mlp.gate.weight, layer.mlp.down.weight]
