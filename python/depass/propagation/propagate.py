@@ -137,8 +137,8 @@ class Propagation:
             kept = self._kept(read)
             for block in blocks:
                 values = [self._values(index, each, block) for each in mixing]
-                for each, own in zip(mixing, values, strict=True):
-                    each.mix(block, own, kept)
+                for each in mixing:
+                    each.mix(block, values.pop(0), kept)  # freed before the next block's
             self._narrow(kept)
             for each in mixing:
                 each.add_bias(trace)
@@ -260,8 +260,7 @@ class Propagation:
                     rows = self.state[block.begin : block.end]
                     operands.append((branch.norm, self.normed(branch.norm, scale, block.layout, rows)))
             for branch in through:
-                operand = next(operand for norm, operand in operands if norm is branch.norm)
-                branch.add(block, operand, in_trace)
+                branch.add(block, next(operand for norm, operand in operands if norm is branch.norm), in_trace)
         for branch in through:
             branch.add_bias()
 
