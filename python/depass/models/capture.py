@@ -376,21 +376,22 @@ class LayerCapture:
 
     def __init__(self, run: Capture, index: int, checked: bool) -> None:
         self.run, self.index, self.modules = run, index, run.bound.layers[index]
-        mixers = self.modules.mixers
-        self.seen = Seen(mixers=tuple(SeenMixer() for _ in mixers)) if checked else None  # until the layer ends
+        self.seen = Seen(mixers=tuple(SeenMixer() for _ in self.modules.mixers)) if checked else None  # until the end
         self.ended = False
         self.thread = threading.get_ident()  # other threads may run the model meanwhile
         self._trace: Trace | None = None
-        self.mixers = [MixerCapture(self, mixer, number) for number, mixer in enumerate(mixers)]
 
     def hook(self, stack: ExitStack) -> None:
         """Register the hooks; they are removed when the stack closes."""
         modules = self.modules
+        mixers = [
+            MixerCapture(self, mixer, number) for number, mixer in enumerate(modules.mixers)
+        ]  # not kept: no cycle
         norms = {name: norm for name in NORMS if (norm := getattr(modules, name)) is not None}
         hooks = [
             modules.module.register_forward_pre_hook(self.begin, with_kwargs=True),
             modules.module.register_forward_hook(self.end),
-            *(hook for mixer in self.mixers for hook in mixer.hooks(stack)),
+            *(hook for mixer in mixers for hook in mixer.hooks(stack)),
             *(norm.module.register_forward_pre_hook(partial(self.norm, name, norm)) for name, norm in norms.items()),
         ]
         if modules.mlp is not None:
@@ -450,7 +451,7 @@ class LayerCapture:
                 "model after the attribution"
             )
         stream = self.run.packing.flat(args[0] if args else kwargs["hidden_states"])
-        self._trace = Trace(stream, tuple(MixerTrace() for _ in self.mixers))
+        self._trace = Trace(stream, tuple(MixerTrace() for _ in self.modules.mixers))
 
     @of_this_thread
     def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
