@@ -181,7 +181,7 @@ def gates(layer: Layer) -> list[torch.Tensor]:
     of_mlp = [] if layer.mlp is None else [layer.mlp.gate.weight]
     if layer.experts is not None:
         read = layer.experts.read()
-        of_mlp += [read.gate(expert) for expert in range(layer.experts.count)]
+        of_mlp += [read.gates[expert] for expert in range(layer.experts.count)]
     return [weight.float() for weight in of_mlp]
 
 

@@ -643,7 +643,7 @@ def test_writers_of_one_file_do_not_mix_and_change_nothing_of_the_process(tmp_pa
 
 def evaluation(folder: str, out: Path, data: Path) -> list[str]:
     data.write_text("".join(json.dumps({"prompt": models.prompt(4 + i % 7, i), "target": 9}) + "\n" for i in range(12)))
-    methods = ["--methods", "depass,random", "--keep-wrong"]
+    methods = ["--methods", "softmax,random", "--keep-wrong"]
     return ["evaluate", "tokens", "-m", folder, "--data", str(data), "--out", str(out), *methods]
 
 

@@ -235,7 +235,11 @@ def of_halves(apply_gate: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
     return apply_gate(scaled(both, 0.5))
 
 
-@pytest.mark.parametrize("name", NAMES)
+# the modification by hand does not know Gemma 4's norms without a weight and per-layer inputs, nor Llama 4's experts
+BY_HAND = [name for name in NAMES if not name.startswith(("gemma4", "llama4"))]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
 def test_gradients_are_those_of_a_model_modified_by_hand(name: str, doubled: Callable[[str], Any]) -> None:
     model = doubled(name)
     with modified(model):

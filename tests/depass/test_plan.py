@@ -139,7 +139,7 @@ def operations_of_a_row(layer: Layer) -> tuple[int, int]:
         others += [layer.mlp.gate.weight, layer.mlp.down.weight]
     if layer.experts is not None:  # those that the row's position chose
         read = layer.experts.read()
-        others += [part for expert in range(layer.experts.chosen) for part in (read.gate(expert), read.down(expert))]
+        others += [part for expert in range(layer.experts.chosen) for part in (read.gates[expert], read.down(expert))]
     return 2 * sum(weight.numel() for weight in values), 2 * sum(weight.numel() for weight in others)
 
 

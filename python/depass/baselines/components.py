@@ -244,7 +244,8 @@ def _gradient_times_value(
         for hook in hooks:
             stack.callback(hook.remove)
         # the graph starts at the embeddings, so it works for frozen weights as well
-        normed = capture.normed(bound, inputs_embeds=_embedded(bound, case)[None].requires_grad_())[0]
+        embedded = _embedded(bound, case)[None].requires_grad_()
+        normed = capture.normed_at(bound, [case.prompt.ids], embedded)[0]
         by_target = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)

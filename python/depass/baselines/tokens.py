@@ -175,7 +175,7 @@ def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case], wi
     refuse_inference_mode(bound)
     with torch.enable_grad(), within(bound):
         embeddings = embeddings.detach().requires_grad_()
-        normed = capture.normed(bound, inputs_embeds=embeddings)
+        normed = capture.normed_at(bound, [case.prompt.ids for case in cases], embeddings)
         most = max(len(case.readouts) for case in cases)
         by_target = []
         for j in range(most):

@@ -113,7 +113,7 @@ def _stream(dp: DePass, prompts: Sequence[Sequence[int]], factors: Sequence[Tens
     embedded = dp.bound.model.get_input_embeddings()(ids)  # [B, T, D]
     width = max(factor.shape[1] for factor in factors)
     by = [nn.functional.pad(factor.expand(-1, width), (0, 0, 0, ids.shape[1] - len(factor))) for factor in factors]
-    return capture.normed(dp.bound, inputs_embeds=embedded * torch.stack(by).to(embedded))
+    return capture.normed_at(dp.bound, prompts, embedded * torch.stack(by).to(embedded))
 
 
 def _head(dp: DePass, stream: Tensor) -> Tensor:

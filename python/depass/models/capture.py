@@ -66,6 +66,31 @@ def normed(bound: BoundModel, **inputs: Tensor) -> Tensor:
     return output
 
 
+def normed_at(bound: BoundModel, prompts: Sequence[Sequence[int]], embeddings: Tensor) -> Tensor:
+    """The residual stream after the final norm, ``[B, T, D]``, where the token embeddings are others than the prompts' own.
+
+    The model gets the ids and the embeddings, because some models also read the ids elsewhere (Gemma 4's per-layer inputs).
+
+    Args:
+        bound: the model.
+        prompts: the ids of ``B`` prompts of at most ``T`` tokens.
+        embeddings: ``[B, T, D]``, what enters the model in the place of the embedding module's output.
+    """
+    ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device="cpu")
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, device="cpu")
+    thread = threading.get_ident()
+
+    def replaced(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return embeddings if threading.get_ident() == thread else output
+
+    hook = bound.model.get_input_embeddings().register_forward_hook(replaced)
+    try:
+        return normed(bound, input_ids=ids.to(bound.input_device))
+    finally:
+        hook.remove()
+
+
 def of_this_thread(hook: Hook) -> Hook:
     """A hook that ignores calls from other threads than the one that created its owner."""
 

@@ -428,7 +428,7 @@ class _Added(torch.autograd.Function):
         at_places = (gradient[places.position] * places.weight[:, None]).to(gradient.dtype)
         # mm and not matmul: autograd's batches of targets have a product of their own for it
         pieces = [torch.mm(at_places[run], read.downs[expert].to(gradient.dtype)) for expert, run in places.each()]
-        of_hidden = torch.cat(pieces) if pieces else torch.mm(at_places, read.last(0).to(gradient.dtype))
+        of_hidden = torch.cat(pieces) if pieces else torch.mm(at_places, read.downs[0].to(gradient.dtype))
         return of_hidden.to(ctx.dtype), None, None, None
 
 
