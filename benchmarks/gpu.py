@@ -69,9 +69,21 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
         return Stage(name, seconds, [python, "-m", "benchmarks.stages", name, *common], environment)
 
     def tested(name: str, seconds: float, files: Sequence[str], *options: str, **environment: str) -> Stage:
-        seconds = 25 if dry else seconds
-        deadline = str(seconds - 15)  # pytest stops here by itself, and prints the failures
-        command = [python, "-m", "pytest", *files, "--device", device, "--deadline", deadline, "--tb=short", *options]
+        seconds, deadline = (
+            (45, 10) if dry else (seconds, seconds - 15)
+        )  # where pytest stops by itself and says what failed
+        command = [
+            python,
+            "-m",
+            "pytest",
+            *files,
+            "--device",
+            device,
+            "--deadline",
+            str(deadline),
+            "--tb=short",
+            *options,
+        ]
         return Stage(name, seconds, command, {"DEPASS_TEST_EXAMPLES": "5", **environment})
 
     build = {"DEPASS_BUILD_CPU": "1", **({} if dry else {"DEPASS_BUILD_CUDA": "1"})}
