@@ -157,6 +157,16 @@ def test_a_run_leaves_out_the_first_items_and_then_counts_its_limit(dp: DePass, 
     assert sorted(rows_of(tmp_path)) == ["7", "8", "9"]
 
 
+def test_a_run_whose_time_is_up_reports_what_it_has_and_goes_on_later(dp: DePass, tmp_path: Path) -> None:
+    options = LengthsOptions(limit=9)
+    report = run(Lengths(), dp, options, tmp_path, seconds=0.0).read_text()
+    assert sorted(rows_of(tmp_path)) == ["8"]  # last first
+    assert "1 items: 1 ok" in report
+    assert "8 more items were not measured: the time was up." in report
+    assert "the time was up" not in run(Lengths(), dp, options, tmp_path).read_text()
+    assert len(rows_of(tmp_path)) == 9
+
+
 def test_results_compare_methods_prompt_by_prompt(dp: DePass, tmp_path: Path) -> None:
     """A shift that all prompts share is found whatever the prompts' own spread."""
     own = {"ours": [0.0, 10.0, 100.0], "theirs": [1.0, 11.0, 101.0], "slow": [None, 12.0, None]}

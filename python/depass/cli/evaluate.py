@@ -16,7 +16,7 @@ from ..evaluate.suite import SuiteOptions, run_all
 from ..evaluate.task import Task
 from .quiet import add_verbose
 
-SUITE = "run every protocol that compares methods, and say which method to take when: --quick takes ten minutes"
+SUITE = "run every protocol that compares methods, and say which method to take when"
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:

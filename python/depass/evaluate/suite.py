@@ -21,7 +21,7 @@ from .tokens import Tokens
 
 PAGE = "which-method.md"
 SLOWEST = ("integrated_gradients_20", "integrated_gradients_50", "gradient_shap")  # left out of a quick run
-QUICK = 540.0  # seconds of measuring; loading the model and the reports take the rest of ten minutes
+QUICK = 540.0  # seconds of measuring; ten minutes are meant, with loading and the reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class SuiteOptions(CommandOptions):
         facts: prompts about facts: a file, or a built-in set.
         ioi: prompts in which one of two people receives something: a file, or a built-in set.
         seed: seed of all random numbers.
-        quick: stop each protocol when its share of ten minutes is over, and leave out the slowest methods.
+        quick: stop each protocol when its share of nine minutes is over, and leave out the slowest methods.
     """
 
     facts: str = field(
@@ -43,7 +43,8 @@ class SuiteOptions(CommandOptions):
     )
     seed: int = field(default=0, metadata=argument("seed of all random numbers (default: 0)", metavar="N", least=0))
     quick: bool = field(
-        default=False, metadata=argument("the page in ten minutes: fewer prompts, without the slowest methods")
+        default=False,
+        metadata=argument("stop each task when its share of nine minutes is over, and leave out the slowest methods"),
     )
 
 
