@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from depass import DePass, OptionError, cli
-from depass.evaluate import SuiteOptions, run_all, suite, summary
+from depass.evaluate import TASKS, SuiteOptions, run, run_all, suite, summary
+from depass.evaluate.needles import NeedlesOptions
 from depass.evaluate.suite import Protocol, protocols
 from depass.evaluate.task import Item, Task, TaskOptions
 from tests.support import models
@@ -61,6 +64,77 @@ def test_the_page_names_a_method_for_every_experiment(
     rows = (tmp_path / "out" / "one" / "rows.jsonl").read_text()
     assert run_all(dp, SuiteOptions(), tmp_path / "out").read_text() == text
     assert (tmp_path / "out" / "one" / "rows.jsonl").read_text() == rows  # nothing is measured a second time
+
+
+class Refusing(Lengths):
+    """Of its methods, this model can be scored by those that are not refused."""
+
+    Options = NeedlesOptions
+
+    def refused(self, dp: DePass, options: Any) -> dict[str, str]:
+        return {name: "it has no gate" for name in options.methods.split(",") if name in ("up", "steer")}
+
+    def results(self, rows: Any, options: Any) -> Any:
+        values = {name: [1.0] * len(rows) for name in options.methods.split(",")}
+        return summary.results("patch-top, area", "lower", values, "softmax", 0, [7] * len(rows), {})
+
+
+@pytest.mark.parametrize(("methods", "left"), [("softmax,up,half,steer", ["softmax", "half"]), ("up,steer", [])])
+def test_methods_that_cannot_score_the_model_are_left_out_with_the_reason(
+    methods: str, left: list[str], dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [Protocol("one", Refusing(), NeedlesOptions(methods=methods), 1.0)]
+    monkeypatch.setattr(suite, "protocols", lambda options: runs)
+    monkeypatch.setattr(Refusing, "measure", lambda self, dp, prepared, items, options: good(items))
+    text = run_all(dp, SuiteOptions(), tmp_path / "out").read_text()
+    assert "- up, steer: it has no gate" in text
+    if left:
+        results = json.loads((tmp_path / "out" / "one" / "results.json").read_text())["results"]
+        assert [result["method"] for result in results] == left
+    else:
+        assert not (tmp_path / "out" / "one").exists()
+        assert "No prompt was measured" in text
+
+
+def good(items: Any) -> Any:
+    for item in items:
+        yield {"id": item.id, "status": "ok"}
+
+
+STEERED = {"steer", "dual_path", "steered"}  # what linear attention refuses
+
+
+@pytest.mark.parametrize(("family", "task", "refused"), [
+    ("llama", "tokens", set()), ("llama", "needles", set()), ("llama", "circuits", set()),
+    ("gemma3", "tokens", {"depass_dpa"}),
+    ("qwen3_next", "tokens", STEERED | {"softmax+dual_path", "gim", "depass_dpa"}),
+    ("qwen3_next", "needles", STEERED | {"gim"}), ("qwen3_next", "circuits", STEERED),
+    ("nemotron_h", "circuits", STEERED),
+])  # fmt: skip
+def test_what_a_model_refuses_is_known_before_anything_is_measured(family: str, task: str, refused: set[str]) -> None:
+    if not models.runs(family):
+        pytest.skip(f"this transformers has no {family} that is supported")
+    options = {"methods": "all,depass_dpa"} if task == "tokens" else {}
+    found = TASKS[task].refused(DePass(models.make(family)), TASKS[task].Options(**options))
+    assert found.keys() == refused
+    assert all(found.values())
+
+
+def test_a_model_without_gradients_is_scored_by_what_needs_none() -> None:
+    """As with quantised weights: the linear rules and the gradient baselines are refused, the sharing rules are not."""
+    with torch.inference_mode():
+        dp = DePass(models.make("llama"))
+    for task in ("tokens", "needles", "circuits"):
+        options = TASKS[task].Options()
+        refused = TASKS[task].refused(dp, options)
+        assert {"half", "up", "steer", "dual_path", "steered"} <= refused.keys()
+        assert not {"softmax", "taylor", "random", "max"} & refused.keys()
+
+
+def test_a_run_with_methods_that_cannot_score_the_model_names_them_all(dp: DePass, tmp_path: Path) -> None:
+    options = NeedlesOptions(methods="softmax,up,half,steer")
+    with pytest.raises(OptionError, match=r"^up, steer: it has no gate; or leave out with --methods .*: up, steer$"):
+        run(Refusing(), dp, options, tmp_path / "out")
 
 
 def test_a_suite_that_measured_nothing_says_so(dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,16 @@ class Circuits(Task[CircuitsOptions]):
             except DePassError as error:
                 yield failed(item, error)
 
+    def refused(self, dp: DePass, options: CircuitsOptions) -> dict[str, str]:
+        """The rankings that cannot score this model's heads; each is tried on a short prompt."""
+        pair, found = data.short_prompt(dp), dict[str, str]()
+        for name in chosen(METHODS, options.methods):
+            try:
+                _ranking(dp, name, list(pair.ids), Contrast(pair.answer[0], pair.ids[0]), options.seed)
+            except DePassError as error:
+                found[name] = str(error)
+        return found
+
     def report(self, rows: Sequence[Row], options: CircuitsOptions, folder: Path) -> str:
         """One table and one figure."""
         if not rows:
@@ -200,17 +210,19 @@ def _rankings(
     scores, seconds, error = dict[str, Tensor](), dict[str, float](), 0.0
     for name in chosen(METHODS, options.methods):
         began = time.perf_counter()
-        sweep: Sweep = (
-            dp.sweep("heads", ids, target, rule=name)
-            if name in RULES
-            else baselines.heads(dp, name, ids, target, seed=options.seed)
-        )
+        sweep = _ranking(dp, name, ids, target, options.seed)
         scores[name], seconds[name] = sweep.scores[0], time.perf_counter() - began
         if not bool(scores[name].isfinite().all()):
             raise NonFiniteError(f"a score by {name} is not finite; {blame(dp.bound)}")
         if name in RULES:
             error = max(error, float(sweep.conservation_error.max()))
     return scores, seconds, error
+
+
+def _ranking(dp: DePass, name: str, ids: list[int], target: Contrast, seed: int) -> Sweep:
+    if name in RULES:
+        return dp.sweep("heads", ids, target, rule=name)
+    return baselines.heads(dp, name, ids, target, seed=seed)
 
 
 @torch.no_grad()

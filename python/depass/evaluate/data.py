@@ -146,6 +146,17 @@ def pair(dp: DePass, item: Item) -> Pair:
     return Pair(item, prompt.ids, answer, 0 in prompt.special)
 
 
+def short_prompt(dp: DePass) -> Pair:
+    """A prompt of a few tokens, to try what works on a model; without a tokenizer its ids mean nothing.
+
+    Raises:
+        PromptError, TargetError: the model cannot read it.
+    """
+    (prompt, answer), *_ = FACTS
+    row = {"prompt": [1, 2, 3], "target": 0} if dp.tokenizer is None else {"prompt": prompt, "target": f" {answer}"}
+    return pair(dp, Item("short", row))
+
+
 # Indirect object identification (IOI): one of two people gives something to the other.
 
 NAMES = (

@@ -17,6 +17,7 @@ from ..api import DePass
 from ..compat import dual_path
 from ..errors import DePassError, OptionError
 from ..inputs.prompt import encode
+from . import data
 
 REFERENCE = "softmax"  # the others are compared with it
 DPA = "depass_dpa"
@@ -107,6 +108,19 @@ def scored(
         {name: _mixed([(outcomes[single][i], share) for single, share in parts(name)]) for name in names}
         for i in range(len(prompts))
     ]
+
+
+def refused(dp: DePass, names: Sequence[str], seed: int) -> dict[str, str]:
+    """The methods that cannot score this model, with the reasons. Each method is tried on a short prompt."""
+    pair, found = data.short_prompt(dp), dict[str, str]()
+    for name in names:
+        try:
+            outcome = scored(dp, [name], [list(pair.ids)], [pair.answer[0]], seed)[0][name]
+        except DePassError as error:
+            outcome = error
+        if isinstance(outcome, DePassError):
+            found[name] = str(outcome)
+    return found
 
 
 def by_rule(dp: DePass, prompts: Sequence[Any], targets: Sequence[Any], **options: Any) -> list[Outcome]:

@@ -24,7 +24,7 @@ from ..errors import DePassError, NonFiniteError, OptionError
 from ..inputs.prompt import encode
 from ..inputs.targets import Token
 from ..sources.spans import Spans, token_ranges
-from . import data
+from . import data, methods
 from .forward import continuations, greedy
 from .haystacks import KINDS, Copy, Haystack, haystack
 from .planted import Range
@@ -115,6 +115,10 @@ class Needles(Task[NeedlesOptions]):
             except DePassError as error:
                 yield failed(item, error)
 
+    def refused(self, dp: DePass, options: NeedlesOptions) -> dict[str, str]:
+        """The methods that cannot score this model; leave_one_out can score every model."""
+        return methods.refused(dp, [name for name in _named(options) if name != LEFT_OUT], options.seed)
+
     def report(self, rows: Sequence[Row], options: NeedlesOptions, folder: Path) -> str:
         """One table for each kind and length, and one figure."""
         if not rows:
@@ -137,6 +141,10 @@ class Needles(Task[NeedlesOptions]):
                     f"{kind}, {length} tokens, {measure}", better, values, REFERENCE, options.seed, lengths, costs
                 )
         return lines
+
+
+def _named(options: NeedlesOptions) -> list[str]:
+    return chosen(METHODS, options.methods)
 
 
 # The measures.
@@ -308,7 +316,7 @@ def scores_of(
     Raises:
         DePassError: a method cannot score the prompt, or a score is not finite.
     """
-    names = chosen(METHODS, options.methods)
+    names = _named(options)
     scores, seconds, too_large, error = dict[str, Tensor](), dict[str, float](), dict[str, str](), 0.0
     single: dict[str, tuple[Tensor, float]] = {}  # a mixture is the mean of rules that are scored once
     for name in names:
@@ -483,7 +491,7 @@ def _draw(rows: Sequence[Row], options: NeedlesOptions, folder: Path) -> str:
     panels: Any = figure.subplots(len(by_kind), len(MEASURES), squeeze=False, sharex=True, sharey="col")
     for line, (kind, of_kind) in zip(panels, by_kind.items(), strict=True):
         for axes, (measure, better) in zip(line, MEASURES.items(), strict=True):
-            for name in chosen(METHODS, options.methods):
+            for name in _named(options):
                 points = {
                     n: [values_of(row, name)[measure] for row in of] for n, of in of_kind.items() if name in scored(of)
                 }

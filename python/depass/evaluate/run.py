@@ -14,14 +14,15 @@ from typing import Any
 
 from .. import rules
 from ..api import DePass
-from ..errors import DataError, OutputError
+from ..errors import DataError, OptionError, OutputError
 from ..files import append_row, write_atomically
 from ..models.health import dtype_name
 from ..runs import described, hold, progress, say_kept, session, write_json
-from .task import AnyTaskOptions, Item, Row, Task, failed
+from .task import AnyTaskOptions, Item, Row, Task, by_reason, failed
 
 _FORMAT = "depass-evaluation-1"
 _REASONS = 20  # the most reasons that a report lists
+_AT_ONCE = 4  # the most items that a run with a time limit measures together
 
 
 def run(
@@ -44,13 +45,14 @@ def run(
         options: an instance of ``task.Options``.
         folder: the output directory; it is created if needed.
         quantization: the model's quantization, as given to :meth:`DePass.from_pretrained`.
-        seconds: measure no further item after so much time; the report is on the items measured by then. None: all items.
+        seconds: measure no further item after so much time; the report is on the items measured by then. Four items at most
+            are measured together, so that little time is lost. None: all items.
 
     Returns:
         The report's path.
 
     Raises:
-        OptionError: the directory holds a run of another task or with other settings.
+        OptionError: the directory holds a run of another task or with other settings; or methods cannot score this model.
         DataError: the data set or the rows cannot be read, or the data set is empty.
         OutputError: the directory cannot be written, or another process is using it.
         DePassError: the task cannot run at all.
@@ -103,14 +105,22 @@ def _measure(
     missing = [item for item in whole if item.id not in rows]
     if not missing:
         return
+    refused = task.refused(dp, options)
+    if refused:
+        names = ", ".join(refused)
+        raise OptionError(
+            f"{'; '.join(by_reason(refused))}; or leave out with --methods what the model refuses: {names}"
+        )
     prepared = task.prepare(dp, whole, options)
     with progress(task.name, len(items)) as update:
         update(len(rows))
-        for row in task.measure(dp, prepared, missing, options):
-            add(row)
-            update(len(rows))
-            if seconds is not None and time.monotonic() - began > seconds:
-                return
+        at_once = len(missing) if seconds is None else _AT_ONCE
+        for first in range(0, len(missing), at_once):
+            for row in task.measure(dp, prepared, missing[first : first + at_once], options):
+                add(row)
+                update(len(rows))
+                if seconds is not None and time.monotonic() - began > seconds:
+                    return
     lost = [item.id for item in missing if item.id not in rows]
     assert not lost, f"no rows of the items {', '.join(lost)}"
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..api import DePass
 from ..arguments import CommandOptions, argument
 from ..files import write_atomically
+from ..runs import hold
 from . import data, decide
 from .circuits import Circuits
 from .methods import METHODS
 from .needles import METHODS as NEEDLE_METHODS
 from .needles import Needles
 from .run import run
-from .task import Task, TaskOptions
+from .task import Task, TaskOptions, by_reason
 from .tokens import Tokens
 
 PAGE = "which-method.md"
@@ -62,7 +64,8 @@ def run_all(
 ) -> Path:
     """Run every protocol in a directory of its own below ``folder``, and write the page from their results.
 
-    A stopped suite resumes where it was: run it again with the same options.
+    A method that cannot score this model is left out, and the page says why. A stopped suite resumes where it was: run it
+    again with the same options.
 
     Args:
         dp: the model.
@@ -76,20 +79,18 @@ def run_all(
     Raises:
         OptionError, DataError, OutputError, DePassError: see :func:`.run.run`.
     """
-    folder = Path(folder)
-    reports = [
-        run(
-            protocol.task,
-            dp,
-            protocol.options,
-            folder / protocol.name,
-            quantization=quantization,
-            seconds=QUICK * protocol.share if options.quick else None,
-        )
-        for protocol in protocols(options)
-    ]
-    experiments = [decide.load(report.parent) for report in reports if (report.parent / "results.json").exists()]
-    write_atomically(folder / PAGE, (_page(experiments, reports, folder) + "\n").encode())
+    folder, reports, left_out = Path(folder), list[Path](), dict[str, str]()
+    with hold(folder):
+        for protocol in protocols(options):
+            refused = protocol.task.refused(dp, protocol.options)
+            left_out |= refused
+            left = _without(protocol.options, refused)
+            if left is not None:
+                seconds = QUICK * protocol.share if options.quick else None
+                at = folder / protocol.name
+                reports.append(run(protocol.task, dp, left, at, quantization=quantization, seconds=seconds))
+        experiments = [decide.load(report.parent) for report in reports if (report.parent / "results.json").exists()]
+        write_atomically(folder / PAGE, (_page(experiments, reports, left_out, folder) + "\n").encode())
     return folder / PAGE
 
 
@@ -97,9 +98,11 @@ def protocols(options: SuiteOptions) -> tuple[Protocol, ...]:
     """What the suite runs, in order; the shares add up to 1."""
     tokens, needles, circuits = Tokens(), Needles(), Circuits()
     fast = ",".join(name for name in METHODS if name not in SLOWEST)
-    of_tokens: dict[str, Any] = {"methods": fast, "slow_limit": 20} if options.quick else {}
+    of_tokens: dict[str, Any] = (
+        {"methods": fast, "slow_limit": 20, "measures": "deletion"} if options.quick else {"methods": ",".join(METHODS)}
+    )
     of_needles: dict[str, Any] = (
-        {"methods": ",".join(name for name in NEEDLE_METHODS if name not in SLOWEST), "tokens": (200,)}
+        {"methods": ",".join(name for name in NEEDLE_METHODS if name not in SLOWEST), "tokens": (200,), "steps": 5}
         if options.quick
         else {}
     )
@@ -112,9 +115,20 @@ def protocols(options: SuiteOptions) -> tuple[Protocol, ...]:
     )
 
 
-def _page(experiments: list[decide.Experiment], reports: list[Path], folder: Path) -> str:
+def _without(options: Any, refused: Iterable[str]) -> Any:
+    """A protocol's options without these methods; None where no method is left."""
+    if not refused:
+        return options
+    names = [name for name in options.methods.split(",") if name not in refused]
+    return replace(options, methods=",".join(names)) if names else None
+
+
+def _page(experiments: list[decide.Experiment], reports: list[Path], left_out: dict[str, str], folder: Path) -> str:
     links = ", ".join(f"[{report.parent.name}]({report.relative_to(folder)})" for report in reports)
-    text = ["# Which method when", f"Reports: {links}."]
+    text = ["# Which method when", f"Reports: {links}."] if reports else ["# Which method when"]
+    if left_out:
+        text.append("Methods that cannot score this model were left out:")
+        text.append("\n".join(f"- {sentence}" for sentence in by_reason(left_out)))
     if not experiments:
         return "\n\n".join([*text, "No prompt was measured: the reports say why."])
     text += [decide.EXPLAINED, decide.decision_table(experiments)]

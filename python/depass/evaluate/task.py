@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -93,6 +93,13 @@ class Task(ABC, Generic[AnyTaskOptions]):
         the other items, because a resumed run passes only the items without a row.
         """
 
+    def refused(self, dp: DePass, options: AnyTaskOptions) -> dict[str, str]:
+        """The methods of ``options`` that cannot score this model, with the reasons; a task that compares none has none.
+
+        A run raises an error that names them, before it measures anything.
+        """
+        return {}
+
     @abstractmethod
     def report(self, rows: Sequence[Row], options: AnyTaskOptions, folder: Path) -> str:
         """A Markdown report on the ``ok`` rows, which may be empty. Its figures are written into ``folder``."""
@@ -115,6 +122,14 @@ def chosen(known: Sequence[str], names: str) -> list[str]:
         if name in methods[:index]:
             raise OptionError(f"--methods names {name!r} twice; name each method once")
     return methods
+
+
+def by_reason(refused: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason of :meth:`Task.refused`, with all methods that are refused for it."""
+    methods: dict[str, list[str]] = {}
+    for method, reason in refused.items():
+        methods.setdefault(reason, []).append(method)
+    return [f"{', '.join(names)}: {reason}" for reason, names in methods.items()]
 
 
 def skipped(item: Item, reason: str, **more: Any) -> Row:

@@ -15,10 +15,8 @@ from typing import Any
 
 from ..api import DePass
 from ..arguments import argument
-from ..compat import dual_path
-from ..errors import DePassError, ModelError, OptionError
+from ..errors import DePassError, OptionError
 from ..inputs.prompt import encode
-from ..models.linearised import refuse
 from . import data, methods
 from .data import HELP, Pair
 from .forward import next_tokens
@@ -91,22 +89,15 @@ class Tokens(Task[TokensOptions]):
         return data.prompts(options.data, options.seed, options.needed)
 
     def measure(self, dp: DePass, prepared: Any, items: Sequence[Item], options: TokensOptions) -> Iterator[Row]:
-        """Each prompt's curves for each method.
-
-        Raises:
-            OptionError: the model takes no gradients, which gim needs; or depass_dpa cannot read it.
-        """
-        names = methods.named(options.methods)
-        for name, refused in (("gim", refuse), (DPA, dual_path.refuse)):
-            if name in names:
-                try:
-                    refused(dp.bound)
-                except ModelError as error:
-                    raise OptionError(f"{error}; or leave {name} out: --methods A,B") from error
-        score = partial(_scored, dp, names, options)
+        """Each prompt's curves for each method."""
+        score = partial(_scored, dp, methods.named(options.methods), options)
         return curves(
             dp, items, score, families(options.measures), options.keep_wrong, options.retokenize, options.seed
         )
+
+    def refused(self, dp: DePass, options: TokensOptions) -> dict[str, str]:
+        """The methods that cannot score this model."""
+        return methods.refused(dp, methods.named(options.methods), options.seed)
 
     def report(self, rows: Sequence[Row], options: TokensOptions, folder: Path) -> str:
         """A table for each family of measures, and a figure for each curve of deletions."""
