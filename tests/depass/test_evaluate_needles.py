@@ -15,9 +15,10 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from depass import DePass, OptionError
+from depass import DePass, OptionError, rules
 from depass.evaluate import TASKS, haystacks, needles, run
 from depass.evaluate.haystacks import Haystack, haystack
+from depass.evaluate.methods import Scores
 
 MANY = range(40)
 
@@ -210,10 +211,15 @@ def test_every_method_scores_the_whole_answer(dp: DePass, answers_all: None) -> 
     prompt = needles.asked(dp, made("facts", 1, 120))
     first, last = prompt.deletable
     options = needles.NeedlesOptions()
-    scores, seconds, too_large, error = needles.scores_of(dp, prompt, 1, options)
-    assert tuple(scores) == needles.METHODS == tuple(seconds)
-    assert (too_large, {len(of) for of in scores.values()}) == ({}, {last - first})
-    assert error < 1e-4
+    found = needles.scores_of(dp, prompt, 1, options)
+    assert tuple(found) == needles.METHODS
+    scores = {name: of.tokens for name, of in found.items() if isinstance(of, Scores)}
+    assert {name: len(of) for name, of in scores.items()} == dict.fromkeys(needles.METHODS, last - first)
+    for name, of in found.items():
+        assert isinstance(of, Scores)
+        assert of.seconds > 0
+        assert (of.missed is None) == (name not in rules.RULES)
+        assert of.missed is None or of.missed < 1e-4
     read, at = [*prompt.ids, *prompt.answer[:-1]], len(prompt.ids) - 1
     for rule in ("softmax", "steer"):
         alone = [

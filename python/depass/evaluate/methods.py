@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +22,7 @@ from . import data
 REFERENCE = "softmax"  # the others are compared with it
 DPA = "depass_dpa"
 MIXTURES = (  # softmax with a growing share of steer: 0, 1/6, 1/3, 1/2, 2/3, 5/6, 1
-    "softmax", "5*softmax+1*steer", "2*softmax+1*steer", "softmax+steer", "1*softmax+2*steer", "1*softmax+5*steer",
-    "steer",
+    "softmax", "5*softmax+1*steer", "2*softmax+1*steer", "softmax+steer", "steered", "1*softmax+5*steer", "steer",
 )  # fmt: skip
 METHODS = (*rules.RULES, "softmax+half", "softmax+dual_path", *baselines.TOKENS)
 GROUPS = {"all": METHODS, "rules": rules.RULES, "mixtures": MIXTURES, "baselines": tuple(baselines.TOKENS)}
@@ -102,11 +101,16 @@ def scored(
             id, the next token.
         seed: the seed of the baselines that draw random numbers.
     """
+    return mixed(names, lambda name: _scored(dp, name, prompts, targets, seed))
+
+
+def mixed(names: Sequence[str], score: Callable[[str], Sequence[Outcome]]) -> list[dict[str, Outcome]]:
+    """For each prompt, the outcomes of methods; ``score`` takes no mixtures, and is asked once for each rule or baseline."""
     singles = dict.fromkeys(single for name in names for single, _ in parts(name))
-    outcomes = {single: _scored(dp, single, prompts, targets, seed) for single in singles}
+    outcomes = {single: score(single) for single in singles}
     return [
-        {name: _mixed([(outcomes[single][i], share) for single, share in parts(name)]) for name in names}
-        for i in range(len(prompts))
+        {name: _mixed([(of_prompt[single], share) for single, share in parts(name)]) for name in names}
+        for of_prompt in (dict(zip(outcomes, each, strict=True)) for each in zip(*outcomes.values(), strict=True))
     ]
 
 

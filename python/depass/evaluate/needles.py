@@ -27,6 +27,7 @@ from ..sources.spans import Spans, token_ranges
 from . import data, methods
 from .forward import continuations, greedy
 from .haystacks import KINDS, Copy, Haystack, haystack
+from .methods import Outcome, Scores
 from .planted import Range
 from .summary import COLOURS, LINES, Result, area, mean, new_figure, results, save, table
 from .task import Item, Row, Task, TaskOptions, chosen, failed, skipped
@@ -290,62 +291,51 @@ def _measured(dp: DePass, item: Item, blank: int, options: NeedlesOptions) -> Ro
     prompt = asked(dp, haystack(kind, item.data["index"], options.seed, length, count))
     if not (prompt.right and prompt.moved):
         return skipped(item, f"{kind}, {length} tokens: {UNMOVED if prompt.right else WRONG}")
-    scores, seconds, too_large, error = scores_of(dp, prompt, blank, options)
-    curves = _curves(dp, prompt, {name: deletion_order(of, options.steps) for name, of in scores.items()}, blank)
+    outcomes = scores_of(dp, prompt, blank, options)
+    scored = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, DePassError)}
+    orders = {name: deletion_order(of.tokens, options.steps) for name, of in scored.items()}
+    curves = _curves(dp, prompt, orders, blank)
     if any(curve[0] <= curve[-1] for curve in curves.values()):
         return skipped(item, f"{kind}, {length} tokens: {NO_FALL}")
     began = time.perf_counter()
     continuations(dp, [prompt.ids], [prompt.answer])
     return {
         "id": item.id, "status": "ok", "kind": kind, "length": length, "tokens": len(prompt.ids),
-        "answer_tokens": len(prompt.answer), "needle_tokens": len(prompt.needle), "conservation_error": error,
+        "answer_tokens": len(prompt.answer), "needle_tokens": len(prompt.needle),
+        "conservation_error": max((of.missed for of in scored.values() if of.missed is not None), default=0.0),
         "log_probabilities": curves,
-        "density": {name: _short(density(of, deletion_order(of, options.steps))) for name, of in scores.items()},
-        "recovery": {name: recovery(of, prompt.needle) for name, of in scores.items()},
-        "not_positive": [name for name, of in scores.items() if float(of.double().sum()) <= 0],
-        "too_large": too_large, "seconds": seconds, "plain_seconds": time.perf_counter() - began,
+        "density": {name: _short(density(of.tokens, orders[name])) for name, of in scored.items()},
+        "recovery": {name: recovery(of.tokens, prompt.needle) for name, of in scored.items()},
+        "not_positive": [name for name, of in scored.items() if float(of.tokens.double().sum()) <= 0],
+        "too_large": {name: str(outcome) for name, outcome in outcomes.items() if name not in scored},
+        "seconds": {name: of.seconds for name, of in scored.items()}, "plain_seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def scores_of(
-    dp: DePass, prompt: Asked, blank: int, options: NeedlesOptions
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str], float]:
-    """Each method's scores ``[P]`` of the deletable tokens for the whole answer, and its seconds; the rules that do not fit
-    into memory, and why; and the rules' largest conservation error.
+def scores_of(dp: DePass, prompt: Asked, blank: int, options: NeedlesOptions) -> dict[str, Outcome]:
+    """Each method's scores ``[P]`` of the deletable tokens for the whole answer; an error for a rule that is too large.
 
     Raises:
-        DePassError: a method cannot score the prompt, or a score is not finite.
+        DePassError: a method cannot score the prompt, a score is not finite, or no method fits into memory.
     """
-    names = _named(options)
-    scores, seconds, too_large, error = dict[str, Tensor](), dict[str, float](), dict[str, str](), 0.0
-    single: dict[str, tuple[Tensor, float]] = {}  # a mixture is the mean of rules that are scored once
-    for name in names:
-        began, shared = time.perf_counter(), 0.0
-        if name in RULES:
-            parts = rules.read(name).parts
-            too_much = next((said for part in parts if (said := _too_large(dp, prompt, part.rule))), None)
-            if too_much is not None:
-                too_large[name] = too_much
-                continue
-            for part in parts:
-                if part.rule in single:
-                    shared += single[part.rule][1]
-                else:
-                    at = time.perf_counter()
-                    values, missed = _by_rule(dp, prompt, part.rule)
-                    single[part.rule], error = (values, time.perf_counter() - at), max(error, missed)
-            scores[name] = torch.stack([part.share * single[part.rule][0] for part in parts]).sum(0)
+
+    def score(name: str) -> list[Outcome]:
+        if name in rules.RULES and (too_much := _too_large(dp, prompt, name)) is not None:
+            return [OptionError(too_much)]
+        began, missed = time.perf_counter(), None
+        if name in rules.RULES:
+            tokens, missed = _by_rule(dp, prompt, name)
         else:
-            scores[name] = (
-                _left_out(dp, prompt, blank) if name == LEFT_OUT else _by_baseline(dp, prompt, name, options.seed)
-            )
-        seconds[name] = time.perf_counter() - began + shared
-        scores[name] = scores[name][prompt.deletable[0] : prompt.deletable[1]]
-        if not bool(scores[name].isfinite().all()):
+            tokens = _left_out(dp, prompt, blank) if name == LEFT_OUT else _by_baseline(dp, prompt, name, options.seed)
+        if not bool(tokens.isfinite().all()):
             raise NonFiniteError(f"a score by {name} is not finite")
-    if not scores:
-        raise OptionError(f"no method fits into memory: {'; '.join(too_large.values())}; choose others with --methods")
-    return scores, seconds, too_large, error
+        return [Scores(tokens[prompt.deletable[0] : prompt.deletable[1]], missed, time.perf_counter() - began)]
+
+    (outcomes,) = methods.mixed(_named(options), score)
+    if all(isinstance(outcome, DePassError) for outcome in outcomes.values()):
+        reasons = "; ".join(map(str, outcomes.values()))
+        raise OptionError(f"no method fits into memory: {reasons}; choose others with --methods")
+    return outcomes
 
 
 def _too_large(dp: DePass, prompt: Asked, rule: str) -> str | None:
