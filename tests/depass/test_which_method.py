@@ -12,6 +12,7 @@ import pytest
 from depass import DataError
 from depass.evaluate import decide
 from depass.evaluate.decide import Experiment, adds_up, choose, decision_table, draw, load
+from depass.evaluate.methods import METHODS
 from depass.evaluate.summary import Result, results
 
 PROMPTS = 40
@@ -142,3 +143,15 @@ def test_measures_that_no_panel_shows_make_no_figure(tmp_path: Path) -> None:
     assert draw([Experiment("one", "facts", "tokens", 0, tuple(other))], tmp_path / "which.png") == ""
     assert not (tmp_path / "which.png").exists()
     assert decide.question("another measure") == "another measure"
+
+
+@pytest.mark.parametrize("models", [["one"], ["one", "two", "three"]])
+def test_the_figure_has_room_for_the_names_of_all_methods(models: list[str], tmp_path: Path) -> None:
+    """Nothing reaches the figure's left and right edge, where it would be cut off."""
+    image = pytest.importorskip("matplotlib.image")
+    values = {name: spread(float(i)) for i, name in enumerate(METHODS)}
+    found = measured(values, {name: 1.0 + i for i, name in enumerate(METHODS)})
+    draw([Experiment(model, "facts", "tokens", 0, tuple(found)) for model in models], tmp_path / "which.png")
+    pixels = image.imread(tmp_path / "which.png")[..., :3]
+    assert pixels[:, [0, 1, -2, -1]].min() == 1.0  # white
+    assert pixels.min() < 0.5

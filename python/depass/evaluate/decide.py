@@ -158,7 +158,7 @@ def _average(values: Sequence[float]) -> float:
 
 
 def decision_table(experiments: Iterable[Experiment]) -> str:
-    """A row for each measure of each experiment, a column for each budget."""
+    """A row for each measure of each experiment, by question; a column for each budget."""
     head = ["question", "measure", "prompts", "model", *(_budget(budget) for budget in BUDGETS)]
     lines = []
     for experiment in experiments:
@@ -173,6 +173,8 @@ def decision_table(experiments: Iterable[Experiment]) -> str:
                     *(_cell(choose(measured, budget, experiment.seed)) for budget in BUDGETS),
                 ]
             )
+    asked = list(dict.fromkeys(QUESTIONS.values()))
+    lines.sort(key=lambda line: (asked.index(line[0]) if line[0] in asked else len(asked), line[1], line[2]))
     return table(head, lines)
 
 
@@ -238,9 +240,10 @@ def draw(experiments: Sequence[Experiment], path: Path) -> str:
         return ""
     rows = sorted({(data, measure) for data, measure, _ in panels}, key=lambda row: DRAWN.index(row[1]))
     models = list(dict.fromkeys(model for _, _, model in panels))
-    figure = new_figure(4.6 * len(models), 2.6 * len(rows) + 1.4)
-    grid: Any = figure.subplots(len(rows), len(models), squeeze=False)
     names = list(dict.fromkeys(result.method for measured in panels.values() for result in measured))
+    columns = 2 * len(models)  # of names below the panels
+    figure = new_figure(4.6 * len(models), 2.6 * len(rows) + 0.18 * math.ceil(len(names) / columns) + 0.4)
+    grid: Any = figure.subplots(len(rows), len(models), squeeze=False)
     marks: dict[str, Any] = {}
     for (data, measure), of_models in zip(rows, grid, strict=True):
         for model, axes in zip(models, of_models, strict=True):
@@ -248,7 +251,7 @@ def draw(experiments: Sequence[Experiment], path: Path) -> str:
     for axes in grid[-1]:
         axes.set_xlabel("cost in plain passes of the model", fontsize=9)
     figure.legend([marks[name] for name in names if name in marks], [name for name in names if name in marks],
-                  loc="outside lower center", ncols=4, fontsize=8, frameon=False)  # fmt: skip
+                  loc="outside lower center", ncols=columns, fontsize=8, frameon=False)  # fmt: skip
     return save(figure, path)
 
 
