@@ -13,7 +13,7 @@ Every score is a gradient times a value, the balance too; none is taken as what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -514,13 +514,14 @@ class Backward:
         self._shared: dict[int, list[_Shared]] = {}
         self._arrive(self.stop, last, gradient, behind, seeds)
         del last
+        together = self.at_once or group_size(self.bound, self.lengths, self.path_weights)
         while segments:
             segment = segments.pop()
             some = [j for j in range(count) if furthest[j] > segment.index]
             gradient, behind = gradient.to(segment.leaf.device), behind.to(segment.leaf.device)
             if some and self.recompute:
                 segment.run_again()
-            for group in self._groups(some):
+            for group in (some[begin : begin + together] for begin in range(0, len(some), together)):
                 at = torch.tensor(group, device=gradient.device)
                 of_lent = [each.gradient[at] for each in self._shared.get(segment.index, ())]
                 found = segment.go_back(gradient[at], group[-1] == some[-1], of_lent)
@@ -685,9 +686,3 @@ class Backward:
         """``[T, P, n]`` of a gradient ``[T, B, N, n]``, ``[T, 1, P, n]`` or ``[T, B·N, n]`` of the model."""
         gradient = gradient[:, None] if gradient.dim() == 3 else gradient
         return self.packing.flat(gradient.movedim(0, 2)).movedim(1, 0)
-
-    def _groups(self, some: list[int]) -> Iterator[list[int]]:
-        """The targets in groups that go back together."""
-        each = self.at_once or group_size(self.bound, self.lengths, self.path_weights)
-        for begin in range(0, len(some), each):
-            yield some[begin : begin + each]
