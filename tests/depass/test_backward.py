@@ -347,7 +347,9 @@ def outputs_of_experts(model: Any, ids: list[int], layer: int) -> Tensor:
     behind = [getattr(block, "layer_scalar", 1.0)]  # Gemma 4's factors: this one and those of two frozen norms
     norms = [getattr(block, f"post_feedforward_layernorm{end}", None) for end in ("_2", "")]
     handles = [
-        norm.register_forward_hook(lambda _, args, output: behind.append((output / args[0])[0])) for norm in norms if norm
+        norm.register_forward_hook(lambda _, args, output: behind.append((output / args[0])[0]))
+        for norm in norms
+        if norm is not None
     ]
     handles.append(experts.module.register_forward_pre_hook(lambda _, args: kept.append(args)))
     with torch.no_grad():

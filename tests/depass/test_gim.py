@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -231,7 +230,7 @@ def modified(model: Any) -> Iterator[None]:
                 handles.append(module.register_forward_hook(lambda _, __, output: output.detach()))
             if path.endswith("feed_forward.router"):  # Llama 4's, whose weights multiply the experts' inputs
                 handles.append(module.register_forward_hook(lambda _, __, output: tuple(o.detach() for o in output)))
-            if hasattr(module, "per_layer_input_gate"):  # Gemma 4's layer, after whose MLP the per-layer input is a constant
+            if hasattr(module, "per_layer_input_gate"):  # Gemma 4's layers, whose per-layer input is a constant
                 handles.append(module.register_forward_pre_hook(lambda _, args: (args[0], args[1].detach(), *args[2:])))
         yield
     for handle in handles:

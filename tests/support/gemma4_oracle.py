@@ -116,7 +116,7 @@ class Llama4Oracle(Oracle):
 
 
 class LinearGemma4Oracle(LinearOracle, Gemma4Oracle):
-    """The loop of linear rules for Gemma 4. Behind the MLP the per-layer input is a constant, so ``gate`` weighs nothing there."""
+    """The loop of linear rules for Gemma 4. The branch behind the MLP has one factor: the per-layer input is a constant."""
 
     def shares(self, gates: dict[int, Tensor], total: Tensor, *_: object) -> dict[int, Tensor]:
         """The branch behind the MLP: its hidden vector is ``h / z``, a constant, times ``z``."""
