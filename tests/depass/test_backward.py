@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as tf
 from everything import Everything, everything
+from gemma4_oracle import LinearGemma4Oracle, LinearLlama4Oracle
 from linear_oracle import LinearOracle
 from torch import Tensor, nn
 from torch.nn import functional
@@ -58,7 +59,12 @@ OF_MLP = PathWeights(gate=0.75, up=1.0)  # such weights are defined for linear a
 WHOLE = ("taylor", "half", "up")  # the rules that add up
 GATED = ("llama", "llama-biased", "qwen2", "gemma2", "olmo2", "phi3")
 WITH_LOOP = ("gpt2", "gpt-neox", "gpt-neox-sequential", "starcoder2", "granite", "olmo", "phi", "cohere", "codegen")
-ROUTED = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared")
+OWN_LOOP = {"gemma4": LinearGemma4Oracle, "gemma4-experts": LinearGemma4Oracle, "llama4": LinearLlama4Oracle}
+ROUTED = [
+    name
+    for name in ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoeshared", "gemma4-experts", "llama4")
+    if name in models.CONFIGS
+]
 # What computes in fp32 whatever the model's dtype: the products of CodeGen's and GPT-J's queries and keys; Llama 4's
 # rotations and router; the others' routers; the sum of hy_v3's experts and the MLP beside them; the sinks of granite_swa
 # and granitemoe_swa; recurrences.
@@ -297,12 +303,14 @@ def test_any_part_of_the_stream_scores_its_product_with_the_gradient(name: str, 
 
 
 @pytest.mark.parametrize("rule", WHOLE)
-@pytest.mark.parametrize("name", [name for name in (*GATED, *WITH_LOOP, *ROUTED, "bitnet") if name in models.CONFIGS])
+@pytest.mark.parametrize(
+    "name", [name for name in (*GATED, *WITH_LOOP, *ROUTED, "bitnet", "gemma4") if name in models.CONFIGS]
+)
 def test_tokens_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> None:
     model, ids = exact(models.make(name, torch.float64)), models.prompt(7)
     bias = bind(model).has_bias
     owner = [t + bias for t in range(7)]
-    oracle = LinearOracle(name, model, ids, [0] * (7 + bias), owner, bias)
+    oracle = OWN_LOOP.get(name, LinearOracle)(name, model, ids, [0] * (7 + bias), owner, bias)
     states = oracle.weigh(RULES[rule].gate, RULES[rule].up).run("", 0.0, None)
     one = scored(model, ids, rule, [5, Token(7, position=4)])
     for row, (position, token) in enumerate([(6, 5), (4, 7)]):
@@ -334,21 +342,31 @@ def test_neurons_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> Non
 
 def outputs_of_experts(model: Any, ids: list[int], layer: int) -> Tensor:
     """What each expert of a layer adds to the stream, without its bias: ``[E, N, D]``, from the module's own forward."""
-    bound = bind(model)
-    experts, kept = bound.layers[layer].experts, list[Any]()
+    experts, block, kept = bind(model).layers[layer].experts, model.model.layers[layer], list[Any]()
     assert experts is not None
-    handle = experts.module.register_forward_pre_hook(lambda _, args: kept.append(args))
+    behind = [getattr(block, "layer_scalar", 1.0)]  # Gemma 4's factors: this one and those of two frozen norms
+    norms = [getattr(block, f"post_feedforward_layernorm{end}", None) for end in ("_2", "")]
+    handles = [
+        norm.register_forward_hook(lambda _, args, output: behind.append((output / args[0])[0]))
+        for norm in norms
+        if norm is not None
+    ]
+    handles.append(experts.module.register_forward_pre_hook(lambda _, args: kept.append(args)))
     with torch.no_grad():
         model(torch.tensor([ids]))
-        handle.remove()
-        ((x, chosen, weight),) = kept
+        for handle in handles:
+            handle.remove()
+        ((x, *routing),) = kept
+        if not routing:  # Llama 4: one expert's rows after another's, which the router's weights multiply already
+            return experts.module(x).view(experts.count, len(ids), -1)
+        chosen, weight = routing
         outputs = []
         for expert in range(experts.count):
             own = weight * (chosen == expert)
             output = experts.module(x, chosen, own)
             if experts.has_bias:
                 output = output - own.sum(1, keepdim=True) * experts.module.down_proj_bias[expert]
-            outputs.append(experts.factor * output)
+            outputs.append(math.prod(behind, start=experts.factor * output))
     return torch.stack(outputs)
 
 
@@ -370,9 +388,11 @@ def test_taylor_experts_are_the_forward_engines_parts_of_the_stream(name: str, e
 @pytest.mark.parametrize("rule", ["half", "up"])
 @pytest.mark.parametrize("name", ROUTED)
 def test_experts_agree_with_a_slow_loop(name: str, rule: str, exact: Any) -> None:
-    model, ids, layer = exact(models.make(name, torch.float64)), models.prompt(7), 0 if name == "qwen3_moe" else 1
+    model, ids = exact(models.make(name, torch.float64)), models.prompt(7)
+    layer = 0 if name in ("qwen3_moe", "llama4") else 1  # their layer 1 has no experts
     has_bias = bind(model).has_bias
-    oracle = LinearOracle(name, model, ids, [0] * 2, [], has_bias).weigh(RULES[rule].gate, RULES[rule].up)
+    oracle = OWN_LOOP.get(name, LinearOracle)(name, model, ids, [0] * 2, [], has_bias)
+    oracle.weigh(RULES[rule].gate, RULES[rule].up)
     parts, one = outputs_of_experts(model, ids, layer), scored(model, ids, rule)
     for expert, part in enumerate(parts):
         stream = [[torch.zeros_like(row) for row in part], list(part)]  # the bias source comes first
@@ -426,7 +446,7 @@ def test_a_hook_on_the_experts_that_gradients_go_through(exact: Any) -> None:
 @pytest.mark.parametrize("name", ROUTED)
 def test_routers_and_sigmoids_are_frozen(name: str) -> None:
     model, ids = models.make(name), torch.tensor([models.prompt(LENGTH)])
-    ends = ("mlp.gate", "mlp.router", "sparse_moe.router", "shared_expert_gate")
+    ends = ("mlp.gate", "mlp.router", "sparse_moe.router", "shared_expert_gate", "router.proj", "feed_forward.router")
     frozen = [module.weight for path, module in model.named_modules() if path.endswith(ends)]
     assert frozen
     first = next(layer.experts.module for layer in bind(model).layers if layer.experts is not None).down_proj

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -46,9 +45,17 @@ def gradient(model: Any) -> Tensor:
 
 
 def plain_gradient(model: Any) -> Tensor:
-    embedded = model.get_input_embeddings()(torch.tensor([IDS])).detach().requires_grad_()
-    normed = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    (found,) = torch.autograd.grad(model.get_output_embeddings()(normed)[0, POSITION, TARGET], embedded)
+    """``[N, D]``: the gradient of what the head writes for the target, before factors and a soft cap, by the embeddings."""
+    ids, embeddings, logits = torch.tensor([IDS]), model.get_input_embeddings(), list[Tensor]()
+    embedded = embeddings(ids).detach().requires_grad_()
+    hooks = [
+        embeddings.register_forward_hook(lambda _, __, ___: embedded),  # not inputs_embeds: Gemma 4 needs the ids, too
+        model.get_output_embeddings().register_forward_hook(lambda _, __, output: logits.append(output)),
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    (found,) = torch.autograd.grad(logits[0][0, POSITION, TARGET], embedded)
     return found[0]
 
 
@@ -187,7 +194,7 @@ def modified_attention(
 
 def frozen_rms(self: Any, x: Tensor) -> Tensor:
     eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    weight = self.weight + models.adds_one(self)
+    weight = getattr(self, "weight", 1) + models.adds_one(self)
     return weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt().detach()  # type: ignore[no-any-return]
 
 
@@ -206,7 +213,7 @@ def modified(model: Any) -> Iterator[None]:
     before, model.config._attn_implementation = model.config._attn_implementation, "modified"
     with pytest.MonkeyPatch.context() as patch:
         for kind in {type(module) for module in model.modules()}:
-            if kind.__name__.endswith("RMSNorm"):
+            if kind.__name__.endswith(("RMSNorm", "L2Norm")):
                 patch.setattr(kind, "forward", frozen_rms)
             elif "LayerNorm" in kind.__name__:
                 patch.setattr(kind, "forward", frozen_layer_norm)
@@ -218,28 +225,26 @@ def modified(model: Any) -> Iterator[None]:
         ]
         for path, module in model.named_modules():
             if path.endswith(".experts"):
-                model.config._experts_implementation = "batched_mm"  # which makes hidden vectors by _apply_gate
-                half = partial(of_halves, module._apply_gate)
-                patch.setattr(module, "_apply_gate", half)
-                handles.append(module.register_forward_pre_hook(lambda _, args: (*args[:2], args[2].detach())))
+                handles.append(module.register_forward_pre_hook(of_experts))
             if path.endswith("shared_expert_gate"):
                 handles.append(module.register_forward_hook(lambda _, __, output: output.detach()))
+            if path.endswith("feed_forward.router"):  # Llama 4's, whose weights multiply the experts' inputs
+                handles.append(module.register_forward_hook(lambda _, __, output: tuple(o.detach() for o in output)))
+            if hasattr(module, "per_layer_input_gate"):  # Gemma 4's layers, whose per-layer input is a constant
+                handles.append(module.register_forward_pre_hook(lambda _, args: (args[0], args[1].detach(), *args[2:])))
         yield
     for handle in handles:
         handle.remove()
     model.config._attn_implementation = before
 
 
-def of_halves(apply_gate: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
-    """An expert's hidden vectors, of whose two factors each gets half of the gradient."""
-    return apply_gate(scaled(both, 0.5))
+def of_experts(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What experts read: both factors of their hidden vectors get half of the gradient, the routing gets none."""
+    x, *routing = args
+    return scaled(x, 0.5), *(each.detach() for each in routing)
 
 
-# the modification by hand does not know Gemma 4's norms without a weight and per-layer inputs, nor Llama 4's experts
-BY_HAND = [name for name in NAMES if not name.startswith(("gemma4", "llama4"))]
-
-
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_a_model_modified_by_hand(name: str, doubled: Callable[[str], Any]) -> None:
     model = doubled(name)
     with modified(model):

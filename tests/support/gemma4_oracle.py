@@ -1,4 +1,4 @@
-"""The slow loop of :mod:`oracle` for Gemma 4 and Llama 4, written from transformers' modeling files."""
+"""The slow loops of :mod:`oracle` and :mod:`linear_oracle` for Gemma 4 and Llama 4, from transformers' modeling files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from linear_oracle import LinearOracle, Pair, Write
 from oracle import Branch, Oracle
 from torch import Tensor
 from torch.nn import functional
@@ -53,24 +54,17 @@ class Gemma4Oracle(Oracle):
         heads = y.view(-1, module.head_dim) / rms
         return [heads[h * len(heads) // self.heads] for h in range(self.heads)]
 
-    def mlp(
-        self, read: States, after: States, layer: int, rule: str = "softmax", tau: float = 0.1,
-        excluded: int | None = None,
-    ) -> States:  # fmt: skip
-        at, result = f"model.layers.{layer}.", [row[:] for row in after]
-        has_experts = self.experts(layer) is not None
-        for t in range(len(self.ids)):
-            for number, branch in enumerate(self.branches(layer, t)):
-                behind = f"_{min(number, 1) + 1}"  # the MLP comes first
-                norm = at + "pre_feedforward_layernorm" + ("_2" if number else "")
-                gates = {m: branch.read(self.normed(norm, read[m][t], t, False), False) for m in self.active(t)}
-                gates = {m: gate[: len(branch.hidden)] for m, gate in gates.items()}
-                for m, alpha in self.shares(gates, branch.total, rule, tau, excluded, t).items():
-                    out = branch.write(alpha * branch.hidden, False)
-                    if has_experts:
-                        out = self.normed(at + "post_feedforward_layernorm" + behind, out, t, False)
-                    result[m][t] = result[m][t] + self.normed(at + "post_feedforward_layernorm", out, t, False)
-        return result
+    def before_branch(self, layer: int, number: int, x: Tensor, t: int, is_bias: bool) -> Tensor:
+        """The MLP, number 0, and the experts behind it have a norm each."""
+        norm = f"model.layers.{layer}.pre_feedforward_layernorm"
+        return self.normed(norm + ("_2" if number else ""), x, t, is_bias)
+
+    def behind_branch(self, layer: int, number: int, out: Tensor, t: int) -> Tensor:
+        """Beside experts, the MLP and they have a norm each before the one of their sum."""
+        norm = f"model.layers.{layer}.post_feedforward_layernorm"
+        if self.experts(layer) is not None:
+            out = self.normed(norm + ("_2" if number else "_1"), out, t, False)
+        return self.normed(norm, out, t, False)
 
     def hidden(self, path: str, e: int, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = self.both_of(path, e, x, True).chunk(2)
@@ -119,3 +113,23 @@ class Llama4Oracle(Oracle):
 
     def last(self, path: str, e: int, x: Tensor, _: bool) -> Tensor:
         return x @ self.module(path).down_proj[e]
+
+
+class LinearGemma4Oracle(LinearOracle, Gemma4Oracle):
+    """The loop of linear rules for Gemma 4. The branch behind the MLP has one factor: the per-layer input is a constant."""
+
+    def shares(self, gates: dict[int, Tensor], total: Tensor, *_: object) -> dict[int, Tensor]:
+        """The branch behind the MLP: its hidden vector is ``h / z``, a constant, times ``z``."""
+        return {m: self.ratio(gate, total) for m, gate in gates.items()}
+
+
+class LinearLlama4Oracle(LinearOracle, Llama4Oracle):
+    """The loop of linear rules for Llama 4, in whose experts a part comes times the router's weight."""
+
+    def linear_experts(self, path: str, t: int) -> Iterator[tuple[Pair, Write]]:
+        for expert in self.of_experts(path, t):
+            yield partial(self.halves, expert), expert.write
+
+    def halves(self, expert: Branch, x: Tensor, is_bias: bool) -> tuple[Tensor, Tensor]:
+        gate, up = expert.read(x, is_bias).chunk(2)
+        return gate, up

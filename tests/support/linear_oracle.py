@@ -37,17 +37,15 @@ class LinearOracle(Oracle):
         return self
 
     def mlp(self, read: list[list[Tensor]], after: list[list[Tensor]], layer: int, *_: object) -> list[list[Tensor]]:  # type: ignore[override]
-        p = self.paths(layer)
         result = [row[:] for row in after]
+        is_bias = [self.bias and m == 0 for m in range(len(read))]
         for t in range(len(self.ids)):
-            normed = [row[t] for row in read]
-            if p["mn"] is not None:
-                normed = [self.normed(p["mn"], x, t, self.bias and m == 0) for m, x in enumerate(normed)]
-            for pair, write in self.linear_branches(layer, t):
-                shares = self.hidden_of([pair(x, self.bias and m == 0) for m, x in enumerate(normed)])
+            for number, (pair, write) in enumerate(self.linear_branches(layer, t)):
+                normed = [self.before_branch(layer, number, row[t], t, is_bias[m]) for m, row in enumerate(read)]
+                shares = self.hidden_of([pair(x, is_bias[m]) for m, x in enumerate(normed)])
                 for m, share in enumerate(shares):
-                    out = write(share, self.bias and m == 0)
-                    result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
+                    out = write(share, is_bias[m])
+                    result[m][t] = result[m][t] + self.behind_branch(layer, number, out, t)
         return result
 
     def hidden_of(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -72,9 +70,13 @@ class LinearOracle(Oracle):
         if p["d"] is not None:
             yield partial(self.pair, p["g"]), partial(self.written, p["d"], layer, t)
         if path is not None:
-            weights = self.captured[path + ":weight"][t]
-            for e, weight in zip(self.captured[path + ":chosen"][t].tolist(), weights, strict=True):
-                yield partial(self.expert_pair, path, e), partial(self.down_of, path, e, weight)
+            yield from self.linear_experts(path, t)
+
+    def linear_experts(self, path: str, t: int) -> Iterator[tuple[Pair, Write]]:
+        """Each expert that a position chose."""
+        weights = self.captured[path + ":weight"][t]
+        for e, weight in zip(self.captured[path + ":chosen"][t].tolist(), weights, strict=True):
+            yield partial(self.expert_pair, path, e), partial(self.down_of, path, e, weight)
 
     def written(self, path: str, layer: int, t: int, hidden: Tensor, is_bias: bool) -> Tensor:
         """What the MLP that every position goes through writes of a hidden vector."""

@@ -285,20 +285,26 @@ class Oracle:
         tau: float = 0.1,
         excluded: int | None = None,
     ) -> list[list[Tensor]]:
-        p = self.paths(layer)
         result = [row[:] for row in after]
         for t in range(len(self.ids)):
-            normed = {}
-            for m in self.active(t):
-                is_bias = self.bias and m == 0
-                normed[m] = read[m][t] if p["mn"] is None else self.normed(p["mn"], read[m][t], t, is_bias)
-            for branch in self.branches(layer, t):
-                neurons = len(branch.hidden)  # some projections hold the up rows behind those of the gate
-                gates = {m: branch.read(x, self.bias and m == 0)[:neurons] for m, x in normed.items()}
+            for number, branch in enumerate(self.branches(layer, t)):
+                neurons, gates = len(branch.hidden), {}  # some projections hold the up rows behind those of the gate
+                for m in self.active(t):
+                    is_bias = self.bias and m == 0
+                    gates[m] = branch.read(self.before_branch(layer, number, read[m][t], t, is_bias), is_bias)[:neurons]
                 for m, alpha in self.shares(gates, branch.total, rule, tau, excluded, t).items():
                     out = branch.write(alpha * branch.hidden, self.bias and m == 0)
-                    result[m][t] = result[m][t] + self.added(p["mp"], out, t, False)
+                    result[m][t] = result[m][t] + self.behind_branch(layer, number, out, t)
         return result
+
+    def before_branch(self, layer: int, number: int, x: Tensor, t: int, is_bias: bool) -> Tensor:
+        """What a layer's branch of this number, in the order of :meth:`branches`, reads of a part of the stream."""
+        norm = self.paths(layer)["mn"]
+        return x if norm is None else self.normed(norm, x, t, is_bias)
+
+    def behind_branch(self, layer: int, number: int, out: Tensor, t: int) -> Tensor:
+        """What a branch's output adds to the stream."""
+        return self.added(self.paths(layer)["mp"], out, t, False)
 
     def branches(self, layer: int, t: int) -> Iterator[Branch]:
         """The MLP of a position, and each expert that it chose."""
