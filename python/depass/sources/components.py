@@ -162,7 +162,7 @@ def _heads(spec: Heads, length: int, bound: BoundModel) -> _Parts:
         for (mixer, own), of_mixer in zip(layer.heads, trace.mixers, strict=True):
             heads = [head - own.start for head in ids if own.start <= head < own.stop]
             by_mixer.append(_of_heads(mixer, layer, of_mixer, where, heads, bound))
-        added = torch.cat(by_mixer, 1)
+        added = by_mixer[0] if len(by_mixer) == 1 else torch.cat(by_mixer, 1)  # one is not copied
         return _post_scaled(added, trace.scales.get("attention_post_norm"), where)
 
     def bias(trace: Trace) -> Tensor | None:
