@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from depass.evaluate.decide import DRAWN_IN_WORDS, EXPLAINED, Experiment, decision_table, load
+from depass.evaluate.decide import COUNTED, DRAWN_IN_WORDS, EXPLAINED, Experiment, decision_table, load, standings
 from depass.evaluate.decide import draw as draw_all
 
 from .figures import shown
@@ -16,8 +16,11 @@ FOLDER = ROOT / "docs" / "evaluation"
 
 
 def experiments() -> list[Experiment]:
-    """The evaluations whose directory has ``results.json``, in the order of their names."""
-    return [load(path.parent) for path in sorted(FOLDER.glob("*/results.json"))]
+    """The evaluations whose directory has ``results.json``, in the order of their names.
+
+    Those on whose prompts the weights of mixtures were chosen are left out.
+    """
+    return [load(path.parent) for path in sorted(FOLDER.glob("*/results.json")) if not path.parent.match("weights*")]
 
 
 def draw(folder: Path) -> list[Path]:
@@ -34,4 +37,5 @@ def section(figures: Sequence[Path], document: Path) -> str:
     found = experiments()
     if not found:
         return NOTHING
-    return "\n\n".join([EXPLAINED, decision_table(found), shown(figures, document), DRAWN_IN_WORDS])
+    text = [standings(found), COUNTED, decision_table(found), EXPLAINED, shown(figures, document), DRAWN_IN_WORDS]
+    return "\n\n".join(text)

@@ -155,3 +155,28 @@ def test_the_figure_has_room_for_the_names_of_all_methods(models: list[str], tmp
     pixels = image.imread(tmp_path / "which.png")[..., :3]
     assert pixels[:, [0, 1, -2, -1]].min() == 1.0  # white
     assert pixels.min() < 0.5
+
+
+def test_standings_count_where_a_method_is_level_with_the_best() -> None:
+    """Softmax is the best of two experiments, half of one; leave_one_out is worse in every prompt of all three."""
+    shifts = {"softmax": (1.0, 1.0, 3.0), "half": (2.0, 2.0, 1.0), "leave_one_out": (3.0, 3.0, 4.0)}
+    experiments = [
+        Experiment("one", "facts", "tokens", 0, tuple(measured({n: spread(of[i]) for n, of in shifts.items()}, COSTS)))
+        for i in range(3)
+    ]
+    lines = decide.standings(experiments).splitlines()[2:]
+    assert lines == [
+        "| `softmax` | yes | 5.0× to 5.0× | 2 of 3 |",
+        "| `half` | yes | 2.0× to 2.0× | 1 of 3 |",
+        "| `leave_one_out` |  | 30× to 30× | 0 of 3 |",
+    ]
+
+
+def test_standings_hold_only_the_questions_that_were_asked() -> None:
+    values = {"softmax": spread(3.0), "half": spread(1.0)}
+    other = results("another measure", "lower", values, "softmax", 0, [8] * PROMPTS)
+    both = [*measured(values, COSTS), *other]
+    head, _, first, second = decide.standings([Experiment("one", "facts", "tokens", 0, tuple(both))]).splitlines()
+    assert head == "| method | adds up | plain passes | Which tokens does the answer depend on? | another measure |"
+    assert first.startswith("| `half` | yes | 2.0× to 2.0× | 1 of 1 | 1 of 1 |")
+    assert second.startswith("| `softmax` | yes | 5.0× to 5.0× | 0 of 1 | 0 of 1 |")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,13 @@ def choose(measured: Sequence[Result], budget: float, seed: int) -> Choice | Non
     return Choice(best, tuple(level), best, fallback, None if fallback is None else behind(fallback))
 
 
+def level_with_best(measured: Sequence[Result], seed: int) -> dict[str, bool]:
+    """For each method of one measure whether it is the best at any cost, or not shown to be worse than the best."""
+    choice = choose(measured, math.inf, seed)
+    level = set() if choice is None else {choice.best.method, *(result.method for result in choice.level)}
+    return {result.method: result.method in level for result in measured}
+
+
 def _best(results: Sequence[Result], sign: float) -> Result:
     """The lowest ``sign`` times mean. A method measured on fewer prompts counts only against the others' values there."""
     most = max(result.prompts for result in results)
@@ -177,6 +184,46 @@ def decision_table(experiments: Iterable[Experiment]) -> str:
     lines.sort(key=lambda line: (asked.index(line[0]) if line[0] in asked else len(asked), line[1], line[2]))
     return table(head, lines)
 
+
+@dataclass
+class _Standing:
+    """How a method did: by question whether it was level with the best, and its cost, for each measure and experiment."""
+
+    level: dict[str, list[bool]] = field(default_factory=dict)
+    costs: list[float] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        every = [each for of_question in self.level.values() for each in of_question]
+        return sum(every) / len(every)
+
+
+def standings(experiments: Iterable[Experiment]) -> str:
+    """A row for each method, a column for each question: in how many measurements it was level with the best."""
+    found: dict[str, _Standing] = {}
+    for experiment in experiments:
+        for measure, measured in experiment.measures().items():
+            level = level_with_best(measured, experiment.seed)
+            for result in measured:
+                standing = found.setdefault(result.method, _Standing())
+                standing.level.setdefault(question(measure), []).append(level[result.method])
+                standing.costs += [] if result.cost is None else [result.cost]
+    asked = [each for each in dict.fromkeys((*QUESTIONS.values(), *(q for s in found.values() for q in s.level)))
+             if any(each in standing.level for standing in found.values())]  # fmt: skip
+    lines = []
+    for method, standing in sorted(found.items(), key=lambda pair: (-pair[1].share, min(pair[1].costs, default=0.0))):
+        costs = f"{_times(min(standing.costs))} to {_times(max(standing.costs))}" if standing.costs else ""
+        counts = [standing.level.get(each, []) for each in asked]
+        cells = [f"{sum(of)} of {len(of)}" if of else "" for of in counts]
+        lines.append([f"`{method}`", "yes" if adds_up(method) else "", costs, *cells])
+    return table(["method", "adds up", "plain passes", *asked], lines)
+
+
+COUNTED = (
+    "Each cell counts measurements, one for each measure, data set and model: in how many of them is the method the best, "
+    "or not shown to be worse than the best, at any cost? The methods stand in the order of their share over all columns. "
+    "A method that was measured on fewer prompts is level more easily."
+)
 
 EXPLAINED = (
     "A cell names, among the methods that cost no more, the one to take: the cheapest whose scores add up, of those that "

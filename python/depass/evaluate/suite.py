@@ -131,6 +131,6 @@ def _page(experiments: list[decide.Experiment], reports: list[Path], left_out: d
         text.append("\n".join(f"- {sentence}" for sentence in by_reason(left_out)))
     if not experiments:
         return "\n\n".join([*text, "No prompt was measured: the reports say why."])
-    text += [decide.EXPLAINED, decide.decision_table(experiments)]
+    text += [decide.standings(experiments), decide.COUNTED, decide.decision_table(experiments), decide.EXPLAINED]
     figure = decide.draw(experiments, folder / "which-method.png")
     return "\n\n".join([*text, figure, decide.DRAWN_IN_WORDS] if figure else text)
