@@ -13,7 +13,7 @@ from depass import DataError
 from depass.evaluate import decide
 from depass.evaluate.decide import Experiment, adds_up, choose, decision_table, draw, load
 from depass.evaluate.methods import METHODS
-from depass.evaluate.summary import Result, results
+from depass.evaluate.summary import Result, results, style
 
 PROMPTS = 40
 
@@ -180,3 +180,7 @@ def test_standings_hold_only_the_questions_that_were_asked() -> None:
     assert head == "| method | adds up | plain passes | Which tokens does the answer depend on? | another measure |"
     assert first.startswith("| `half` | yes | 2.0× to 2.0× | 1 of 1 | 1 of 1 |")
     assert second.startswith("| `softmax` | yes | 5.0× to 5.0× | 0 of 1 | 0 of 1 |")
+
+
+def test_no_two_methods_of_a_figure_look_alike() -> None:
+    assert len({tuple(style(index).items()) for index in range(40)}) == 40

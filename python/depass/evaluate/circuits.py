@@ -28,7 +28,7 @@ from ..models.health import blame
 from ..results.sweep import Sweep
 from . import data
 from .components import masked
-from .summary import COLOURS, LINES, Mean, Result, area, mean, new_figure, results, save, table
+from .summary import Mean, Result, area, mean, new_figure, results, save, style, table
 from .task import Item, Row, Task, TaskOptions, chosen, failed, skipped
 
 RULES = ("softmax", *rules.LINEAR, "steered")
@@ -325,10 +325,8 @@ def _draw(shares: dict[str, Tensor], options: CircuitsOptions, folder: Path) -> 
     axes = figure.add_subplot()
     percent = [*sorted(options.percent), 100.0]
     for name, of in shares.items():
-        index = METHODS.index(name)
         axes.plot(
-            percent, of.mean(0).tolist(), LINES[index % len(LINES)], marker="o", markersize=3, label=name,
-            color=COLOURS[index % len(COLOURS)],
+            percent, of.mean(0).tolist(), marker="o", markersize=3, label=name, **style(METHODS.index(name)),
         )  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xscale("log")

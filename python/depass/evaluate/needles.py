@@ -29,7 +29,7 @@ from .forward import continuations, greedy
 from .haystacks import KINDS, Copy, Haystack, haystack
 from .methods import Outcome, Scores
 from .planted import Range
-from .summary import COLOURS, LINES, Result, area, mean, new_figure, results, save, table
+from .summary import Result, area, mean, new_figure, results, save, style, table
 from .task import Item, Row, Task, TaskOptions, chosen, failed, skipped
 
 EVERY = "needles"
@@ -485,10 +485,9 @@ def _draw(rows: Sequence[Row], options: NeedlesOptions, folder: Path) -> str:
                 points = {
                     n: [values_of(row, name)[measure] for row in of] for n, of in of_kind.items() if name in scored(of)
                 }
-                index = METHODS.index(name)
                 axes.plot(
-                    list(points), [sum(of) / len(of) for of in points.values()], LINES[index % len(LINES)], marker="o",
-                    markersize=3, color=COLOURS[index % len(COLOURS)], label=name,
+                    list(points), [sum(of) / len(of) for of in points.values()], marker="o", markersize=3, label=name,
+                    **style(METHODS.index(name)),
                 )  # fmt: skip
             axes.set_title(f"{kind}: {measure}, {better} is better", fontsize=9)
             axes.set_xscale("log")

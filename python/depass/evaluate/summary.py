@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +139,11 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise DePassError("the report's figures need matplotlib: pip install 'depass-kernels[evaluate]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def style(index: int) -> dict[str, Any]:
+    """The colour and the line of the ``index``-th method of a figure; the first forty differ."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
 
 
 def save(figure: Figure, path: Path) -> str:

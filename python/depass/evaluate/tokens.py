@@ -23,13 +23,15 @@ from .forward import next_tokens
 from .measures import BUDGETS, DRAWS, FAMILIES, MEASURES, NOTHING, SHARES, families, plan, relative, value
 from .methods import DPA, GROUPS, METHODS, REFERENCE, SLOW, Outcome
 from .questions import Asked, Question
-from .summary import COLOURS, LINES, Result, differences, mean, new_figure, results, save, table
+from .summary import Result, area, differences, mean, new_figure, results, save, style, table
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 Score = Callable[[Sequence[Pair]], "list[dict[str, Outcome]]"]  # for each prompt its scores by each method
 
 Begun = tuple[Pair, dict[str, Any]]  # a prompt to measure, and the first fields of its row
 
+ALWAYS_DRAWN = (REFERENCE, "random")
+_DRAWN = 8  # the methods of a figure besides these; a table has all
 _TOGETHER = 16  # prompts that are measured together; a resumed run repeats at most so many
 WRONG = "the model's own next token is not the answer's first token"
 
@@ -377,21 +379,26 @@ def _best_mixture(rows: Sequence[Row]) -> str:
 
 
 def _draw(rows: Sequence[Row], names: Sequence[str], curve: str, seed: int, folder: Path) -> str:
+    """A figure of the methods with the best areas, of softmax and of random scores."""
+    having = {name: [row for row in rows if name in row[curve]] for name in names}
+    heights = {name: relative(of, curve, name) for name, of in having.items() if of}
+    does, better = {"patch": ("deleted", "lower"), "recover": ("kept", "higher")}[curve]
+    sign = 1 if better == "lower" else -1
+    areas = {name: sign * float(area(SHARES, values.mean(0))) for name, values in heights.items()}
+    best = sorted((name for name in areas if name not in ALWAYS_DRAWN), key=areas.__getitem__)[:_DRAWN]
     figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
-    for index, name in enumerate(names):
-        having = [row for row in rows if name in row[curve]]
-        if not having:
-            continue
-        values = relative(having, curve, name)
-        colour, line = COLOURS[index % len(COLOURS)], LINES[index % len(LINES)]
-        ours = name == REFERENCE
-        axes.plot(SHARES, values.mean(0).tolist(), line, color=colour, label=name, linewidth=2.4 if ours else 1.3)
+    drawn = [name for name in heights if name in best or name in ALWAYS_DRAWN]
+    for index, name in enumerate(drawn):
+        values, ours = heights[name], name == REFERENCE
+        axes.plot(SHARES, values.mean(0).tolist(), label=name, linewidth=2.4 if ours else 1.3, **style(index))
         if ours:
             means = [mean(column.tolist(), seed) for column in values.T]
-            axes.fill_between(SHARES, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.15)
-    does, better = {"patch": ("deleted", "lower"), "recover": ("kept", "higher")}[curve]
-    axes.set_title(f"{curve}-top: {better} is better", fontsize=10)
+            low, high = [m.low for m in means], [m.high for m in means]
+            axes.fill_between(SHARES, low, high, color=style(index)["color"], alpha=0.15)
+    others = len(heights) - len(drawn)
+    left_out = f"\n({others} methods with worse areas are not drawn)" if others else ""
+    axes.set_title(f"{curve}-top: {better} is better{left_out}", fontsize=10)
     axes.set_xlabel(f"highest-scoring tokens {does}, K (%)")
     axes.set_ylabel("probability of the answer,\nrelative to the whole prompt")
     axes.set_xticks(SHARES)
