@@ -64,6 +64,16 @@ def test_of_methods_that_are_level_the_cheapest_that_adds_up_is_chosen() -> None
     assert choice.fallback is None
 
 
+@pytest.mark.parametrize(("behind", "is_level"), [(0.5, True), (1.5, False)])
+def test_a_difference_below_a_hundredth_of_what_there_is_to_gain_does_not_matter(behind: float, is_level: bool) -> None:
+    """Random scores are worse than the best by 100 in every prompt, half by a constant."""
+    values = {"softmax": spread(1.0), "half": spread(1.0 + behind), "random": spread(101.0)}
+    found = measured(values, {**COSTS, "random": 1.0})
+    assert decide.level_with_best(found, 0) == {"softmax": True, "half": is_level, "random": False}
+    without_random = found[:2]
+    assert decide.level_with_best(without_random, 0) == {"softmax": True, "half": False}
+
+
 def test_a_method_with_fewer_prompts_is_compared_on_those_alone() -> None:
     """The first prompts have low values: a mean over them alone is lower than every other."""
     values = {"softmax": spread(0.0), "leave_one_out": spread(1.0, count=10)}

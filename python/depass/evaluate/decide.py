@@ -17,6 +17,7 @@ BUDGETS = (3.0, 10.0, math.inf)  # plain passes of the model
 MARKERS = "os^Dvp"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 RANDOM = "random"
+MARGIN = 0.01  # of the distance between random scores and the best: a smaller difference does not matter
 QUESTIONS = {  # by how a measure's name ends
     "patch-top, area": "Which tokens does the answer depend on?",
     "disrupt (embeddings zero), area": "Which tokens does the answer depend on?",
@@ -102,8 +103,9 @@ class Choice:
 
     Attributes:
         best: the result with the best mean.
-        level: methods that are not shown to be worse than the best: the interval of the difference contains 0. The
-            cheapest first.
+        level: methods that are not shown to be worse than the best: the lower end of the interval of the difference is at
+            most :data:`MARGIN` of the distance between random scores and the best, or 0 without random scores. The cheapest
+            first.
         chosen: of the best and the level ones, the cheapest whose scores add up; the best if there is none.
         fallback: where the chosen method's scores do not add up: the best of those whose scores do.
         behind: by how much the fallback is worse than the best.
@@ -128,7 +130,8 @@ def choose(measured: Sequence[Result], budget: float, seed: int) -> Choice | Non
         return mean([sign * difference for difference in differences(result.values, best.values)], seed)
 
     affordable = [r for r in affordable if differences(r.values, best.values)]
-    level = [r for r in affordable if r is not best and behind(r).low <= 0]
+    margin = MARGIN * max((behind(r).value for r in measured if r.method == RANDOM), default=0.0)
+    level = [r for r in affordable if r is not best and behind(r).low <= margin]
     level.sort(key=lambda r: (math.inf if r.cost is None else r.cost, sign * r.value.value))
     additive = [r for r in (best, *level) if adds_up(r.method)]
     if additive:
@@ -227,11 +230,11 @@ COUNTED = (
 
 EXPLAINED = (
     "A cell names, among the methods that cost no more, the one to take: the cheapest whose scores add up, of those that "
-    "are not shown to be worse than the best (the 95 % interval of the difference, prompt by prompt, contains 0). The best "
-    "stands in brackets, where it is another one. Where no rule that adds up is level with the best, the cell names the "
-    "best, then the best rule that adds up, and how much worse it is. Costs are in plain passes of the model over the same "
-    "prompts, measured in the same run. Many methods are compared on the same prompts, so of twenty that are level, one "
-    "may seem worse by chance."
+    "are not shown to be worse than the best. The best stands in brackets, where it is another one. Where no rule that adds "
+    "up is level with the best, the cell names the best, then the best rule that adds up, and how much worse it is. A "
+    "method is shown to be worse if the 95 % interval of the difference, prompt by prompt, lies above 1 % of the distance "
+    "between random scores and the best. Costs are in plain passes of the model over the same prompts, measured in the same "
+    "run. Many methods are compared on the same prompts, so of twenty that are level, one may seem worse by chance."
 )
 
 DRAWN_IN_WORDS = (
