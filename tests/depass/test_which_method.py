@@ -138,9 +138,9 @@ def test_the_table_and_the_figure_show_every_experiment(tmp_path: Path) -> None:
     assert len(lines) == 2 + len(experiments)
     assert "Which tokens does the answer depend on?" in lines[2]
     assert "known_1000: 40, 8 tokens" in lines[2]
-    assert "| **half** 199.000 at 2.0× |" in lines[2]
+    assert "| **half** 199 at 2.0× |" in lines[2]
     assert (
-        "**leave_one_out** 196.000 at 30×; adds up: **softmax** 198.000 at 5.0×, worse by 2.000 [2.000, 2.000]"
+        "**leave_one_out** 196 at 30×; adds up: **softmax** 198 at 5.0×, worse by 2 [2, 2]"
         in lines[3]
     )
     assert draw(experiments, tmp_path / "which.png") == "![which](which.png)"

@@ -262,12 +262,12 @@ def _cell(choice: Choice | None) -> str:
     if choice.fallback is None or choice.behind is None:
         return text
     worse = choice.behind
-    how = f"worse by {worse.value:.3f} [{worse.low:.3f}, {worse.high:.3f}]"
+    how = f"worse by {worse.value:.3g} [{worse.low:.3g}, {worse.high:.3g}]"
     return f"{text}; adds up: **{choice.fallback.method}** {_value(choice.fallback)}, {how}"
 
 
 def _value(result: Result) -> str:
-    return f"{result.value.value:.3f}" + ("" if result.cost is None else f" at {_times(result.cost)}")
+    return f"{result.value.value:.3g}" + ("" if result.cost is None else f" at {_times(result.cost)}")
 
 
 def _times(cost: float) -> str:
