@@ -139,10 +139,7 @@ def test_the_table_and_the_figure_show_every_experiment(tmp_path: Path) -> None:
     assert "Which tokens does the answer depend on?" in lines[2]
     assert "known_1000: 40, 8 tokens" in lines[2]
     assert "| **half** 199 at 2.0× |" in lines[2]
-    assert (
-        "**leave_one_out** 196 at 30×; adds up: **softmax** 198 at 5.0×, worse by 2 [2, 2]"
-        in lines[3]
-    )
+    assert "**leave_one_out** 196 at 30×; adds up: **softmax** 198 at 5.0×, worse by 2 [2, 2]" in lines[3]
     assert draw(experiments, tmp_path / "which.png") == "![which](which.png)"
     assert (tmp_path / "which.png").read_bytes().startswith(b"\x89PNG")
 

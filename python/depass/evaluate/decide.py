@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -30,10 +31,7 @@ QUESTIONS = {  # by how a measure's name ends
     "recovery": "Which tokens of a long prompt hold what decides the answer?",
     "circuits of heads, area": "Which heads suffice for the answer?",
 }
-DRAWN = (  # the measures in the figure
-    "patch-top, area", "recover-top, area", "circuits of heads, area", "fact, 200 tokens, recovery",
-    "fact, 500 tokens, recovery",
-)  # fmt: skip
+DRAWN = ("patch-top, area", "recover-top, area", "circuits of heads, area", "fact, * tokens, recovery")  # in the figure
 
 
 @dataclass(frozen=True)
@@ -284,11 +282,13 @@ def draw(experiments: Sequence[Experiment], path: Path) -> str:
         (experiment.data, measure, experiment.model): measured
         for experiment in experiments
         for measure, measured in experiment.measures().items()
-        if measure in DRAWN
+        if _place(measure) is not None
     }
     if not panels:
         return ""
-    rows = sorted({(data, measure) for data, measure, _ in panels}, key=lambda row: DRAWN.index(row[1]))
+    rows = sorted(
+        {(data, measure) for data, measure, _ in panels}, key=lambda row: (_place(row[1]) or 0, row[1], row[0])
+    )
     models = list(dict.fromkeys(model for _, _, model in panels))
     names = list(dict.fromkeys(result.method for measured in panels.values() for result in measured))
     columns = 2 * len(models)  # of names below the panels
@@ -303,6 +303,11 @@ def draw(experiments: Sequence[Experiment], path: Path) -> str:
     figure.legend([marks[name] for name in names if name in marks], [name for name in names if name in marks],
                   loc="outside lower center", ncols=columns, fontsize=8, frameon=False)  # fmt: skip
     return save(figure, path)
+
+
+def _place(measure: str) -> int | None:
+    """Where a measure stands in the figure; None if it is not drawn."""
+    return next((i for i, pattern in enumerate(DRAWN) if fnmatch.fnmatchcase(measure, pattern)), None)
 
 
 def _panel(axes: Any, measured: Sequence[Result], names: Sequence[str], title: str) -> dict[str, Any]:

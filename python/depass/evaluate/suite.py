@@ -98,14 +98,12 @@ def protocols(options: SuiteOptions) -> tuple[Protocol, ...]:
     """What the suite runs, in order; the shares add up to 1."""
     tokens, needles, circuits = Tokens(), Needles(), Circuits()
     fast = ",".join(name for name in METHODS if name not in SLOWEST)
-    of_tokens: dict[str, Any] = (
-        {"methods": fast, "slow_limit": 20, "measures": "deletion"} if options.quick else {"methods": ",".join(METHODS)}
-    )
-    of_needles: dict[str, Any] = (
-        {"methods": ",".join(name for name in NEEDLE_METHODS if name not in SLOWEST), "tokens": (200,), "steps": 5}
-        if options.quick
-        else {}
-    )
+    of_tokens: dict[str, Any] = {"methods": ",".join(METHODS)}
+    of_needles: dict[str, Any] = {}
+    if options.quick:
+        of_tokens = {"methods": fast, "slow_limit": 20, "measures": "deletion"}
+        fast_for_needles = ",".join(name for name in NEEDLE_METHODS if name not in SLOWEST)
+        of_needles = {"methods": fast_for_needles, "data": "fact", "tokens": (100,), "steps": 5}
     common: dict[str, Any] = {"seed": options.seed}
     return (
         Protocol("tokens", tokens, tokens.Options(data=options.facts, **common, **of_tokens), 0.3),
