@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from depass.evaluate.decide import COUNTED, DRAWN_IN_WORDS, EXPLAINED, Experiment, decision_table, load, standings
+from depass.evaluate.decide import DRAWN_IN_WORDS, Experiment, load, tables
 from depass.evaluate.decide import draw as draw_all
 
 from .figures import shown
@@ -37,5 +37,4 @@ def section(figures: Sequence[Path], document: Path) -> str:
     found = experiments()
     if not found:
         return NOTHING
-    text = [standings(found), COUNTED, decision_table(found), EXPLAINED, shown(figures, document), DRAWN_IN_WORDS]
-    return "\n\n".join(text)
+    return "\n\n".join([*tables(found), shown(figures, document), DRAWN_IN_WORDS])

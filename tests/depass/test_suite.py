@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from depass import DePass, OptionError, cli
-from depass.evaluate import TASKS, SuiteOptions, run, run_all, suite, summary
+from depass import DePass, MemoryLimitError, ModelError, OptionError, cli
+from depass.evaluate import TASKS, SuiteOptions, methods, run, run_all, suite, summary
 from depass.evaluate.needles import NeedlesOptions
 from depass.evaluate.suite import Protocol, protocols
 from depass.evaluate.task import Item, Task, TaskOptions
@@ -87,7 +87,7 @@ def test_methods_that_cannot_score_the_model_are_left_out_with_the_reason(
     monkeypatch.setattr(suite, "protocols", lambda options: runs)
     monkeypatch.setattr(Refusing, "measure", lambda self, dp, prepared, items, options: good(items))
     text = run_all(dp, SuiteOptions(), tmp_path / "out").read_text()
-    assert "- up, steer: it has no gate" in text
+    assert "- in one: up, steer: it has no gate" in text
     if left:
         results = json.loads((tmp_path / "out" / "one" / "results.json").read_text())["results"]
         assert [result["method"] for result in results] == left
@@ -129,6 +129,14 @@ def test_a_model_without_gradients_is_scored_by_what_needs_none() -> None:
         refused = TASKS[task].refused(dp, options)
         assert {"half", "up", "steer", "dual_path", "steered"} <= refused.keys()
         assert not {"softmax", "taylor", "random", "max"} & refused.keys()
+
+
+def test_a_lack_of_memory_is_not_the_models_refusal(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(dp: DePass, name: str, *_: Any) -> Any:
+        raise MemoryLimitError("10 GB more") if name == "softmax" else ModelError("it has no gate")
+
+    monkeypatch.setattr(methods, "_scored", scored)
+    assert methods.refused(dp, ["softmax", "up", "steered"], 0) == {"up": "it has no gate"}
 
 
 def test_a_run_with_methods_that_cannot_score_the_model_names_them_all(dp: DePass, tmp_path: Path) -> None:

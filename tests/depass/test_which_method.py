@@ -120,6 +120,14 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert experiment == Experiment("small", "known_1000", "tokens", 3, tuple(found))
 
 
+def test_a_mixture_with_two_names_is_one_method(tmp_path: Path) -> None:
+    values = {name: spread(1.0) for name in ("1*softmax+2*steer", "half", "steered", "attribution_patching")}
+    found = results("patch-top, area", "lower", values, "half", 0, [8] * PROMPTS)
+    assert [result.method for result in load(saved(tmp_path / "run", [asdict(each) for each in found])).results] == [
+        "1*softmax+2*steer", "half", "attribution_patching",
+    ]  # fmt: skip
+
+
 def test_a_directory_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no results of an evaluation"):
         load(tmp_path)
@@ -173,9 +181,9 @@ def test_standings_count_where_a_method_is_level_with_the_best() -> None:
     ]
     lines = decide.standings(experiments).splitlines()[2:]
     assert lines == [
-        "| `softmax` | yes | 5.0× to 5.0× | 2 of 3 |",
-        "| `half` | yes | 2.0× to 2.0× | 1 of 3 |",
-        "| `leave_one_out` |  | 30× to 30× | 0 of 3 |",
+        "| `softmax` | yes | 5.0× | 2 of 3 |",
+        "| `half` | yes | 2.0× | 1 of 3 |",
+        "| `leave_one_out` |  | 30× | 0 of 3 |",
     ]
 
 
@@ -185,8 +193,8 @@ def test_standings_hold_only_the_questions_that_were_asked() -> None:
     both = [*measured(values, COSTS), *other]
     head, _, first, second = decide.standings([Experiment("one", "facts", "tokens", 0, tuple(both))]).splitlines()
     assert head == "| method | adds up | plain passes | Which tokens does the answer depend on? | another measure |"
-    assert first.startswith("| `half` | yes | 2.0× to 2.0× | 1 of 1 | 1 of 1 |")
-    assert second.startswith("| `softmax` | yes | 5.0× to 5.0× | 0 of 1 | 0 of 1 |")
+    assert first.startswith("| `half` | yes | 2.0× | 1 of 1 | 1 of 1 |")
+    assert second.startswith("| `softmax` | yes | 5.0× | 0 of 1 | 0 of 1 |")
 
 
 def test_no_two_methods_of_a_figure_look_alike() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import baselines, masking, rules
 from ..api import DePass
 from ..arguments import argument
-from ..errors import DePassError, NonFiniteError, OptionError
+from ..errors import DePassError, ModelError, NonFiniteError, OptionError
 from ..inputs.targets import Contrast
 from ..models import capture
 from ..models.health import blame
@@ -124,13 +124,15 @@ class Circuits(Task[CircuitsOptions]):
                 yield failed(item, error)
 
     def refused(self, dp: DePass, options: CircuitsOptions) -> dict[str, str]:
-        """The rankings that cannot score this model's heads; each is tried on a short prompt."""
+        """The rankings that cannot score this model's heads; see :func:`.methods.refused`."""
         pair, found = data.short_prompt(dp), dict[str, str]()
         for name in chosen(METHODS, options.methods):
             try:
                 _ranking(dp, name, list(pair.ids), Contrast(pair.answer[0], pair.ids[0]), options.seed)
-            except DePassError as error:
+            except (ModelError, OptionError) as error:
                 found[name] = str(error)
+            except DePassError:
+                continue  # measure() gives the error
         return found
 
     def report(self, rows: Sequence[Row], options: CircuitsOptions, folder: Path) -> str:

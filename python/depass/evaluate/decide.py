@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import rules
 from ..errors import DataError, OptionError
+from . import methods
 from .summary import COLOURS, Mean, Result, differences, mean, new_figure, save, table
 
 BUDGETS = (3.0, 10.0, math.inf)  # plain passes of the model
@@ -69,7 +70,7 @@ def load(folder: Path) -> Experiment:
     try:
         content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         settings, lines = content["settings"], content["results"]
-        results = tuple(_result(line) for line in lines)
+        results = tuple(_once([_result(line) for line in lines]))
         data = Path(settings["data"]).stem
         return Experiment(settings["model"], data, content["task"], settings["seed"], results)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -82,6 +83,21 @@ def _result(line: dict[str, Any]) -> Result:
     value, against = Mean(*line["value"]), line["against"]
     against = None if against is None else Mean(*against)
     return Result(**{**line, "value": value, "against": against, "values": tuple(line["values"])})
+
+
+def _once(results: Sequence[Result]) -> list[Result]:
+    """Without a mixture that is in the results by another name, too."""
+    kept: dict[tuple[str, frozenset[tuple[str, float]]], Result] = {}
+    for result in results:
+        kept.setdefault((result.measure, _parts(result.method)), result)
+    return list(kept.values())
+
+
+def _parts(method: str) -> frozenset[tuple[str, float]]:
+    try:
+        return frozenset((rule, round(share, 9)) for rule, share in methods.parts(method))
+    except OptionError:  # a ranking of heads
+        return frozenset([(method, 1.0)])
 
 
 # Choosing.
@@ -181,9 +197,14 @@ def decision_table(experiments: Iterable[Experiment]) -> str:
                     *(_cell(choose(measured, budget, experiment.seed)) for budget in BUDGETS),
                 ]
             )
-    asked = list(dict.fromkeys(QUESTIONS.values()))
-    lines.sort(key=lambda line: (asked.index(line[0]) if line[0] in asked else len(asked), line[1], line[2]))
+    place = {each: i for i, each in enumerate(dict.fromkeys(QUESTIONS.values()))}
+    lines.sort(key=lambda line: (place.get(line[0], len(place)), line[1], line[2].split(":")[0], line[3]))
     return table(head, lines)
+
+
+def tables(experiments: Sequence[Experiment]) -> list[str]:
+    """The paragraphs and tables of a page on methods: :func:`standings`, :func:`decision_table`, and how to read them."""
+    return [standings(experiments), COUNTED, decision_table(experiments), EXPLAINED]
 
 
 @dataclass
@@ -213,7 +234,8 @@ def standings(experiments: Iterable[Experiment]) -> str:
              if any(each in standing.level for standing in found.values())]  # fmt: skip
     lines = []
     for method, standing in sorted(found.items(), key=lambda pair: (-pair[1].share, min(pair[1].costs, default=0.0))):
-        costs = f"{_times(min(standing.costs))} to {_times(max(standing.costs))}" if standing.costs else ""
+        costs = " to ".join(dict.fromkeys([_times(min(standing.costs)), _times(max(standing.costs))])
+                            if standing.costs else [])  # fmt: skip
         counts = [standing.level.get(each, []) for each in asked]
         cells = [f"{sum(of)} of {len(of)}" if of else "" for of in counts]
         lines.append([f"`{method}`", "yes" if adds_up(method) else "", costs, *cells])
@@ -222,13 +244,13 @@ def standings(experiments: Iterable[Experiment]) -> str:
 
 COUNTED = (
     "Each cell counts measurements, one for each measure, data set and model: in how many of them is the method the best, "
-    "or not shown to be worse than the best, at any cost? The methods stand in the order of their share over all columns. "
-    "A method that was measured on fewer prompts is level more easily."
+    "or not shown to be worse than the best, at any cost? The methods are in the order of their share over all columns. A "
+    "method that was measured on fewer prompts is more likely to be counted."
 )
 
 EXPLAINED = (
-    "A cell names, among the methods that cost no more, the one to take: the cheapest whose scores add up, of those that "
-    "are not shown to be worse than the best. The best stands in brackets, where it is another one. Where no rule that adds "
+    "A cell names the method to take within its column's budget: the cheapest whose scores add up, of those that are not "
+    "shown to be worse than the best. The best stands in brackets, where it is another one. Where no rule that adds "
     "up is level with the best, the cell names the best, then the best rule that adds up, and how much worse it is. A "
     "method is shown to be worse if the 95 % interval of the difference, prompt by prompt, lies above 1 % of the distance "
     "between random scores and the best. Costs are in plain passes of the model over the same prompts, measured in the same "

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import baselines, rules
 from ..api import DePass
 from ..compat import dual_path
-from ..errors import DePassError, OptionError
+from ..errors import DePassError, ModelError, OptionError
 from ..inputs.prompt import encode
 from . import data
 
@@ -115,16 +115,20 @@ def mixed(names: Sequence[str], score: Callable[[str], Sequence[Outcome]]) -> li
 
 
 def refused(dp: DePass, names: Sequence[str], seed: int) -> dict[str, str]:
-    """The methods that cannot score this model, with the reasons. Each method is tried on a short prompt."""
-    pair, found = data.short_prompt(dp), dict[str, str]()
-    for name in names:
+    """The methods that cannot score this model, with the reasons. Each method is tried on a short prompt.
+
+    Other errors than those of the model or of an option, such as a lack of memory, are left to the run.
+    """
+    pair = data.short_prompt(dp)
+
+    def tried(name: str) -> list[Outcome]:
         try:
-            outcome = scored(dp, [name], [list(pair.ids)], [pair.answer[0]], seed)[0][name]
+            return _scored(dp, name, [list(pair.ids)], [pair.answer[0]], seed)
         except DePassError as error:
-            outcome = error
-        if isinstance(outcome, DePassError):
-            found[name] = str(outcome)
-    return found
+            return [error]
+
+    (outcomes,) = mixed(names, tried)
+    return {name: str(each) for name, each in outcomes.items() if isinstance(each, (ModelError, OptionError))}
 
 
 def by_rule(dp: DePass, prompts: Sequence[Any], targets: Sequence[Any], **options: Any) -> list[Outcome]:

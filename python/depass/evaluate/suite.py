@@ -79,11 +79,12 @@ def run_all(
     Raises:
         OptionError, DataError, OutputError, DePassError: see :func:`.run.run`.
     """
-    folder, reports, left_out = Path(folder), list[Path](), dict[str, str]()
+    folder, reports, left_out = Path(folder), list[Path](), dict[str, list[str]]()
     with hold(folder):
         for protocol in protocols(options):
             refused = protocol.task.refused(dp, protocol.options)
-            left_out |= refused
+            for sentence in by_reason(refused):
+                left_out.setdefault(sentence, []).append(protocol.name)
             left = _without(protocol.options, refused)
             if left is not None:
                 seconds = QUICK * protocol.share if options.quick else None
@@ -121,14 +122,16 @@ def _without(options: Any, refused: Iterable[str]) -> Any:
     return replace(options, methods=",".join(names)) if names else None
 
 
-def _page(experiments: list[decide.Experiment], reports: list[Path], left_out: dict[str, str], folder: Path) -> str:
+def _page(
+    experiments: list[decide.Experiment], reports: list[Path], left_out: dict[str, list[str]], folder: Path
+) -> str:
     links = ", ".join(f"[{report.parent.name}]({report.relative_to(folder)})" for report in reports)
     text = ["# Which method when", f"Reports: {links}."] if reports else ["# Which method when"]
     if left_out:
         text.append("Methods that cannot score this model were left out:")
-        text.append("\n".join(f"- {sentence}" for sentence in by_reason(left_out)))
+        text.append("\n".join(f"- in {', '.join(names)}: {sentence}" for sentence, names in left_out.items()))
     if not experiments:
         return "\n\n".join([*text, "No prompt was measured: the reports say why."])
-    text += [decide.standings(experiments), decide.COUNTED, decide.decision_table(experiments), decide.EXPLAINED]
+    text += decide.tables(experiments)
     figure = decide.draw(experiments, folder / "which-method.png")
     return "\n\n".join([*text, figure, decide.DRAWN_IN_WORDS] if figure else text)
