@@ -29,7 +29,7 @@ class Lengths(Task[TaskOptions]):
     Options = TaskOptions
 
     def items(self, options: TaskOptions) -> list[Item]:
-        return [Item(str(i)) for i in range(4)]
+        return [Item(str(i)) for i in range(5)]
 
     def measure(self, dp: DePass, prepared: Any, items: Any, options: TaskOptions) -> Any:
         for item in items:

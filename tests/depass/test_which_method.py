@@ -187,6 +187,12 @@ def test_standings_count_where_a_method_is_level_with_the_best() -> None:
     ]
 
 
+def test_a_measure_of_few_prompts_decides_nothing() -> None:
+    many, few = measured({"softmax": spread(3.0, 5)}, COSTS), measured({"softmax": spread(3.0, 4)}, COSTS)
+    assert list(Experiment("one", "facts", "tokens", 0, tuple(many)).measures()) == ["patch-top, area"]
+    assert not Experiment("one", "facts", "tokens", 0, tuple(few)).measures()
+
+
 def test_standings_hold_only_the_questions_that_were_asked() -> None:
     values = {"softmax": spread(3.0), "half": spread(1.0)}
     other = results("another measure", "lower", values, "softmax", 0, [8] * PROMPTS)

@@ -19,6 +19,7 @@ BUDGETS = (3.0, 10.0, math.inf)  # plain passes of the model
 MARKERS = "os^Dvp"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 RANDOM = "random"
+FEWEST = 5  # prompts of a measure; fewer decide nothing
 MARGIN = 0.01  # of the distance between random scores and the best: a smaller difference does not matter
 QUESTIONS = {  # by how a measure's name ends
     "patch-top, area": "Which tokens does the answer depend on?",
@@ -54,11 +55,11 @@ class Experiment:
     results: tuple[Result, ...]
 
     def measures(self) -> dict[str, list[Result]]:
-        """The results by measure."""
+        """The results by measure, of the measures with at least :data:`FEWEST` prompts."""
         by_measure: dict[str, list[Result]] = {}
         for result in self.results:
             by_measure.setdefault(result.measure, []).append(result)
-        return by_measure
+        return {measure: of for measure, of in by_measure.items() if max(r.prompts for r in of) >= FEWEST}
 
 
 def load(folder: Path) -> Experiment:
@@ -249,12 +250,13 @@ COUNTED = (
 )
 
 EXPLAINED = (
-    "A cell names the method to take within its column's budget: the cheapest whose scores add up, of those that are not "
-    "shown to be worse than the best. The best stands in brackets, where it is another one. Where no rule that adds "
-    "up is level with the best, the cell names the best, then the best rule that adds up, and how much worse it is. A "
-    "method is shown to be worse if the 95 % interval of the difference, prompt by prompt, lies above 1 % of the distance "
-    "between random scores and the best. Costs are in plain passes of the model over the same prompts, measured in the same "
-    "run. Many methods are compared on the same prompts, so of twenty that are level, one may seem worse by chance."
+    "A cell names the method to take within its column's budget: the cheapest whose scores add up, of those that are "
+    "not shown to be worse than the best. The best stands in brackets, where it is another one. Where no rule that "
+    "adds up is level with the best, the cell names the best, then the best rule that adds up, and how much worse it "
+    "is. A method is shown to be worse if the 95 % interval of the difference, prompt by prompt, lies above 1 % of "
+    "the distance between random scores and the best. Costs are in plain passes of the model over the same prompts, "
+    "measured in the same run. Measures of fewer than five prompts are left out. Many methods are compared on the "
+    "same prompts, so of twenty that are level, one may seem worse by chance."
 )
 
 DRAWN_IN_WORDS = (

@@ -474,28 +474,52 @@ def _counted(rows: Sequence[Row]) -> str:
 
 
 def _draw(rows: Sequence[Row], options: NeedlesOptions, folder: Path) -> str:
+    """A row of panels for each kind, a panel for each measure: values over lengths, or by method if there is one length."""
     by_kind: dict[str, dict[int, list[Row]]] = {}
     for (kind, length), of_group in groups(rows).items():
         by_kind.setdefault(kind, {})[length] = of_group
-    figure = new_figure(11, 1.2 + 2.6 * len(by_kind))
-    panels: Any = figure.subplots(len(by_kind), len(MEASURES), squeeze=False, sharex=True, sharey="col")
+    several = len({length for _, length in groups(rows)}) > 1
+    names = _named(options)
+    height = 2.6 if several else 0.6 + 0.17 * len(names)
+    figure = new_figure(11, 1.2 + height * len(by_kind))
+    panels: Any = figure.subplots(
+        len(by_kind), len(MEASURES), squeeze=False, sharex=several or "col", sharey="col" if several else True
+    )
     for line, (kind, of_kind) in zip(panels, by_kind.items(), strict=True):
         for axes, (measure, better) in zip(line, MEASURES.items(), strict=True):
-            for name in _named(options):
-                points = {
-                    n: [values_of(row, name)[measure] for row in of] for n, of in of_kind.items() if name in scored(of)
-                }
-                axes.plot(
-                    list(points), [sum(of) / len(of) for of in points.values()], marker="o", markersize=3, label=name,
-                    **style(METHODS.index(name)),
-                )  # fmt: skip
             axes.set_title(f"{kind}: {measure}, {better} is better", fontsize=9)
-            axes.set_xscale("log")
-            axes.set_xticks(sorted(set(options.tokens)), [str(n) for n in sorted(set(options.tokens))])
-            axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[-1]:
-        axes.set_xlabel("length of the prompt (tokens)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+            draw = _draw_lengths if several else _draw_methods
+            draw(axes, of_kind, measure, names, options)
+    if several:
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return save(figure, folder / "needles.png")
+
+
+def _draw_lengths(
+    axes: Any, of_kind: Mapping[int, Sequence[Row]], measure: str, names: Sequence[str], options: NeedlesOptions
+) -> None:
+    for name in names:
+        points = {n: [values_of(row, name)[measure] for row in of] for n, of in of_kind.items() if name in scored(of)}
+        means = [sum(of) / len(of) for of in points.values()]
+        axes.plot(list(points), means, marker="o", markersize=3, label=name, **style(METHODS.index(name)))
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(set(options.tokens)), [str(n) for n in sorted(set(options.tokens))])
+    axes.minorticks_off()
+    axes.set_xlabel("length of the prompt (tokens)")
+
+
+def _draw_methods(
+    axes: Any, of_kind: Mapping[int, Sequence[Row]], measure: str, names: Sequence[str], options: NeedlesOptions
+) -> None:
+    """The means of all methods with their intervals, one below the other."""
+    ((length, rows),) = of_kind.items()
+    for at, name in enumerate(names):
+        if name in scored(rows):
+            value = mean([values_of(row, name)[measure] for row in rows], options.seed)
+            reach = [[value.value - value.low], [value.high - value.value]]
+            axes.errorbar(value.value, at, xerr=reach, marker="o", markersize=4, color=style(0)["color"])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"mean over {len(rows)} prompts of {length} tokens")
