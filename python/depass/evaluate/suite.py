@@ -13,6 +13,7 @@ from ..arguments import CommandOptions, argument
 from ..files import write_atomically
 from ..runs import hold
 from . import data, decide
+from .circuits import METHODS as RANKINGS
 from .circuits import Circuits
 from .methods import METHODS
 from .needles import METHODS as NEEDLE_METHODS
@@ -23,6 +24,7 @@ from .tokens import Tokens
 
 PAGE = "which-method.md"
 SLOWEST = ("integrated_gradients_20", "integrated_gradients_50", "gradient_shap")  # left out of a quick run
+SLOW_BEYOND_TOKENS = ("softmax", "steered")  # left out of its long prompts and sweeps of heads: a state of all sources
 QUICK = 540.0  # seconds of measuring; ten minutes are meant, with loading and the reports
 
 
@@ -34,7 +36,7 @@ class SuiteOptions(CommandOptions):
         facts: prompts about facts: a file, or a built-in set.
         ioi: prompts in which one of two people receives something: a file, or a built-in set.
         seed: seed of all random numbers.
-        quick: stop each protocol when its share of nine minutes is over, and leave out the slowest methods.
+        quick: stop each protocol when its share of nine minutes is over, and leave out the slowest methods of each.
     """
 
     facts: str = field(
@@ -100,17 +102,19 @@ def protocols(options: SuiteOptions) -> tuple[Protocol, ...]:
     tokens, needles, circuits = Tokens(), Needles(), Circuits()
     fast = ",".join(name for name in METHODS if name not in SLOWEST)
     of_tokens: dict[str, Any] = {"methods": ",".join(METHODS)}
-    of_needles: dict[str, Any] = {}
+    of_needles, of_circuits = dict[str, Any](), dict[str, Any]()
     if options.quick:
         of_tokens = {"methods": fast, "slow_limit": 20, "measures": "deletion"}
-        fast_for_needles = ",".join(name for name in NEEDLE_METHODS if name not in SLOWEST)
-        of_needles = {"methods": fast_for_needles, "data": "fact", "tokens": (100,), "steps": 5}
+        slow = (*SLOWEST, *SLOW_BEYOND_TOKENS)
+        left = ",".join(name for name in NEEDLE_METHODS if name not in slow)
+        of_needles = {"methods": left, "data": "fact", "tokens": (100,), "steps": 5}
+        of_circuits = {"methods": ",".join(name for name in RANKINGS if name not in slow)}
     common: dict[str, Any] = {"seed": options.seed}
     return (
         Protocol("tokens", tokens, tokens.Options(data=options.facts, **common, **of_tokens), 0.3),
         Protocol("tokens-ioi", tokens, tokens.Options(data=options.ioi, **common, **of_tokens), 0.2),
         Protocol("needles", needles, needles.Options(**common, **of_needles), 0.3),
-        Protocol("circuits", circuits, circuits.Options(data=options.ioi, **common), 0.2),
+        Protocol("circuits", circuits, circuits.Options(data=options.ioi, **common, **of_circuits), 0.2),
     )
 
 
