@@ -28,6 +28,7 @@ def draw(folder: Path) -> list[Path]:
     found, path = experiments(), folder / "which-method.png"
     if not found:
         return []
+    folder.mkdir(parents=True, exist_ok=True)
     draw_all(found, path)
     return [path]
 

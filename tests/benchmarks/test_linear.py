@@ -30,9 +30,8 @@ def dp() -> DePass:
 
 
 @pytest.fixture(autouse=True)
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of results of the test's own, and the tiny model."""
-    monkeypatch.setattr(linear, "FILE", tmp_path / "linear.json")
+def file(no_committed_results: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own file of results, and the tiny model."""
     monkeypatch.setattr(linear, "MODEL", "tiny")
     return linear.FILE
 

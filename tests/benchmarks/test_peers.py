@@ -203,10 +203,7 @@ def test_the_tables_say_times_ratios_sums_agreement_and_failures(tmp_path: Path)
     assert "Failed:\n\n- gim 1.0: GIM: ValueError: no such model" in text
 
 
-def test_without_rows_the_document_says_that_nothing_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "FILE", tmp_path / "peers.jsonl")
+def test_without_rows_the_document_says_that_nothing_was_measured(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text("<!-- begin peers -->\nold\n<!-- end peers -->\n")
     list(write_report([], [document], tmp_path / "figures"))

@@ -9,12 +9,11 @@ from typing import Any
 import models
 import pytest
 
-from benchmarks import experts, linear
+from benchmarks import experts
 from benchmarks.__main__ import main
 from benchmarks.machine import BenchmarkError
 from benchmarks.ops import LIBRARY, TORCH
 from benchmarks.ops import OURS as OURS_OPS
-from benchmarks.peers import report as peers
 from benchmarks.predict import load
 from benchmarks.registry import OURS
 from benchmarks.report import NOTHING, TABLES, newest, report
@@ -55,14 +54,6 @@ OP = {
     "gemm_operations_per_second": 5e14, "share_of_copy": 1.0, "share_of_gemm": 2.0, **WHERE,
 }  # fmt: skip
 TEXT = "# Title\n\nmine\n\n<!-- begin {0} -->\nold\n<!-- end {0} -->\n\nmine, too: <!-- begin nothing\n"
-
-
-@pytest.fixture(autouse=True)
-def no_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their file is not among the rows that a test gives."""
-    monkeypatch.setattr(linear, "FILE", tmp_path / "linear.json")
-    monkeypatch.setattr(experts, "FILE", tmp_path / "experts.json")
-    monkeypatch.setattr(peers, "FILE", tmp_path / "peers.jsonl")
 
 
 def filled(tmp_path: Path, name: str, rows: list[Row]) -> str:
