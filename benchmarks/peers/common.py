@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,17 @@ class Method:
 
 @dataclass
 class Loaded:
-    """A model and its tokenizer as transformers loads them."""
+    """A model and its tokenizer as transformers loads them, and what a tool wraps around them, by method."""
 
     model: Any
     tokenizer: Any = None
+    wrappers: dict[str, Any] = field(default_factory=dict)
+
+    def wrapper(self, method: str, make: Callable[[], Any]) -> Any:
+        """A tool's wrapper for a method, made at the first call: a user makes it once, so its time is not a run's."""
+        if method not in self.wrappers:
+            self.wrappers[method] = make()
+        return self.wrappers[method]
 
 
 def load(folder: str) -> Loaded:

@@ -22,7 +22,8 @@ def load(folder: str) -> Loaded:
 def scores(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> Tensor:
     from flashtrace import FlashTrace
 
-    trace = FlashTrace(loaded.model, loaded.tokenizer).trace(
+    tool = loaded.wrapper(method, lambda: FlashTrace(loaded.model, loaded.tokenizer))
+    trace = tool.trace(
         prompt=text_of(loaded.tokenizer, ids, special_tokens=True),
         target=loaded.tokenizer.decode([target]),
         output_span=(0, 0),

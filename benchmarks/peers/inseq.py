@@ -31,7 +31,7 @@ def scores(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> Tens
     import inseq
 
     text = text_of(loaded.tokenizer, ids)
-    tool = inseq.load_model(loaded.model, NAMES[method], tokenizer=loaded.tokenizer)
+    tool = loaded.wrapper(method, lambda: inseq.load_model(loaded.model, NAMES[method], tokenizer=loaded.tokenizer))
     options = {"n_steps": STEPS, "internal_batch_size": AT_ONCE} if method == GRADIENTS else {}
     result = tool.attribute(
         text, text + loaded.tokenizer.decode([target]), attributed_fn="logit", show_progress=False, **options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +22,22 @@ METHODS = {
 
 
 def scores(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> Tensor:
-    from interpreto import Granularity, IntegratedGradients, Occlusion, Saliency
     from transformers import BatchEncoding
 
-    options = {"batch_size": AT_ONCE, "granularity": Granularity.ALL_TOKENS}
-    if method == GRADIENTS:
-        explainer = IntegratedGradients(loaded.model, loaded.tokenizer, n_perturbations=STEPS, **options)
-    else:
-        explainer = (Occlusion if method == OCCLUSION else Saliency)(loaded.model, loaded.tokenizer, **options)
+    explainer = loaded.wrapper(method, lambda: _explainer(loaded, method))
     of_ids = torch.tensor([list(ids)])
     prompt = BatchEncoding({"input_ids": of_ids, "attention_mask": torch.ones_like(of_ids)})
     (result,) = explainer.explain(prompt, torch.tensor([[target]]))
     return result.attributions[0, : len(ids)]
+
+
+def _explainer(loaded: Loaded, method: str) -> Any:
+    from interpreto import Granularity, IntegratedGradients, Occlusion, Saliency
+
+    options = {"batch_size": AT_ONCE, "granularity": Granularity.ALL_TOKENS}
+    if method == GRADIENTS:
+        return IntegratedGradients(loaded.model, loaded.tokenizer, n_perturbations=STEPS, **options)
+    return (Occlusion if method == OCCLUSION else Saliency)(loaded.model, loaded.tokenizer, **options)
 
 
 def explained(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> float | None:

@@ -27,7 +27,7 @@ def scores(loaded: Loaded, method: str, ids: Sequence[int], target: int) -> Tens
     """
     from depass import DePass, baselines
 
-    dp = DePass(loaded.model)
+    dp = loaded.wrapper("depass", lambda: DePass(loaded.model))
     if method == "published":
         return _published(loaded.model, ids, target)
     if method in METHODS:
