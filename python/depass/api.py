@@ -196,7 +196,7 @@ class DePass:
     ) -> Attribution:
         """Split each target's logit into one score per source (DePass, section 3).
 
-        ``score[m] = w · x̂_final[m, t]`` and ``Σ_m score[m] = logit`` (docs/method.md, equation 6).
+        ``score[m] = w · x̂_final[m, t]`` and ``Σ_m score[m] = logit`` (docs/method.md, equation 7).
 
         Args:
             prompt: one prompt: a string, chat messages (a list of dicts), token ids (a list of ints or a tensor), or what a

@@ -164,7 +164,7 @@ def readouts_in(done: Pass, asked: Sequence[Sequence[Asked]]) -> list[list[list[
 
 
 def scores_of(done: Pass, readouts: Sequence[Sequence[Readout]], sources: Sequence[int]) -> list[Tensor]:
-    """``score[m] = w · x̂_final[m, t]`` of every decomposition of a pass (docs/method.md, equation 6).
+    """``score[m] = w · x̂_final[m, t]`` of every decomposition of a pass (docs/method.md, equation 7).
 
     Args:
         done: the pass, after :meth:`Pass.run`.

@@ -20,7 +20,7 @@ from .common import ScoredResult, check_shape, common, described, judged, listed
 
 @dataclass(frozen=True, eq=False)
 class Attribution(ScoredResult):
-    """The score of each source for each target: ``Σ_m scores[t, m] = logit[t]`` (docs/method.md, equation 6).
+    """The score of each source for each target: ``Σ_m scores[t, m] = logit[t]`` (docs/method.md, equation 7).
 
     Attributes:
         scores: ``[targets, sources]`` fp32 on the CPU, signed, in logits. A row adds up to its target's logit. The scores
