@@ -13,7 +13,7 @@ from depass import DataError
 from depass.evaluate import decide
 from depass.evaluate.decide import Experiment, adds_up, choose, decision_table, draw, load
 from depass.evaluate.methods import METHODS
-from depass.evaluate.summary import Result, results, style
+from depass.evaluate.summary import Result, prompts_in_words, results, style
 
 PROMPTS = 40
 
@@ -205,3 +205,9 @@ def test_standings_hold_only_the_questions_that_were_asked() -> None:
 
 def test_no_two_methods_of_a_figure_look_alike() -> None:
     assert len({tuple(style(index).items()) for index in range(40)}) == 40
+
+
+def test_prompts_are_counted_in_words() -> None:
+    assert prompts_in_words([200]) == "1 prompt of 200 tokens"
+    assert prompts_in_words([193, 200, 195]) == "3 prompts of 193 to 200 tokens"
+    assert prompts_in_words([12, 12], "chains") == "2 prompts of chains, 12 tokens"

@@ -21,7 +21,7 @@ from ..sources.spans import Spans, token_ranges
 from . import data
 from .forward import continuations, greedy
 from .planted import KINDS, Question, Range, questions
-from .summary import mean, table
+from .summary import mean, prompts_in_words, table
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 from .tokens import KEEP_WRONG
 
@@ -226,11 +226,7 @@ def recall(scores: Sequence[float], truth: int) -> float:
 
 def _explained(rows: Sequence[Row]) -> str:
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
-    of_kinds = "; ".join(
-        f"{len(of)} prompts of {kind}, {min(lengths)} to {max(lengths)} tokens"
-        for kind, of in by_kind.items()
-        if (lengths := [row["tokens"] for row in of])
-    )
+    of_kinds = "; ".join(prompts_in_words([row["tokens"] for row in of], kind) for kind, of in by_kind.items() if of)
     wrong = sum(not row["right"] for row in rows)
     return (
         f"{of_kinds}. {sum(row['answer_tokens'] > 1 for row in rows)} answers have several tokens; all are scored. {wrong} "

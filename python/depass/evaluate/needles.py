@@ -29,7 +29,7 @@ from .forward import continuations, greedy
 from .haystacks import KINDS, Copy, Haystack, haystack
 from .methods import Outcome, Scores
 from .planted import Range
-from .summary import Result, area, mean, new_figure, results, save, style, table
+from .summary import Result, area, mean, new_figure, prompts_in_words, results, save, style, table
 from .task import Item, Row, Task, TaskOptions, chosen, failed, skipped
 
 EVERY = "needles"
@@ -458,9 +458,8 @@ def _table(rows: Sequence[Row], options: NeedlesOptions) -> str:
 
 def _counted(rows: Sequence[Row]) -> str:
     """How many prompts, and which methods' scores are special."""
-    lengths = [row["tokens"] for row in rows]
     text = [
-        f"{len(rows)} prompts of {min(lengths)} to {max(lengths)} tokens. The largest conservation error of the rules is "
+        f"{prompts_in_words([row['tokens'] for row in rows])}. The largest conservation error of the rules is "
         f"{max(row['conservation_error'] for row in rows):.0e}."
     ]
     negative = {name: count for name in scored(rows) if (count := sum(name in row["not_positive"] for row in rows))}

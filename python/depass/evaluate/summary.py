@@ -141,6 +141,15 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def prompts_in_words(lengths: Sequence[int], kind: str = "") -> str:
+    """How many prompts, and how long they are in tokens: ``2 prompts of 193 to 200 tokens``."""
+    low, high = min(lengths), max(lengths)
+    plural = "prompt" if len(lengths) == 1 else "prompts"
+    return (
+        f"{len(lengths)} {plural} of {f'{kind}, ' if kind else ''}{low if low == high else f'{low} to {high}'} tokens"
+    )
+
+
 def style(index: int) -> dict[str, Any]:
     """The colour and the line of the ``index``-th method of a figure; the first forty differ."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
