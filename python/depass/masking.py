@@ -53,7 +53,7 @@ def heads(model: Any, masked: Masked, means: Sequence[Tensor] | None = None) -> 
             does not have ``B`` prompts, or with ``means`` an attribution runs.
         ModelError: the model is not supported.
     """
-    with _masked(model, masked, "heads", None if means is None else _checked_means(bound_of(model), means)):
+    with _masked(model, masked, "heads", None if means is None else checked_means(bound_of(model), means)):
         yield
 
 
@@ -194,22 +194,31 @@ def read_by(layer: Layer, kind: Kind) -> list[tuple[Projection, slice]]:
 def _masked(model: Any, masked: Any, kind: Kind, means: Sequence[Tensor] | None = None) -> Iterator[None]:
     bound = bound_of(model)
     off = _checked(bound, masked, kind)
+    by_module = {} if means is None else means_by_module(bound, means)
     with ExitStack() as stack:
         for index, layer in enumerate(bound.layers):
             if bool(off[:, index].any()):
                 if means is None:
                     _mask_layer(stack, layer, off[:, index], kind)
                 else:
-                    _fill_layer(stack, layer, off[:, index], means[index])
+                    _fill_layer(stack, layer, off[:, index], by_module)
         yield
 
 
-def _fill_layer(stack: ExitStack, layer: Layer, off: Tensor, mean: Tensor) -> None:
-    """Register the hooks that set a layer's heads ``[B, H]`` to their means ``[H·d]``."""
-    readers = read_by(layer, "heads")
-    own_means = torch.split(mean, [projection.shape[1] for projection, _ in readers])
-    for (projection, own), own_mean in zip(readers, own_means, strict=True):
-        fill = _Mean(off[:, own], own_mean)
+def means_by_module(bound: BoundModel, means: Sequence[Tensor]) -> dict[nn.Module, Tensor]:
+    """The means ``[H·d]`` of layers by the modules that read the heads."""
+    found: dict[nn.Module, Tensor] = {}
+    for layer, mean in zip(bound.layers, means, strict=True):
+        modules = [projection for projection, _ in read_by(layer, "heads")]
+        own = torch.split(mean, [projection.shape[1] for projection in modules])
+        found.update((projection.module, each) for projection, each in zip(modules, own, strict=True))
+    return found
+
+
+def _fill_layer(stack: ExitStack, layer: Layer, off: Tensor, means: Mapping[nn.Module, Tensor]) -> None:
+    """Register the hooks that set a layer's heads ``[B, H]`` to their means, by module ``[H·d]``."""
+    for projection, own in read_by(layer, "heads"):
+        fill = _Mean(off[:, own], means[projection.module])
         stack.callback(projection.module.register_forward_pre_hook(fill.hook).remove)
 
 
@@ -350,7 +359,12 @@ def _refuse_absent(bound: BoundModel, kind: Kind, layer: int) -> None:
         )
 
 
-def _checked_means(bound: BoundModel, means: Any) -> Sequence[Tensor]:
+def checked_means(bound: BoundModel, means: Any) -> Sequence[Tensor]:
+    """Means for each layer of a model, as :func:`head_means` returns them.
+
+    Raises:
+        OptionError: they do not fit the layers.
+    """
     widths = [layer.mixed for layer in bound.layers]
     given = [list(mean.shape) for mean in means] if isinstance(means, Sequence) else None
     if given != [[width] for width in widths]:

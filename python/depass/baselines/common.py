@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..api import DePass
 from ..errors import ModelError, NonFiniteError, OptionError
@@ -18,6 +20,7 @@ from ..inputs.prompt import Prompt, encode
 from ..inputs.settings import Settings
 from ..inputs.targets import Asked, Readout
 from ..models import capture, packing
+from ..models.alterations import alterations, said_of
 from ..models.bound import BoundModel
 from ..models.health import blame, dtype_name, refuse_dropout
 
@@ -51,6 +54,46 @@ def _case(dp: DePass, prompt: Any, target: Any) -> _Case:
     refuse_dropout(dp.bound)
     encoded = encode(prompt, dp.tokenizer, dp.bound)
     return _Case(encoded, targets.check(target, len(encoded.ids), range(0), dp.tokenizer, dp.bound))
+
+
+def cut(bound: BoundModel) -> ModelError:
+    """The error of a model that passes no gradient on, with the hooks that may be why."""
+    found = alterations(bound)
+    why = f": {said_of(found)}" if found else ""
+    return ModelError(
+        f"{bound.name} does not pass gradients on to its embeddings by every path, which this baseline needs{why}"
+    )
+
+
+@contextmanager
+def every_path_carries_gradients(bound: BoundModel) -> Iterator[None]:
+    """Inside the ``with`` block, refuse a pass of this thread in which attention or an MLP passes no gradient on.
+
+    The residual stream carries gradients past kernels that have none, such as those of 8-bit activations; such gradients
+    are wrong. The projections into the stream are where this shows: their inputs carry no gradient.
+
+    Raises:
+        ModelError: such a pass runs.
+    """
+    refusal = _Refusal(bound)
+    with ExitStack() as stack:
+        for layer in bound.layers:
+            read = [mixer.output for mixer in layer.mixers] + ([] if layer.mlp is None else [layer.mlp.down])
+            for projection in read:
+                stack.callback(projection.module.register_forward_pre_hook(refusal.hook).remove)
+        yield
+
+
+class _Refusal:
+    """Refuses a module's input that carries no gradient."""
+
+    def __init__(self, bound: BoundModel) -> None:
+        self.bound, self.thread = bound, threading.get_ident()
+
+    @capture.of_this_thread
+    def hook(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() and not args[0].requires_grad:
+            raise cut(self.bound)
 
 
 def refuse_inference_mode(bound: BoundModel) -> None:

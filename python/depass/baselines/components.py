@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..api import DePass
 from ..checks import integer
 from ..errors import OptionError
-from ..masking import Kind, layers_with, num_components, read_by
+from ..masking import Kind, checked_means, layers_with, means_by_module, num_components, read_by
 from ..models import attention, capture
 from ..models.bound import BoundModel, Layer, into_stream
 from ..models.capture import Capture, routing_of
@@ -32,18 +32,22 @@ from .common import (
     _named,
     _settings,
     _value,
+    cut,
     refuse_inference_mode,
 )
 
 Read = Callable[[Layer, Trace, list[int]], Tensor | None]  # of positions [p]: [p, C]
 
 
-def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
+def heads(
+    dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0, means: Sequence[Tensor] | None = None
+) -> Sweep:
     """Score every attention head of the model with a baseline.
 
     ========================  ===============================================================================================
     ``attribution_patching``  the logit's gradient with respect to the head's output *before* the output projection, times
-                              that output, summed over positions: a first-order estimate of setting it to zero
+                              that output, summed over positions: a first-order estimate of setting it to zero; with
+                              ``means``, times the output less the mean: of setting it to the mean
     ``output_norm``           the norm of the head's output in the residual stream at the target's position, after the output
                               projection (without its bias) and the post-norm, if the model has one
     ``random``                normally distributed random numbers
@@ -55,15 +59,21 @@ def heads(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int =
         prompt: as for :meth:`DePass.attribute`.
         target: as for :meth:`DePass.attribute`.
         seed: seed of ``random``.
+        means: for each layer ``[H·d]``, as :func:`depass.masking.head_means` returns them, for ``attribution_patching``.
 
     Returns:
         A sweep with scores ``[targets, layers, heads]``, as from ``dp.sweep("heads", ...)``.
 
     Raises:
-        OptionError: an unknown name.
+        OptionError: an unknown name; means that do not fit the layers, or for a baseline that takes none.
         PromptError, TargetError, ModelError, NonFiniteError: see :func:`tokens`.
     """
-    return _sweep(dp, "heads", _named(name, HEADS, "heads"), name, prompt, target, seed)
+    method = _named(name, HEADS, "heads")
+    if means is not None:
+        if name != "attribution_patching":
+            raise OptionError(f"only attribution_patching takes means, got means for {name!r}; leave them out")
+        method = partial(_attribution_patching, "heads", False, means=checked_means(dp.bound, means))
+    return _sweep(dp, "heads", method, name, prompt, target, seed)
 
 
 def neurons(dp: DePass, name: str, prompt: Any, target: Any = None, *, seed: int = 0) -> Sweep:
@@ -156,10 +166,13 @@ def _sweep(dp: DePass, kind: Kind, method: Any, name: str, prompt: Any, target: 
 
 
 class _Inputs:
-    """The inputs ``[1, N, C·d]`` of modules in this thread's pass, in the order of their calls; of experts, the weights."""
+    """The inputs ``[1, N, C·d]`` of modules in this thread's pass, in the order of their calls; of experts, the weights.
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    ``means`` are what components are set to instead of zero, by module.
+    """
+
+    def __init__(self, means: Mapping[nn.Module, Tensor] | None = None) -> None:
+        self.thread, self.means = threading.get_ident(), means
         self.inputs: list[Tensor] = []  # or the router's weights [N, k]
         self.modules: list[nn.Module] = []  # that read these
         self.chosen: list[Tensor] = []  # [N, k], with these; [N, E] of a router of inputs
@@ -168,6 +181,13 @@ class _Inputs:
     def keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.modules.append(module)
         self.inputs.append(args[0])
+
+    def differences(self) -> list[Tensor]:
+        """The inputs in fp32, less the values that they are set to."""
+        values = [x.detach().float() for x in self.inputs]
+        if self.means is None:
+            return values
+        return [x - self.means[module].to(x) for module, x in zip(self.modules, values, strict=True)]
 
     @capture.of_this_thread
     def keep_weights(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -182,12 +202,16 @@ class _Inputs:
         self.inputs.append(weight)
 
 
-def _attribution_patching(kind: Kind, last: bool, bound: BoundModel, case: _Case, _: int) -> Tensor:
+def _attribution_patching(
+    kind: Kind, last: bool, bound: BoundModel, case: _Case, _: int, means: Sequence[Tensor] | None = None
+) -> Tensor:
     """``[targets, layers, C]``: gradient times value of the inputs of the output or down projections.
 
-    They are summed over positions, or with ``last`` taken only at the targets' own positions.
+    They are summed over positions, or with ``last`` taken only at the targets' own positions. Of heads, ``means`` are
+    subtracted from the values.
     """
-    kept, count = _Inputs(), num_components(bound, kind)
+    count = num_components(bound, kind)
+    kept = _Inputs(None if means is None else means_by_module(bound, means))
     read = [each for layer in layers_with(bound, kind) for each in read_by(bound.layers[layer], kind)]
     place = {each.module: number for number, (each, _) in enumerate(read)}
 
@@ -246,11 +270,13 @@ def _gradient_times_value(
         # the graph starts at the embeddings, so it works for frozen weights as well
         embedded = _embedded(bound, case)[None].requires_grad_()
         normed = capture.normed_at(bound, [case.prompt.ids], embedded)[0]
+        if not all(x.requires_grad for x in kept.inputs):
+            raise cut(bound)
         by_target = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)
             gradients = torch.autograd.grad(_value(normed, readout), kept.inputs, retain_graph=more)
-            products = [g.float() * x.detach().float() for g, x in zip(gradients, kept.inputs, strict=True)]
+            products = [g.float() * x for g, x in zip(gradients, kept.differences(), strict=True)]
             by_target.append(of_target(products, readout.target.position))
     return torch.stack(by_target)
 

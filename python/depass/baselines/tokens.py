@@ -15,7 +15,6 @@ from ..api import DePass
 from ..checks import integer
 from ..errors import DePassError, ModelError, OptionError, PromptError
 from ..models import capture
-from ..models.alterations import alterations, said_of
 from ..models.bound import BoundModel
 from ..models.capture import Capture, Check
 from ..models.linearised import linearised
@@ -35,6 +34,8 @@ from .common import (
     _normed,
     _settings,
     _value,
+    cut,
+    every_path_carries_gradients,
     refuse_inference_mode,
 )
 
@@ -173,7 +174,7 @@ def _by_gradients(
 def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case], within: Within) -> list[Tensor]:
     """Each case's gradients ``[targets, T, D]`` at embeddings ``[B, T, D]``: one forward pass, one backward per target."""
     refuse_inference_mode(bound)
-    with torch.enable_grad(), within(bound):
+    with torch.enable_grad(), within(bound), every_path_carries_gradients(bound):
         embeddings = embeddings.detach().requires_grad_()
         normed = capture.normed_at(bound, [case.prompt.ids for case in cases], embeddings)
         most = max(len(case.readouts) for case in cases)
@@ -182,19 +183,13 @@ def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case], wi
             logits = [_value(normed[b], case.readouts[j]) for b, case in enumerate(cases) if j < len(case.readouts)]
             total = torch.stack(logits).sum()
             if not total.requires_grad:
-                raise _cut(bound)
+                raise cut(bound)
             (gradient,) = torch.autograd.grad(total, embeddings, retain_graph=j + 1 < most, allow_unused=True)
             if gradient is None:
-                raise _cut(bound)
+                raise cut(bound)
             by_target.append(gradient)
     stacked = torch.stack(by_target, 1)  # [B, targets, T, D]
     return [stacked[b, : len(case.readouts)] for b, case in enumerate(cases)]
-
-
-def _cut(bound: BoundModel) -> ModelError:
-    found = alterations(bound)
-    why = f": {said_of(found)}" if found else ""
-    return ModelError(f"{bound.name} passes no gradient on to its embeddings, which this baseline needs{why}")
 
 
 def _at_embeddings(_: _Case, embedded: Tensor, __: int) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from .task import Item, Row, Task, TaskOptions, chosen, failed, skipped
 RULES = ("softmax", *rules.LINEAR, "steered")
 METHODS = (*RULES, *baselines.HEADS)
 REFERENCE = "half"
+PATCHING = "attribution_patching"
 PERCENT = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 WRONG = "the model's own next token is not the answer's first token"
 SAME = "the answer and the giver begin with the same token"
@@ -186,12 +187,13 @@ def _measured(dp: DePass, item: Item, means: Means, options: CircuitsOptions) ->
     plain = time.perf_counter() - began
     if int(logits.argmax()) != answer:
         return skipped(item, WRONG)
-    scores, seconds, error = _rankings(dp, ids, Contrast(answer, rival), options)
+    others = means.without(masking.head_means(dp, [ids]))
+    scores, seconds, error = _rankings(dp, ids, Contrast(answer, rival), others, options)
     keep = torch.cat(
         [masked(ranking, options.percent, "top") for ranking in scores.values()]
-    )  # [rankings · sizes, L, H]
+    )  # [rankings · sizes, layers with heads, H]
     off = torch.cat([torch.ones_like(keep[:1]), ~keep])
-    none, *circuits = differences(dp, ids, off, means.without(masking.head_means(dp, [ids])), answer, rival).tolist()
+    none, *circuits = differences(dp, ids, off, others, answer, rival).tolist()
     sizes = len(options.percent)
     return {
         "id": item.id, "status": "ok", "tokens": len(ids), "conservation_error": error,
@@ -202,7 +204,7 @@ def _measured(dp: DePass, item: Item, means: Means, options: CircuitsOptions) ->
 
 
 def _rankings(
-    dp: DePass, ids: list[int], target: Contrast, options: CircuitsOptions
+    dp: DePass, ids: list[int], target: Contrast, means: Sequence[Tensor], options: CircuitsOptions
 ) -> tuple[dict[str, Tensor], dict[str, float], float]:
     """Each method's scores ``[L, H]`` and its seconds, and the largest conservation error of the rules.
 
@@ -212,7 +214,7 @@ def _rankings(
     scores, seconds, error = dict[str, Tensor](), dict[str, float](), 0.0
     for name in chosen(METHODS, options.methods):
         began = time.perf_counter()
-        sweep = _ranking(dp, name, ids, target, options.seed)
+        sweep = _ranking(dp, name, ids, target, options.seed, means)
         scores[name], seconds[name] = sweep.scores[0], time.perf_counter() - began
         if not bool(scores[name].isfinite().all()):
             raise NonFiniteError(f"a score by {name} is not finite; {blame(dp.bound)}")
@@ -221,10 +223,13 @@ def _rankings(
     return scores, seconds, error
 
 
-def _ranking(dp: DePass, name: str, ids: list[int], target: Contrast, seed: int) -> Sweep:
+def _ranking(
+    dp: DePass, name: str, ids: list[int], target: Contrast, seed: int, means: Sequence[Tensor] | None = None
+) -> Sweep:
+    """The heads' scores by a method; attribution patching estimates what setting them to ``means`` does."""
     if name in RULES:
         return dp.sweep("heads", ids, target, rule=name)
-    return baselines.heads(dp, name, ids, target, seed=seed)
+    return baselines.heads(dp, name, ids, target, seed=seed, means=means if name == PATCHING else None)
 
 
 @torch.no_grad()
@@ -236,7 +241,7 @@ def differences(
     Args:
         dp: the model.
         ids: the prompt's ids.
-        off: true for the heads that are set to their means.
+        off: true for the heads that are set to their means, of the layers that have heads.
         means: the means, as for :func:`depass.masking.heads`.
         answer: the answer's id.
         rival: the id of the token that it is compared with.
@@ -244,8 +249,9 @@ def differences(
     Raises:
         NonFiniteError: a difference is not finite.
     """
-    found = []
-    for some in torch.split(off, max(1, _TOKENS // len(ids))):
+    found, every_layer = [], off.new_zeros(len(off), len(dp.bound.layers), off.shape[2])
+    every_layer[:, list(masking.layers_with(dp.bound, "heads"))] = off
+    for some in torch.split(every_layer, max(1, _TOKENS // len(ids))):
         with masking.heads(dp, some, means=means):
             logits = _logits(dp, torch.tensor([ids]).expand(len(some), -1))
         found.append(logits[:, answer] - logits[:, rival])

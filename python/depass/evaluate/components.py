@@ -234,8 +234,8 @@ def _ascending(accuracy: Tensor, options: ComponentsOptions) -> Tensor:
 
 
 def says(tokenizer: Any, said: Sequence[int], wanted: Sequence[int], answer: Any) -> bool:
-    """Whether generated ids begin with the answer as whole words; without a tokenizer, ids are compared."""
-    if tokenizer is None:
+    """Whether generated ids begin with the answer as whole words; an answer of ids is compared as ids."""
+    if tokenizer is None or not isinstance(answer, str):
         return list(said[: len(wanted)]) == list(wanted)
     text, expected = tokenizer.decode(said).strip(), answer.strip()
     return text.startswith(expected) and not text[len(expected) : len(expected) + 1].isalnum()

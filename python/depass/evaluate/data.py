@@ -63,12 +63,13 @@ def _prompt(item: Item) -> Item:
     ids = isinstance(prompt, list) and all(type(token) is int for token in [*prompt, target]) and prompt
     if not text and not ids:
         return Item(item.id, broken="the prompt and the target are neither texts nor ids")
-    giver = {"giver": item.data["giver"]} if type(item.data.get("giver")) in (str, int) else {}  # of the task circuits
+    given = item.data.get("giver")  # of the task circuits
+    giver = {"giver": given} if type(given) is (str if text else int) else {}
     return Item(item.id, {"prompt": prompt, "target": target, **giver})
 
 
 def read(path: str) -> list[Item]:
-    """The rows of a JSON list, or of a file with a JSON object on each line; an item's id is its number in the file.
+    """The rows of a JSON list, or of a file with a JSON object on each line; an item's id is its number among the rows.
 
     A row that is not an object becomes an item marked as broken.
 
@@ -76,7 +77,7 @@ def read(path: str) -> list[Item]:
         DataError: the file cannot be read, or is not a list.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
@@ -88,7 +89,8 @@ def read(path: str) -> list[Item]:
         except ValueError as error:
             raise DataError(f"{path} is not a valid JSON list: {error}") from error
         return [_item(index, row) for index, row in enumerate(rows)]
-    return [_line(index, line) for index, line in enumerate(text.splitlines()) if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]  # other marks of a new line may stand in a JSON text
+    return [_line(index, line) for index, line in enumerate(lines)]
 
 
 def _line(index: int, line: str) -> Item:

@@ -227,7 +227,7 @@ def _haystack(plan: Plan, sentences: Sequence[str], tail: str) -> Haystack:
 
 def _answer(plan: Plan, word: str, other: str) -> str:
     """The answer where a needle has the other word."""
-    if word in plan.answer:
+    if word not in COUNTRIES:
         return plan.answer.replace(word, other)
     which = COUNTRIES[word].index(plan.answer.strip())
     return f" {COUNTRIES[other][which]}"

@@ -107,6 +107,8 @@ def scored(
 def mixed(names: Sequence[str], score: Callable[[str], Sequence[Outcome]]) -> list[dict[str, Outcome]]:
     """For each prompt, the outcomes of methods; ``score`` takes no mixtures, and is asked once for each rule or baseline."""
     singles = dict.fromkeys(single for name in names for single, _ in parts(name))
+    if not singles:
+        return []
     outcomes = {single: score(single) for single in singles}
     return [
         {name: _mixed([(of_prompt[single], share) for single, share in parts(name)]) for name in names}
@@ -127,8 +129,12 @@ def refused(dp: DePass, names: Sequence[str], seed: int) -> dict[str, str]:
         except DePassError as error:
             return [error]
 
-    (outcomes,) = mixed(names, tried)
-    return {name: str(each) for name, each in outcomes.items() if isinstance(each, (ModelError, OptionError))}
+    return {
+        name: str(each)
+        for outcomes in mixed(names, tried)
+        for name, each in outcomes.items()
+        if isinstance(each, (ModelError, OptionError))
+    }
 
 
 def by_rule(dp: DePass, prompts: Sequence[Any], targets: Sequence[Any], **options: Any) -> list[Outcome]:

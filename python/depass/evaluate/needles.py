@@ -205,9 +205,12 @@ def mas(log_probabilities: Tensor, left: Tensor) -> float:
 
 
 def recovery(scores: Tensor, needle: Sequence[int]) -> float:
-    """The share of the needle's ``k`` tokens among the ``k`` highest of scores ``[P]``; ties go by position."""
-    top = scores.argsort(descending=True, stable=True)[: len(needle)]
-    return len(set(top.tolist()) & set(needle)) / len(needle)
+    """The share of the needle's ``k`` tokens among the ``k`` highest of scores ``[P]``; ties count as their chance."""
+    of_needle = scores[list(needle)]
+    lowest = scores.sort(descending=True).values[len(needle) - 1]
+    above, ties = int((scores > lowest).sum()), int((scores == lowest).sum())
+    chance = (len(needle) - above) / ties
+    return (int((of_needle > lowest).sum()) + chance * int((of_needle == lowest).sum())) / len(needle)
 
 
 def _area(curve: Tensor) -> float:
@@ -275,10 +278,13 @@ def blank_id(dp: DePass) -> int:
     if dp.tokenizer is None:
         raise OptionError("the prompts of needles are texts, but the model has no tokenizer; give one")
     for token in (dp.tokenizer.pad_token_id, dp.tokenizer.eos_token_id):
-        if token is not None:
+        if (
+            token is not None and token < dp.bound.vocab_size
+        ):  # some tokenizers have tokens that the model has no row for
             return int(token)
     raise OptionError(
-        "needles replaces deleted tokens by a padding or EOS token, but the tokenizer has neither; set one"
+        "needles replaces deleted tokens by a padding or EOS token, but the tokenizer has neither that the model knows; "
+        "set one"
     )
 
 
