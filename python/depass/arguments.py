@@ -94,7 +94,8 @@ def _refusal(value: Any, kind: type, metadata: Mapping[str, Any]) -> str | None:
     if choices is not None:
         return None if value in choices else f"one of {', '.join(choices)}"
     if least is not None:
-        return None if type(value) is int and value >= least else f"an integer of at least {least}"
+        valid = type(value) is int and least <= value
+        return _integers(least) if not valid else None if value < 10**DIGITS else _integers(least, DIGITS)
     if most is not None:
         return None if number and 0 < value <= most else f"a number above 0 and at most {most:g}"
     if kind is float:
@@ -165,9 +166,15 @@ def _fraction(text: str, most: float) -> float:
 
 
 def _integer(text: str, least: int) -> int:
+    if text.isdecimal() and len(text) > DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_integers(least, DIGITS)}")
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_integers(least)}")
     return int(text)
+
+
+def _integers(least: int, digits: int | None = None) -> str:
+    return f"an integer of at least {least}" + ("" if digits is None else f" and at most {digits} digits")
 
 
 def say(text: str) -> None:

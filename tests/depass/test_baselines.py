@@ -29,6 +29,7 @@ from depass import (
     Token,
     TopK,
     baselines,
+    masking,
 )
 from depass.models.bind import bind
 
@@ -205,6 +206,53 @@ def test_attribution_patching_is_the_derivative_by_the_size_of_an_output(
         near, far = (scaled(1 + by) - scaled(1 - by) for by in (step, 2 * step))
         derivative = (8 * near - far) / (12 * step)
         assert sweep.scores[1, layer, index].item() == pytest.approx(derivative, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon_h1"])
+def test_attribution_patching_with_means_is_the_derivative_on_the_way_to_them(name: str, device: str) -> None:
+    """Of a layer with mixers side by side, each head goes to its own part of the layer's means."""
+    if not models.runs(name):
+        pytest.skip(f"this transformers has no {name} that is supported")
+    model = models.make(name, torch.float64, device)
+    dp, bound = DePass(model), bind(model)
+    means = masking.head_means(model, [models.prompt(6, 1), models.prompt(9, 2)])
+    sweep = baselines.heads(dp, "attribution_patching", IDS, Token(TARGET, POSITION), means=means)
+    step, count = 0.05, sweep.scores.shape[2]
+    for layer, head in ((0, 1), (2, count - 1)):
+        (mixer, own), first = next(
+            ((mixer, own), before)
+            for number, (mixer, own) in enumerate(bound.layers[layer].heads)
+            for before in [sum(each.output.shape[1] for each, _ in bound.layers[layer].heads[:number])]
+            if own.start <= head < own.stop
+        )
+        size = mixer.output.shape[1] // mixer.num_heads
+        columns = slice((head - own.start) * size, (head - own.start + 1) * size)
+        mean = means[layer][first:][columns]
+
+        def moved(by: float, module: Any = mixer.output.module, columns: slice = columns, mean: Tensor = mean) -> float:
+            def hook(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                changed = args[0].clone()
+                changed[..., columns] += by * (changed[..., columns] - mean.to(changed))
+                return (changed, *args[1:])
+
+            handle = module.register_forward_pre_hook(hook)
+            try:
+                with torch.no_grad():
+                    return float(model(torch.tensor([IDS], device=device)).logits[0, POSITION, TARGET])
+            finally:
+                handle.remove()
+
+        near, far = (moved(by) - moved(-by) for by in (step, 2 * step))
+        assert sweep.scores[0, layer, head].item() == pytest.approx((8 * near - far) / (12 * step), rel=1e-3, abs=1e-4)
+
+
+def test_means_that_no_baseline_takes_or_that_do_not_fit_are_refused() -> None:
+    dp = DePass(models.make("llama"))
+    means = masking.head_means(dp, [IDS])
+    with pytest.raises(OptionError, match="only attribution_patching takes means, got means for 'output_norm'"):
+        baselines.heads(dp, "output_norm", IDS, 5, means=means)
+    with pytest.raises(OptionError, match="means must be a list of 3 tensors"):
+        baselines.heads(dp, "attribution_patching", IDS, 5, means=means[:2])
 
 
 def captured(model: Any, modules: list[Any]) -> list[Tensor]:
@@ -416,6 +464,25 @@ def test_gradients_in_inference_mode_are_refused_with_the_reason(take: Any) -> N
         made = models.make("llama")
     with pytest.raises(ModelError, match=r"were made inside torch.inference_mode\(\) and take no gradients"):
         take(DePass(made))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4"])
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_gradients_that_pass_only_by_the_residual_stream_are_refused(name: str, part: str) -> None:
+    """As with kernels of 8-bit activations, which have no gradient: the stream's own gradient would look like the whole."""
+    if not models.runs(name):
+        pytest.skip(f"this transformers has no {name} that is supported")
+    model = models.make(name)
+    layer = bind(model).layers[1]
+    projection = (layer.mixers[0].output if part == "attention" else layer.only_mlp.down).module
+    projection.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+    dp = DePass(model)
+    for baseline in ("gradient_norm", "input_x_gradient", "integrated_gradients_20", "gradient_shap"):
+        with pytest.raises(ModelError, match="does not pass gradients on to its embeddings by every path"):
+            baselines.tokens(dp, baseline, [IDS], TARGET)
+    with pytest.raises(ModelError, match="by every path"):
+        (baselines.heads if part == "attention" else baselines.neurons)(dp, "attribution_patching", IDS, TARGET)
+    baselines.tokens(dp, "random", [IDS], TARGET)
 
 
 def test_baselines_without_gradients_work_in_inference_mode() -> None:

@@ -21,7 +21,7 @@ import tokens as tokenizers
 import torch
 from one_token import ANSWER, OTHERS, TRIGGER, one_token_model
 
-from depass import DataError, DePass, OptionError, OutputError, cli
+from depass import DataError, DePass, NonFiniteError, OptionError, OutputError, cli
 from depass.evaluate import TASKS, data, measures, rules, run, summary, tokens
 from depass.evaluate.forward import next_tokens
 from depass.evaluate.run import counts
@@ -158,13 +158,64 @@ def test_a_run_leaves_out_the_first_items_and_then_counts_its_limit(dp: DePass, 
 
 
 def test_a_run_whose_time_is_up_reports_what_it_has_and_goes_on_later(dp: DePass, tmp_path: Path) -> None:
+    class Together(Lengths):
+        together = 4
+
     options = LengthsOptions(limit=9)
-    report = run(Lengths(), dp, options, tmp_path, seconds=0.0).read_text()
-    assert sorted(rows_of(tmp_path)) == ["3"]  # four items together, the last first
-    assert "1 items: 1 ok" in report
-    assert "8 more items were not measured: the time was up." in report
-    assert "the time was up" not in run(Lengths(), dp, options, tmp_path).read_text()
+    report = run(Together(), dp, options, tmp_path, seconds=0.0).read_text()
+    assert sorted(rows_of(tmp_path)) == ["0", "1", "2", "3"]  # what was measured together is kept
+    assert "4 items: 2 ok" in report
+    assert "5 more items were not measured: the time was up." in report
+    assert "the time was up" not in run(Together(), dp, options, tmp_path).read_text()
     assert len(rows_of(tmp_path)) == 9
+
+
+def test_rows_without_their_settings_are_not_continued(dp: DePass, tmp_path: Path) -> None:
+    run(Lengths(), dp, LengthsOptions(), tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(DataError, match=r"has rows\.jsonl but no run\.json"):
+        run(Lengths(), dp, LengthsOptions(seed=1), tmp_path)
+
+
+@pytest.mark.parametrize("named", ["x" * 300, "a/" * 3000])
+def test_a_data_set_whose_name_is_too_long_is_one_line(named: str, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["evaluate", "tokens", "--data", named, "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot read" in line
+    assert "File name too long" in line
+
+
+def test_rows_are_lines_whatever_their_texts_hold_and_editors_put_first(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    prompts = ["one\u2028two", "three\u0085four", "five"]
+    lines = [json.dumps({"prompt": prompt, "target": " x"}, ensure_ascii=False) for prompt in prompts]
+    path.write_bytes(("\ufeff" + "\n\n".join(lines) + "\r\n").encode())
+    items = data.prompts(str(path), 0, None)
+    assert [(item.id, item.data.get("prompt")) for item in items] == [(str(i), text) for i, text in enumerate(prompts)]
+
+
+def test_a_method_that_fails_on_a_prompt_loses_only_its_own_number(
+    dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tokens.methods.scored
+
+    def scored(dp: DePass, names: Sequence[str], *arguments: Any) -> Any:
+        found = original(dp, names, *arguments)
+        found[1]["half"] = NonFiniteError("it overflows")
+        return found
+
+    monkeypatch.setattr(tokens.methods, "scored", scored)
+    options = tokens.TokensOptions(
+        data=ids_data(tmp_path / "data.jsonl", 4), keep_wrong=True, methods="softmax,half,random"
+    )
+    report = run(TASKS["tokens"], dp, options, tmp_path / "out").read_text()
+    assert "4 items: 4 ok" in report
+    assert "- 1 prompts by half: it overflows" in report
+    rows = rows_of(tmp_path / "out")
+    assert [sorted(row["patch"]) for row in rows.values()].count(["random", "softmax"]) == 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    counts = {line["method"]: line["prompts"] for line in results if line["measure"].startswith("patch")}
+    assert counts == {"softmax": 4, "half": 3, "random": 4}
 
 
 def test_results_compare_methods_prompt_by_prompt(dp: DePass, tmp_path: Path) -> None:

@@ -209,6 +209,50 @@ def test_the_task_measures_counts_and_repeats(device: str, tmp_path: Path) -> No
         assert kept == pytest.approx(good[0]["circuits"][name], rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.skipif(not models.runs("nemotron_h"), reason="this transformers has no Nemotron-H that is supported")
+def test_layers_without_heads_are_no_part_of_a_circuit(tmp_path: Path) -> None:
+    dp, task = DePass(models.make("nemotron_h")), TASKS["circuits"]
+    options = task.Options(
+        data=data_file(tmp_path / "data.jsonl", dp), percent=(25, 100), methods="half,attribution_patching,random"
+    )
+    assert "8 items: 4 ok, 3 skipped, 1 errors." in run(task, dp, options, tmp_path / "out").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    for line in rows:
+        for kept in line.get("circuits", {}).values():
+            assert kept[1] == pytest.approx(line["model"], rel=1e-4)
+
+
+def test_attribution_patching_estimates_the_circuits_own_ablation(tmp_path: Path) -> None:
+    """Its scores are those of setting heads to the means of the other prompts, and another ranking than to zero."""
+    dp, task = DePass(models.make("llama", torch.float64)), TASKS["circuits"]
+    options = task.Options(
+        data=data_file(tmp_path / "data.jsonl", dp), percent=(9, 17, 25, 34, 50), methods="attribution_patching"
+    )
+    items = task.items(options)[:4]
+    (row, *_) = task.measure(dp, task.prepare(dp, items, options), items, options)
+    ids, answer, giver = (items[0].data[key] for key in ("prompt", "target", "giver"))
+    means, target = masking.head_means(dp, [item.data["prompt"] for item in items[1:]]), Contrast(answer, giver)
+    kept = {}
+    for name, given in (("means", means), ("zero", None)):
+        sweep = circuits.baselines.heads(dp, "attribution_patching", ids, target, means=given)
+        kept[name] = list[float]()
+        for size in (1, 2, 3, 4, 6):
+            top = set(sweep.scores[0].flatten().argsort(descending=True)[:size].tolist())
+            off = {layer: [h for h in range(4) if layer * 4 + h not in top] for layer in range(models.LAYERS)}
+            with masking.heads(dp, off, means=means):
+                alone = logits(dp.model, ids)[-1]
+            kept[name].append(float(alone[answer] - alone[giver]))
+    assert row["circuits"]["attribution_patching"] == pytest.approx(kept["means"], rel=1e-5)
+    assert kept["means"] != pytest.approx(kept["zero"], rel=1e-3)
+
+
+def test_a_giver_of_another_kind_than_the_prompt_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": [3, 4], "target": 5, "giver": "Anna"}))
+    (item,) = TASKS["circuits"].items(TASKS["circuits"].Options(data=str(path)))
+    assert circuits.giver_of(item) is None
+
+
 def test_a_circuit_is_the_heads_that_the_sweep_puts_first(device: str, tmp_path: Path) -> None:
     dp, task = DePass(models.make("llama", torch.float64, device)), TASKS["circuits"]
     options = task.Options(data=data_file(tmp_path / "data.jsonl", dp), percent=(25,), methods="half")

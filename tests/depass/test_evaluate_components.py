@@ -184,3 +184,4 @@ def test_an_answer_is_a_whole_word_of_what_was_said() -> None:
     assert not said(" b the", " the")
     assert components.says(None, [4, 5, 6], [4, 5], 4)
     assert not components.says(None, [5, 4], [4], 4)
+    assert components.says(tokenizer, [4, 5, 6], [4], 4)  # a row of ids, though the model has a tokenizer

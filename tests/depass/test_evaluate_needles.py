@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,35 @@ def test_a_rule_that_does_not_fit_is_left_out_and_said(
     }
 
 
+def test_ties_count_as_their_chance_of_being_at_the_top() -> None:
+    """A loop over all orders of the tied scores: leave_one_out gives all tokens of a sentence one score."""
+    scores = torch.tensor([1.0, 3.0, 1.0, 1.0, 0.0, 1.0])
+    for needle in ([0], [0, 1], [2, 4, 5], [1, 3, 4, 5]):
+        shares = [
+            len(set(order[: len(needle)]) & set(needle)) / len(needle)
+            for order in permutations(range(6))
+            if all(scores[a] >= scores[b] for a, b in pairwise(order))
+        ]
+        assert needles.recovery(scores, needle) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_changed_countries_have_their_own_capital_and_language() -> None:
+    """Japanese begins with Japan: a country's other word is looked up, not put in."""
+    for index in range(400):
+        hay = made("agreement", index)
+        ((changed, answer),) = hay.changed
+        (begin, end), start = hay.needles[0], hay.whole.prompt
+        country = changed[begin : len(changed) - (len(start) - end)]
+        own = haystacks.COUNTRIES[start[begin:end]].index(hay.whole.answer.strip())
+        assert answer == f" {haystacks.COUNTRIES[country][own]}"
+
+
+def test_leaving_out_alone_is_a_method(dp: DePass, tmp_path: Path, answers_all: None) -> None:
+    task = TASKS["needles"]
+    options = task.Options(data="fact", tokens=(100,), steps=3, methods="leave_one_out", limit=2)
+    assert "2 items: 2 ok" in run(task, dp, options, tmp_path).read_text()
+
+
 def test_a_model_without_a_token_for_the_deleted_is_refused(dp: DePass) -> None:
     with pytest.raises(OptionError, match="the model has no tokenizer"):
         needles.blank_id(DePass(dp.model))
@@ -313,6 +342,12 @@ def test_a_model_without_a_token_for_the_deleted_is_refused(dp: DePass) -> None:
     bare.pad_token = None
     with pytest.raises(OptionError, match="the tokenizer has neither"):
         needles.blank_id(DePass(dp.model, bare))
+    grown = wordy()
+    grown.add_special_tokens({"pad_token": "<new>"})  # and the model's embeddings were not resized
+    with pytest.raises(OptionError, match="neither that the model knows"):
+        needles.blank_id(DePass(dp.model, grown))
+    refused = TASKS["needles"].refused(DePass(dp.model, bare), TASKS["needles"].Options(methods="half,leave_one_out"))
+    assert refused.keys() == {"half", "leave_one_out"}
     assert needles.blank_id(dp) == 1
     with pytest.raises(OptionError, match="tokens must be an integer of at least 100"):
         TASKS["needles"].Options(tokens=(50,))

@@ -294,6 +294,15 @@ def test_a_quantised_model_is_attributed_as_the_dense_one_of_its_weights(kind: s
     assert float((found - expected).norm() / expected.norm()) < 10 * bound
 
 
+def test_gradients_that_a_kernel_does_not_pass_on_are_refused(quantised: Any) -> None:
+    """The kernel for 8-bit activations has no gradient; the residual stream still carries one past it."""
+    dp, _ = quantised("torchao-int8-dynamic")
+    with pytest.raises(ModelError, match="does not pass gradients on to its embeddings by every path"):
+        baselines.tokens(dp, "gradient_norm", [models.prompt(7)], 5)
+    with pytest.raises(ModelError, match="by every path"):
+        baselines.heads(dp, "attribution_patching", models.prompt(7), 5)
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes-4bit", "bitsandbytes-8bit"])
 def test_transposed_weights_are_quantised_as_their_transpose(kind: str, quantised: Any) -> None:
     dp, bound = quantised(kind, "gpt2")

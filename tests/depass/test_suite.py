@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from depass import DePass, MemoryLimitError, ModelError, OptionError, cli
+from depass import DataError, DePass, MemoryLimitError, ModelError, OptionError, cli
 from depass.evaluate import TASKS, SuiteOptions, methods, run, run_all, suite, summary
 from depass.evaluate.needles import NeedlesOptions
 from depass.evaluate.suite import Protocol, protocols
 from depass.evaluate.task import Item, Task, TaskOptions
-from tests.support import models
+from tests.support import models, tokens
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_what_a_model_refuses_is_known_before_anything_is_measured(family: str, 
     if not models.runs(family):
         pytest.skip(f"this transformers has no {family} that is supported")
     options = {"methods": "all,depass_dpa"} if task == "tokens" else {}
-    found = TASKS[task].refused(DePass(models.make(family)), TASKS[task].Options(**options))
+    found = TASKS[task].refused(DePass(models.make(family), tokens.make()), TASKS[task].Options(**options))
     assert found.keys() == refused
     assert all(found.values())
 
@@ -123,7 +123,7 @@ def test_what_a_model_refuses_is_known_before_anything_is_measured(family: str, 
 def test_a_model_without_gradients_is_scored_by_what_needs_none() -> None:
     """As with quantised weights: the linear rules and the gradient baselines are refused, the sharing rules are not."""
     with torch.inference_mode():
-        dp = DePass(models.make("llama"))
+        dp = DePass(models.make("llama"), tokens.make())
     for task in ("tokens", "needles", "circuits"):
         options = TASKS[task].Options()
         refused = TASKS[task].refused(dp, options)
@@ -143,6 +143,31 @@ def test_a_run_with_methods_that_cannot_score_the_model_names_them_all(dp: DePas
     options = NeedlesOptions(methods="softmax,up,half,steer")
     with pytest.raises(OptionError, match=r"^up, steer: it has no gate; or leave out with --methods .*: up, steer$"):
         run(Refusing(), dp, options, tmp_path / "out")
+
+
+def test_a_protocol_that_the_model_cannot_run_is_left_out_with_the_reason(dp: DePass, tmp_path: Path) -> None:
+    """A model without a tokenizer reads neither the long contexts nor the sentences; the page is written all the same."""
+    path = tmp_path / "ids.jsonl"
+    rows = [{"prompt": models.prompt(7, i), "target": 5} for i in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    text = run_all(dp, SuiteOptions(facts=str(path), ioi=str(path), quick=True), tmp_path / "out").read_text()
+    assert "in needles: " in text
+    assert "the model has no tokenizer; give one" in text
+    assert "[tokens](tokens/report.md)" in text
+
+
+def test_a_data_set_that_cannot_be_read_is_found_before_anything_is_measured(dp: DePass, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read the data set 'typo\.json'"):
+        run_all(dp, SuiteOptions(ioi="typo.json"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_page_of_too_few_prompts_says_which(dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("good", monkeypatch)
+    monkeypatch.setattr(Lengths, "items", lambda self, options: [Item(str(i)) for i in range(3)])
+    text = run_all(dp, SuiteOptions(), tmp_path / "out").read_text()
+    assert f"Nothing can be decided: patch-top ({dp.name}, good): 3 prompts." in text
+    assert "| question |" not in text
 
 
 def test_a_suite_that_measured_nothing_says_so(dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

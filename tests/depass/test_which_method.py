@@ -207,6 +207,15 @@ def test_no_two_methods_of_a_figure_look_alike() -> None:
     assert len({tuple(style(index).items()) for index in range(40)}) == 40
 
 
+def test_a_method_with_too_few_prompts_wins_nothing() -> None:
+    """Measured on one prompt, a bootstrap has no width."""
+    values = {"softmax": spread(3.0), "leave_one_out": spread(1.0, count=4), "half": spread(5.0)}
+    experiment = Experiment("one", "facts", "tokens", 0, tuple(measured(values, COSTS)))
+    (kept,) = experiment.measures().values()
+    assert [result.method for result in kept] == ["softmax", "half"]
+    assert "**softmax** 198" in decision_table([experiment])
+
+
 def test_prompts_are_counted_in_words() -> None:
     assert prompts_in_words([200]) == "1 prompt of 200 tokens"
     assert prompts_in_words([193, 200, 195]) == "3 prompts of 193 to 200 tokens"

@@ -10,6 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -103,17 +104,9 @@ class Circuits(Task[CircuitsOptions]):
         Raises:
             OptionError: fewer than two prompts can be read.
         """
-        readable = []
-        for item in items:
-            try:
-                readable.append(data.pair(dp, item).ids)
-            except DePassError:
-                continue  # measure() gives the error
+        readable = _readable(dp, items)
         if len(readable) < 2:
-            raise OptionError(
-                f"circuits takes means over other prompts, but {len(readable)} of {len(items)} prompts can be read; give "
-                "two or more"
-            )
+            raise OptionError(_too_few(len(readable), len(items)))
         return Means(masking.head_means(dp, readable), len(readable))
 
     def measure(self, dp: DePass, prepared: Means, items: Sequence[Item], options: CircuitsOptions) -> Iterator[Row]:
@@ -125,7 +118,10 @@ class Circuits(Task[CircuitsOptions]):
                 yield failed(item, error)
 
     def refused(self, dp: DePass, options: CircuitsOptions) -> dict[str, str]:
-        """The rankings that cannot score this model's heads; see :func:`.methods.refused`."""
+        """The rankings that cannot score this model's heads, all if fewer than two prompts can be read."""
+        items = self.items(options)[options.skip :][: options.limit]
+        if (count := len(_readable(dp, items))) < 2:
+            return dict.fromkeys(chosen(METHODS, options.methods), _too_few(count, len(items)))
         pair, found = data.short_prompt(dp), dict[str, str]()
         for name in chosen(METHODS, options.methods):
             try:
@@ -158,6 +154,20 @@ class Circuits(Task[CircuitsOptions]):
         costs = {name: [row["seconds"][name] / row["plain_seconds"] for row in rows] for name in values}
         lengths = [row["tokens"] for row in rows]
         return results("circuits of heads, area", "higher", values, REFERENCE, options.seed, lengths, costs)
+
+
+def _readable(dp: DePass, items: Sequence[Item]) -> list[tuple[int, ...]]:
+    """The ids of the prompts that the model can read; measuring gives the errors of the others."""
+    found = []
+    for item in items:
+        with suppress(DePassError):
+            if item.broken is None:
+                found.append(data.pair(dp, item).ids)
+    return found
+
+
+def _too_few(readable: int, count: int) -> str:
+    return f"circuits takes means over other prompts, but {readable} of {count} prompts can be read; give two or more"
 
 
 # Measuring.
@@ -247,7 +257,7 @@ def differences(
         rival: the id of the token that it is compared with.
 
     Raises:
-        NonFiniteError: a difference is not finite.
+        NonFiniteError: a logit is not finite.
     """
     found, every_layer = [], off.new_zeros(len(off), len(dp.bound.layers), off.shape[2])
     every_layer[:, list(masking.layers_with(dp.bound, "heads"))] = off
@@ -255,18 +265,17 @@ def differences(
         with masking.heads(dp, some, means=means):
             logits = _logits(dp, torch.tensor([ids]).expand(len(some), -1))
         found.append(logits[:, answer] - logits[:, rival])
-    every = torch.cat(found)
-    if not bool(every.isfinite().all()):
-        raise NonFiniteError(f"a logit of a circuit is not finite; {blame(dp.bound)}")
-    return every
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def _logits(dp: DePass, ids: Tensor) -> Tensor:
     """The fp32 logits ``[B, V]`` after prompts ``[B, T]``, before any soft-capping."""
     bound = dp.bound
-    logits: Tensor = bound.logits(capture.normed(bound, input_ids=ids.to(bound.input_device))[:, -1])
-    return logits.float().cpu()
+    logits: Tensor = bound.logits(capture.normed(bound, input_ids=ids.to(bound.input_device))[:, -1]).float().cpu()
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteError(f"a logit is not finite; {blame(bound)}")
+    return logits
 
 
 # Reporting.

@@ -13,13 +13,12 @@ from typing import Any
 from .. import rules
 from ..errors import DataError, OptionError
 from . import methods
-from .summary import COLOURS, Mean, Result, differences, mean, new_figure, save, table
+from .summary import COLOURS, FEWEST, Mean, Result, differences, mean, new_figure, save, table
 
 BUDGETS = (3.0, 10.0, math.inf)  # plain passes of the model
 MARKERS = "os^Dvp"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 RANDOM = "random"
-FEWEST = 5  # prompts of a measure; fewer decide nothing
 MARGIN = 0.01  # of the distance between random scores and the best: a smaller difference does not matter
 QUESTIONS = {  # by how a measure's name ends
     "patch-top, area": "Which tokens does the answer depend on?",
@@ -55,11 +54,12 @@ class Experiment:
     results: tuple[Result, ...]
 
     def measures(self) -> dict[str, list[Result]]:
-        """The results by measure, of the measures with at least :data:`FEWEST` prompts."""
+        """The results of methods with at least :data:`.summary.FEWEST` prompts, by measure."""
         by_measure: dict[str, list[Result]] = {}
         for result in self.results:
             by_measure.setdefault(result.measure, []).append(result)
-        return {measure: of for measure, of in by_measure.items() if max(r.prompts for r in of) >= FEWEST}
+        enough = {measure: [r for r in of if r.prompts >= FEWEST] for measure, of in by_measure.items()}
+        return {measure: of for measure, of in enough.items() if of}
 
 
 def load(folder: Path) -> Experiment:
@@ -205,7 +205,24 @@ def decision_table(experiments: Iterable[Experiment]) -> str:
 
 def tables(experiments: Sequence[Experiment]) -> list[str]:
     """The paragraphs and tables of a page on methods: :func:`standings`, :func:`decision_table`, and how to read them."""
-    return [standings(experiments), COUNTED, decision_table(experiments), EXPLAINED]
+    if not any(experiment.measures() for experiment in experiments):
+        return [f"Nothing can be decided: {too_few(experiments)}."]
+    left_out = too_few(experiments)
+    text = [standings(experiments), COUNTED, decision_table(experiments), EXPLAINED]
+    return [*text, f"Left out: {left_out}."] if left_out else text
+
+
+def too_few(experiments: Iterable[Experiment]) -> str:
+    """The experiments or their parts with fewer than :data:`.summary.FEWEST` prompts, and how many they have."""
+    counts: dict[str, int] = {}
+    for experiment in experiments:
+        kept = experiment.measures()
+        for result in experiment.results:
+            if result.measure not in kept:
+                part = result.measure.rpartition(", ")[0] or result.measure
+                name = f"{part} ({experiment.model}, {experiment.data})"
+                counts[name] = max(counts.get(name, 0), result.prompts)
+    return "; ".join(f"{name}: {count} {'prompt' if count == 1 else 'prompts'}" for name, count in counts.items())
 
 
 @dataclass
@@ -255,8 +272,8 @@ EXPLAINED = (
     "adds up is level with the best, the cell names the best, then the best rule that adds up, and how much worse it "
     "is. A method is shown to be worse if the 95 % interval of the difference, prompt by prompt, lies above 1 % of "
     "the distance between random scores and the best. Costs are in plain passes of the model over the same prompts, "
-    "measured in the same run. Measures of fewer than five prompts are left out. Many methods are compared on the "
-    "same prompts, so of twenty that are level, one may seem worse by chance."
+    "measured in the same run. Measures of fewer than five prompts, and methods with fewer in a measure, are left out. "
+    "Many methods are compared on the same prompts, so of twenty that are level, one may seem worse by chance."
 )
 
 DRAWN_IN_WORDS = (

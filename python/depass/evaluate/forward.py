@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..api import DePass
+from ..errors import NonFiniteError
 from ..models import capture, packing
+from ..models.health import blame
 
 _TOKENS, _PROMPTS = 4096, 256  # of one pass; each prompt takes a row of vocab_size logits
 
@@ -75,9 +77,14 @@ def greedy(dp: DePass, prompts: Sequence[Sequence[int]], answers: Sequence[Seque
         dp: the model.
         prompts: the ids of ``B`` prompts.
         answers: the ids of ``B`` answers.
+
+    Raises:
+        NonFiniteError: a logit is not finite.
     """
     begins = [False] * len(prompts)
     for i, logits in _at_answers(dp, prompts, answers):
+        if not bool(logits.isfinite().all()):
+            raise NonFiniteError(f"a logit after a prompt is not finite; {blame(dp.bound)}")
         begins[i] = logits.argmax(1).tolist() == list(answers[i])
     return begins
 

@@ -117,7 +117,11 @@ class Needles(Task[NeedlesOptions]):
                 yield failed(item, error)
 
     def refused(self, dp: DePass, options: NeedlesOptions) -> dict[str, str]:
-        """The methods that cannot score this model; leave_one_out can score every model."""
+        """The methods that cannot score this model: all, without a token that may stand for a deleted one."""
+        try:
+            blank_id(dp)
+        except OptionError as error:
+            return dict.fromkeys(_named(options), str(error))
         return methods.refused(dp, [name for name in _named(options) if name != LEFT_OUT], options.seed)
 
     def report(self, rows: Sequence[Row], options: NeedlesOptions, folder: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import rules
 from ..api import DePass
 from ..arguments import argument
+from ..errors import DePassError
 from . import data
 from .data import HELP, Pair
 from .measures import FAMILIES, SHARES, relative
@@ -119,7 +120,14 @@ def _scored(dp: DePass, pairs: Sequence[Pair]) -> list[dict[str, Outcome]]:
         )
         for variant in VARIANTS
     }
-    return [{name: of_prompts[i] for name, of_prompts in outcomes.items()} for i in range(len(pairs))]
+    by_prompt = [{name: of_prompts[i] for name, of_prompts in outcomes.items()} for i in range(len(pairs))]
+    return [_all_or_none(of_prompt) for of_prompt in by_prompt]
+
+
+def _all_or_none(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
+    """A prompt counts for every variant or for none: the first error stands for all."""
+    error = next((outcome for outcome in outcomes.values() if isinstance(outcome, DePassError)), None)
+    return outcomes if error is None else dict.fromkeys(outcomes, error)
 
 
 def _table(

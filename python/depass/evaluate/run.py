@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from .task import AnyTaskOptions, Item, Row, Task, by_reason, failed
 
 _FORMAT = "depass-evaluation-1"
 _REASONS = 20  # the most reasons that a report lists
-_AT_ONCE = 4  # the most items that a run with a time limit measures together
 
 
 def run(
@@ -33,6 +32,7 @@ def run(
     *,
     quantization: str | None = None,
     seconds: float | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> Path:
     """Measure the items that have no row yet, and write the report.
 
@@ -45,8 +45,8 @@ def run(
         options: an instance of ``task.Options``.
         folder: the output directory; it is created if needed.
         quantization: the model's quantization, as given to :meth:`DePass.from_pretrained`.
-        seconds: measure no further item after so much time; the report is on the items measured by then. Four items at most
-            are measured together, so that little time is lost. None: all items.
+        seconds: measure no further item after so much time; the report is on the items measured by then. None: all items.
+        refused: what ``task.refused`` says, where it has been asked; by default it is asked.
 
     Returns:
         The report's path.
@@ -65,12 +65,18 @@ def run(
     with hold(folder):
         description = described(folder / "run.json", _FORMAT, task.name, settings)
         rows = _read(folder / "rows.jsonl")
+        if rows and not description["sessions"]:
+            raise DataError(
+                f"{folder} has rows.jsonl but no run.json that says how the rows were measured; bring it back, or choose "
+                "another --out"
+            )
         if any(item.id not in rows for item in items):
             began = time.monotonic()
             this_session = session()
             description["sessions"].append(this_session)
             write_json(folder / "run.json", description)
             try:
+                _must_score(task, dp, options, refused)
                 _measure(task, dp, items, rows, options, folder, seconds)
             except (OutputError, KeyboardInterrupt) as stop:
                 say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
@@ -78,6 +84,19 @@ def run(
             this_session["seconds"] = round(time.monotonic() - began, 1)
             write_json(folder / "run.json", description)
         return _report(task, items, rows, description, options, folder)
+
+
+def _must_score(
+    task: Task[AnyTaskOptions], dp: DePass, options: AnyTaskOptions, refused: Mapping[str, str] | None
+) -> None:
+    """Raise an OptionError that names the methods which cannot score this model."""
+    refused = task.refused(dp, options) if refused is None else refused
+    if not refused:
+        return
+    if set(getattr(options, "methods", "").split(",")) <= set(refused):
+        raise OptionError("; ".join(dict.fromkeys(refused.values())))
+    names = ", ".join(refused)
+    raise OptionError(f"{'; '.join(by_reason(refused))}; or leave out with --methods what the model refuses: {names}")
 
 
 def _measure(
@@ -105,22 +124,16 @@ def _measure(
     missing = [item for item in whole if item.id not in rows]
     if not missing:
         return
-    refused = task.refused(dp, options)
-    if refused:
-        names = ", ".join(refused)
-        raise OptionError(
-            f"{'; '.join(by_reason(refused))}; or leave out with --methods what the model refuses: {names}"
-        )
     prepared = task.prepare(dp, whole, options)
     with progress(task.name, len(items)) as update:
         update(len(rows))
-        at_once = len(missing) if seconds is None else _AT_ONCE
+        at_once = len(missing) if seconds is None else task.together
         for first in range(0, len(missing), at_once):
             for row in task.measure(dp, prepared, missing[first : first + at_once], options):
                 add(row)
                 update(len(rows))
-                if seconds is not None and time.monotonic() - began > seconds:
-                    return
+            if seconds is not None and time.monotonic() - began > seconds:
+                return
     lost = [item.id for item in missing if item.id not in rows]
     assert not lost, f"no rows of the items {', '.join(lost)}"
 
@@ -136,7 +149,7 @@ def _settings(
     if not options.skip:
         del task_options["skip"]  # runs that began before there was this option have no such setting
     for name in task.files:
-        if task_options.get(name) is not None and Path(task_options[name]).is_file():
+        if task_options.get(name) is not None and _is_file(task_options[name]):
             task_options[f"{name}_sha256"] = hashlib.sha256(_bytes(task_options[name])).hexdigest()
     defaults = dp.engine.defaults
     settings = {
@@ -151,6 +164,13 @@ def _settings(
     }
     as_json: dict[str, Any] = json.loads(json.dumps(settings))
     return as_json
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _bytes(path: str) -> bytes:

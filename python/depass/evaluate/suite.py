@@ -25,6 +25,7 @@ from .tokens import Tokens
 PAGE = "which-method.md"
 SLOWEST = ("integrated_gradients_20", "integrated_gradients_50", "gradient_shap")  # left out of a quick run
 SLOW_BEYOND_TOKENS = ("softmax", "steered")  # left out of its long prompts and sweeps of heads: a state of all sources
+QUICK_CIRCUITS = 40  # prompts; the means are taken over all of them before the first is measured
 QUICK = 540.0  # seconds of measuring; ten minutes are meant, with loading and the reports
 
 
@@ -82,8 +83,11 @@ def run_all(
         OptionError, DataError, OutputError, DePassError: see :func:`.run.run`.
     """
     folder, reports, left_out = Path(folder), list[Path](), dict[str, list[str]]()
+    planned = protocols(options)
+    for protocol in planned:
+        protocol.task.items(protocol.options)  # a data set that cannot be read is found before anything is measured
     with hold(folder):
-        for protocol in protocols(options):
+        for protocol in planned:
             refused = protocol.task.refused(dp, protocol.options)
             for sentence in by_reason(refused):
                 left_out.setdefault(sentence, []).append(protocol.name)
@@ -91,7 +95,8 @@ def run_all(
             if left is not None:
                 seconds = QUICK * protocol.share if options.quick else None
                 at = folder / protocol.name
-                reports.append(run(protocol.task, dp, left, at, quantization=quantization, seconds=seconds))
+                report = run(protocol.task, dp, left, at, quantization=quantization, seconds=seconds, refused={})
+                reports.append(report)
         experiments = [decide.load(report.parent) for report in reports if (report.parent / "results.json").exists()]
         write_atomically(folder / PAGE, (_page(experiments, reports, left_out, folder) + "\n").encode())
     return folder / PAGE
@@ -108,7 +113,7 @@ def protocols(options: SuiteOptions) -> tuple[Protocol, ...]:
         slow = (*SLOWEST, *SLOW_BEYOND_TOKENS)
         left = ",".join(name for name in NEEDLE_METHODS if name not in slow)
         of_needles = {"methods": left, "data": "fact", "tokens": (100,), "steps": 5}
-        of_circuits = {"methods": ",".join(name for name in RANKINGS if name not in slow)}
+        of_circuits = {"methods": ",".join(name for name in RANKINGS if name not in slow), "limit": QUICK_CIRCUITS}
     common: dict[str, Any] = {"seed": options.seed}
     return (
         Protocol("tokens", tokens, tokens.Options(data=options.facts, **common, **of_tokens), 0.3),
@@ -134,7 +139,7 @@ def _page(
     if left_out:
         text.append("Methods that cannot score this model were left out:")
         text.append("\n".join(f"- in {', '.join(names)}: {sentence}" for sentence, names in left_out.items()))
-    if not experiments:
+    if not any(experiment.results for experiment in experiments):
         return "\n\n".join([*text, "No prompt was measured: the reports say why."])
     text += decide.tables(experiments)
     figure = decide.draw(experiments, folder / "which-method.png")

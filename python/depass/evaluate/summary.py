@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESAMPLES = 2000
+FEWEST = 5  # prompts of a measure; fewer decide nothing
 # DePass first; a method keeps its colour in every figure of a report
 COLOURS = ("#0b62a4", "#c43d3d", "#d98b19", "#5d8a3a", "#8a5cb8", "#57a69a", "#b0649a", "#7a5c3e", "#4f4f9f", "#8c8c8c")
 LINES = ("-", "--", ":", "-.")

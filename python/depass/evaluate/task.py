@@ -67,12 +67,14 @@ class Task(ABC, Generic[AnyTaskOptions]):
         help: what it does, in one line.
         Options: the class of its options, a frozen dataclass derived from :class:`TaskOptions`.
         files: names of the options that may name a file. The file's content is part of a run's settings.
+        together: how many items a run with a time limit measures before it looks at the clock.
     """
 
     name: str
     help: str
     Options: type[AnyTaskOptions]
     files: tuple[str, ...] = ("data",)
+    together: int = 1
 
     @abstractmethod
     def items(self, options: AnyTaskOptions) -> list[Item]:

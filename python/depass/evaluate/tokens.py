@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ from .forward import next_tokens
 from .measures import BUDGETS, DRAWS, FAMILIES, MEASURES, NOTHING, SHARES, families, plan, relative, value
 from .methods import DPA, GROUPS, METHODS, REFERENCE, SLOW, Outcome
 from .questions import Asked, Question
-from .summary import Result, area, differences, mean, new_figure, results, save, style, table
+from .summary import FEWEST, Result, area, differences, mean, new_figure, results, save, style, table
 from .task import Item, Row, Task, TaskOptions, failed, skipped
 
 Score = Callable[[Sequence[Pair]], "list[dict[str, Outcome]]"]  # for each prompt its scores by each method
@@ -83,6 +84,7 @@ class Tokens(Task[TokensOptions]):
     name = "tokens"
     help = "take away or keep the highest-scoring tokens and measure the answer's probability (paper, section 4.1.1)"
     Options = TokensOptions
+    together = FEWEST  # with fewer prompts nothing can be decided
 
     def items(self, options: TokensOptions) -> list[Item]:
         """Prompts with their answers."""
@@ -106,7 +108,7 @@ class Tokens(Task[TokensOptions]):
         if not rows:
             return "No prompt was measured."
         names, chosen = methods.named(options.methods), families(options.measures)
-        text = [explained(rows, options.retokenize)]
+        text = [explained(rows, options.retokenize), *_failures(rows)]
         for family, of_family in FAMILIES.items():
             if of_family[0] in chosen:
                 text += [_ABOUT[family], _table(rows, names, of_family, options.seed)]
@@ -163,8 +165,9 @@ def curves(
 
     An ``ok`` row holds ``clean``, the probability after the whole prompt; for each curve (``patch``, ``recover`` and the
     others of :mod:`.measures`) and each method the probabilities at each of its points; ``missed``, the conservation error
-    of each method (None: its scores need not add up); ``seconds``, each method's time for one prompt; and
-    ``plain_seconds``, that of a plain pass of the model over the same prompts.
+    of each method (None: its scores need not add up); ``seconds``, each method's time for one prompt;
+    ``plain_seconds``, that of a plain pass of the model over the same prompts; and where methods could not score the
+    prompt, ``failed``, their errors.
 
     Args:
         dp: the model.
@@ -241,6 +244,8 @@ def _measured(
         if NOTHING in found:
             (found[NOTHING],) = found[NOTHING][NOTHING]
         scored = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, DePassError)}
+        if len(scored) < len(outcomes):
+            found["failed"] = {name: str(outcome) for name, outcome in outcomes.items() if name not in scored}
         yield {
             "id": pair.item.id, "status": "ok", **begun, **found,
             "missed": {name: _missed(each.missed) for name, each in scored.items()},
@@ -261,13 +266,16 @@ def _plan(
     """By curve and method, the indices of its questions in ``asked``.
 
     Raises:
-        DePassError: a method could not score the prompt, or the remaining tokens are not a valid prompt.
+        DePassError: no method could score the prompt, or the remaining tokens are not a valid prompt.
     """
     encoded = partial(encoded_anew, dp, pair) if retokenize else tuple
     found: dict[str, dict[str, list[int]]] = {curve: {} for curve in chosen}
+    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, DePassError)]
+    if errors and len(errors) == len(outcomes):
+        raise errors[0]
     for name, outcome in outcomes.items():
         if isinstance(outcome, DePassError):
-            raise outcome
+            continue
         for curve, indices in plan(dp, pair, outcome.tokens, chosen, asked, encoded).items():
             found[curve][name] = indices
     if "soft_nc" in chosen:
@@ -315,6 +323,15 @@ def explained(rows: Sequence[Row], retokenize: bool) -> str:
         f"After deletion, the remaining tokens are {how}. *Cost* is the time of a method in plain passes of the model over "
         f"the same prompts, the median over prompts."
     )
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    """How many prompts each method could not score; nothing if all could score all."""
+    counts = Counter(f"{name}: {reason}" for row in rows for name, reason in row.get("failed", {}).items())
+    if not counts:
+        return []
+    lines = [f"- {count} prompts by {said}" for said, count in counts.most_common()]
+    return ["Prompts that a method could not score, and that do not count for it:", "\n".join(lines)]
 
 
 _ABOUT = {
