@@ -171,7 +171,9 @@ def _draw(areas: dict[tuple[Variant, str], Mean], folder: Path) -> str:
                     shown = None if excluded else rule
                     axes.axhline(area_of_rule.value, linestyle=line, color=colour, linewidth=1.2, label=shown)
         axes.set_xscale("log")
-        axes.set_xlabel("temperature τ of the softmax rule (pre-activation units)")
+        axes.set_xlabel(
+            "temperature τ of softmax, pre-activation units\n(dashed lines: first token excluded)", fontsize=9
+        )
         axes.set_ylabel(
             "probability of the answer,\nrelative to the whole prompt" if curve == CURVES[0] else "", fontsize=9
         )
