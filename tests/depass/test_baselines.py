@@ -466,22 +466,46 @@ def test_gradients_in_inference_mode_are_refused_with_the_reason(take: Any) -> N
         take(DePass(made))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4"])
-@pytest.mark.parametrize("part", ["attention", "mlp"])
-def test_gradients_that_pass_only_by_the_residual_stream_are_refused(name: str, part: str) -> None:
+def _cut(model: Any, part: str) -> None:
+    """Let a part of layer 1 pass no gradient on to the embeddings; its weights may still take some."""
+    layer = bind(model).layers[1]
+
+    def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].detach(), *args[1:])
+
+    def after(_: Any, __: Any, output: Any) -> Any:
+        return output.detach()
+
+    if part == "norm":
+        layer.attention_norm.module.register_forward_hook(after)
+    elif part == "experts":
+        layer.experts.module.register_forward_hook(after)
+    else:
+        projection = layer.mixers[0].output if part == "attention" else layer.only_mlp.down
+        projection.module.register_forward_pre_hook(before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("name", "part"), [
+    ("llama", "attention"), ("llama", "mlp"), ("llama", "norm"), ("gpt2", "mlp"), ("gemma4", "attention"),
+    ("mixtral", "experts"),
+])  # fmt: skip
+def test_gradients_that_pass_only_by_the_residual_stream_are_refused(name: str, part: str, frozen: bool) -> None:
     """As with kernels of 8-bit activations, which have no gradient: the stream's own gradient would look like the whole."""
     if not models.runs(name):
         pytest.skip(f"this transformers has no {name} that is supported")
-    model = models.make(name)
-    layer = bind(model).layers[1]
-    projection = (layer.mixers[0].output if part == "attention" else layer.only_mlp.down).module
-    projection.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+    model = models.make(name).requires_grad_(not frozen)
     dp = DePass(model)
+    baselines.tokens(dp, "gradient_norm", [IDS], TARGET)
+    _cut(model, part)
+    said = "does not pass gradients on to its embeddings by every path"
     for baseline in ("gradient_norm", "input_x_gradient", "integrated_gradients_20", "gradient_shap"):
-        with pytest.raises(ModelError, match="does not pass gradients on to its embeddings by every path"):
+        with pytest.raises(ModelError, match=said):
             baselines.tokens(dp, baseline, [IDS], TARGET)
-    with pytest.raises(ModelError, match="by every path"):
-        (baselines.heads if part == "attention" else baselines.neurons)(dp, "attribution_patching", IDS, TARGET)
+    of_components = [baselines.heads, baselines.experts if part == "experts" else baselines.neurons]
+    for baseline_of in of_components:
+        with pytest.raises(ModelError, match=said):
+            baseline_of(dp, "attribution_patching", IDS, TARGET)
     baselines.tokens(dp, "random", [IDS], TARGET)
 
 

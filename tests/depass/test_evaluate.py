@@ -170,6 +170,34 @@ def test_a_run_whose_time_is_up_reports_what_it_has_and_goes_on_later(dp: DePass
     assert len(rows_of(tmp_path)) == 9
 
 
+def test_rows_of_another_edition_are_not_continued(dp: DePass, tmp_path: Path) -> None:
+    class Changed(Lengths):
+        edition = 2
+
+    run(Lengths(), dp, LengthsOptions(), tmp_path)
+    with pytest.raises(OptionError, match="holds a run with edition None, but this run has 2"):
+        run(Changed(), dp, LengthsOptions(), tmp_path)
+
+
+def test_a_run_that_is_refused_leaves_nothing_behind(dp: DePass, tmp_path: Path) -> None:
+    """So the same directory takes the run without the methods that the model refuses."""
+
+    class Refusing(Lengths):
+        def refused(self, dp: DePass, options: LengthsOptions) -> dict[str, str]:
+            return {"up": "it has no gate"} if options.unit == "characters" else {}
+
+    with pytest.raises(OptionError, match="up: it has no gate"):
+        run(Refusing(), dp, LengthsOptions(), tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    assert "stopped" not in run(Refusing(), dp, LengthsOptions(unit="bytes"), tmp_path).read_text()
+
+
+def test_methods_that_share_no_prompt_are_not_compared() -> None:
+    own = {"softmax": [1.0, None], "leave_one_out": [None, 2.0]}
+    _, other = summary.results("area", "lower", own, "softmax", 0, [3, 4])
+    assert (other.value.value, other.against) == (2.0, None)
+
+
 def test_rows_without_their_settings_are_not_continued(dp: DePass, tmp_path: Path) -> None:
     run(Lengths(), dp, LengthsOptions(), tmp_path)
     (tmp_path / "run.json").unlink()
@@ -210,7 +238,7 @@ def test_a_method_that_fails_on_a_prompt_loses_only_its_own_number(
     )
     report = run(TASKS["tokens"], dp, options, tmp_path / "out").read_text()
     assert "4 items: 4 ok" in report
-    assert "- 1 prompts by half: it overflows" in report
+    assert "- half: it overflows: 1" in report
     rows = rows_of(tmp_path / "out")
     assert [sorted(row["patch"]) for row in rows.values()].count(["random", "softmax"]) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]

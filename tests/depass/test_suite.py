@@ -151,8 +151,7 @@ def test_a_protocol_that_the_model_cannot_run_is_left_out_with_the_reason(dp: De
     rows = [{"prompt": models.prompt(7, i), "target": 5} for i in range(3)]
     path.write_text("\n".join(map(json.dumps, rows)))
     text = run_all(dp, SuiteOptions(facts=str(path), ioi=str(path), quick=True), tmp_path / "out").read_text()
-    assert "in needles: " in text
-    assert "the model has no tokenizer; give one" in text
+    assert "- in needles: the prompts of needles are texts, but the model has no tokenizer; give one" in text
     assert "[tokens](tokens/report.md)" in text
 
 

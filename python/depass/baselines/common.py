@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from ..api import DePass
 from ..errors import ModelError, NonFiniteError, OptionError
@@ -66,34 +67,58 @@ def cut(bound: BoundModel) -> ModelError:
 
 
 @contextmanager
-def every_path_carries_gradients(bound: BoundModel) -> Iterator[None]:
-    """Inside the ``with`` block, refuse a pass of this thread in which attention or an MLP passes no gradient on.
+def every_path_carries_gradients(bound: BoundModel, embeddings: Tensor) -> Iterator[None]:
+    """Inside the ``with`` block, refuse a pass of this thread in which attention, an MLP or experts pass no gradient on.
 
     The residual stream carries gradients past kernels that have none, such as those of 8-bit activations; such gradients
-    are wrong. The projections into the stream are where this shows: their inputs carry no gradient.
+    are wrong. So the graph of what each projection into the stream reads must lead back to the embeddings.
+
+    Args:
+        bound: the model.
+        embeddings: what the gradients are taken of, or what the pass begins with.
 
     Raises:
         ModelError: such a pass runs.
     """
-    refusal = _Refusal(bound)
+    refusal = _Refusal(bound, embeddings)
     with ExitStack() as stack:
         for layer in bound.layers:
-            read = [mixer.output for mixer in layer.mixers] + ([] if layer.mlp is None else [layer.mlp.down])
-            for projection in read:
-                stack.callback(projection.module.register_forward_pre_hook(refusal.hook).remove)
+            mlps = [mlp for mlp in (layer.mlp, layer.late) if mlp is not None]
+            for projection in [*(mixer.output for mixer in layer.mixers), *(mlp.down for mlp in mlps)]:
+                stack.callback(projection.module.register_forward_pre_hook(refusal.reads).remove)
+            if layer.experts is not None:
+                stack.callback(layer.experts.module.register_forward_hook(refusal.writes).remove)
         yield
 
 
 class _Refusal:
-    """Refuses a module's input that carries no gradient."""
+    """Refuses tensors of this thread's pass whose graph does not lead back to the embeddings."""
 
-    def __init__(self, bound: BoundModel) -> None:
+    def __init__(self, bound: BoundModel, embeddings: Tensor) -> None:
         self.bound, self.thread = bound, threading.get_ident()
+        self.reached: set[Any] = {get_gradient_edge(embeddings).node}
 
     @capture.of_this_thread
-    def hook(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled() and not args[0].requires_grad:
-            raise cut(self.bound)
+    def reads(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._must_lead_back(args[0])
+
+    @capture.of_this_thread
+    def writes(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._must_lead_back(output[0] if isinstance(output, tuple) else output)
+
+    def _must_lead_back(self, x: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        waiting, seen = [x.grad_fn], set[Any]()
+        while waiting:
+            node = waiting.pop()
+            if node in self.reached:
+                self.reached.add(x.grad_fn)  # the walk from what comes later ends here
+                return
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+        raise cut(self.bound)
 
 
 def refuse_inference_mode(bound: BoundModel) -> None:

@@ -33,6 +33,7 @@ from .common import (
     _settings,
     _value,
     cut,
+    every_path_carries_gradients,
     refuse_inference_mode,
 )
 
@@ -268,14 +269,17 @@ def _gradient_times_value(
         for hook in hooks:
             stack.callback(hook.remove)
         # the graph starts at the embeddings, so it works for frozen weights as well
-        embedded = _embedded(bound, case)[None].requires_grad_()
-        normed = capture.normed_at(bound, [case.prompt.ids], embedded)[0]
-        if not all(x.requires_grad for x in kept.inputs):
+        embedded = _embedded(bound, case)[None].detach().requires_grad_()
+        with every_path_carries_gradients(bound, embedded):
+            normed = capture.normed_at(bound, [case.prompt.ids], embedded)[0]
+        if not all(x.requires_grad for x in (normed, *kept.inputs)):
             raise cut(bound)
         by_target = []
         for j, readout in enumerate(case.readouts):
             more = j + 1 < len(case.readouts)
-            gradients = torch.autograd.grad(_value(normed, readout), kept.inputs, retain_graph=more)
+            gradients = torch.autograd.grad(_value(normed, readout), kept.inputs, retain_graph=more, allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                raise cut(bound)
             products = [g.float() * x for g, x in zip(gradients, kept.differences(), strict=True)]
             by_target.append(of_target(products, readout.target.position))
     return torch.stack(by_target)

@@ -174,9 +174,10 @@ def _by_gradients(
 def _gradients(bound: BoundModel, embeddings: Tensor, cases: Sequence[_Case], within: Within) -> list[Tensor]:
     """Each case's gradients ``[targets, T, D]`` at embeddings ``[B, T, D]``: one forward pass, one backward per target."""
     refuse_inference_mode(bound)
-    with torch.enable_grad(), within(bound), every_path_carries_gradients(bound):
+    with torch.enable_grad(), within(bound):
         embeddings = embeddings.detach().requires_grad_()
-        normed = capture.normed_at(bound, [case.prompt.ids for case in cases], embeddings)
+        with every_path_carries_gradients(bound, embeddings):
+            normed = capture.normed_at(bound, [case.prompt.ids for case in cases], embeddings)
         most = max(len(case.readouts) for case in cases)
         by_target = []
         for j in range(most):

@@ -93,6 +93,7 @@ class Circuits(Task[CircuitsOptions]):
     name = "circuits"
     help = "keep the x % highest-scoring heads, mean-ablate all others: how much of the logit difference is left?"
     Options = CircuitsOptions
+    edition = 2  # since 2: attribution patching estimates setting heads to their means
 
     def items(self, options: CircuitsOptions) -> list[Item]:
         """Sentences in which one of two people, the giver, gives something to the other, the answer."""
@@ -105,8 +106,6 @@ class Circuits(Task[CircuitsOptions]):
             OptionError: fewer than two prompts can be read.
         """
         readable = _readable(dp, items)
-        if len(readable) < 2:
-            raise OptionError(_too_few(len(readable), len(items)))
         return Means(masking.head_means(dp, readable), len(readable))
 
     def measure(self, dp: DePass, prepared: Means, items: Sequence[Item], options: CircuitsOptions) -> Iterator[Row]:
@@ -118,10 +117,8 @@ class Circuits(Task[CircuitsOptions]):
                 yield failed(item, error)
 
     def refused(self, dp: DePass, options: CircuitsOptions) -> dict[str, str]:
-        """The rankings that cannot score this model's heads, all if fewer than two prompts can be read."""
-        items = self.items(options)[options.skip :][: options.limit]
-        if (count := len(_readable(dp, items))) < 2:
-            return dict.fromkeys(chosen(METHODS, options.methods), _too_few(count, len(items)))
+        """The rankings that cannot score this model's heads; see :func:`.methods.refused`."""
+        _readable(dp, self.items(options)[options.skip :][: options.limit])
         pair, found = data.short_prompt(dp), dict[str, str]()
         for name in chosen(METHODS, options.methods):
             try:
@@ -157,17 +154,22 @@ class Circuits(Task[CircuitsOptions]):
 
 
 def _readable(dp: DePass, items: Sequence[Item]) -> list[tuple[int, ...]]:
-    """The ids of the prompts that the model can read; measuring gives the errors of the others."""
+    """The ids of the prompts that the model can read; measuring gives the errors of the others.
+
+    Raises:
+        OptionError: there are fewer than two.
+    """
     found = []
     for item in items:
         with suppress(DePassError):
             if item.broken is None:
                 found.append(data.pair(dp, item).ids)
+    if len(found) < 2:
+        raise OptionError(
+            f"circuits takes means over other prompts, but {len(found)} of {len(items)} prompts can be read; give two or "
+            "more"
+        )
     return found
-
-
-def _too_few(readable: int, count: int) -> str:
-    return f"circuits takes means over other prompts, but {readable} of {count} prompts can be read; give two or more"
 
 
 # Measuring.

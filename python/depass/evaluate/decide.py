@@ -205,9 +205,9 @@ def decision_table(experiments: Iterable[Experiment]) -> str:
 
 def tables(experiments: Sequence[Experiment]) -> list[str]:
     """The paragraphs and tables of a page on methods: :func:`standings`, :func:`decision_table`, and how to read them."""
-    if not any(experiment.measures() for experiment in experiments):
-        return [f"Nothing can be decided: {too_few(experiments)}."]
     left_out = too_few(experiments)
+    if not any(experiment.measures() for experiment in experiments):
+        return [f"Nothing can be decided: {left_out or 'there are no results'}."]
     text = [standings(experiments), COUNTED, decision_table(experiments), EXPLAINED]
     return [*text, f"Left out: {left_out}."] if left_out else text
 

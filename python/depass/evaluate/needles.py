@@ -91,6 +91,7 @@ class Needles(Task[NeedlesOptions]):
     help = "delete the tokens of long contexts by score (RISE, MAS), and find the needles that decide the answer"
     Options = NeedlesOptions
     files = ()
+    edition = 2  # since 2: recovery counts ties as their chance
 
     def items(self, options: NeedlesOptions) -> list[Item]:
         """Kinds and lengths of prompts; they alternate."""
@@ -117,11 +118,8 @@ class Needles(Task[NeedlesOptions]):
                 yield failed(item, error)
 
     def refused(self, dp: DePass, options: NeedlesOptions) -> dict[str, str]:
-        """The methods that cannot score this model: all, without a token that may stand for a deleted one."""
-        try:
-            blank_id(dp)
-        except OptionError as error:
-            return dict.fromkeys(_named(options), str(error))
+        """The methods that cannot score this model; leave_one_out can score every model."""
+        blank_id(dp)
         return methods.refused(dp, [name for name in _named(options) if name != LEFT_OUT], options.seed)
 
     def report(self, rows: Sequence[Row], options: NeedlesOptions, folder: Path) -> str:

@@ -70,13 +70,15 @@ def run(
                 f"{folder} has rows.jsonl but no run.json that says how the rows were measured; bring it back, or choose "
                 "another --out"
             )
-        if any(item.id not in rows for item in items):
+        missing = [item for item in items if item.id not in rows]
+        if missing:
+            if any(item.broken is None for item in missing):
+                _must_score(task, dp, options, refused)
             began = time.monotonic()
             this_session = session()
             description["sessions"].append(this_session)
             write_json(folder / "run.json", description)
             try:
-                _must_score(task, dp, options, refused)
                 _measure(task, dp, items, rows, options, folder, seconds)
             except (OutputError, KeyboardInterrupt) as stop:
                 say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
@@ -93,8 +95,6 @@ def _must_score(
     refused = task.refused(dp, options) if refused is None else refused
     if not refused:
         return
-    if set(getattr(options, "methods", "").split(",")) <= set(refused):
-        raise OptionError("; ".join(dict.fromkeys(refused.values())))
     names = ", ".join(refused)
     raise OptionError(f"{'; '.join(by_reason(refused))}; or leave out with --methods what the model refuses: {names}")
 
@@ -148,6 +148,8 @@ def _settings(
     task_options = dict(vars(options))
     if not options.skip:
         del task_options["skip"]  # runs that began before there was this option have no such setting
+    if task.edition > 1:
+        task_options["edition"] = task.edition
     for name in task.files:
         if task_options.get(name) is not None and _is_file(task_options[name]):
             task_options[f"{name}_sha256"] = hashlib.sha256(_bytes(task_options[name])).hexdigest()

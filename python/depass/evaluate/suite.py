@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..api import DePass
 from ..arguments import CommandOptions, argument
+from ..errors import DataError, OptionError
 from ..files import write_atomically
 from ..runs import hold
 from . import data, decide
@@ -84,11 +85,16 @@ def run_all(
     """
     folder, reports, left_out = Path(folder), list[Path](), dict[str, list[str]]()
     planned = protocols(options)
-    for protocol in planned:
-        protocol.task.items(protocol.options)  # a data set that cannot be read is found before anything is measured
+    for protocol in planned:  # a data set that cannot be read is found before anything is measured
+        if not protocol.task.items(protocol.options):
+            raise DataError(f"{protocol.options.data} has no rows to measure; give a data set with rows")
     with hold(folder):
         for protocol in planned:
-            refused = protocol.task.refused(dp, protocol.options)
+            try:
+                refused = protocol.task.refused(dp, protocol.options)
+            except OptionError as error:
+                left_out.setdefault(str(error), []).append(protocol.name)
+                continue
             for sentence in by_reason(refused):
                 left_out.setdefault(sentence, []).append(protocol.name)
             left = _without(protocol.options, refused)
@@ -137,7 +143,7 @@ def _page(
     links = ", ".join(f"[{report.parent.name}]({report.relative_to(folder)})" for report in reports)
     text = ["# Which method when", f"Reports: {links}."] if reports else ["# Which method when"]
     if left_out:
-        text.append("Methods that cannot score this model were left out:")
+        text.append("What cannot be measured on this model was left out:")
         text.append("\n".join(f"- in {', '.join(names)}: {sentence}" for sentence, names in left_out.items()))
     if not any(experiment.results for experiment in experiments):
         return "\n\n".join([*text, "No prompt was measured: the reports say why."])

@@ -94,6 +94,7 @@ def results(
     for name, of in values.items():
         known = [value for value in of if value is not None]
         compared = name != reference and reference in values
+        both = differences(of, values[reference]) if compared else []
         found.append(
             Result(
                 measure=measure,
@@ -101,7 +102,7 @@ def results(
                 method=name,
                 value=mean(known, seed),
                 prompts=len(known),
-                against=mean(differences(of, values[reference]), seed) if compared else None,
+                against=mean(both, seed) if both else None,
                 reference=reference,
                 tokens=sum(tokens) / len(tokens),
                 cost=statistics.median(costs[name]) if costs is not None and name in costs else None,

@@ -67,6 +67,7 @@ class Task(ABC, Generic[AnyTaskOptions]):
         help: what it does, in one line.
         Options: the class of its options, a frozen dataclass derived from :class:`TaskOptions`.
         files: names of the options that may name a file. The file's content is part of a run's settings.
+        edition: the number of the measure's definition. Rows of different editions are not mixed in a run.
         together: how many items a run with a time limit measures before it looks at the clock.
     """
 
@@ -74,6 +75,7 @@ class Task(ABC, Generic[AnyTaskOptions]):
     help: str
     Options: type[AnyTaskOptions]
     files: tuple[str, ...] = ("data",)
+    edition: int = 1
     together: int = 1
 
     @abstractmethod
@@ -99,6 +101,9 @@ class Task(ABC, Generic[AnyTaskOptions]):
         """The methods of ``options`` that cannot score this model, with the reasons; a task that compares none has none.
 
         A run raises an error that names them, before it measures anything.
+
+        Raises:
+            OptionError: the model or the data lack what the task needs, whatever the method.
         """
         return {}
 

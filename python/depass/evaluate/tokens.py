@@ -33,6 +33,7 @@ Begun = tuple[Pair, dict[str, Any]]  # a prompt to measure, and the first fields
 
 ALWAYS_DRAWN = (REFERENCE, "random")
 _DRAWN = 8  # the methods of a figure besides these; a table has all
+_FAILURES = 20  # messages that a report lists
 _TOGETHER = 16  # prompts that are measured together; a resumed run repeats at most so many
 WRONG = "the model's own next token is not the answer's first token"
 
@@ -330,7 +331,9 @@ def _failures(rows: Sequence[Row]) -> list[str]:
     counts = Counter(f"{name}: {reason}" for row in rows for name, reason in row.get("failed", {}).items())
     if not counts:
         return []
-    lines = [f"- {count} prompts by {said}" for said, count in counts.most_common()]
+    lines = [f"- {said}: {count}" for said, count in counts.most_common(_FAILURES)]
+    if len(counts) > _FAILURES:
+        lines.append(f"- {len(counts) - _FAILURES} more messages: see rows.jsonl")
     return ["Prompts that a method could not score, and that do not count for it:", "\n".join(lines)]
 
 
@@ -384,6 +387,9 @@ def _mean(values: Sequence[float], seed: int) -> str:
 
 def _best_mixture(rows: Sequence[Row]) -> str:
     """Which mixture to report on other prompts: the one with the largest mean of recover-top less patch-top."""
+    rows = [row for row in rows if all(name in row["patch"] for name in methods.MIXTURES)]
+    if not rows:
+        return "No prompt was scored by all mixtures of softmax and steer."
     gains = {
         name: sum((value(row, "recover", name) or 0.0) - (value(row, "patch", name) or 0.0) for row in rows) / len(rows)
         for name in methods.MIXTURES
