@@ -27,7 +27,7 @@ from ..models import attention
 from ..models.alterations import alterations
 from ..models.bound import BoundModel, Layer
 from ..models.capture import Check
-from ..models.linearised import linearised
+from ..models.linearised import linearised, refuse
 from ..models.packing import Packing
 from ..models.positions import fresh
 from ..rules import PathWeights
@@ -431,6 +431,7 @@ class Backward:
                 compute what its family says, or an attribution is already running in this thread.
         """
         bound = self.bound
+        refuse(bound)  # before the check, which would call it the family's fault
         with attention.running, ExitStack() as stack:
             self._check()
             flows = stack.enter_context(linearised(bound, self.path_weights))
