@@ -194,31 +194,28 @@ def read_by(layer: Layer, kind: Kind) -> list[tuple[Projection, slice]]:
 def _masked(model: Any, masked: Any, kind: Kind, means: Sequence[Tensor] | None = None) -> Iterator[None]:
     bound = bound_of(model)
     off = _checked(bound, masked, kind)
-    by_module = {} if means is None else means_by_module(bound, means)
     with ExitStack() as stack:
         for index, layer in enumerate(bound.layers):
             if bool(off[:, index].any()):
                 if means is None:
                     _mask_layer(stack, layer, off[:, index], kind)
                 else:
-                    _fill_layer(stack, layer, off[:, index], by_module)
+                    _fill_layer(stack, layer, off[:, index], means[index])
         yield
 
 
-def means_by_module(bound: BoundModel, means: Sequence[Tensor]) -> dict[nn.Module, Tensor]:
-    """The means ``[H·d]`` of layers by the modules that read the heads."""
-    found: dict[nn.Module, Tensor] = {}
-    for layer, mean in zip(bound.layers, means, strict=True):
-        modules = [projection for projection, _ in read_by(layer, "heads")]
-        own = torch.split(mean, [projection.shape[1] for projection in modules])
-        found.update((projection.module, each) for projection, each in zip(modules, own, strict=True))
-    return found
+def means_by_module(layer: Layer, mean: Tensor) -> dict[nn.Module, Tensor]:
+    """A layer's means ``[H·d]`` by the modules that read its heads."""
+    readers = [projection for projection, _ in read_by(layer, "heads")]
+    own = torch.split(mean, [projection.shape[1] for projection in readers])
+    return {projection.module: each for projection, each in zip(readers, own, strict=True)}
 
 
-def _fill_layer(stack: ExitStack, layer: Layer, off: Tensor, means: Mapping[nn.Module, Tensor]) -> None:
-    """Register the hooks that set a layer's heads ``[B, H]`` to their means, by module ``[H·d]``."""
+def _fill_layer(stack: ExitStack, layer: Layer, off: Tensor, mean: Tensor) -> None:
+    """Register the hooks that set a layer's heads ``[B, H]`` to their means ``[H·d]``."""
+    own_means = means_by_module(layer, mean)
     for projection, own in read_by(layer, "heads"):
-        fill = _Mean(off[:, own], means[projection.module])
+        fill = _Mean(off[:, own], own_means[projection.module])
         stack.callback(projection.module.register_forward_pre_hook(fill.hook).remove)
 
 

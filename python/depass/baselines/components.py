@@ -212,7 +212,8 @@ def _attribution_patching(
     subtracted from the values.
     """
     count = num_components(bound, kind)
-    kept = _Inputs(None if means is None else means_by_module(bound, means))
+    by_layer = map(means_by_module, bound.layers, means or ())
+    kept = _Inputs(None if means is None else {module: mean for found in by_layer for module, mean in found.items()})
     read = [each for layer in layers_with(bound, kind) for each in read_by(bound.layers[layer], kind)]
     place = {each.module: number for number, (each, _) in enumerate(read)}
 
