@@ -72,8 +72,7 @@ def test_blocks_of_neurons_begin_where_products_are_fast(neurons: int, fit: int,
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 @pytest.mark.parametrize(
     ("tokens", "rule", "room"),
-    [*((tokens, "softmax", 1 << 34) for tokens in (48, 128, 256, 384, 512)), (512, "half", 1 << 34), (512, "steer", 1 << 34),
-     (1024, "half", 1 << 30), (1024, "steer", 1 << 30)],
+    [(48, "softmax", 1 << 34), (384, "softmax", 1 << 34), (512, "half", 1 << 34), (1024, "steer", 1 << 30)],
 )  # fmt: skip
 def test_memory_is_what_was_planned(tokens: int, rule: str, room: int, smollm2_folder: Path) -> None:
     # the C library would keep freed blocks of up to 32 MB, more or fewer of them from run to run; a plan counts tensors
