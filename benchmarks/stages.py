@@ -28,7 +28,7 @@ from depass_kernels import backends
 
 from .machine import ROOT, BenchmarkError, Machine, commit
 from .ops import GROUPED, LIBRARY, TORCH, checked, missing, prepare, row_of
-from .registry import METHODS, OURS, Case, random_model
+from .registry import GRAPHS, METHODS, OURS, Case, random_model
 from .runner import Options, Row, line, run
 
 # The most important first.
@@ -36,7 +36,7 @@ OPS = ("normed", "mix_values", "share_hidden", *GROUPED, *LIBRARY, "residual_upd
 OP_MODELS = ("llama-2-7b", "llama-3.1-8b", "smollm2-135m")
 MODEL = "llama-2-7b"
 CASES = ("tokens/128", "tokens/10", "tokens/64", "prompts/64", "tokens/256", "heads/16", "tokens/512")
-PROFILED = ("tokens/128", "prompts/64")
+PROFILED = ("tokens/128", "prompts/64", "heads/16")
 RIVALS = ("naive", "eager")
 DRY_MODEL, DRY_CASES, DRY_PROFILED = "tiny", ("tokens/10", "prompts/8", "heads/10"), ("tokens/10",)
 COUNTED = ("mix_values", "share_hidden")
@@ -168,9 +168,9 @@ class Model:
 
 
 def ours(stage: Stage) -> list[Item]:
-    """DePass on one 7B model at many sizes, then a profile of two of these cases."""
+    """DePass on one 7B model at many sizes, short ones with CUDA graphs, too; then a profile of some of these cases."""
     model = Model(stage)
-    options = Options(methods=(OURS,), runs=5, budget_seconds=6, limit_seconds=45, memory=not stage.dry)
+    options = Options(methods=(OURS, GRAPHS), runs=5, budget_seconds=6, limit_seconds=45, memory=not stage.dry)
 
     def measured(case: Case) -> Iterator[Row]:
         yield from run(case, stage.machine, options, model=model())

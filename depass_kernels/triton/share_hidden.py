@@ -1,7 +1,7 @@
 """share_hidden: shares each neuron's output among the sources of a position.
 
 A program takes one position and ``BLOCK_F`` neurons. If the position's sources fit one tile, they are read once, shared in
-registers and written once. Otherwise a first pass over blocks of sources computes the running maximum and the sum relative
+registers and written once; few sources take a half or a quarter of the tile. Otherwise a first pass over blocks of sources computes the running maximum and the sum relative
 to it, as an online softmax does, and a second pass writes the shares. A program reads every value before it overwrites it,
 so ``out`` may be ``gate``.
 """
@@ -17,7 +17,7 @@ from .launch import Launch, computing_type, power_of_two
 
 WIDEST = 256  # the most sources of a tile that holds all of a position's sources
 BLOCK = 128  # sources of a tile where a position needs several
-BYTES = 32768  # of one tile: with 8 warps, 32 fp32 numbers per thread, so that two tiles run per multiprocessor
+TILE = 4096  # fp32 numbers of a tile for two warps, 64 per thread: few warps have little to tell each other (an H200's best)
 
 
 def launch(
@@ -33,8 +33,8 @@ def launch(
     accumulator = computing_type(gate, hidden)
     online = layout.most > WIDEST
     sources = BLOCK if online else power_of_two(layout.most, 16, WIDEST)
-    numbers = BYTES * 8 // accumulator.primitive_bitwidth // (2 if online else 1)
-    block = power_of_two(columns, 16, min(128, numbers // sources))
+    tile = TILE * 32 // accumulator.primitive_bitwidth
+    block = power_of_two(columns, 16, max(32, tile // sources))
     offsets = layout.to(gate.device)
     return Launch(
         _share_hidden,
@@ -42,9 +42,9 @@ def launch(
         (gate, hidden, out, offsets.row_start, offsets.skipped, columns, gate.stride(0), hidden.stride(0),
          out.stride(0), min(1 / temperature, 3e38)),
         {
-            "RULE": rule, "ACC": accumulator, "SOURCES": sources, "FEW": max(16, sources // 4),
-            "ONLINE": online, "BLOCK_F": block, "num_warps": 8 if sources * block > numbers // 2 else 4,
-            "maxnreg": 168,  # without a bound the assembler spills a few registers to fit one more block
+            "RULE": rule, "ACC": accumulator, "SOURCES": sources, "HALF": max(16, sources // 2),
+            "QUARTER": max(16, sources // 4), "ONLINE": online, "BLOCK_F": block,
+            "num_warps": 4 if online or sources * block > tile else 2, "maxnreg": 240,
         },
     )  # fmt: skip
 
@@ -52,8 +52,8 @@ def launch(
 @triton.jit
 def _share_hidden(
     gate, hidden, out, row_start, skipped, columns, gate_stride, hidden_stride, out_stride,
-    per_temperature: tl.float64, RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr, FEW: tl.constexpr,
-    ONLINE: tl.constexpr, BLOCK_F: tl.constexpr,
+    per_temperature: tl.float64, RULE: tl.constexpr, ACC: tl.constexpr, SOURCES: tl.constexpr, HALF: tl.constexpr,
+    QUARTER: tl.constexpr, ONLINE: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     per_temperature = tl.full((), per_temperature, ACC)
     blocks = tl.cdiv(columns, BLOCK_F)
@@ -66,9 +66,15 @@ def _share_hidden(
     h = tl.load(hidden + t * hidden_stride + f, mask=f < columns, other=0).to(ACC)
     gate += begin * gate_stride
     out += begin * out_stride
-    if count <= FEW:
+    if QUARTER == SOURCES:
         _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
-                    RULE, ACC, FEW)  # fmt: skip
+                    RULE, ACC, SOURCES)  # fmt: skip
+    elif count <= QUARTER:
+        _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
+                    RULE, ACC, QUARTER)  # fmt: skip
+    elif count <= HALF:
+        _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
+                    RULE, ACC, HALF)  # fmt: skip
     elif count <= SOURCES:
         _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
                     RULE, ACC, SOURCES)  # fmt: skip
@@ -135,7 +141,8 @@ def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
         total = tl.min(at_top, 0)
     else:
         total = tl.sum(tl.where(part, _weight(x, m, high, low, low, per_temperature, RULE), 0), 0)
-    broken = tl.sum(tl.where(part & (x != x), x, 0), 0)
+    # under softmax the sum is NaN by itself
+    broken = tl.zeros_like(high) if RULE == "softmax" else tl.sum(tl.where(part & (x != x), x, 0), 0)
     return high, low, total, broken
 
 

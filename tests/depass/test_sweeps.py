@@ -29,7 +29,7 @@ from depass import (
 )
 from depass.engine import passes as engine_passes
 from depass.propagation.blocks import TRAITS, blocks_of
-from depass.propagation.needs import needs
+from depass.propagation.needs import Sizes
 from depass.sources.decompose import COMPONENT_BYTES
 
 LENGTH = 9
@@ -101,7 +101,8 @@ def test_groups_of_layers_change_nothing(name: str, kind: Any, device: str) -> N
     dp, ids = DePass(models.make(name, torch.float64, device), workspace_bytes=1 << 16), models.prompt(LENGTH)
     whole = dp.sweep(kind, ids, TARGETS)
     runs: list[tuple[int, int]] = []
-    needed = needs(dp.bound, 60 + 2 * LENGTH, [LENGTH], blocks_of(dp.bound, 1 << 16, dp.bound.device), dp.bound.device)
+    blocks = blocks_of(dp.bound, 1 << 16, dp.bound.device)
+    needed = Sizes.of(dp.bound, dp.bound.device).needs(60 + 2 * LENGTH, [LENGTH], blocks)
     budget = needed.state_bytes + needed.buffer_bytes + COMPONENT_BYTES
     tight = dp.sweep(kind, ids, TARGETS, memory_bytes=budget, progress=lambda *now: runs.append(now))
     assert len(runs) > models.LAYERS  # several passes

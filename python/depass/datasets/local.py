@@ -41,15 +41,15 @@ def batch_tokens(dp: DePass, processes: int = 1) -> int:
     """
     from ..engine.plan import rows_and_sources
     from ..propagation.blocks import blocks_of
-    from ..propagation.needs import needs, room
+    from ..propagation.needs import Sizes, room
 
     bound, tokens = dp.bound, _MOST_TOKENS
-    blocks = blocks_of(bound, dp.engine.workspace_bytes, bound.device)
+    blocks, sizes = blocks_of(bound, dp.engine.workspace_bytes, bound.device), Sizes.of(bound, bound.device)
     free = room(bound)
 
     def taken(count: int) -> int:
         rows, _ = rows_and_sources(bound, count, "token")
-        return needs(bound, rows, [count], blocks, bound.device).total_bytes
+        return sizes.needs(rows, [count], blocks).total_bytes
 
     while tokens > 1 and taken(tokens) > free // (2 * processes):
         tokens //= 2

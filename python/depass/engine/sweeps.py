@@ -17,7 +17,7 @@ from ..models import attention
 from ..models.bound import BoundModel
 from ..models.health import blame
 from ..propagation.blocks import blocks_of
-from ..propagation.needs import needs
+from ..propagation.needs import Sizes
 from ..results.common import conservation_error
 from ..results.sweep import Sweep, SweepKind
 from ..sources.components import component_ids
@@ -41,10 +41,10 @@ def grouped(
         OptionError: a single layer does not fit.
     """
 
-    blocks = blocks_of(bound, workspace_bytes, bound.device)
+    blocks, sizes = blocks_of(bound, workspace_bytes, bound.device), Sizes.of(bound, bound.device)
 
     def taken(rows: int) -> int:
-        needed = needs(bound, rows, [positions], blocks, bound.device)
+        needed = sizes.needs(rows, [positions], blocks)
         return needed.state_bytes + needed.buffer_bytes + COMPONENT_BYTES
 
     group: list[Sequence[Decomposition]] = []

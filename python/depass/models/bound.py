@@ -6,7 +6,7 @@ import itertools
 import platform
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ class Mixer:
     sinks: Any = None
     recurrence: Recurrence | None = None
 
-    @property
+    @cached_property
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers that the decomposition uses."""
         value = (self.value,) if self.values_of is None else ()
@@ -245,35 +245,35 @@ class Layer:
     scalar_path: str | None = None
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)  # by path, all that was found
 
-    @property
+    @cached_property
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers that the decomposition uses; experts are no linear layers."""
         of_mixers = [projection for mixer in self.mixers for projection in mixer.projections]
         mlps = [each for mlp in (self.mlp, self.late) if mlp is not None for each in (mlp.gate, mlp.down)]
         return (*of_mixers, *mlps)
 
-    @property
+    @cached_property
     def num_heads(self) -> int:
         """The number of heads of all mixers."""
         return sum(mixer.num_heads for mixer in self.mixers)
 
-    @property
+    @cached_property
     def heads(self) -> list[tuple[Mixer, slice]]:
         """The mixers, each with its heads among all of the layer's."""
         ends = list(itertools.accumulate((mixer.num_heads for mixer in self.mixers), initial=0))
         return [(mixer, slice(*ends[number : number + 2])) for number, mixer in enumerate(self.mixers)]
 
-    @property
+    @cached_property
     def attention(self) -> Mixer | None:
         """The mixer that is an attention, or None."""
         return next((mixer for mixer in self.mixers if mixer.recurrence is None), None)
 
-    @property
+    @cached_property
     def recurrence(self) -> Recurrence | None:
         """The recurrence of one of the mixers, or None."""
         return next((mixer.recurrence for mixer in self.mixers if mixer.recurrence is not None), None)
 
-    @property
+    @cached_property
     def values_of(self) -> int | None:
         """The layer whose keys and values this one's attention takes, or None."""
         return None if self.attention is None else self.attention.values_of
@@ -288,12 +288,12 @@ class Layer:
         """The numbers that all mixers' output projections read at a position."""
         return sum(mixer.output.shape[1] for mixer in self.mixers)
 
-    @property
+    @cached_property
     def has_mlp(self) -> bool:
         """Whether the layer has an MLP or experts."""
         return self.mlp is not None or self.experts is not None
 
-    @property
+    @cached_property
     def read_by_experts(self) -> Norm | None:
         """The norm on the experts' input."""
         return self.mlp_norm if self.experts_norm is None else self.experts_norm
@@ -383,7 +383,7 @@ class BoundModel:
         """The layer in which a position has the most neurons, which determines the size of the MLP's blocks."""
         return max(self.layers, key=lambda layer: layer.neurons)
 
-    @property
+    @cached_property
     def most_heads(self) -> int:
         """The number of heads of the layer that has most."""
         return max(layer.num_heads for layer in self.layers)
@@ -398,22 +398,22 @@ class BoundModel:
         """The numbers that output projections read at a position in the layer where they read most."""
         return max(layer.mixed for layer in self.layers)
 
-    @property
+    @cached_property
     def has_recurrence(self) -> bool:
         """Whether a layer has a recurrence."""
         return any(layer.recurrence is not None for layer in self.layers)
 
-    @property
+    @cached_property
     def lending(self) -> tuple[int, ...]:
         """The layers whose keys and values later layers take, rising."""
         return tuple(sorted({layer.values_of for layer in self.layers if layer.values_of is not None}))
 
-    @property
+    @cached_property
     def has_experts(self) -> bool:
         """Whether a layer has routed experts."""
         return bool(self.expert_layers)
 
-    @property
+    @cached_property
     def expert_layers(self) -> tuple[int, ...]:
         """The numbers of the layers with routed experts."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.experts is not None)

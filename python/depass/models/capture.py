@@ -138,6 +138,7 @@ class Capture(ABC):
         self, bound: BoundModel, prompts: Sequence[Sequence[int]], layers: range, with_gate_total: bool = False
     ) -> None:
         self.bound, self.layers, self.with_gate_total = bound, layers, with_gate_total
+        self.state_dtype = bound.state_dtype
         self.packing = Packing(prompts, bound.takes_positions)
         self.lengths = self.packing.lengths
         self.reading: int | None = None  # the layer whose trace is being read
@@ -355,14 +356,14 @@ class MixerCapture:
         """Capture the scale and the weight of the norm on each head's values."""
         norm, x = self.mixer.value_norm, self._flat(args[0])  # [P, K, d]
         assert norm is not None
-        scale = norm.scale(x, self.of.run.bound.state_dtype)[..., None].expand(x.shape)
+        scale = norm.scale(x, self.of.run.state_dtype)[..., None].expand(x.shape)
         self.trace.value_scale = norm.weighted(scale).flatten(1)
 
     @of_this_thread
     def latent_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the scale of the norm on the latent vectors."""
         assert self.mixer.latent_norm is not None
-        self.trace.latent_scale = self.mixer.latent_norm.scale(self._flat(args[0]), self.of.run.bound.state_dtype)
+        self.trace.latent_scale = self.mixer.latent_norm.scale(self._flat(args[0]), self.of.run.state_dtype)
 
     @of_this_thread
     def mixed(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -382,7 +383,7 @@ class MixerCapture:
         """Capture the scale and the weight of the norm on what the heads mix."""
         norm, x = self.mixer.mix_norm, self._flat(args[0])
         assert norm is not None
-        scale = norm.scale(x, self.of.run.bound.state_dtype)[:, None].expand(-1, x.shape[1])
+        scale = norm.scale(x, self.of.run.state_dtype)[:, None].expand(-1, x.shape[1])
         self._scale_mix(norm.weighted(scale))
 
     def _scale_mix(self, scale: Tensor) -> None:
@@ -481,7 +482,7 @@ class LayerCapture:
     @of_this_thread
     def norm(self, name: str, norm: Norm, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Capture the scale of a norm's input."""
-        self.trace.scales[name] = norm.scale(self.run.packing.flat(args[0]), self.run.bound.state_dtype)
+        self.trace.scales[name] = norm.scale(self.run.packing.flat(args[0]), self.run.state_dtype)
 
     @of_this_thread
     def hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -95,7 +95,7 @@ class _Every:
     ) -> None:
         self.propagation, self.mlp, self.total = propagation, mlp, frozen.total
         self.norm, self.scale, self.post_norm, self.inner = norm, scale, post_norm, inner
-        dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
+        dtype, state_dtype = propagation.product_dtype, propagation.state.dtype
         self.factor = None if frozen.factor is None else frozen.factor.to(state_dtype)
         self.hidden = frozen.hidden if self.factor is None else frozen.hidden.to(state_dtype) * self.factor[:, None]
         self.gate_weight = mlp.gate.weight.to(dtype)  # [F, D]
@@ -223,7 +223,7 @@ def _weighted(x: Tensor, *norms: Norm | None) -> Tensor:
 
 def share(propagation: Propagation, gate: Tensor, hidden: Tensor, layout: SourceLayout, total: Tensor | None) -> Tensor:
     """The hidden vectors ``[P', n]`` shared out by the pre-activations ``[R', n]``, in the dtype of the products."""
-    dtype, sharing = propagation.bound.product_dtype, propagation.sharing
+    dtype, sharing = propagation.product_dtype, propagation.sharing
     return share_hidden(
         gate,
         hidden,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -36,43 +37,87 @@ class Needs:
         return self.state_bytes + self.pass_bytes + self.buffer_bytes
 
 
-def needs(bound: BoundModel, rows: int, lengths: Sequence[int], blocks: Blocks, device: torch.device) -> Needs:
-    """The bytes that a state of ``rows`` rows needs, for prompts of these lengths, if it moves in these blocks.
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model from which the bytes of any run follow; numbers where nothing else is said.
 
-    They follow from shapes; no weight is read.
+    Attributes:
+        row: the bytes of a layer's buffers for one row.
+        own, product, state: the bytes of a number of the model's weights, of the products and of the state.
+        width: of the residual stream.
+        neurons, heads, values: of the layer that has most.
+        weights: the bytes of the copies of a layer's weights.
+        chosen, of_experts: the experts that a position chooses, and their neurons.
+        lent: the values that are kept for later layers.
+        is_recurrent, is_parallel: whether a layer has a recurrence; whether attention and MLP are parallel.
+        patterns: how many copies of a layer's patterns there are: one more where their rows are padded.
     """
-    layer, row = bound.widest_layer, RowBytes.of(bound, device)
-    neurons, width, values = layer.neurons, bound.hidden_size, bound.most_values
-    number, product, own = (d.itemsize for d in (bound.state_dtype, bound.product_dtype_on(device), bound.dtype))
-    attention = min(rows, blocks.attention)
-    scattered = min(attention, blocks.run) * width * number * (attention < rows)
-    buffers = max(attention * row.attention + min(attention, blocks.run) * row.run + scattered,
-                  min(rows, blocks.mlp) * row.mlp)  # fmt: skip
-    folded = max(_copied_weights(bound, each, device) for each in bound.layers)
-    folded += max(_lent(bound, layer) for layer in bound.layers)
-    padded = len(lengths) * max(lengths)
-    patterns = bound.most_heads * padded * max(lengths)
-    scores = patterns * (2 * own + 4)  # the eager attention's: before and after its softmax in fp32
-    if bound.has_recurrence:
-        own_pattern = max(number, 4)  # computed for some heads at a time, with seven more such matrices
-        together = min(patterns, max(padded * max(lengths), HEADS_NUMBERS))
-        scores = max(scores, own_pattern * (patterns + 7 * together))
-    chosen, of_experts = _places(bound)
-    activations = padded * (4 * neurons + (8 + 3 * chosen) * width) * own
-    in_pattern = max(own, 4) if bound.has_recurrence else own
-    kept = patterns * in_pattern * (2 if traits(device).keys > 1 else 1)  # a second copy with padded rows
-    buffers += padded * of_experts * (2 * own + number)  # hidden vectors and pre-activations, made again
-    with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
-    if bound.parallel:
-        with_rows += rows * values * product
-    attentions = (bound.layers[index].attention for index in bound.lending)
-    lent = sum(mixer.value.shape[0] for mixer in attentions if mixer is not None)
-    with_rows += rows * product * lent  # kept for later layers
-    return Needs(
-        state_bytes=rows * width * number,
-        pass_bytes=scores + activations,
-        buffer_bytes=max(0, kept + buffers + folded - scores) + with_rows,
-    )
+
+    row: RowBytes
+    own: int
+    product: int
+    state: int
+    width: int
+    neurons: int
+    heads: int
+    values: int
+    weights: int
+    chosen: int
+    of_experts: int
+    lent: int
+    is_recurrent: bool
+    is_parallel: bool
+    patterns: int
+
+    @staticmethod
+    def of(bound: BoundModel, device: torch.device) -> Sizes:
+        """Those of a model on ``device``. They follow from shapes; no weight is read."""
+        dtypes, width = _Dtypes(bound.dtype, bound.product_dtype_on(device), bound.state_dtype), bound.hidden_size
+        chosen, of_experts = _places(bound)
+        attentions = (bound.layers[index].attention for index in bound.lending)
+        copied = max(_copied_weights(each, width, dtypes) for each in bound.layers)
+        return Sizes(
+            row=RowBytes.of(bound, device),
+            own=dtypes.own.itemsize,
+            product=dtypes.product.itemsize,
+            state=dtypes.state.itemsize,
+            width=width,
+            neurons=bound.widest_layer.neurons,
+            heads=bound.most_heads,
+            values=bound.most_values,
+            weights=copied + max(_lent(each, dtypes.own) for each in bound.layers),
+            chosen=chosen,
+            of_experts=of_experts,
+            lent=sum(mixer.value.shape[0] for mixer in attentions if mixer is not None),
+            is_recurrent=bound.has_recurrence,
+            is_parallel=bound.parallel,
+            patterns=2 if traits(device).keys > 1 else 1,
+        )
+
+    def needs(self, rows: int, lengths: Sequence[int], blocks: Blocks) -> Needs:
+        """The bytes that a state of ``rows`` rows needs, for prompts of these lengths, if it moves in these blocks."""
+        row, longest, padded = self.row, max(lengths), len(lengths) * max(lengths)
+        attention = min(rows, blocks.attention)
+        scattered = min(attention, blocks.run) * self.width * self.state * (attention < rows)
+        buffers = max(attention * row.attention + min(attention, blocks.run) * row.run + scattered,
+                      min(rows, blocks.mlp) * row.mlp)  # fmt: skip
+        numbers = self.heads * padded * longest  # of a layer's patterns
+        scores = numbers * (2 * self.own + 4)  # the eager attention's: before and after its softmax in fp32
+        if self.is_recurrent:
+            own_pattern = max(self.state, 4)  # computed for some heads at a time, with seven more such matrices
+            scores = max(scores, own_pattern * (numbers + 7 * min(numbers, max(padded * longest, HEADS_NUMBERS))))
+        activations = padded * (4 * self.neurons + (8 + 3 * self.chosen) * self.width) * self.own
+        kept = numbers * (max(self.own, 4) if self.is_recurrent else self.own) * self.patterns
+        buffers += (
+            padded * self.of_experts * (2 * self.own + self.state)
+        )  # hidden vectors and pre-activations, made again
+        with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
+        with_rows += rows * self.values * self.product * self.is_parallel + rows * self.product * self.lent
+        return Needs(
+            state_bytes=rows * self.width * self.state,
+            pass_bytes=scores + activations,
+            buffer_bytes=max(0, kept + buffers + self.weights - scores) + with_rows,
+        )
 
 
 def fitting(
@@ -89,14 +134,14 @@ def fitting(
     Where the device gains by it, ``workspace_bytes`` is not given and the budget allows, the attention takes one block.
     ``beside_pass`` limits the bytes of the state and the buffers alone.
     """
-    blocks = blocks_of(bound, workspace_bytes, device)
+    blocks, sizes = blocks_of(bound, workspace_bytes, device), Sizes.of(bound, device)
     if workspace_bytes is None and traits(device).one_block:
         one = replace(blocks, attention=rows)
-        needed = needs(bound, rows, lengths, one, device)
+        needed = sizes.needs(rows, lengths, one)
         held = needed.state_bytes + needed.buffer_bytes
         if needed.total_bytes <= budget and (beside_pass is None or held <= beside_pass):
             return one, needed
-    return blocks, needs(bound, rows, lengths, blocks, device)
+    return blocks, sizes.needs(rows, lengths, blocks)
 
 
 def _places(bound: BoundModel) -> tuple[int, int]:
@@ -107,25 +152,30 @@ def _places(bound: BoundModel) -> tuple[int, int]:
     )
 
 
-def _lent(bound: BoundModel, layer: Layer) -> int:
+class _Dtypes(NamedTuple):
+    own: torch.dtype  # of the model's weights
+    product: torch.dtype
+    state: torch.dtype
+
+
+def _lent(layer: Layer, own: torch.dtype) -> int:
     """The bytes of the copies of a layer's offloaded or quantised weights; of experts, those of all."""
-    lent = sum(weights.lent_bytes(projection.module, bound.dtype) for projection in layer.projections)
+    lent = sum(weights.lent_bytes(projection.module, own) for projection in layer.projections)
     if layer.experts is None or not weights.is_offloaded(layer.experts.module):
         return lent
     return lent + sum(tensor.nbytes for tensor in layer.experts.tensors.values())
 
 
-def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> int:
+def _copied_weights(layer: Layer, width: int, dtypes: _Dtypes) -> int:
     """The bytes of the copies of a layer's weights in its attention or its MLP, whichever has more."""
-    dtype = bound.product_dtype_on(device)
-    number = bound.state_dtype.itemsize
+    own, product = dtypes.own, dtypes.product
 
     def copied(projection: Projection, post_norm: Norm | None = None) -> int:
         size = projection.shape.numel()
         if post_norm is not None or projection.is_scaled:
-            return size * (number + dtype.itemsize)
+            return size * (dtypes.state.itemsize + product.itemsize)
         sliced = projection.rows in ("last_of_head", "middle_of_four")  # not a view
-        return size * dtype.itemsize * (dtype != bound.dtype) + size * bound.dtype.itemsize * sliced
+        return size * product.itemsize * (product != own) + size * own.itemsize * sliced
 
     attention = 0
     for mixer in layer.mixers:
@@ -137,17 +187,17 @@ def _copied_weights(bound: BoundModel, layer: Layer, device: torch.device) -> in
         of_mlp = copied(mlp.gate) + copied(mlp.down, layer.mlp_post_norm or layer.shared_post_norm)
     if late is not None:
         of_late = copied(late.gate) + copied(late.down, layer.late_post_norm)
-    return max(attention, of_late, of_mlp + _copied_of_an_expert(bound, layer, device))
+    return max(attention, of_late, of_mlp + _copied_of_an_expert(layer, width, dtypes))
 
 
-def _copied_of_an_expert(bound: BoundModel, layer: Layer, device: torch.device) -> int:
+def _copied_of_an_expert(layer: Layer, width: int, dtypes: _Dtypes) -> int:
     """The bytes of the copies of one expert's weights, which exist one after the other."""
     if layer.experts is None:
         return 0
-    dtype, size = bound.product_dtype_on(device), layer.experts.neurons * bound.hidden_size
+    product, size = dtypes.product, layer.experts.neurons * width
     if (layer.mlp_post_norm or layer.experts_post_norm) is not None or layer.experts.factor != 1:
-        return size * (bound.state_dtype.itemsize + dtype.itemsize)
-    return size * dtype.itemsize * (dtype != bound.dtype)
+        return size * (dtypes.state.itemsize + product.itemsize)
+    return size * product.itemsize * (product != dtypes.own)
 
 
 def room(bound: BoundModel) -> int:

@@ -62,6 +62,7 @@ class Propagation:
         self, bound: BoundModel, sharing: MLPSharing, blocks: Blocks, lengths: Sequence[int], rows: int
     ) -> None:
         self.bound, self.sharing, self.blocks = bound, sharing, blocks
+        self.product_dtype, self.state_dtype = bound.product_dtype, bound.state_dtype
         self.layout: SourceLayout | None = None
         self.state = torch.empty(0, device="cpu")  # [R, D], of the decompositions that have joined
         self.served: dict[str, set[str]] = {}  # by op, the backends used
@@ -85,7 +86,7 @@ class Propagation:
         layouts: list[SourceLayout] = []
         prompts: list[int] = []
         if self.layout is None:
-            self._memory = trace.stream.new_empty(self._rows, trace.stream.shape[1], dtype=self.bound.state_dtype)
+            self._memory = trace.stream.new_empty(self._rows, trace.stream.shape[1], dtype=self.state_dtype)
         else:
             self._to(trace.stream.device)
             layouts, prompts = [self.layout], self.layout.prompt.tolist()
@@ -181,7 +182,7 @@ class Propagation:
         Those of a decomposition that joined behind it were computed before: they belong to the owner of their position.
         """
         assert self.layout is not None
-        dtype, device = self.bound.product_dtype, self.state.device
+        dtype, device = self.product_dtype, self.state.device
         width, known = frozen.shape[1], self._lent.get(lender)
         known = frozen.new_empty(0, width, dtype=dtype) if known is None else known.to(device)
         if len(known) < len(self.state):
@@ -281,7 +282,7 @@ class Propagation:
             weight=None if gamma is None else gamma.to(state.device),
             centred=norm is not None and norm.is_centred,
             rows=rows,
-            out=state.new_empty(layout.rows, state.shape[1], dtype=self.bound.product_dtype),
+            out=state.new_empty(layout.rows, state.shape[1], dtype=self.product_dtype),
             backend=backend,
         )
 
@@ -312,7 +313,7 @@ class _Mixing:
         self.latent_scale = propagation.at(own.latent_scale)
         self.value_scale = propagation.at(own.value_scale)  # [P, K·d]
         self.mix_scale = propagation.at(own.mix_scale)  # [P, H·d]
-        dtype, state_dtype = propagation.bound.product_dtype, propagation.state.dtype
+        dtype, state_dtype = propagation.product_dtype, propagation.state.dtype
         self.taken = own.values  # [P, K·d]
         self.output_weight = folded(mixer.output.weight, layer.attention_post_norm, dtype)  # [D, H·d]
         if mixer.values_of is not None:
