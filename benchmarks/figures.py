@@ -117,7 +117,7 @@ def _draw_series(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _draw_roofline(rows: Sequence[Row], path: Path) -> Path:
-    figure, axes = pyplot().subplots(figsize=(8, 5.4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 6.2), layout="constrained")
     copy, gemm = rows[-1]["copy_bytes_per_second"], rows[-1]["gemm_operations_per_second"]
     intensity = [row["operations"] / row["bytes"] for row in rows]
     ends = [min(*intensity, gemm / copy) / 3, max(*intensity, gemm / copy) * 3]
@@ -130,7 +130,7 @@ def _draw_roofline(rows: Sequence[Row], path: Path) -> Path:
                   shapes[backend], color=colours[op], label=f"{op}, {backend}", linestyle="none", alpha=0.85)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="rate, GFLOP/s")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     models = sorted({row["model"] for row in rows})
     of = models[0] if len(models) == 1 else f"{len(models)} models"
     what = f"Kernels at the shapes of {of}, {rows[-1]['dtype']}, N={rows[-1]['positions']}"

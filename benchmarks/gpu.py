@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -37,8 +38,10 @@ KERNEL_TESTS = [
     f"tests/depass_kernels/test_{op}.py"
     for op in ("normed", "mix_values", "share_hidden", "residual_update", "grouped")
 ]
+MOST_WORKERS = 12  # each holds a CUDA context
 MODEL_TESTS = [
-    f"tests/depass/test_{what}.py" for what in ("served", "oracle", "conservation", "graphs", "batches", "streaming")
+    f"tests/depass/test_{what}.py"
+    for what in ("served", "oracle", "conservation", "graphs", "batches", "streaming", "linear")
 ]
 LARGE = (
     ("tokens/llama-2-7b/bfloat16/1024", 60), ("tokens/llama-3.1-8b/bfloat16/10,64,128,256,512", 90),
@@ -69,9 +72,8 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
         return Stage(name, seconds, [python, "-m", "benchmarks.stages", name, *common], environment)
 
     def tested(name: str, seconds: float, files: Sequence[str], *options: str, **environment: str) -> Stage:
-        seconds, deadline = (
-            (45, 10) if dry else (seconds, seconds - 15)
-        )  # where pytest stops by itself and says what failed
+        # at the deadline pytest stops by itself and says what failed
+        seconds, deadline = (45, 10) if dry else (seconds, seconds - 15)
         command = [
             python,
             "-m",
@@ -84,7 +86,9 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
             "--tb=short",
             *options,
         ]
-        return Stage(name, seconds, command, {"DEPASS_TEST_EXAMPLES": "5", **environment})
+        if not dry and importlib.util.find_spec("xdist"):  # most of a test's time is the host's, or a compiler's
+            command += [f"--numprocesses={min(MOST_WORKERS, os.cpu_count() or 1)}", "--dist=worksteal"]
+        return Stage(name, seconds, command, {"DEPASS_TEST_EXAMPLES": "5", "OMP_NUM_THREADS": "1", **environment})
 
     build = {"DEPASS_BUILD_CPU": "1", **({} if dry else {"DEPASS_BUILD_CUDA": "1"})}
     built = Stage("build", 90, [python, "setup.py", "-q", "build_ext", "--inplace"], build)
@@ -103,11 +107,27 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
         measured("ours", 150),
         measured("counters", 60),
         measured("rivals", 70),
+        linear_rules(rows, dry),
         tested("tests of the compiled kernels", 50, KERNEL_TESTS, "-k", "cpu" if dry else "cuda"),
         tested("tests of the Triton kernels", 80, KERNEL_TESTS, "-k", "triton", **interpreted),
-        tested("tests through whole models", 60, MODEL_TESTS),
+        tested("tests through whole models", 120, MODEL_TESTS),
         Stage("memcheck", 70, sanitizer("memcheck", dry)),
     ]
+
+
+def linear_rules(rows: Path, dry: bool) -> Stage:
+    """The linear rules beside a plain pass, into a file of their own."""
+    of = "--device cpu --model tiny --dtype float32 --lengths 10 12 --runs 1"
+    of = of if dry else "--device cuda --model llama-2-7b --dtype bfloat16 --lengths 10 128 512 2048 --runs 3"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.linear",
+        *of.split(),
+        "--out",
+        str(rows.parent / f"linear-{rows.stem}.json"),
+    ]
+    return Stage("linear rules", 80, command)
 
 
 def sanitizer(tool: str, dry: bool) -> list[str]:

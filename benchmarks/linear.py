@@ -4,9 +4,9 @@
     python -m benchmarks.linear --device cuda --model llama-2-7b --dtype bfloat16
 
 SmolLM2-135M-Instruct in fp32, or another model, attributes one prompt of random tokens per length. Each round runs
-everything once: the plain
-pass, the linear rules, a survey, a sweep over all heads and input x gradient. The softmax rule, which decomposes, runs on
-short prompts only. A slow method gets fewer rounds. Everything is checked before it is timed, and so warmed up.
+everything once: the plain pass, the linear rules, a survey, a sweep over all heads and input x gradient. The softmax rule,
+which decomposes, runs on short prompts only. A slow method gets fewer rounds. Everything is checked before it is timed, and
+so warmed up.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured += measure(dp, case, machine, options.runs)
     row = {
         "what": "linear", "model": options.model, "dtype": options.dtype, "lengths": lengths, "runs": options.runs,
-        "measured": measured,
+        "measured": measured, "device": options.device,
         **code, **machine.describe(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
     out = options.out or RESULTS / f"linear-{row['machine']}.json"

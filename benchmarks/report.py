@@ -34,7 +34,7 @@ SPEED_ROWS = {  # the cases that the README states in words, by model
         "heads/smollm2/float32/10", "prompts/smollm2/float32/64",
     ),
     "llama-2-7b": (
-        "tokens/llama-2-7b/bfloat16/16", "tokens/llama-2-7b/bfloat16/64", "tokens/llama-2-7b/bfloat16/256",
+        "tokens/llama-2-7b/bfloat16/10", "tokens/llama-2-7b/bfloat16/128", "tokens/llama-2-7b/bfloat16/512",
         "heads/llama-2-7b/bfloat16/16", "prompts/llama-2-7b/bfloat16/64",
     ),
 }  # fmt: skip

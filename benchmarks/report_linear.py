@@ -1,4 +1,4 @@
-"""The figure and the table of the linear rules, from the row that ``python -m benchmarks.linear`` writes."""
+"""The figures and the tables of the linear rules, from the rows that ``python -m benchmarks.linear`` writes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ NAMES = {linear.PLAIN: "plain eager pass", linear.GRADIENT: "input x gradient"}
 TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500)  # of the ratios, as far as they reach
 
 
-def read() -> Row | None:
-    """The row of the last measurement, or None."""
-    row: Row | None = json.loads(linear.FILE.read_text()) if linear.FILE.exists() else None
-    return row
+def read() -> list[Row]:
+    """The row of each machine, by its name."""
+    return [json.loads(path.read_text()) for path in sorted(linear.RESULTS.glob("linear-*.json"))]
 
 
 def section(figures: Sequence[Path], document: Path) -> str:
-    """The figure, what was measured and where, and the table: methods down, lengths across."""
-    row = read()
-    if row is None:
-        return NOTHING
+    """For each machine the figure, what was measured and where, and the table: methods down, lengths across."""
+    parts = [part for row, figure in zip(read(), figures, strict=True) for part in _of(row, figure, document)]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _of(row: Row, figure: Path, document: Path) -> list[str]:
     lengths = " ".join(map(str, row["lengths"]))
-    command = f"python -m benchmarks.linear --lengths {lengths} --runs {row['runs']} --threads {row['threads']}"
+    on = "" if row["device"] == "cpu" else f" --device {row['device']} --model {row['model']} --dtype {row['dtype']}"
+    threads = f" --threads {row['threads']}" if row["device"] == "cpu" else ""
+    command = f"python -m benchmarks.linear{on} --lengths {lengths} --runs {row['runs']}{threads}"
     runs = [each["runs"] for each in row["measured"]]
     rounds = " to ".join(dict.fromkeys((str(min(runs)), str(max(runs)))))
     caption = (
         f"Command: `{command}`. {wording.model(row['model'])}, {row['dtype']}. Times are medians; runs of each method: "
         f"{rounds}. {wording.where([row])}"
     )
-    return "\n\n".join([shown(figures, document), caption, _table(row)])
+    return [shown([figure], document), caption, _table(row)]
 
 
 def _table(row: Row) -> str:
@@ -63,14 +66,15 @@ def _cell(measured: Row) -> str:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Time relative to a plain eager pass against prompt length; nothing if there is no measurement.
+    """For each machine the time relative to a plain eager pass against prompt length.
 
     Raises:
         BenchmarkError: matplotlib is not installed.
     """
-    row = read()
-    if row is None:
-        return []
+    return [_drawn(row, folder) for row in read()]
+
+
+def _drawn(row: Row, folder: Path) -> Path:
     figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
     passes = {each["length"]: each["seconds_p50"] for each in row["measured"] if each["method"] == linear.PLAIN}
     heights = []
@@ -93,4 +97,4 @@ def draw(folder: Path) -> list[Path]:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     model = wording.model(row["model"])
     figure.suptitle(f"Token attribution, {model}, {row['dtype']}: {wording.device(row)}", fontsize=11)
-    return [save(figure, folder / f"linear-{row['machine']}-{row['model']}-{row['dtype']}.png")]
+    return save(figure, folder / f"linear-{row['machine']}-{row['model']}-{row['dtype']}.png")

@@ -1,9 +1,11 @@
 """share_hidden: shares each neuron's output among the sources of a position.
 
 A program takes one position and ``BLOCK_F`` neurons. If the position's sources fit one tile, they are read once, shared in
-registers and written once; few sources take a half or a quarter of the tile. Otherwise a first pass over blocks of sources computes the running maximum and the sum relative
-to it, as an online softmax does, and a second pass writes the shares. A program reads every value before it overwrites it,
-so ``out`` may be ``gate``.
+registers and written once; few sources take a half or a quarter of the tile. Otherwise a first pass over blocks of sources
+computes the running maximum and the sum relative to it, as an online softmax does, and a second pass writes the shares. A
+program reads every value before it overwrites it, so ``out`` may be ``gate``.
+
+The tiles are those that were fastest on an H200. Few warps with many numbers each have little to tell each other.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from .launch import Launch, computing_type, power_of_two
 
 WIDEST = 256  # the most sources of a tile that holds all of a position's sources
 BLOCK = 128  # sources of a tile where a position needs several
-TILE = 4096  # fp32 numbers of a tile for two warps, 64 per thread: few warps have little to tell each other (an H200's best)
+TILE = 4096  # fp32 numbers of a tile: for two warps, 64 per thread
 
 
 def launch(
@@ -33,8 +35,9 @@ def launch(
     accumulator = computing_type(gate, hidden)
     online = layout.most > WIDEST
     sources = BLOCK if online else power_of_two(layout.most, 16, WIDEST)
-    tile = TILE * 32 // accumulator.primitive_bitwidth
+    tile = (TILE // 4 if sources == 16 else TILE) * 32 // accumulator.primitive_bitwidth
     block = power_of_two(columns, 16, max(32, tile // sources))
+    warps = 1 if sources == 16 else 4 if online or sources * block > tile else 2
     offsets = layout.to(gate.device)
     return Launch(
         _share_hidden,
@@ -44,7 +47,7 @@ def launch(
         {
             "RULE": rule, "ACC": accumulator, "SOURCES": sources, "HALF": max(16, sources // 2),
             "QUARTER": max(16, sources // 4), "ONLINE": online, "BLOCK_F": block,
-            "num_warps": 4 if online or sources * block > tile else 2, "maxnreg": 240,
+            "num_warps": warps, "maxnreg": 240,
         },
     )  # fmt: skip
 

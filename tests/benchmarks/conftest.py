@@ -16,7 +16,7 @@ def no_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     from benchmarks import experts, linear, which
     from benchmarks.peers import report as peers
 
-    monkeypatch.setattr(linear, "FILE", tmp_path / "linear.json")
+    monkeypatch.setattr(linear, "RESULTS", tmp_path)
     monkeypatch.setattr(experts, "FILE", tmp_path / "experts.json")
     monkeypatch.setattr(peers, "FILE", tmp_path / "peers.jsonl")
     monkeypatch.setattr(which, "FOLDER", tmp_path / "evaluation")

@@ -33,7 +33,7 @@ def dp() -> DePass:
 def file(no_committed_results: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's own file of results, and the tiny model."""
     monkeypatch.setattr(linear, "MODEL", "tiny")
-    return linear.FILE
+    return linear.RESULTS / "linear-here.json"
 
 
 def filled(tmp_path: Path) -> str:
@@ -45,7 +45,7 @@ def filled(tmp_path: Path) -> str:
 
 def test_the_command_writes_a_row_that_the_report_reads(tmp_path: Path, file: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
-    linear.main(["--lengths", "12", "10", "--runs", "2"])
+    linear.main(["--lengths", "12", "10", "--runs", "2", "--out", str(file)])
     row = json.loads(file.read_text())
     assert (row["what"], row["model"], row["dtype"], row["lengths"]) == ("linear", "tiny", "float32", [10, 12])
     assert {"commit", "changed", "torch", "transformers", "cpu", "threads", "date"} <= set(row)
@@ -72,6 +72,7 @@ def test_the_plain_pass_is_the_models_eager_pass(monkeypatch: pytest.MonkeyPatch
     model.set_attn_implementation("sdpa")
     monkeypatch.setattr(linear, "load", lambda *_: model)
     linear.main(["--lengths", "10", "--runs", "1"])
+    assert list(linear.RESULTS.glob("linear-*.json"))
     assert model.config._attn_implementation == "eager"
 
 
@@ -111,7 +112,7 @@ def results(dp: DePass) -> dict[str, Any]:
 
 
 def test_right_results_pass(dp: DePass, results: dict[str, Any]) -> None:
-    linear.check(results)
+    linear.check(results, "float32")
     linear.check_engines(dp, SHORT)
 
 
@@ -120,7 +121,7 @@ def test_right_results_pass(dp: DePass, results: dict[str, Any]) -> None:
 def test_scores_that_do_not_add_up_are_not_timed(name: str, error: float, results: dict[str, Any]) -> None:
     wrong = replace(results[name], conservation_error=torch.full_like(results[name].conservation_error, error))
     with pytest.raises(SystemExit, match=f"the conservation error of {name} is"):
-        linear.check({**results, name: wrong})
+        linear.check({**results, name: wrong}, "float32")
 
 
 def test_scores_that_two_ways_give_differently_are_not_timed(dp: DePass, results: dict[str, Any]) -> None:
@@ -128,15 +129,19 @@ def test_scores_that_two_ways_give_differently_are_not_timed(dp: DePass, results
     with pytest.raises(
         SystemExit, match=r"half, recomputed and of half differ by 1\.0e-03 of their norm, allowed 1e-04"
     ):
-        linear.check({**results, "half, recomputed": wrong})
+        linear.check({**results, "half, recomputed": wrong}, "float32")
     with pytest.raises(SystemExit, match="taylor"):
-        linear.check_same("taylor", dp.attribute(SHORT.prompts[0], TARGET, rule="up"), "taylor", results["taylor"])
+        linear.check_same(
+            "taylor", dp.attribute(SHORT.prompts[0], TARGET, rule="up"), "taylor", results["taylor"], "float32"
+        )
 
 
 def test_zeros_of_the_gradient_are_not_timed(results: dict[str, Any]) -> None:
     gradient = results[linear.GRADIENT]
     with pytest.raises(SystemExit, match="all scores of input_x_gradient are zero"):
-        linear.check({**results, linear.GRADIENT: replace(gradient, scores=torch.zeros_like(gradient.scores))})
+        linear.check(
+            {**results, linear.GRADIENT: replace(gradient, scores=torch.zeros_like(gradient.scores))}, "float32"
+        )
 
 
 def test_memory_for_the_activations_is_needed(dp: DePass, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +163,7 @@ def test_options_are_positive_integers(option: str, value: str, capsys: pytest.C
 
 ROW = {
     "what": "linear", "model": "smollm2", "dtype": "float32", "lengths": [10, 128], "runs": 7, "machine": "a-cpu-2-threads",
+    "device": "cpu",
     "gpu": None, "driver": None, "cpu": "A CPU", "cpu_capability": "AVX2", "threads": 2, "memory_limit_bytes": None,
     "torch": "2", "transformers": "5", "commit": "abcdef0123456", "changed": False, "date": "2026-01-02T03:04:05",
     "measured": [
@@ -196,6 +202,19 @@ def test_the_report_makes_a_table_of_passes_with_the_figure_above(tmp_path: Path
         "<!-- end linear -->",
     ]
     assert (tmp_path / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpus_row_has_a_table_of_its_own(tmp_path: Path, file: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
+    of_gpu = {"model": "llama-2-7b", "dtype": "bfloat16", "machine": "nvidia-x", "device": "cuda", "gpu": "NVIDIA X"}
+    file.write_text(json.dumps(ROW))
+    (linear.RESULTS / "linear-nvidia-x.json").write_text(json.dumps({**ROW, **of_gpu, "cuda": "13.0", "triton": "3"}))
+    text = filled(tmp_path)
+    assert text.count("| method | 10 tokens | 128 tokens |") == 2
+    assert "--device cuda --model llama-2-7b --dtype bfloat16 --lengths 10 128 --runs 7`. llama-2-7b, random weights" in text
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "linear-a-cpu-2-threads-smollm2-float32.png", "linear-nvidia-x-llama-2-7b-bfloat16.png",
+    }  # fmt: skip
 
 
 def test_what_is_not_measured_is_said(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from benchmarks.machine import BenchmarkError, Machine
 from benchmarks.registry import (
     GRAPHS,
     METHODS,
+    OTHER_QUESTIONS,
     OURS,
     Case,
     Method,
@@ -31,7 +32,7 @@ from benchmarks.registry import (
     methods_of,
     random_model,
 )
-from benchmarks.runner import Options, Row, read, run
+from benchmarks.runner import TOLERANCE, Options, Row, read, run
 from depass import OptionError
 from depass.checks import byte_count
 from depass.device_memory import asked_bytes
@@ -72,6 +73,13 @@ def test_every_question_is_answered_alike_by_those_that_compute_the_same() -> No
         for row in rows_of(wanted, Options(runs=1, memory=False), case).values():
             assert row["status"] == "ok", row
             assert row["seconds_p20"] <= row["seconds_p50"] <= row["seconds_p80"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_method_that_is_compared_has_a_tolerance(dtype: str) -> None:
+    """Also those that only a GPU has."""
+    compared = {name for methods in METHODS.values() for name in methods} - {OURS, *OTHER_QUESTIONS}
+    assert compared <= TOLERANCE[dtype].keys()
 
 
 def test_a_row_says_what_was_measured() -> None:

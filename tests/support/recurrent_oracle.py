@@ -17,6 +17,11 @@ from torch.nn import functional
 RULES = ("torch_chunk_gated_delta_rule", "mamba2_chunk_scan")  # of the modeling files
 
 
+def on_cpu(given: Any) -> Any:
+    """A tensor where the loop's own weights lie; anything else as it is."""
+    return given.cpu() if isinstance(given, Tensor) else given
+
+
 class RecurrentOracle(Oracle):
     """Adds hybrids to the slow loop: Qwen3-Next, and with Mamba-2 Granite 4, Nemotron-H and Falcon-H1."""
 
@@ -26,7 +31,7 @@ class RecurrentOracle(Oracle):
         own, self.calls = getattr(space, rule), list[tuple[tuple[Any, ...], dict[str, Any]]]()
 
         def recorded(*args: Any, **options: Any) -> Any:
-            self.calls.append((args, options))
+            self.calls.append((tuple(map(on_cpu, args)), {name: on_cpu(each) for name, each in options.items()}))
             return own(*args, **options)
 
         setattr(space, rule, recorded)
