@@ -211,7 +211,10 @@ def test_a_gpus_row_has_a_table_of_its_own(tmp_path: Path, file: Path) -> None:
     (linear.RESULTS / "linear-nvidia-x.json").write_text(json.dumps({**ROW, **of_gpu, "cuda": "13.0", "triton": "3"}))
     text = filled(tmp_path)
     assert text.count("| method | 10 tokens | 128 tokens |") == 2
-    assert "--device cuda --model llama-2-7b --dtype bfloat16 --lengths 10 128 --runs 7`. llama-2-7b, random weights" in text
+    assert (
+        "--device cuda --model llama-2-7b --dtype bfloat16 --lengths 10 128 --runs 7`. llama-2-7b, random weights"
+        in text
+    )
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "linear-a-cpu-2-threads-smollm2-float32.png", "linear-nvidia-x-llama-2-7b-bfloat16.png",
     }  # fmt: skip
