@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  #
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 LENGTHS = (1, 2, 17, 300)
+RULES_OF_LONG_PROMPTS = ("softmax", "taylor")  # the other rules are other weights in the kernel of softmax
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 IDS = torch.randint(0, models.VOCABULARY, (20,), generator=torch.Generator().manual_seed(7)).tolist()
 
@@ -48,7 +49,7 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_scores_add_up_to_the_logits(name: str, dtype: str, rule: str, sources: str, device: str) -> None:
     dp = DePass(model(name, DTYPES[dtype], device), rule=rule, engine="forward")
-    for length in LENGTHS:
+    for length in LENGTHS if rule in RULES_OF_LONG_PROMPTS else LENGTHS[:-1]:
         ids = models.prompt(length)
         given = "token" if sources == "tokens" else spans(length)
         res = dp.attribute(ids, target=[TopK(1), *IDS], sources=given, exclude_bos=sources == "tokens")
