@@ -72,8 +72,8 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
         return Stage(name, seconds, [python, "-m", "benchmarks.stages", name, *common], environment)
 
     def tested(name: str, seconds: float, files: Sequence[str], *options: str, **environment: str) -> Stage:
-        # at the deadline pytest stops by itself and says what failed
-        seconds, deadline = (45, 10) if dry else (seconds, seconds - 15)
+        # at the deadline pytest stops by itself and says what failed; a process counts from when it has begun
+        seconds, deadline = (45, 10) if dry else (seconds, seconds - 30)
         command = [
             python,
             "-m",
@@ -107,26 +107,20 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
         measured("ours", 150),
         measured("counters", 60),
         measured("rivals", 70),
-        linear_rules(rows, dry),
+        linear_rules(rows, dry, commit),
+        Stage("memcheck", 70, sanitizer("memcheck", dry)),
         tested("tests of the compiled kernels", 50, KERNEL_TESTS, "-k", "cpu" if dry else "cuda"),
         tested("tests of the Triton kernels", 80, KERNEL_TESTS, "-k", "triton", **interpreted),
         tested("tests through whole models", 120, MODEL_TESTS),
-        Stage("memcheck", 70, sanitizer("memcheck", dry)),
     ]
 
 
-def linear_rules(rows: Path, dry: bool) -> Stage:
+def linear_rules(rows: Path, dry: bool, commit: str | None) -> Stage:
     """The linear rules beside a plain pass, into a file of their own."""
     of = "--device cpu --model tiny --dtype float32 --lengths 10 12 --runs 1"
     of = of if dry else "--device cuda --model llama-2-7b --dtype bfloat16 --lengths 10 128 512 2048 --runs 3"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.linear",
-        *of.split(),
-        "--out",
-        str(rows.parent / f"linear-{rows.stem}.json"),
-    ]
+    command = [sys.executable, "-m", "benchmarks.linear", *of.split(), "--folder", str(rows.parent)]
+    command += ["--commit", commit] if commit else []
     return Stage("linear rules", 80, command)
 
 

@@ -1,6 +1,6 @@
 """Times the linear rules in passes: relative to the model's plain eager pass over the same prompt.
 
-    python -m benchmarks.linear [--lengths 10 128 512 2048] [--runs 7] [--threads N] [--out FILE.json]
+    python -m benchmarks.linear [--lengths 10 128 512 2048] [--runs 7] [--threads N] [--folder DIR]
     python -m benchmarks.linear --device cuda --model llama-2-7b --dtype bfloat16
 
 SmolLM2-135M-Instruct in fp32, or another model, attributes one prompt of random tokens per length. Each round runs
@@ -37,10 +37,13 @@ MODEL, DTYPE = REAL, "float32"
 LENGTHS = (10, 128, 512, 2048)
 LONGEST_DECOMPOSED = 128  # tokens; the softmax rule's time grows with their square
 MANY_TARGETS, LENGTH_OF_MANY_TARGETS = 32, 128
-SAME = {"float32": 1e-4, "bfloat16": 0.2}  # the largest difference between two ways to the same scores, of their norm
-# the largest conservation error; of a sweep in bf16 that of the layer that has most
-CONSERVED = {"float32": 1e-4, "bfloat16": 0.2}
+SAME = 1e-4  # the largest difference between scores that differ in the order of the sums only, relative to their norm
+ENGINES = {"float32": 1e-4, "bfloat16": 0.2}  # the same between two engines, which round differently
+# the largest conservation error; that of a sweep is its worst layer's
+CONSERVED = {"float32": 1e-4, "bfloat16": 5e-2}
+OF_A_SWEEP = {"float32": 1e-4, "bfloat16": 0.2}
 PLAIN, AGAIN, GRADIENT = "plain", "half, recomputed", "input_x_gradient"
+SWEEP = "sweep heads"
 OTHERS = (PLAIN, GRADIENT)  # what gives no scores that add up
 
 Works = Mapping[str, Callable[[], Any]]
@@ -55,14 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's)")
     parser.add_argument("--model", choices=DTYPES, default=MODEL, metavar="MODEL", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=tuple(SAME), default=DTYPE, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=tuple(ENGINES), default=DTYPE, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="file of results (default: benchmarks/results/linear-MACHINE.json)")  # fmt: skip
+    parser.add_argument("--folder", type=Path, metavar="DIR",
+                        help="directory for linear-MACHINE-MODEL-DTYPE.json (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument("--commit", help="commit of the code, if this is not a git checkout")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    code = commit()  # before the runs, in case files change meanwhile
+    code = {
+        **commit(),
+        **({"commit": options.commit} if options.commit else {}),
+    }  # before the runs, in case files change meanwhile
     lengths = sorted(set(options.lengths))
     machine = Machine(options.device)
     cases = [Case("tokens", options.model, options.dtype, str(length)) for length in lengths]
@@ -79,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "measured": measured, "device": options.device,
         **code, **machine.describe(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
-    out = options.out or RESULTS / f"linear-{row['machine']}.json"
+    out = (options.folder or RESULTS) / f"linear-{row['machine']}-{options.model}-{options.dtype}.json"
     write_atomically(out, (json.dumps(row, indent=1) + "\n").encode())
     print(f"results in {out}")
 
@@ -99,7 +106,7 @@ def works(dp: DePass, case: Case) -> dict[str, Callable[[], Any]]:
         **{rule: partial(dp.attribute, ids, TARGET, rule=rule) for rule in LINEAR},
         AGAIN: partial(layers_run_again, half),
         "survey": partial(dp.survey, ids, TARGET, rule="half"),
-        "sweep heads": partial(dp.sweep, "heads", ids, TARGET, rule="half"),
+        SWEEP: partial(dp.sweep, "heads", ids, TARGET, rule="half"),
         GRADIENT: lambda: baselines.tokens(dp, GRADIENT, [ids], TARGET)[0],
     }
     if case.number == LENGTH_OF_MANY_TARGETS:
@@ -167,7 +174,11 @@ def check_engines(dp: DePass, case: Case) -> None:
     ids = case.prompts[0]
     forward = DePass(dp.model, engine="forward").attribute(ids, TARGET, rule="taylor")
     check_same(
-        "taylor", dp.attribute(ids, TARGET, rule="taylor"), "taylor with a decomposed state", forward, case.dtype
+        "taylor",
+        dp.attribute(ids, TARGET, rule="taylor"),
+        "taylor with a decomposed state",
+        forward,
+        ENGINES[case.dtype],
     )
 
 
@@ -179,13 +190,14 @@ def check(results: Mapping[str, Any], dtype: str) -> None:
         if name in OTHERS:
             continue
         error = float(result.conservation_error.max())
-        if not error < CONSERVED[dtype]:
-            raise SystemExit(f"the conservation error of {name} is {error:.1e}, allowed {CONSERVED[dtype]:.0e}")
-    check_same(AGAIN, results[AGAIN], "half", results["half"], dtype)
+        allowed = (OF_A_SWEEP if name == SWEEP else CONSERVED)[dtype]
+        if not error < allowed:
+            raise SystemExit(f"the conservation error of {name} is {error:.1e}, allowed {allowed:.0e}")
+    check_same(AGAIN, results[AGAIN], "half", results["half"], SAME)
 
 
-def check_same(name: str, result: Any, other: str, expected: Any, dtype: str) -> None:
-    if (off := difference(result.scores, expected.scores)) > (allowed := SAME[dtype]):
+def check_same(name: str, result: Any, other: str, expected: Any, allowed: float) -> None:
+    if (off := difference(result.scores, expected.scores)) > allowed:
         raise SystemExit(
             f"the scores of {name} and of {other} differ by {off:.1e} of their norm, allowed {allowed:.0e}"
         )

@@ -10,7 +10,7 @@ from depass.evaluate.summary import table
 
 from . import linear, wording
 from .figures import COLOURS, pyplot, save, shown
-from .registry import OURS
+from .registry import OURS, REAL
 from .runner import Row
 from .wording import NOTHING
 
@@ -23,19 +23,20 @@ TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500)  # of the ratios, as fa
 
 
 def read() -> list[Row]:
-    """The row of each machine, by its name."""
+    """The row of each machine, model and dtype, by their names."""
     return [json.loads(path.read_text()) for path in sorted(linear.RESULTS.glob("linear-*.json"))]
 
 
 def section(figures: Sequence[Path], document: Path) -> str:
-    """For each machine the figure, what was measured and where, and the table: methods down, lengths across."""
+    """For each row the figure, what was measured and where, and the table: methods down, lengths across."""
     parts = [part for row, figure in zip(read(), figures, strict=True) for part in _of(row, figure, document)]
     return "\n\n".join(parts) or NOTHING
 
 
 def _of(row: Row, figure: Path, document: Path) -> list[str]:
     lengths = " ".join(map(str, row["lengths"]))
-    on = "" if row["device"] == "cpu" else f" --device {row['device']} --model {row['model']} --dtype {row['dtype']}"
+    defaults = {"device": "cpu", "model": REAL, "dtype": linear.DTYPE}
+    on = "".join(f" --{name} {row[name]}" for name, default in defaults.items() if row[name] != default)
     threads = f" --threads {row['threads']}" if row["device"] == "cpu" else ""
     command = f"python -m benchmarks.linear{on} --lengths {lengths} --runs {row['runs']}{threads}"
     runs = [each["runs"] for each in row["measured"]]
@@ -66,7 +67,7 @@ def _cell(measured: Row) -> str:
 
 
 def draw(folder: Path) -> list[Path]:
-    """For each machine the time relative to a plain eager pass against prompt length.
+    """For each row the time relative to a plain eager pass against prompt length.
 
     Raises:
         BenchmarkError: matplotlib is not installed.

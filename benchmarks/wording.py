@@ -19,7 +19,8 @@ def where(rows: Sequence[Row]) -> str:
     cpu = f"{row['threads']} threads, {row['cpu_capability']}"
     driver = f", driver {row['driver']}" if row.get("driver") else ""
     limit = sorted({r["memory_limit_bytes"] for r in rows if r.get("memory_limit_bytes")})
-    capped = f", memory capped at {', '.join(f'{b / 1e9:g} GB' for b in limit)}" if limit else ""
+    all_or_some = "" if all(r.get("memory_limit_bytes") for r in rows) else " for some rows"
+    capped = f", memory capped at {', '.join(f'{b / 1e9:g} GB' for b in limit)}{all_or_some}" if limit else ""
     return (
         f"Measured on {machine(row)} ({'GPU' if row['gpu'] else cpu}{driver}{capped}) with torch {row['torch']} and "
         f"transformers {row['transformers']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "

@@ -46,11 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Deadline(config, time.monotonic() + seconds))
 
 
+DEADLINE = "the deadline"
+
+
 class Deadline:
     """Ends the session in good order at a time, so that pytest still prints what failed."""
 
     def __init__(self, config: pytest.Config, end: float) -> None:
-        self.config, self.end, self.reached = config, end, 0
+        self.config, self.end, self.reached, self.stopped = config, end, 0, False
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -62,11 +65,16 @@ class Deadline:
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Stop behind the test that passed the deadline."""
         if time.monotonic() > self.end:
-            item.session.shouldstop = "the deadline"
+            item.session.shouldstop = DEADLINE
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """With several processes, one of them stops the session."""
+        self.stopped = self.stopped or getattr(node, "workeroutput", {}).get("shouldstop") == DEADLINE
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """A stop at the deadline is no failure."""
-        if session.shouldstop == "the deadline":
+        if self.stopped or session.shouldstop == DEADLINE:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED if session.testsfailed else pytest.ExitCode.OK
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -5,7 +5,7 @@ registers and written once; few sources take a half or a quarter of the tile. Ot
 computes the running maximum and the sum relative to it, as an online softmax does, and a second pass writes the shares. A
 program reads every value before it overwrites it, so ``out`` may be ``gate``.
 
-The tiles are those that were fastest on an H200. Few warps with many numbers each have little to tell each other.
+The tiles are those that were fastest on an H200. Few warps with many numbers each exchange little in reductions.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ def _share_hidden(
     elif count <= QUARTER:
         _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
                     RULE, ACC, QUARTER)  # fmt: skip
+    elif QUARTER == HALF:  # 32 sources
+        _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
+                    RULE, ACC, SOURCES)  # fmt: skip
     elif count <= HALF:
         _share_tile(gate, out, f, h, count, skip, columns, gate_stride, out_stride, per_temperature,
                     RULE, ACC, HALF)  # fmt: skip
@@ -95,7 +98,7 @@ def _share_tile(
     inside = (m < count)[:, None] & (f < columns)[None, :]
     part = ((m < count) & (m != skip))[:, None]
     x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC)
-    high, low, total, broken = _measure(x, part, m, per_temperature, RULE)
+    high, low, total, broken = _measure(x, part, m, per_temperature, RULE, True)
     weight = _weight(x, m, high, low, total, per_temperature, RULE)
     shared = tl.where(part, weight * _per_weight(h, total, broken, RULE)[None, :], 0)
     tl.store(out + m.to(tl.int64)[:, None] * out_stride + f[None, :], shared.to(out.dtype.element_ty), mask=inside)
@@ -116,7 +119,7 @@ def _share_online(
         inside = (m < count)[:, None] & (f < columns)[None, :]
         part = ((m < count) & (m != skip))[:, None]
         x = tl.load(gate + m.to(tl.int64)[:, None] * gate_stride + f[None, :], mask=inside, other=0).to(ACC)
-        high2, low2, total2, broken2 = _measure(x, part, m, per_temperature, RULE)
+        high2, low2, total2, broken2 = _measure(x, part, m, per_temperature, RULE, False)
         more = tl.sum(part.to(ACC))
         high, low, total = _join(high, low, total, seen, high2, low2, total2, more, per_temperature, RULE)
         broken += broken2
@@ -132,10 +135,10 @@ def _share_online(
 
 
 @triton.jit
-def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
+def _measure(x, part, m, per_temperature, RULE: tl.constexpr, ALL: tl.constexpr):
     """The largest and smallest gate, the sum of the weights (``max``: the first maximum), and NaN if a gate is NaN.
 
-    Each is ``[F]``.
+    Each is ``[F]``. With ``ALL`` the tile has all sources of the position.
     """
     high = tl.max(tl.where(part, x, float("-inf")), 0)
     low = tl.min(tl.where(part, x, float("inf")), 0)
@@ -144,8 +147,9 @@ def _measure(x, part, m, per_temperature, RULE: tl.constexpr):
         total = tl.min(at_top, 0)
     else:
         total = tl.sum(tl.where(part, _weight(x, m, high, low, low, per_temperature, RULE), 0), 0)
-    # under softmax the sum is NaN by itself
-    broken = tl.zeros_like(high) if RULE == "softmax" else tl.sum(tl.where(part & (x != x), x, 0), 0)
+    # under softmax the sum is NaN by itself; but a block's sum is left out of that of all where its maximum is -inf
+    needless: tl.constexpr = ALL and RULE == "softmax"
+    broken = tl.zeros_like(high) if needless else tl.sum(tl.where(part & (x != x), x, 0), 0)
     return high, low, total, broken
 
 

@@ -33,7 +33,7 @@ def dp() -> DePass:
 def file(no_committed_results: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's own file of results, and the tiny model."""
     monkeypatch.setattr(linear, "MODEL", "tiny")
-    return linear.RESULTS / "linear-here.json"
+    return linear.RESULTS / "linear-a-cpu-2-threads-smollm2-float32.json"
 
 
 def filled(tmp_path: Path) -> str:
@@ -45,8 +45,9 @@ def filled(tmp_path: Path) -> str:
 
 def test_the_command_writes_a_row_that_the_report_reads(tmp_path: Path, file: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
-    linear.main(["--lengths", "12", "10", "--runs", "2", "--out", str(file)])
-    row = json.loads(file.read_text())
+    linear.main(["--lengths", "12", "10", "--runs", "2"])
+    (path,) = linear.RESULTS.glob("linear-*-tiny-float32.json")
+    row = json.loads(path.read_text())
     assert (row["what"], row["model"], row["dtype"], row["lengths"]) == ("linear", "tiny", "float32", [10, 12])
     assert {"commit", "changed", "torch", "transformers", "cpu", "threads", "date"} <= set(row)
     assert [each["method"] for each in row["measured"] if each["length"] == 10] == [
@@ -132,7 +133,7 @@ def test_scores_that_two_ways_give_differently_are_not_timed(dp: DePass, results
         linear.check({**results, "half, recomputed": wrong}, "float32")
     with pytest.raises(SystemExit, match="taylor"):
         linear.check_same(
-            "taylor", dp.attribute(SHORT.prompts[0], TARGET, rule="up"), "taylor", results["taylor"], "float32"
+            "taylor", dp.attribute(SHORT.prompts[0], TARGET, rule="up"), "taylor", results["taylor"], linear.SAME
         )
 
 
@@ -208,7 +209,9 @@ def test_a_gpus_row_has_a_table_of_its_own(tmp_path: Path, file: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, of the extra [plots]")
     of_gpu = {"model": "llama-2-7b", "dtype": "bfloat16", "machine": "nvidia-x", "device": "cuda", "gpu": "NVIDIA X"}
     file.write_text(json.dumps(ROW))
-    (linear.RESULTS / "linear-nvidia-x.json").write_text(json.dumps({**ROW, **of_gpu, "cuda": "13.0", "triton": "3"}))
+    (linear.RESULTS / "linear-nvidia-x-llama-2-7b-bfloat16.json").write_text(
+        json.dumps({**ROW, **of_gpu, "cuda": "13.0", "triton": "3"})
+    )
     text = filled(tmp_path)
     assert text.count("| method | 10 tokens | 128 tokens |") == 2
     assert (

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::depass.ConservationWarning")  #
 
 RULES = ("softmax", "max", "relu", "linear", "taylor")
 LENGTHS = (1, 2, 17, 300)
-RULES_OF_LONG_PROMPTS = ("softmax", "taylor")  # the other rules are other weights in the kernel of softmax
+RULES_OF_LONG_PROMPTS = ("softmax", "taylor")  # the ops' own tests have long layouts for every rule
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 IDS = torch.randint(0, models.VOCABULARY, (20,), generator=torch.Generator().manual_seed(7)).tolist()
 

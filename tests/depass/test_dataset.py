@@ -545,7 +545,7 @@ def test_a_pass_takes_half_of_what_memory_is_free(dp: DePass, monkeypatch: pytes
     def taken(count: int) -> int:
         done, _ = plan.rows_and_sources(dp.bound, count, "token")
         cpu = torch.device("cpu")
-        return memory.needs(dp.bound, done, [count], blocks_of(dp.bound, None, cpu), cpu).total_bytes
+        return memory.Sizes.of(dp.bound, cpu).needs(done, [count], blocks_of(dp.bound, None, cpu)).total_bytes
 
     for free, tokens_of_pass in ((taken(1024) * 2, 1024), (taken(1024) * 2 - 1, 512), (taken(128) * 2, 128), (1, 1)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
@@ -739,9 +739,8 @@ def test_a_worker_that_gets_pickled_options_makes_the_shard_that_this_process_ma
 def test_processes_that_share_memory_share_it_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dp = DePass.from_pretrained(model)
     rows, _ = plan.rows_and_sources(dp.bound, 1024, "token")
-    needed = memory.needs(
-        dp.bound, rows, [1024], blocks_of(dp.bound, None, dp.bound.device), dp.bound.device
-    ).total_bytes
+    blocks = blocks_of(dp.bound, None, dp.bound.device)
+    needed = memory.Sizes.of(dp.bound, dp.bound.device).needs(rows, [1024], blocks).total_bytes
     monkeypatch.setattr(memory, "room", lambda bound: 2 * needed)
     assert batch_tokens(dp) == 1024
     assert batch_tokens(dp, 8) < 1024

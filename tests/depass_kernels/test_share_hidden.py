@@ -147,6 +147,19 @@ def test_minus_infinity_gets_no_share_of_a_softmax_and_nan_stays_nan(rule: str, 
         assert (out[:, 0].sum() - 1).abs() < 1e-6
 
 
+@pytest.mark.parametrize("rule", RULES[:-1])
+@pytest.mark.parametrize("sources", [16, 32, 256, 257, 300])
+def test_nan_stays_nan_also_alone_in_the_last_block(sources: int, rule: str, backend: str, device: str) -> None:
+    gate = torch.zeros(sources, 2, device=device)
+    gate[256:] = -math.inf  # no source of its block has a share
+    gate[-1, 1] = math.nan
+    layout = SourceLayout.dense(sources, 1)
+    out = share_hidden(gate, torch.ones(1, 2, device=device), layout, rule=rule, backend=backend)
+    assert out[:, 1].isnan().all()
+    if rule != "linear" or sources <= 256:  # g - min g is infinite there
+        assert not out[:, 0].isnan().any()
+
+
 def test_max_gives_ties_to_the_first(backend: str, device: str) -> None:
     gate = torch.tensor([[1.0], [2.0], [2.0]], device=device)
     out = share_hidden(gate, torch.ones(1, 1, device=device), SourceLayout.dense(3, 1), rule="max", backend=backend)

@@ -36,6 +36,7 @@ LARGE: dict[str, SourceLayout] = {
     "tokens129": SourceLayout.tokens(129),
     "dense100": SourceLayout.dense(100, 2),
     "dense257": SourceLayout.dense(257, 2),
+    **{f"dense{sources}": SourceLayout.dense(sources, 2) for sources in (16, 32, 256)},  # whole tiles
     "mixed": SourceLayout.concat([SourceLayout.dense(70, 3), SourceLayout.from_starts([0] * 30 + [2, 40, 66], 70)]),
 }
 

@@ -258,10 +258,10 @@ class Layer:
         return sum(mixer.num_heads for mixer in self.mixers)
 
     @cached_property
-    def heads(self) -> list[tuple[Mixer, slice]]:
+    def heads(self) -> tuple[tuple[Mixer, slice], ...]:
         """The mixers, each with its heads among all of the layer's."""
         ends = list(itertools.accumulate((mixer.num_heads for mixer in self.mixers), initial=0))
-        return [(mixer, slice(*ends[number : number + 2])) for number, mixer in enumerate(self.mixers)]
+        return tuple((mixer, slice(*ends[number : number + 2])) for number, mixer in enumerate(self.mixers))
 
     @cached_property
     def attention(self) -> Mixer | None:

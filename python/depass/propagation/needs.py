@@ -39,7 +39,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model from which the bytes of any run follow; numbers where nothing else is said.
+    """The sizes of a model from which the bytes of any run follow; counts, unless bytes are named.
 
     Attributes:
         row: the bytes of a layer's buffers for one row.
