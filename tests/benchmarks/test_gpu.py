@@ -76,7 +76,7 @@ def test_what_finds_no_time_left_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGKILL])
 def test_rows_are_there_and_the_report_reads_them_when_the_command_is_killed(tmp_path: Path, name: int) -> None:
     """In the middle of a stage that has measured something: SIGTERM still prints the table."""
-    command = [sys.executable, "benchmarks/gpu.py", str(tmp_path), "--dry", "--seconds", "100"]
+    command = [sys.executable, "benchmarks/gpu.py", str(tmp_path), "--dry", "--seconds", "300"]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, preexec_fn=os.setpgrp) as process:
         assert process.stdout is not None
         for line in process.stdout:
