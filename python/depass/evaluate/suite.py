@@ -27,7 +27,7 @@ PAGE = "which-method.md"
 SLOWEST = ("integrated_gradients_20", "integrated_gradients_50", "gradient_shap")  # left out of a quick run
 SLOW_BEYOND_TOKENS = ("softmax", "steered")  # left out of its long prompts and sweeps of heads: a state of all sources
 QUICK_CIRCUITS = 40  # prompts; the means are taken over all of them before the first is measured
-QUICK = 540.0  # seconds of measuring; ten minutes are meant, with loading and the reports
+QUICK = 450.0  # seconds of measuring; ten minutes are meant, with loading, items that were begun, and reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class SuiteOptions(CommandOptions):
         facts: prompts about facts: a file, or a built-in set.
         ioi: prompts in which one of two people receives something: a file, or a built-in set.
         seed: seed of all random numbers.
-        quick: stop each protocol when its share of nine minutes is over, and leave out the slowest methods of each.
+        quick: stop each protocol when its share of seven and a half minutes is over, and leave out the slowest methods of each.
     """
 
     facts: str = field(
@@ -50,7 +50,9 @@ class SuiteOptions(CommandOptions):
     seed: int = field(default=0, metadata=argument("seed of all random numbers (default: 0)", metavar="N", least=0))
     quick: bool = field(
         default=False,
-        metadata=argument("stop each task when its share of nine minutes is over, and leave out the slowest methods"),
+        metadata=argument(
+            "stop each task when its share of seven and a half minutes is over, and leave out the slowest methods"
+        ),
     )
 
 
