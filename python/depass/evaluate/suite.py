@@ -38,7 +38,7 @@ class SuiteOptions(CommandOptions):
         facts: prompts about facts: a file, or a built-in set.
         ioi: prompts in which one of two people receives something: a file, or a built-in set.
         seed: seed of all random numbers.
-        quick: stop each protocol when its share of seven and a half minutes is over, and leave out the slowest methods of each.
+        quick: stop each protocol when its share of seven and a half minutes is over, and leave out the slowest methods.
     """
 
     facts: str = field(
