@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace) -> int:
     machine = Machine(options.device, options.memory_limit)
     chosen = Options(methods, options.backend, options.runs, options.budget, options.limit, not options.no_memory)
     described = machine.describe()
-    stamp = {**commit(), **({"commit": options.commit} if options.commit else {}), **described,
+    stamp = {**commit(options.commit), **described,
              "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "session": options.session}  # fmt: skip
     path = options.results or RESULTS / f"{described['machine']}.jsonl"
     bad = 0

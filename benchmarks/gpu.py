@@ -64,7 +64,8 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
     """The stages, the most important first."""
     python = sys.executable
     common = ["--rows", str(rows), "--session", session, *(["--dry"] if dry else [])]
-    common += ["--commit", commit] if commit else []
+    of_code = ["--commit", commit] if commit else []
+    common += of_code
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry else {}
     device = "cpu" if dry else "cuda"
 
@@ -107,7 +108,7 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
         measured("ours", 150),
         measured("counters", 60),
         measured("rivals", 70),
-        linear_rules(rows, dry, commit),
+        linear_rules(rows, dry, of_code),
         Stage("memcheck", 70, sanitizer("memcheck", dry)),
         tested("tests of the compiled kernels", 50, KERNEL_TESTS, "-k", "cpu" if dry else "cuda"),
         tested("tests of the Triton kernels", 80, KERNEL_TESTS, "-k", "triton", **interpreted),
@@ -115,12 +116,11 @@ def stages(rows: Path, session: str, dry: bool, large: bool, commit: str | None)
     ]
 
 
-def linear_rules(rows: Path, dry: bool, commit: str | None) -> Stage:
+def linear_rules(rows: Path, dry: bool, of_code: Sequence[str]) -> Stage:
     """The linear rules beside a plain pass, into a file of their own."""
     of = "--device cpu --model tiny --dtype float32 --lengths 10 12 --runs 1"
     of = of if dry else "--device cuda --model llama-2-7b --dtype bfloat16 --lengths 10 128 512 2048 --runs 3"
-    command = [sys.executable, "-m", "benchmarks.linear", *of.split(), "--folder", str(rows.parent)]
-    command += ["--commit", commit] if commit else []
+    command = [sys.executable, "-m", "benchmarks.linear", *of.split(), "--folder", str(rows.parent), *of_code]
     return Stage("linear rules", 80, command)
 
 
@@ -281,7 +281,8 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--seconds {options.seconds:g}: must be a positive number")
     begin = time.monotonic()
     session = uuid.uuid4().hex[:12]
-    look = [sys.executable, "-m", "benchmarks.stages", "look", *(["--dry"] if options.dry else [])]
+    of_code = ["--commit", options.commit] if options.commit else []
+    look = [sys.executable, "-m", "benchmarks.stages", "look", *(["--dry"] if options.dry else []), *of_code]
     looked = subprocess.run(
         look, cwd=ROOT, env={**os.environ, "PYTHONPATH": "python:."}, capture_output=True, text=True, check=False
     )
@@ -289,8 +290,6 @@ def main(arguments: Sequence[str]) -> int:
         print(looked.stderr.strip() or f"{' '.join(look)} ended with exit code {looked.returncode}", file=sys.stderr)
         return 2
     stamp = {**json.loads(looked.stdout), "session": session, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    if options.commit:
-        stamp["commit"] = options.commit
     rows = options.folder.resolve() / f"{stamp['machine']}.jsonl"
     for name in (signal.SIGTERM, signal.SIGHUP):  # end the running stage, and print the table
         signal.signal(name, lambda *_: sys.exit(1))

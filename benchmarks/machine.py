@@ -210,11 +210,14 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 @cache
-def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether the code has changed since; both None without a checkout."""
+def commit(given: str | None = None) -> dict[str, Any]:
+    """The checkout's commit, and whether the code has changed since; both None without a checkout.
+
+    ``given`` stands in the place of the commit: it names the code where this is no checkout.
+    """
     head = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/figures")
-    return {"commit": head or None, "changed": None if head is None else bool(changed)}
+    return {"commit": given or head or None, "changed": None if head is None else bool(changed)}
 
 
 def _git(*arguments: str) -> str | None:

@@ -54,12 +54,10 @@ class Stage:
         self.machine = look(self.dry)
         self.rows: Path = options.rows
         self.stamp = {
-            **described(self.machine),
+            **described(self.machine, options.commit),
             "session": options.session,
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        if options.commit:
-            self.stamp["commit"] = options.commit
 
     def write(self, row: Row) -> None:
         append_row(self.rows, {**row, **self.stamp})
@@ -101,8 +99,8 @@ def look(dry: bool) -> Machine:
     return Machine("cpu" if dry else "cuda")
 
 
-def described(machine: Machine) -> dict[str, Any]:
-    return {**commit(), **machine.describe()}
+def described(machine: Machine, code: str | None) -> dict[str, Any]:
+    return {**commit(code), **machine.describe()}
 
 
 # Ops.
@@ -297,7 +295,7 @@ def main(arguments: Sequence[str]) -> int:
     warnings.simplefilter("ignore", ConservationWarning)  # the check refuses such a result
     try:
         if options.stage == "look":
-            print(json.dumps(described(look(options.dry))))
+            print(json.dumps(described(look(options.dry), options.commit)))
             return 0
         if options.stage == "one":
             one(options.op, options.dry)

@@ -73,9 +73,31 @@ def described(path: Path, kind: str, task: str, settings: dict[str, Any]) -> dic
     return description
 
 
-def session() -> dict[str, Any]:
-    """The date and the package versions of one session of a run; ``seconds`` is None until the session completes."""
-    return {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), **_versions(), "seconds": None}
+@contextmanager
+def recorded_session(path: Path, description: dict[str, Any]) -> Iterator[None]:
+    """Record in ``run.json`` the date, the package versions and the seconds of what runs inside the ``with`` block.
+
+    The seconds are written however the block ends; they are None if the process is killed.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    session = {"date": time.strftime("%Y-%m-%d %H:%M:%S%z"), **_versions(), "seconds": None}
+    description["sessions"].append(session)
+    write_json(path, description)
+    began = time.monotonic()
+
+    def end() -> None:
+        session["seconds"] = round(time.monotonic() - began, 1)
+        write_json(path, description)
+
+    try:
+        yield
+    except BaseException:
+        with suppress(OutputError):  # the error that ends the block counts
+            end()
+        raise
+    end()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -67,6 +67,34 @@ def test_a_stage_that_takes_too_long_ends_with_all_it_started_and_keeps_its_rows
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
+SLOW_TESTS = """
+import time
+
+import pytest
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_something(number: int) -> None:
+    time.sleep(1)
+    assert number != {wrong}
+"""
+
+
+@pytest.mark.parametrize(("wrong", "code"), [(-1, 0), (0, 1)])
+def test_a_stage_of_several_processes_stops_at_its_deadline(tmp_path: Path, wrong: int, code: int) -> None:
+    """With nothing failed it has succeeded; a test that was reached and failed still fails it."""
+    (tmp_path / "test_slow.py").write_text(SLOW_TESTS.format(wrong=wrong))
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", str(tmp_path), f"--rootdir={tmp_path}", "-c", os.devnull, "-n", "2",
+               "--deadline", "8" if wrong < 0 else "40", "-p", "no:cacheprovider"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}:{ROOT / 'tests/support'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 0:
+        assert "reached" in done.stdout
+        assert "60 passed" not in done.stdout
+
+
 def test_what_finds_no_time_left_says_so(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     gpu.drive([stage("long", "import time; time.sleep(600)"), stage("late", "pass")], rows, 2.5, STAMP)

@@ -60,6 +60,12 @@ def test_the_command_writes_a_row_that_the_report_reads(tmp_path: Path, file: Pa
     assert "| method | 10 tokens | 12 tokens |" in filled(tmp_path)
 
 
+def test_a_commit_that_is_given_stands_in_the_row(tmp_path: Path) -> None:
+    linear.main(["--lengths", "10", "--runs", "1", "--commit", "abc", "--folder", str(tmp_path / "rows")])
+    (path,) = (tmp_path / "rows").glob("linear-*-tiny-float32.json")
+    assert json.loads(path.read_text())["commit"] == "abc"
+
+
 def test_many_targets_are_timed_at_one_length_and_the_softmax_rule_on_short_prompts(dp: DePass) -> None:
     longer = Case("tokens", "tiny", "float32", "129")
     several = {case.size: set(linear.works(dp, case)) for case in (SHORT, LONG, longer)}

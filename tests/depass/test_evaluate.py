@@ -149,7 +149,7 @@ def test_a_killed_process_loses_no_row_and_measures_none_twice(folder: str, dp: 
     for name, row in uninterrupted.items():
         for method, curve in row["patch"].items():
             assert resumed[name]["patch"][method] == pytest.approx(curve, rel=1e-4)
-    assert "and 1 stopped sessions" in (out / "report.md").read_text()
+    assert "and the time of 1 killed sessions" in (out / "report.md").read_text()
 
 
 def test_a_run_leaves_out_the_first_items_and_then_counts_its_limit(dp: DePass, tmp_path: Path) -> None:

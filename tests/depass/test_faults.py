@@ -681,6 +681,8 @@ def test_a_signal_ends_an_evaluation_with_one_line(
     assert said.read_text() == f"depass: {word}; {kept}\n"
     there = evaluated(out)
     assert len(there) == 2
+    (session,) = json.loads((out / "run.json").read_text())["sessions"]
+    assert session["seconds"] > 0
     assert dying.run(arguments, said) == 0
     assert evaluated(out).items() >= there.items()
     assert len(evaluated(out)) == 12

@@ -183,6 +183,25 @@ def test_the_shares_of_a_quick_run_add_up(quick: bool) -> None:
     assert {"a.json", "b.json"} <= {protocol.options.data for protocol in found}
 
 
+def test_a_protocol_that_took_longer_leaves_the_later_ones_less(
+    dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, given, clock = Lengths(), [], [0.0]
+    shares = {"one": 0.5, "two": 0.3, "three": 0.2}
+    runs = tuple(Protocol(name, task, TaskOptions(data="good"), share) for name, share in shares.items())
+
+    def run(*_: Any, seconds: float, **__: Any) -> Path:
+        given.append(seconds)
+        clock[0] += 400  # longer than its share
+        return tmp_path / "out" / "report.md"
+
+    monkeypatch.setattr(suite, "protocols", lambda options: runs)
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(suite.time, "monotonic", lambda: clock[0])
+    run_all(dp, SuiteOptions(quick=True), tmp_path / "out")
+    assert given == pytest.approx([0.5 * suite.QUICK, 0.6 * (suite.QUICK - 400), 0])
+
+
 def test_the_command_passes_its_options_on(dp: DePass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 

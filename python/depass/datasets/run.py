@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 from pathlib import Path
 
 from .. import arguments, rules
 from ..errors import DataError, DePassError, OptionError
 from ..files import check_writable, write_atomically
-from ..runs import described, hold, progress, say_kept, session, write_json
+from ..runs import described, hold, progress, recorded_session, say_kept
 from .local import local
 from .options import DatasetOptions
 from .rows import Columns, Data, load_pyarrow, open_data
@@ -65,16 +64,13 @@ def run(options: DatasetOptions) -> str:
             check_writable(folder / "run.json")  # before the model loads, which may take minutes
             if shards.folder.exists():
                 check_writable(shards.path(0))
-            engine, began, this_session = _engine(options), time.monotonic(), session()
-            description["sessions"].append(this_session)
-            write_json(folder / "run.json", description)
+            engine = _engine(options)
             try:
-                _fill(shards, data, engine)
+                with recorded_session(folder / "run.json", description):
+                    _fill(shards, data, engine)
             except (DePassError, KeyboardInterrupt) as stop:
                 say_kept(stop, shards.done(), data.count, folder)
                 raise
-            this_session["seconds"] = round(time.monotonic() - began, 1)
-            write_json(folder / "run.json", description)
         return f"{data.count:,} rows in {shards.folder}: {shards.statuses()}"
 
 

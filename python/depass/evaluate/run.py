@@ -17,7 +17,7 @@ from ..api import DePass
 from ..errors import DataError, OptionError, OutputError
 from ..files import append_row, write_atomically
 from ..models.health import dtype_name
-from ..runs import described, hold, progress, say_kept, session, write_json
+from ..runs import described, hold, progress, recorded_session, say_kept, write_json
 from .task import AnyTaskOptions, Item, Row, Task, by_reason, failed
 
 _FORMAT = "depass-evaluation-1"
@@ -74,17 +74,12 @@ def run(
         if missing:
             if any(item.broken is None for item in missing):
                 _must_score(task, dp, options, refused)
-            began = time.monotonic()
-            this_session = session()
-            description["sessions"].append(this_session)
-            write_json(folder / "run.json", description)
             try:
-                _measure(task, dp, items, rows, options, folder, seconds)
+                with recorded_session(folder / "run.json", description):
+                    _measure(task, dp, items, rows, options, folder, seconds)
             except (OutputError, KeyboardInterrupt) as stop:
                 say_kept(stop, sum(item.id in rows for item in items), len(items), folder)
                 raise
-            this_session["seconds"] = round(time.monotonic() - began, 1)
-            write_json(folder / "run.json", description)
         return _report(task, items, rows, description, options, folder)
 
 
@@ -244,12 +239,12 @@ def counts(rows: Sequence[Row]) -> str:
 
 
 def _head(description: dict[str, Any]) -> str:
-    """The settings, the date, the versions, and the time of the sessions that ran to their end."""
+    """The settings, the date, the versions, and the time of the sessions that were not killed."""
     settings = [f"{name} `{value}`" for name, value in description["settings"].items() if value is not None]
     sessions = description["sessions"]
     last = {name: value for name, value in sessions[-1].items() if value is not None}
     seconds = sum(past["seconds"] or 0.0 for past in sessions)
-    stopped = sum(past["seconds"] is None for past in sessions)
+    killed = sum(past["seconds"] is None for past in sessions)
     versions = [f"{name} {value}" for name, value in last.items() if name not in ("date", "seconds")]
-    besides = f", and {stopped} stopped sessions" if stopped else ""
+    besides = f", and the time of {killed} killed sessions" if killed else ""
     return f"{', '.join(settings)}.\n\n{last['date']}: {seconds:.0f} s{besides}; {', '.join(versions)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ PAGE = "which-method.md"
 SLOWEST = ("integrated_gradients_20", "integrated_gradients_50", "gradient_shap")  # left out of a quick run
 SLOW_BEYOND_TOKENS = ("softmax", "steered")  # left out of its long prompts and sweeps of heads: a state of all sources
 QUICK_CIRCUITS = 40  # prompts; the means are taken over all of them before the first is measured
-QUICK = 450.0  # seconds of measuring; ten minutes are meant, with loading, items that were begun, and reports
+QUICK = 540.0  # seconds for all protocols; ten minutes are meant, with loading and the last items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class SuiteOptions(CommandOptions):
         facts: prompts about facts: a file, or a built-in set.
         ioi: prompts in which one of two people receives something: a file, or a built-in set.
         seed: seed of all random numbers.
-        quick: stop each protocol when its share of seven and a half minutes is over, and leave out the slowest methods.
+        quick: stop each protocol when its share of nine minutes is over, and leave out the slowest methods of each.
     """
 
     facts: str = field(
@@ -50,9 +51,7 @@ class SuiteOptions(CommandOptions):
     seed: int = field(default=0, metadata=argument("seed of all random numbers (default: 0)", metavar="N", least=0))
     quick: bool = field(
         default=False,
-        metadata=argument(
-            "stop each task when its share of seven and a half minutes is over, and leave out the slowest methods"
-        ),
+        metadata=argument("stop each task when its share of nine minutes is over, and leave out the slowest methods"),
     )
 
 
@@ -91,7 +90,8 @@ def run_all(
         if not protocol.task.items(protocol.options):
             raise DataError(f"{protocol.options.data} has no rows to measure; give a data set with rows")
     with hold(folder):
-        for protocol in planned:
+        began = time.monotonic()
+        for number, protocol in enumerate(planned):
             try:
                 refused = protocol.task.refused(dp, protocol.options)
             except OptionError as error:
@@ -101,7 +101,11 @@ def run_all(
                 left_out.setdefault(sentence, []).append(protocol.name)
             left = _without(protocol.options, refused)
             if left is not None:
-                seconds = QUICK * protocol.share if options.quick else None
+                left_seconds = max(
+                    0.0, QUICK - (time.monotonic() - began)
+                )  # less where an earlier protocol took longer
+                share = protocol.share / sum(later.share for later in planned[number:])
+                seconds = left_seconds * share if options.quick else None
                 at = folder / protocol.name
                 report = run(protocol.task, dp, left, at, quantization=quantization, seconds=seconds, refused={})
                 reports.append(report)

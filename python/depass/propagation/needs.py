@@ -42,32 +42,32 @@ class Sizes:
     """The sizes of a model from which the bytes of any run follow; counts, unless bytes are named.
 
     Attributes:
-        row: the bytes of a layer's buffers for one row.
-        own, product, state: the bytes of a number of the model's weights, of the products and of the state.
+        row: the bytes of a layer's buffers for one row of the state.
+        weight_bytes, product_bytes, state_bytes: those of one number of the model's weights, of products and of the state.
         width: of the residual stream.
         neurons, heads, values: of the layer that has most.
-        weights: the bytes of the copies of a layer's weights.
-        chosen, of_experts: the experts that a position chooses, and their neurons.
-        lent: the values that are kept for later layers.
+        copied_bytes: those of the copies of a layer's weights.
+        chosen_experts, expert_neurons: the experts that a position chooses, and their neurons.
+        lent_values: the values that are kept for later layers.
         is_recurrent, is_parallel: whether a layer has a recurrence; whether attention and MLP are parallel.
-        patterns: how many copies of a layer's patterns there are: one more where their rows are padded.
+        pattern_copies: of a layer's patterns: a second one where their rows are padded.
     """
 
     row: RowBytes
-    own: int
-    product: int
-    state: int
+    weight_bytes: int
+    product_bytes: int
+    state_bytes: int
     width: int
     neurons: int
     heads: int
     values: int
-    weights: int
-    chosen: int
-    of_experts: int
-    lent: int
+    copied_bytes: int
+    chosen_experts: int
+    expert_neurons: int
+    lent_values: int
     is_recurrent: bool
     is_parallel: bool
-    patterns: int
+    pattern_copies: int
 
     @staticmethod
     def of(bound: BoundModel, device: torch.device) -> Sizes:
@@ -78,45 +78,46 @@ class Sizes:
         copied = max(_copied_weights(each, width, dtypes) for each in bound.layers)
         return Sizes(
             row=RowBytes.of(bound, device),
-            own=dtypes.own.itemsize,
-            product=dtypes.product.itemsize,
-            state=dtypes.state.itemsize,
+            weight_bytes=dtypes.own.itemsize,
+            product_bytes=dtypes.product.itemsize,
+            state_bytes=dtypes.state.itemsize,
             width=width,
             neurons=bound.widest_layer.neurons,
             heads=bound.most_heads,
             values=bound.most_values,
-            weights=copied + max(_lent(each, dtypes.own) for each in bound.layers),
-            chosen=chosen,
-            of_experts=of_experts,
-            lent=sum(mixer.value.shape[0] for mixer in attentions if mixer is not None),
+            copied_bytes=copied + max(_lent(each, dtypes.own) for each in bound.layers),
+            chosen_experts=chosen,
+            expert_neurons=of_experts,
+            lent_values=sum(mixer.value.shape[0] for mixer in attentions if mixer is not None),
             is_recurrent=bound.has_recurrence,
             is_parallel=bound.parallel,
-            patterns=2 if traits(device).keys > 1 else 1,
+            pattern_copies=2 if traits(device).keys > 1 else 1,
         )
 
     def needs(self, rows: int, lengths: Sequence[int], blocks: Blocks) -> Needs:
         """The bytes that a state of ``rows`` rows needs, for prompts of these lengths, if it moves in these blocks."""
         row, longest, padded = self.row, max(lengths), len(lengths) * max(lengths)
         attention = min(rows, blocks.attention)
-        scattered = min(attention, blocks.run) * self.width * self.state * (attention < rows)
+        scattered = min(attention, blocks.run) * self.width * self.state_bytes * (attention < rows)
         buffers = max(attention * row.attention + min(attention, blocks.run) * row.run + scattered,
                       min(rows, blocks.mlp) * row.mlp)  # fmt: skip
         numbers = self.heads * padded * longest  # of a layer's patterns
-        scores = numbers * (2 * self.own + 4)  # the eager attention's: before and after its softmax in fp32
+        scores = numbers * (2 * self.weight_bytes + 4)  # the eager attention's: before and after its softmax in fp32
         if self.is_recurrent:
-            own_pattern = max(self.state, 4)  # computed for some heads at a time, with seven more such matrices
+            own_pattern = max(self.state_bytes, 4)  # computed for some heads at a time, with seven more such matrices
             scores = max(scores, own_pattern * (numbers + 7 * min(numbers, max(padded * longest, HEADS_NUMBERS))))
-        activations = padded * (4 * self.neurons + (8 + 3 * self.chosen) * self.width) * self.own
-        kept = numbers * (max(self.own, 4) if self.is_recurrent else self.own) * self.patterns
-        buffers += (
-            padded * self.of_experts * (2 * self.own + self.state)
-        )  # hidden vectors and pre-activations, made again
+        activations = padded * (4 * self.neurons + (8 + 3 * self.chosen_experts) * self.width) * self.weight_bytes
+        kept = numbers * (max(self.weight_bytes, 4) if self.is_recurrent else self.weight_bytes) * self.pattern_copies
+        # the hidden vectors and pre-activations of experts are made again
+        buffers += padded * self.expert_neurons * (2 * self.weight_bytes + self.state_bytes)
         with_rows = 3 * 8 * rows  # offsets: in blocks of sources, and while they are computed
-        with_rows += rows * self.values * self.product * self.is_parallel + rows * self.product * self.lent
+        with_rows += (
+            rows * self.values * self.product_bytes * self.is_parallel + rows * self.product_bytes * self.lent_values
+        )
         return Needs(
-            state_bytes=rows * self.width * self.state,
+            state_bytes=rows * self.width * self.state_bytes,
             pass_bytes=scores + activations,
-            buffer_bytes=max(0, kept + buffers + self.weights - scores) + with_rows,
+            buffer_bytes=max(0, kept + buffers + self.copied_bytes - scores) + with_rows,
         )
 
 
